@@ -1,1 +1,38 @@
-//! stub
+//! The papers: one file per network, readable beside its reference, sharded by construction.
+//!
+//! Knows tensors and ranks, but no job queue, no worker and no wire. Synchronous. Start reading at [`stage`] (what a worker
+//! runs), then [`flux`] for a family, then [`engine`] for how many jobs are denoised at once.
+
+pub mod card;
+pub mod error;
+pub mod payload;
+pub mod request;
+
+pub mod model_dir;
+
+pub mod blocks;
+
+pub mod tokenizer;
+
+pub mod clip;
+pub mod t5;
+
+pub mod autoencoder_kl;
+
+pub mod image_io;
+
+pub mod scheduler;
+
+pub mod flux_transformer;
+
+pub mod stage;
+
+pub mod flux;
+
+pub mod engine;
+
+pub mod registry;
+
+pub use error::{Error, Result};
+pub use payload::Payload;
+pub use request::Request;

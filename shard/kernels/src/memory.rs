@@ -1,0 +1,16 @@
+//! How this process keeps its memory.
+
+/// Keeps freed pages instead of handing them back to the kernel.
+///
+/// glibc unmaps every freed block over 32 MiB at the latest, so each large activation would fault its pages in again: an
+/// f32 addition of 4608 x 3072 takes 18 ms so and 2.3 ms with pages reused. Call once, at the start of `main`.
+pub fn keep_freed_pages() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[allow(unsafe_code)] // a C call
+    // SAFETY: mallopt only sets parameters of the allocator; it is called before other threads are started.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_TOP_PAD, 64 << 20);
+    }
+}

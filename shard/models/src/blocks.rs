@@ -1,0 +1,206 @@
+//! Networks that are a row of blocks, and how ranks hold them together.
+//!
+//! A group of `tp * block_ranges` ranks holds one network: rank = range * tp + index. The `tp` ranks of a range share its
+//! tensors; hidden states go from range to range along each index, and from the last range back to the first, a ring.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use parallel::mesh::{Link, Mesh};
+use parallel::{Collective, Solo, Tensor, Tensors};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// A network that is a row of blocks, of which this rank holds one range.
+///
+/// Inputs, hidden states and outputs are tensors by the reference's names; hidden states carry all that the rest of the row
+/// needs, so they can leave this process.
+pub trait BlockModel: Send {
+    /// What comes before the blocks; called on the first range only.
+    fn embed(&self, inputs: &Tensors) -> Result<Tensors>;
+    /// This rank's blocks.
+    fn blocks(&self, hidden: Tensors) -> Result<Tensors>;
+    /// What comes after the blocks; called on the last range only.
+    fn output(&self, hidden: Tensors) -> Result<Tensors>;
+}
+
+/// How a component is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Ranks that share each range's tensors.
+    pub tp: usize,
+    /// Parts of the row of blocks.
+    pub block_ranges: usize,
+}
+
+impl Layout {
+    /// One rank.
+    pub const SOLO: Layout = Layout { tp: 1, block_ranges: 1 };
+
+    /// Ranks in a group of this layout.
+    pub fn ranks(self) -> usize {
+        self.tp * self.block_ranges
+    }
+}
+
+/// Which part of a row of blocks a rank holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeOf {
+    /// Index of this range.
+    pub index: usize,
+    /// How many there are.
+    pub count: usize,
+}
+
+impl RangeOf {
+    /// The whole row.
+    pub const WHOLE: RangeOf = RangeOf { index: 0, count: 1 };
+
+    /// The blocks of this range when `blocks` are cut as evenly as can be.
+    pub fn of(self, blocks: usize) -> Range<usize> {
+        self.index * blocks / self.count..(self.index + 1) * blocks / self.count
+    }
+
+    /// Whether this range holds what comes before the blocks.
+    pub fn is_first(self) -> bool {
+        self.index == 0
+    }
+
+    /// Whether this range holds what comes after the blocks.
+    pub fn is_last(self) -> bool {
+        self.index + 1 == self.count
+    }
+}
+
+/// One rank's view of its group.
+#[derive(Clone)]
+pub struct RankGroup {
+    /// All ranks.
+    whole: Arc<dyn Collective>,
+    /// The ranks that share this range's tensors.
+    pub tensor: Arc<dyn Collective>,
+    /// Which range this rank holds.
+    pub range: RangeOf,
+    layout: Layout,
+}
+
+impl RankGroup {
+    /// A group of one.
+    pub fn solo() -> Self {
+        Self { whole: Arc::new(Solo), tensor: Arc::new(Solo), range: RangeOf::WHOLE, layout: Layout::SOLO }
+    }
+
+    /// This rank's place in a group of `layout` connected by `link`.
+    pub fn new(link: Arc<dyn Link>, layout: Layout) -> Result<Self> {
+        let (rank, size) = (link.rank(), link.size());
+        if size != layout.ranks() || layout.tp == 0 {
+            return Err(parallel::Error::Frame(format!(
+                "{size} ranks cannot be tp {} x {} block ranges",
+                layout.tp, layout.block_ranges
+            ))
+            .into());
+        }
+        let whole = Mesh::whole(link);
+        let index = rank / layout.tp;
+        let peers: Vec<usize> = (index * layout.tp..(index + 1) * layout.tp).collect();
+        let tensor = Arc::new(whole.subgroup(&peers)?);
+        Ok(Self { whole: Arc::new(whole), tensor, range: RangeOf { index, count: layout.block_ranges }, layout })
+    }
+
+    /// Rank 0 leads: it alone knows what to do next.
+    pub fn is_leader(&self) -> bool {
+        self.whole.rank() == 0
+    }
+
+    /// All ranks.
+    pub fn whole(&self) -> &dyn Collective {
+        &*self.whole
+    }
+
+    /// How the group is cut.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The rank with this one's index in the next range; after the last comes the first.
+    pub fn next(&self) -> usize {
+        (self.whole.rank() + self.layout.tp) % self.whole.size()
+    }
+
+    /// The rank with this one's index in the previous range.
+    pub fn previous(&self) -> usize {
+        (self.whole.rank() + self.whole.size() - self.layout.tp) % self.whole.size()
+    }
+}
+
+impl std::fmt::Debug for RankGroup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RankGroup(rank {} of {:?})", self.whole.rank(), self.layout)
+    }
+}
+
+/// Sends named tensors, or the reason why there are none, to another rank.
+pub fn send_tensors(comm: &dyn Collective, tensors: &Result<Tensors>, to: usize) -> Result<()> {
+    let header = match tensors {
+        Ok(tensors) => Header::Tensors(tensors.iter().map(|(name, _)| name.to_owned()).collect()),
+        Err(e) => Header::Failed(e.to_string()),
+    };
+    comm.send(&to_tensor(&header)?, to)?;
+    if let Ok(tensors) = tensors {
+        for (_, tensor) in tensors.iter() {
+            comm.send(tensor, to)?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes what another rank sent by [`send_tensors`]. The inner result is what that rank's computation came to.
+pub fn recv_tensors(comm: &dyn Collective, from: usize) -> Result<Result<Tensors, String>> {
+    match from_tensor(&comm.recv(from)?)? {
+        Header::Failed(reason) => Ok(Err(reason)),
+        Header::Tensors(names) => {
+            let tensors = names.into_iter().map(|name| Ok((name, comm.recv(from)?)));
+            Ok(Ok(tensors.collect::<Result<Tensors>>()?))
+        }
+    }
+}
+
+/// A value every rank of `comm` gets from `root`, which alone gives it.
+pub fn broadcast_value<T: Serialize + for<'a> Deserialize<'a>>(
+    comm: &dyn Collective,
+    value: Option<&T>,
+    root: usize,
+) -> Result<T> {
+    let tensor = value.map(to_tensor).transpose()?;
+    from_tensor(&comm.broadcast(tensor.as_ref(), root)?)
+}
+
+/// Named tensors every rank of `comm` gets from `root`, which alone gives them.
+pub fn broadcast_tensors(comm: &dyn Collective, tensors: Option<&Tensors>, root: usize) -> Result<Tensors> {
+    let names: Option<Vec<String>> = tensors.map(|t| t.iter().map(|(name, _)| name.to_owned()).collect());
+    let names = broadcast_value(comm, names.as_ref(), root)?;
+    let each = names.into_iter().map(|name| {
+        let mine = tensors.and_then(|t| t.find(&name));
+        let tensor = comm.broadcast(mine, root)?;
+        Ok((name, tensor))
+    });
+    each.collect()
+}
+
+#[derive(Serialize, Deserialize)]
+enum Header {
+    Tensors(Vec<String>),
+    Failed(String),
+}
+
+fn to_tensor<T: Serialize>(value: &T) -> Result<Tensor> {
+    let bytes = serde_json::to_vec(value).map_err(|e| parallel::Error::Frame(e.to_string()))?;
+    let len = bytes.len();
+    Ok(Tensor::from_vec(bytes, len, &parallel::Device::Cpu)?)
+}
+
+fn from_tensor<T: for<'a> Deserialize<'a>>(tensor: &Tensor) -> Result<T> {
+    let bytes = tensor.to_vec1::<u8>()?;
+    serde_json::from_slice(&bytes).map_err(|e| Error::Parallel(parallel::Error::Frame(e.to_string())))
+}

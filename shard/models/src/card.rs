@@ -1,0 +1,97 @@
+//! What a model says of itself: its components, the stages of its jobs, and what a job may set.
+
+use serde::{Deserialize, Serialize};
+
+/// A model as read from its directory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Card {
+    /// The family, such as "flux".
+    pub family: String,
+    /// The reference's class, such as "FluxPipeline".
+    pub pipeline_class: String,
+    /// The noise scheduler's class.
+    pub scheduler: String,
+    /// sha256 over every file of the directory, in hex.
+    pub digest: String,
+    /// The networks it is made of.
+    pub components: Vec<ComponentCard>,
+    /// The stages of its jobs, upstream first.
+    pub stages: Vec<StageCard>,
+    /// What a job may set.
+    pub parameters: Vec<ParameterCard>,
+    /// width * height * num_images_per_prompt may not exceed this.
+    pub max_pixels: u64,
+}
+
+/// One network of a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ComponentCard {
+    /// Its folder.
+    pub name: String,
+    /// Bytes of its weights as stored.
+    pub weight_bytes: u64,
+    /// The degrees it can be cut into.
+    pub tp_options: Vec<usize>,
+    /// Into how many block ranges it can be cut at most; 1 means it cannot.
+    pub max_block_ranges: usize,
+}
+
+/// One stage of a model's jobs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StageCard {
+    /// Unique within the card.
+    pub id: String,
+    /// What kind of work it is.
+    pub kind: StageKind,
+    /// The component that does it.
+    pub component: String,
+    /// Ids of the stages whose outputs it takes.
+    pub inputs: Vec<String>,
+    /// Only in jobs that start from a picture.
+    pub with_image: bool,
+}
+
+/// What kind of work a stage is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StageKind {
+    /// Prompt to embeddings.
+    EncodeText,
+    /// Picture to latents.
+    EncodeImage,
+    /// Noise to latents.
+    Denoise,
+    /// Latents to picture.
+    Decode,
+}
+
+/// A field of the request that a model takes. The bounds are for numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ParameterCard {
+    /// The field's name.
+    pub name: String,
+    /// Least value.
+    pub minimum: f64,
+    /// Greatest value.
+    pub maximum: f64,
+    /// The value must be a multiple of this; 0: any.
+    pub multiple_of: f64,
+    /// Taken when the job does not say.
+    pub default: Option<f64>,
+}
+
+impl ParameterCard {
+    /// A number between two bounds, with a default.
+    pub fn number(name: &str, minimum: f64, maximum: f64, default: f64) -> Self {
+        Self { name: name.into(), minimum, maximum, multiple_of: 0.0, default: Some(default) }
+    }
+
+    /// The same, a multiple of `step`.
+    pub fn multiple(self, step: f64) -> Self {
+        Self { multiple_of: step, ..self }
+    }
+
+    /// A field that is not a number, such as a prompt or a picture.
+    pub fn field(name: &str) -> Self {
+        Self { name: name.into(), minimum: 0.0, maximum: 0.0, multiple_of: 0.0, default: None }
+    }
+}

@@ -1,0 +1,65 @@
+//! What can go wrong with a model or a stage.
+
+use std::path::PathBuf;
+
+/// Everything that can fail in a model.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Below the models: tensors, weights, ranks.
+    #[error(transparent)]
+    Parallel(#[from] parallel::Error),
+    /// A file of a model's directory cannot be used.
+    #[error("`{}`: {reason}", path.display())]
+    ModelDir {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A value in a configuration that this implementation does not have.
+    #[error("`{field}` = {value} is not supported")]
+    Unsupported {
+        /// The field of the configuration.
+        field: String,
+        /// What it says.
+        value: String,
+    },
+    /// A value of the request that the stage cannot work with.
+    #[error("{field}: {reason}")]
+    Invalid {
+        /// The field of the request.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A text that the tokenizer refuses.
+    #[error("the tokenizer failed: {0}")]
+    Tokenizer(String),
+    /// A stage was given something it does not take.
+    #[error("stage {stage} cannot take a {got} payload")]
+    Payload {
+        /// The stage.
+        stage: &'static str,
+        /// What it was given.
+        got: &'static str,
+    },
+    /// The job was cancelled.
+    #[error("the job was cancelled")]
+    Cancelled,
+}
+
+impl Error {
+    /// Whether the group can go on after this: a rank is lost otherwise.
+    pub fn loses_group(&self) -> bool {
+        matches!(self, Error::Parallel(parallel::Error::PeerLost { .. } | parallel::Error::Frame(_)))
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(e: candle_core::Error) -> Self {
+        Error::Parallel(e.into())
+    }
+}
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

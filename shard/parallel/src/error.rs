@@ -1,0 +1,85 @@
+//! What can go wrong in this crate: what failed and with which values, never what to do about it.
+
+use std::path::PathBuf;
+
+/// Everything that can fail below the models.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// candle refused an operation.
+    #[error("tensor operation failed: {0}")]
+    Tensor(#[from] candle_core::Error),
+    /// A file could not be read.
+    #[error("could not read `{}`", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A file is not a checkpoint, or not a whole one.
+    #[error("`{}` is not a valid checkpoint: {reason}", path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A tensor that the model needs is not there.
+    #[error("tensor `{name}` is missing from the checkpoint")]
+    MissingTensor {
+        /// Its full name.
+        name: String,
+    },
+    /// Tensors that the model has no use for: most likely another architecture.
+    #[error("the checkpoint holds {} tensors that the model does not use, among them `{}`", names.len(), names.first().map_or("", String::as_str))]
+    UnusedTensors {
+        /// Their full names.
+        names: Vec<String>,
+    },
+    /// A tensor has another shape than the configuration says.
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// Its full name.
+        name: String,
+        /// In the checkpoint.
+        found: Vec<usize>,
+        /// By the configuration.
+        expected: Vec<usize>,
+    },
+    /// A dimension cannot be divided over the ranks.
+    #[error("{what} = {size} cannot be divided by tp = {tp}")]
+    Indivisible {
+        /// The dimension, such as `num_attention_heads` or a tensor's name.
+        what: String,
+        /// Its size.
+        size: usize,
+        /// The degree.
+        tp: usize,
+    },
+    /// A group of a size that has no fixed order of summation.
+    #[error("a tensor-parallel group has 1, 2, 4 or 8 ranks, not {size}")]
+    GroupSize {
+        /// The size asked for.
+        size: usize,
+    },
+    /// Another rank of the group is gone, or said something that its epoch forbids.
+    #[error("rank {rank} of the group is lost: {reason}")]
+    PeerLost {
+        /// The rank, in its group.
+        rank: usize,
+        /// What was seen.
+        reason: String,
+    },
+    /// A named tensor that an input should have held.
+    #[error("input `{name}` is missing")]
+    MissingInput {
+        /// Its name.
+        name: String,
+    },
+    /// A frame between ranks that cannot be understood.
+    #[error("malformed frame: {0}")]
+    Frame(String),
+}
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

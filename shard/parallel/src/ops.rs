@@ -1,0 +1,226 @@
+//! The operations models are written in. Models call these and never candle's own layers, so that what is behind an
+//! operation can change for every model at once: our kernels on the CPU, candle's on other devices.
+
+use candle_core::{D, DType, Device, Tensor};
+use kernels::{activation, rows};
+
+use crate::Result;
+
+/// A pointwise function between two linear layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// GELU with the error function.
+    Gelu,
+    /// GELU by tanh; `gelu_new` and `gelu_pytorch_tanh` in configurations.
+    #[serde(alias = "gelu_new", alias = "gelu_pytorch_tanh")]
+    GeluTanh,
+    /// CLIP's `x sigmoid(1.702 x)`.
+    QuickGelu,
+    /// `x sigmoid(x)`.
+    Silu,
+    /// `max(x, 0)`.
+    Relu,
+}
+
+/// Applies `activation` to every element.
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    if !ours(x) {
+        return Ok(match activation {
+            Activation::Gelu => x.gelu_erf()?,
+            Activation::GeluTanh => x.gelu()?,
+            Activation::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * 1.702)?)?)?,
+            Activation::Silu => x.silu()?,
+            Activation::Relu => x.relu()?,
+        });
+    }
+    map(
+        x,
+        match activation {
+            Activation::Gelu => activation::gelu,
+            Activation::GeluTanh => activation::gelu_tanh,
+            Activation::QuickGelu => activation::quick_gelu,
+            Activation::Silu => activation::silu,
+            Activation::Relu => activation::relu,
+        },
+    )
+}
+
+/// `x sigmoid(x)`.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    activate(x, Activation::Silu)
+}
+
+/// `x W^T + b`. `x: [.., d_in]`, `weight: [d_out, d_in]`, `bias: [d_out]` give `[.., d_out]`.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (d_out, d_in) = weight.dims2()?;
+    let mut shape = x.dims().to_vec();
+    let rows = x.elem_count() / d_in.max(1);
+    let y = x.reshape((rows, d_in))?.matmul(&weight.t()?)?;
+    let y = match bias {
+        Some(bias) => y.broadcast_add(bias)?,
+        None => y,
+    };
+    if let Some(last) = shape.last_mut() {
+        *last = d_out;
+    }
+    Ok(y.reshape(shape)?)
+}
+
+/// Softmax attention. `q: [B, N, Lq, Dh]`, `k, v: [B, N, Lk, Dh]` give `[B, N, Lq, Dh]`.
+///
+/// `bias` is added to the scores and broadcasts to `[B, N, Lq, Lk]`: T5's relative positions, or a mask of 0 and `-inf`.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
+    let scores = (q.contiguous()? * scale)?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
+    let scores = match bias {
+        Some(bias) => scores.broadcast_add(bias)?,
+        None => scores,
+    };
+    Ok(softmax(&scores)?.matmul(&v.contiguous()?)?)
+}
+
+/// Softmax over the last dimension.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if !ours(x) {
+        return Ok(candle_nn::ops::softmax_last_dim(&x.contiguous()?)?);
+    }
+    let width = x.dim(D::Minus1)?;
+    map(x, |x| rows::softmax(x, width))
+}
+
+/// Layer norm over the last dimension, with an optional `weight` and `bias` of its size.
+pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)?;
+    let mut y = if ours(x) {
+        map(x, |x| rows::layer_norm(x, width, eps as f32))?
+    } else {
+        let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let variance = centered.sqr()?.mean_keepdim(D::Minus1)?;
+        centered.broadcast_div(&(variance + eps)?.sqrt()?)?
+    };
+    if let Some(weight) = weight {
+        y = y.broadcast_mul(weight)?;
+    }
+    if let Some(bias) = bias {
+        y = y.broadcast_add(bias)?;
+    }
+    Ok(y)
+}
+
+/// `layer_norm(x) (1 + scale) + shift`: adaptive layer norm. `x: [B, L, D]`, `shift, scale: [B, D]`.
+pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    let y = layer_norm(x, None, None, eps)?;
+    let y = y.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?;
+    Ok(y.broadcast_add(&shift.unsqueeze(1)?)?)
+}
+
+/// `x / sqrt(mean(x^2) + eps) weight` over the last dimension.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    if !ours(x) {
+        return Ok(candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)?);
+    }
+    let weight = weight.flatten_all()?.to_vec1::<f32>()?;
+    map(x, |x| rows::rms_norm(x, &weight, eps as f32))
+}
+
+/// Group norm of `x: [B, C, ..]`, with `weight, bias: [C]`.
+pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let dims = x.dims().to_vec();
+    if !ours(x) {
+        let grouped = x.reshape((dims[0], groups, x.elem_count() / (dims[0] * groups).max(1)))?;
+        let mut affine = vec![1; dims.len()];
+        affine[1] = dims[1];
+        let y = layer_norm(&grouped, None, None, eps)?.reshape(dims)?;
+        return Ok(y.broadcast_mul(&weight.reshape(affine.as_slice())?)?.broadcast_add(&bias.reshape(affine)?)?);
+    }
+    let spatial = dims[2..].iter().product();
+    let (weight, bias) = (weight.to_vec1::<f32>()?, bias.to_vec1::<f32>()?);
+    map(x, |x| rows::group_norm(x, &weight, &bias, groups, spatial, eps as f32))
+}
+
+/// Rotates interleaved pairs. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
+pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (b, n, l, dh) = x.dims4()?;
+    let pairs = x.reshape((b, n, l, dh / 2, 2))?; // [B, N, L, Dh/2, 2]
+    let (x0, x1) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
+    let table = |t: &Tensor| if t.rank() == 3 { t.unsqueeze(1) } else { Ok(t.clone()) };
+    let (cos, sin) = (table(cos)?, table(sin)?);
+    let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
+    let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
+    Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, n, l, dh))?)
+}
+
+/// Convolution of `x: [B, C, H, W]` with `weight: [C_out, C, k, k]`, zero padded on every side.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    let y = x.conv2d(weight, padding, stride, 1, 1)?;
+    match bias {
+        Some(bias) => Ok(y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?),
+        None => Ok(y),
+    }
+}
+
+/// Nearest-neighbour upsampling of `x: [B, C, H, W]` to twice its height and width.
+pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    Ok(x.upsample_nearest2d(2 * h, 2 * w)?)
+}
+
+/// `[B, L, N Dh] -> [B, N, L, Dh]`.
+pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (b, l, d) = x.dims3()?;
+    Ok(x.reshape((b, l, heads, d / heads))?.transpose(1, 2)?.contiguous()?)
+}
+
+/// `[B, N, L, Dh] -> [B, L, N Dh]`.
+pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
+    let (b, n, l, dh) = x.dims4()?;
+    Ok(x.transpose(1, 2)?.contiguous()?.reshape((b, l, n * dh))?)
+}
+
+/// Whether our own kernels take this tensor.
+fn ours(x: &Tensor) -> bool {
+    x.dtype() == DType::F32 && matches!(x.device(), Device::Cpu)
+}
+
+/// A fresh tensor of the same shape, its data `x`'s after `f`.
+fn map(x: &Tensor, f: impl FnOnce(&mut [f32])) -> Result<Tensor> {
+    let mut data = x.flatten_all()?.to_vec1::<f32>()?;
+    f(&mut data);
+    Ok(Tensor::from_vec(data, x.shape(), x.device())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(a: &Tensor, b: &Tensor) {
+        let difference = (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-5, "differs by {difference}");
+    }
+
+    #[test]
+    fn attention_equals_the_plain_formula() {
+        let make = |l: usize| Tensor::randn(0f32, 1.0, (2, 3, l, 8), &Device::Cpu).unwrap();
+        let (q, k, v) = (make(5), make(7), make(7));
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() * 0.25).unwrap();
+        let expected = candle_nn::ops::softmax(&scores, 3).unwrap().matmul(&v).unwrap();
+        close(&attention(&q, &k, &v, 0.25, None).unwrap(), &expected);
+    }
+
+    #[test]
+    fn norms_equal_candles() {
+        let x = (Tensor::randn(3f32, 2.0, (2, 5, 48), &Device::Cpu).unwrap() * 3.0).unwrap();
+        let w = Tensor::randn(1f32, 0.1, 48, &Device::Cpu).unwrap();
+        let b = Tensor::randn(0f32, 0.1, 48, &Device::Cpu).unwrap();
+        close(&rms_norm(&x, &w, 1e-6).unwrap(), &candle_nn::ops::rms_norm_slow(&x, &w, 1e-6).unwrap());
+        close(&layer_norm(&x, Some(&w), Some(&b), 1e-6).unwrap(), &candle_nn::ops::layer_norm_slow(&x, &w, &b, 1e-6).unwrap());
+    }
+
+    #[test]
+    fn rope_equals_candles_interleaved_rope() {
+        let x = Tensor::randn(0f32, 1.0, (2, 3, 5, 8), &Device::Cpu).unwrap();
+        let angle = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu).unwrap();
+        let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
+        close(&rope_interleaved(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope_i(&x, &cos, &sin).unwrap());
+    }
+}

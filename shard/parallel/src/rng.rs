@@ -1,0 +1,1 @@
+//! torch random numbers (being written).

@@ -1,0 +1,292 @@
+//! Reading this rank's slice of a checkpoint, and nothing else.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Display};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+
+use crate::collective::Collective;
+use crate::{Error, Result};
+
+/// Longest safetensors header that is read. The full FLUX.1 transformer's is 0.1 MB; a hostile one costs memory.
+const MAX_HEADER_BYTES: u64 = 8 << 20;
+/// Most tensors in one component; the full FLUX.1 transformer has 1,446.
+const MAX_TENSORS: usize = 20_000;
+
+/// How one tensor is divided over the ranks of a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shard {
+    /// Every rank holds the whole tensor.
+    Replicated,
+    /// `dim` is a concatenation of `blocks` (in elements); each rank holds an equal slice of every block.
+    Split {
+        /// The dimension that is cut.
+        dim: usize,
+        /// The sizes of the parts packed along it: one for a plain tensor, several for a fused one.
+        blocks: Vec<usize>,
+    },
+}
+
+impl Shard {
+    /// A plain (not packed) tensor cut along `dim`, which has `size` elements.
+    pub fn split(dim: usize, size: usize) -> Self {
+        Shard::Split { dim, blocks: vec![size] }
+    }
+}
+
+/// A component's checkpoint seen from one rank: like candle's `VarBuilder`, but a rank reads only its own bytes, the full
+/// shape is checked although a slice is read, and nothing may be left over unexplained.
+#[derive(Clone)]
+pub struct Weights {
+    checkpoint: Arc<Checkpoint>,
+    prefix: String,
+    group: Arc<dyn Collective>,
+    dtype: DType,
+    device: Device,
+}
+
+struct Checkpoint {
+    dir: PathBuf,
+    files: Vec<Mmap>,
+    entries: BTreeMap<String, Entry>,
+    taken: Mutex<BTreeSet<String>>,
+    bytes_read: Arc<AtomicU64>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    file: usize,
+    dtype: DType,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// Opens the safetensors of a component's folder: one file (`diffusion_pytorch_model.safetensors` or
+    /// `model.safetensors`) or several with an index. Tensors come out as `dtype` on `device`.
+    pub fn open(dir: &Path, group: Arc<dyn Collective>, dtype: DType, device: &Device) -> Result<Self> {
+        let (mut files, mut entries) = (Vec::new(), BTreeMap::new());
+        for path in checkpoint_files(dir)? {
+            let map = map_file(&path)?;
+            read_entries(&path, &map, files.len(), &mut entries)?;
+            files.push(map);
+        }
+        let checkpoint = Checkpoint { dir: dir.to_owned(), files, entries, taken: Mutex::default(), bytes_read: Arc::default() };
+        Ok(Self { checkpoint: Arc::new(checkpoint), prefix: String::new(), group, dtype, device: device.clone() })
+    }
+
+    /// The same checkpoint one level down.
+    pub fn pp(&self, name: impl Display) -> Self {
+        let prefix = self.full_name(&name.to_string());
+        Self { prefix, ..self.clone() }
+    }
+
+    /// The ranks that share the split tensors.
+    pub fn group(&self) -> &Arc<dyn Collective> {
+        &self.group
+    }
+
+    /// The device tensors are made on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Whether the checkpoint has this tensor.
+    pub fn contains(&self, name: &str) -> bool {
+        self.checkpoint.entries.contains_key(&self.full_name(name))
+    }
+
+    /// The shape of a tensor as stored.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.checkpoint.entries.get(&self.full_name(name)).map(|e| e.shape.as_slice())
+    }
+
+    /// This rank's slice of `name`.
+    ///
+    /// # Errors
+    /// When it is missing, when the *full* tensor has another shape than `full_shape`, or when a block cannot be divided.
+    pub fn get(&self, name: &str, full_shape: &[usize], shard: Shard) -> Result<Tensor> {
+        let name = self.full_name(name);
+        let entry = self.checkpoint.entries.get(&name).ok_or_else(|| Error::MissingTensor { name: name.clone() })?;
+        if entry.shape != full_shape {
+            return Err(Error::Shape { name, found: entry.shape.clone(), expected: full_shape.to_vec() });
+        }
+        self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        let data = &self.checkpoint.files[entry.file][entry.start..entry.end];
+        let tensor = match shard {
+            Shard::Replicated => self.tensor(data, entry.dtype, full_shape)?,
+            Shard::Split { dim, blocks } => {
+                let (bytes, shape) = self.slice(&name, data, entry, dim, &blocks)?;
+                self.tensor(&bytes, entry.dtype, &shape)?
+            }
+        };
+        Ok(tensor)
+    }
+
+    /// Marks every tensor under `prefix` as somebody else's: another block range's, or a buffer the model does not need.
+    pub fn skip(&self, prefix: impl Display) {
+        let prefix = self.full_name(&prefix.to_string());
+        let mut taken = self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let below = format!("{prefix}.");
+        taken.extend(self.checkpoint.entries.keys().filter(|k| **k == prefix || k.starts_with(&below)).cloned());
+    }
+
+    /// To be called when the model is loaded: a tensor that nobody took or skipped is an error.
+    pub fn finish(&self) -> Result<()> {
+        let taken = self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let names: Vec<String> = self.checkpoint.entries.keys().filter(|k| !taken.contains(*k)).cloned().collect();
+        if names.is_empty() { Ok(()) } else { Err(Error::UnusedTensors { names }) }
+    }
+
+    /// Bytes of weights this rank has read so far; shared, so that a loading bar can watch it.
+    pub fn bytes_read(&self) -> Arc<AtomicU64> {
+        self.checkpoint.bytes_read.clone()
+    }
+
+    /// Bytes of weights in the whole checkpoint, as stored.
+    pub fn total_bytes(&self) -> u64 {
+        self.checkpoint.entries.values().map(|e| (e.end - e.start) as u64).sum()
+    }
+
+    /// The names of all tensors in the checkpoint.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.checkpoint.entries.keys().map(String::as_str)
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    fn tensor(&self, data: &[u8], dtype: DType, shape: &[usize]) -> Result<Tensor> {
+        self.checkpoint.bytes_read.fetch_add(data.len() as u64, Ordering::Relaxed);
+        Ok(Tensor::from_raw_buffer(data, dtype, shape, &self.device)?.to_dtype(self.dtype)?)
+    }
+
+    /// The bytes of this rank's slice of every block along `dim`.
+    fn slice(&self, name: &str, data: &[u8], entry: &Entry, dim: usize, blocks: &[usize]) -> Result<(Vec<u8>, Vec<usize>)> {
+        let (rank, tp) = (self.group.rank(), self.group.size());
+        let full = entry.shape.get(dim).copied().unwrap_or(0);
+        if blocks.iter().sum::<usize>() != full {
+            return Err(Error::Shape { name: name.to_owned(), found: vec![full], expected: blocks.to_vec() });
+        }
+        if let Some(block) = blocks.iter().find(|b| *b % tp != 0) {
+            return Err(Error::Indivisible { what: name.to_owned(), size: *block, tp });
+        }
+        let unit = entry.shape[dim + 1..].iter().product::<usize>() * entry.dtype.size_in_bytes();
+        let mut bytes = Vec::with_capacity(data.len() / tp);
+        for row in data.chunks_exact((full * unit).max(1)) {
+            let mut start = 0;
+            for block in blocks {
+                let part = block / tp;
+                let at = (start + rank * part) * unit;
+                bytes.extend_from_slice(&row[at..at + part * unit]);
+                start += block;
+            }
+        }
+        let mut shape = entry.shape.clone();
+        shape[dim] /= tp;
+        Ok((bytes, shape))
+    }
+}
+
+impl fmt::Debug for Weights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Weights({} at `{}`, rank {} of {})",
+            self.checkpoint.dir.display(),
+            self.prefix,
+            self.group.rank(),
+            self.group.size()
+        )
+    }
+}
+
+/// The safetensors files of a component's folder.
+///
+/// # Errors
+/// When there are none, or an index names a file outside the folder.
+pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>> {
+    for stem in ["diffusion_pytorch_model", "model"] {
+        let one = dir.join(format!("{stem}.safetensors"));
+        if one.is_file() {
+            return Ok(vec![one]);
+        }
+        let index = dir.join(format!("{stem}.safetensors.index.json"));
+        if index.is_file() {
+            return index_files(dir, &index);
+        }
+    }
+    let reason = "there is no diffusion_pytorch_model.safetensors or model.safetensors (and no index of several)".to_owned();
+    Err(Error::Checkpoint { path: dir.to_owned(), reason })
+}
+
+fn index_files(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let bad = |reason: String| Error::Checkpoint { path: index.to_owned(), reason };
+    let text = std::fs::read(index).map_err(|source| Error::Io { path: index.to_owned(), source })?;
+    let index: Index = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if let Some(name) = names.iter().find(|n| n.contains('/') || n.contains('\\') || n.starts_with('.')) {
+        return Err(bad(format!("`{name}` is not a plain file name")));
+    }
+    Ok(names.into_iter().map(|name| dir.join(name)).collect())
+}
+
+#[allow(unsafe_code)] // the one mapping of checkpoints
+fn map_file(path: &Path) -> Result<Mmap> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io)?;
+    // SAFETY: the mapping is read-only and private to `Weights`. Checkpoints are immutable while they are served (README,
+    // "Models"): a file that is truncated under a running worker ends that process, as it would for any mapped program.
+    unsafe { Mmap::map(&file) }.map_err(io)
+}
+
+fn read_entries(path: &Path, map: &Mmap, file: usize, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
+    let bad = |reason: String| Error::Checkpoint { path: path.to_owned(), reason };
+    let header =
+        map.first_chunk::<8>().map(|b| u64::from_le_bytes(*b)).ok_or_else(|| bad("it is shorter than 8 bytes".into()))?;
+    if header > MAX_HEADER_BYTES {
+        return Err(bad(format!("its header claims {header} bytes; the limit is {MAX_HEADER_BYTES}")));
+    }
+    let tensors = SafeTensors::deserialize(map).map_err(|e| bad(format!("{e}; it may be truncated")))?;
+    if tensors.len() + entries.len() > MAX_TENSORS {
+        return Err(bad(format!("it holds more than {MAX_TENSORS} tensors")));
+    }
+    let base = map.as_ptr() as usize;
+    for (name, view) in tensors.iter() {
+        let dtype =
+            dtype(view.dtype()).ok_or_else(|| bad(format!("tensor `{name}` has the unsupported type {:?}", view.dtype())))?;
+        let start = view.data().as_ptr() as usize - base;
+        let entry = Entry { file, dtype, shape: view.shape().to_vec(), start, end: start + view.data().len() };
+        if entries.insert(name.to_owned(), entry).is_some() {
+            return Err(bad(format!("tensor `{name}` is there twice")));
+        }
+    }
+    Ok(())
+}
+
+fn dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F64 => DType::F64,
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::I64 => DType::I64,
+        Dtype::U32 => DType::U32,
+        Dtype::U8 => DType::U8,
+        _ => return None,
+    })
+}

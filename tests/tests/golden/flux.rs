@@ -1,0 +1,11 @@
+//! Being written.
+
+use tests::golden::{Case, Outcome};
+
+pub fn component(_case: &mut Case) -> Outcome {
+    Err("not there yet".into())
+}
+
+pub fn pipeline(_case: &mut Case) -> Outcome {
+    Err("not there yet".into())
+}

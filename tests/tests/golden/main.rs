@@ -1,0 +1,86 @@
+//! Every recorded case, or a reason why not.
+//!
+//! `GOLDEN_DIR=<folder> [GOLDEN_ONLY=flux,t5] cargo test --release -p tests --test golden -- --nocapture` runs every case
+//! folder found there (default: tests/golden) and prints a line for each. A case that cannot be run must be listed, with its
+//! reason, in tests/golden/UNSUPPORTED.toml.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use tests::golden::{Case, Outcome};
+
+mod autoencoders;
+mod flux;
+mod rng;
+mod schedulers;
+mod text_encoders;
+mod tokenizers;
+
+#[test]
+fn every_case_equals_its_recording() {
+    let dir = std::env::var_os("GOLDEN_DIR").map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("golden"), PathBuf::from);
+    let only = std::env::var("GOLDEN_ONLY").unwrap_or_default();
+    let only: Vec<&str> = only.split(',').filter(|s| !s.is_empty()).collect();
+    let unsupported = unsupported();
+    let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
+    for path in case_folders(&dir) {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if !only.is_empty() && !only.iter().any(|prefix| name.starts_with(prefix)) {
+            continue;
+        }
+        if let Some(reason) = unsupported.get(&name) {
+            println!("{name:<42} unsupported: {reason}");
+            skipped += 1;
+            continue;
+        }
+        match run(&path) {
+            (case, Ok(())) => {
+                println!("{name:<42} pass  {case}");
+                passed += 1;
+            }
+            (case, Err(e)) => {
+                println!("{name:<42} FAIL  {case} {e}");
+                failed.push(name);
+            }
+        }
+    }
+    println!("{passed} passed, {} failed, {skipped} unsupported", failed.len());
+    assert!(failed.is_empty(), "failed: {failed:?}");
+    assert!(passed > 0, "no case was run: is GOLDEN_DIR ({}) right?", dir.display());
+}
+
+fn run(path: &Path) -> (String, Outcome) {
+    let mut case = match Case::open(path) {
+        Ok(case) => case,
+        Err(e) => return (String::new(), Err(e)),
+    };
+    let outcome = dispatch(&mut case);
+    let worst = case.worst().map(|w| format!("worst {} {:.1e} of {:.1e}", w.name, w.error, w.tolerance));
+    (worst.unwrap_or_default(), outcome)
+}
+
+fn dispatch(case: &mut Case) -> Outcome {
+    let class = ["model_class", "pipeline_class"].into_iter().find_map(|key| case.json[key].as_str()).unwrap_or_default().to_owned();
+    match (case.kind(), class.as_str()) {
+        ("rng", _) => rng::run(case),
+        ("tokenizer", _) => tokenizers::run(case),
+        ("scheduler", _) => schedulers::run(case),
+        ("component", "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel") => text_encoders::run(case),
+        ("component", "AutoencoderKL") => autoencoders::run(case),
+        ("component", "FluxTransformer2DModel") => flux::component(case),
+        ("pipeline", class) if class.starts_with("Flux") => flux::pipeline(case),
+        (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
+    }
+}
+
+fn unsupported() -> BTreeMap<String, String> {
+    let text = include_str!("../../golden/UNSUPPORTED.toml");
+    toml::from_str(text).expect("UNSUPPORTED.toml maps case names to reasons")
+}
+
+fn case_folders(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+    let mut folders: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.join("case.json").is_file()).collect();
+    folders.sort();
+    folders
+}
