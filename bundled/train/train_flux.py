@@ -80,7 +80,7 @@ def main():
     p.add_argument("--minutes", type=float, default=1e9, help="stop earlier, with the schedule scaled to fit")
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--lr", type=float, default=2e-3)
-    p.add_argument("--muon", type=float, default=2.0, help="Muon's learning rate in units of --lr")
+    p.add_argument("--muon", type=float, default=5.0, help="Muon's learning rate in units of --lr")
     p.add_argument("--adamw", action="store_true", help="AdamW for everything")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint with a new schedule")
     p.add_argument("--seed", type=int, default=0)
@@ -129,9 +129,9 @@ def main():
         if step % 25 == 0:
             print(f"{step} {progress:.3f} loss {mean / 25:.4f} {(time.time() - start) / step:.2f} s/step", flush=True)
             mean = 0.0
-        if step % 250 == 0 or progress >= 1:
+        if step % 200 == 0 or progress >= 1:
             torch.save(ema.state_dict(), checkpoint)
-    save(a.out, None, ema["clip"], ema["t5"], ema["flux"])
+            save(a.out, clip=ema["clip"], t5=ema["t5"], flux=ema["flux"])
 
 
 if __name__ == "__main__":
