@@ -92,7 +92,11 @@ fn stages() -> Vec<StageCard> {
 
 /// What a job may set. Defaults are the pipelines'; a checkpoint without dynamic shifting is a few-step one (schnell) unless
 /// its directory says otherwise.
-fn parameters(transformer: &FluxTransformerConfig, scheduler: &FlowMatchEulerDiscreteConfig, vae: &AutoencoderKlConfig) -> Vec<ParameterCard> {
+fn parameters(
+    transformer: &FluxTransformerConfig,
+    scheduler: &FlowMatchEulerDiscreteConfig,
+    vae: &AutoencoderKlConfig,
+) -> Vec<ParameterCard> {
     let few_steps = !transformer.guidance_embeds && !scheduler.use_dynamic_shifting && scheduler.shift == 1.0;
     let side = (vae.sample_size.max(16) as f64).min(1024.0);
     let size = |name| ParameterCard::number(name, 16.0, MAX_SIDE as f64, side).multiple(16.0);
@@ -142,7 +146,13 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
 
 fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
     let tokenizer = Tokenizer::load(&dir.join("tokenizer"))?;
-    Ok(TextEncoding { tokenizer, tokens: Some(CLIP_TOKENS), output: "pooler_output", name: "pooled_prompt_embeds", with_mask: false })
+    Ok(TextEncoding {
+        tokenizer,
+        tokens: Some(CLIP_TOKENS),
+        output: "pooler_output",
+        name: "pooled_prompt_embeds",
+        with_mask: false,
+    })
 }
 
 /// FLUX gives T5 no attention mask: padding takes part.
@@ -195,7 +205,8 @@ impl FluxDenoiser {
         let sigmas = linspace(1.0, 1.0 / n as f64, n);
         let (h, w) = self.grid(request);
         let mu = calculate_shift(h * w, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift);
-        let scheduler = FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu: Some(mu) })?;
+        let scheduler =
+            FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu: Some(mu) })?;
         match request.strength {
             None => Ok(scheduler),
             Some(strength) => {
@@ -362,6 +373,9 @@ mod tests {
         let first = packed.to_vec3::<f32>().unwrap()[0][0][..4].to_vec();
         assert_eq!(first, [0.0, 1.0, 8.0, 9.0]);
         let back = unpack_latents(&packed, 3, 4).unwrap();
-        assert_eq!(back.flatten_all().unwrap().to_vec1::<f32>().unwrap(), latents.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        assert_eq!(
+            back.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            latents.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        );
     }
 }
