@@ -22,7 +22,7 @@ use crate::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
-use crate::request::NoiseGenerator;
+use crate::request::{Encoder, NoiseGenerator};
 use crate::scheduler::flow_match_euler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule, calculate_shift};
 use crate::stage::Inputs;
 use crate::t5::{T5Config, T5Encoder};
@@ -101,7 +101,9 @@ fn parameters(
     let side = (vae.sample_size.max(16) as f64).min(1024.0);
     let size = |name| ParameterCard::number(name, 16.0, MAX_SIDE as f64, side).multiple(16.0);
     let mut parameters = vec![
+        ParameterCard::field("prompt_2"),
         ParameterCard::field("negative_prompt"),
+        ParameterCard::field("negative_prompt_2"),
         size("width"),
         size("height"),
         ParameterCard::number("num_inference_steps", 1.0, MAX_STEPS as f64, if few_steps { 4.0 } else { 28.0 }).multiple(1.0),
@@ -158,7 +160,14 @@ fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
 /// FLUX gives T5 no attention mask: padding takes part.
 fn t5_encoding(dir: &Path) -> Result<TextEncoding> {
     let tokenizer = Tokenizer::load(&dir.join("tokenizer_2"))?;
-    Ok(TextEncoding { tokenizer, tokens: None, output: "last_hidden_state", name: "prompt_embeds", with_mask: false })
+    Ok(TextEncoding {
+        tokenizer,
+        tokens: None,
+        output: "last_hidden_state",
+        name: "prompt_embeds",
+        with_mask: false,
+        encoder: Encoder::Second,
+    })
 }
 
 fn scheduler_config(dir: &ModelDir) -> Result<FlowMatchEulerDiscreteConfig> {
@@ -252,7 +261,11 @@ impl Denoiser for FluxDenoiser {
         };
         let mut tensors = inputs.conditioning;
         let start = inputs.image_latents.as_ref().map(|image| self.image_latents(image, &mut generator)).transpose()?;
-        let noise = pack_latents(&generator.randn(&[request.num_images_per_prompt, self.channels, 2 * h, 2 * w])?)?;
+        let noise = match inputs.noise {
+            Some(noise) => noise,
+            None => generator.randn(&[request.num_images_per_prompt, self.channels, 2 * h, 2 * w])?,
+        };
+        let noise = pack_latents(&noise)?;
         let latents = match &start {
             None => noise.clone(),
             Some(start) => crate::scheduler::Scheduler::scale_noise(&scheduler, &start.broadcast_as(noise.shape())?, 0, &noise)?,

@@ -11,6 +11,7 @@ use tests::golden::{Case, Outcome};
 
 mod autoencoders;
 mod flux;
+mod flux_pipeline;
 mod rng;
 mod schedulers;
 mod text_encoders;
@@ -68,7 +69,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel") => text_encoders::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
-        ("pipeline", class) if class.starts_with("Flux") => flux::pipeline(case),
+        ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }
 }
