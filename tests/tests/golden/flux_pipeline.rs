@@ -1,6 +1,5 @@
 //! Whole FLUX generations, through the stages that workers run.
 
-
 use candle_core::{Device, Tensor};
 use models::blocks::RankGroup;
 use models::denoise::Denoiser;
@@ -27,7 +26,10 @@ pub fn run(case: &mut Case) -> Outcome {
     let mut inputs: Vec<Inputs> = jobs.iter().map(|_| Inputs::default()).collect();
     let one_by_one = |component: &str, inputs: &mut Vec<Inputs>| -> Result<Vec<Payload>, String> {
         let mut stage = load(&dir, component)?;
-        jobs.iter().zip(inputs.iter_mut()).map(|(job, inputs)| Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| Ok(()))?.remove(0))).collect()
+        jobs.iter()
+            .zip(inputs.iter_mut())
+            .map(|(job, inputs)| Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| Ok(()))?.remove(0)))
+            .collect()
     };
     for component in ["text_encoder", "text_encoder_2"] {
         let outputs = one_by_one(component, &mut inputs)?;
@@ -85,10 +87,15 @@ fn jobs(case: &Case) -> Result<Vec<Request>, String> {
 }
 
 fn check_ids(case: &mut Case, dir: &ModelDir, jobs: &[Request]) -> Outcome {
-    let encoders = [("text_encoder", "tokenizer", Encoder::First, 77), ("text_encoder_2", "tokenizer_2", Encoder::Second, jobs[0].max_sequence_length)];
+    let encoders = [
+        ("text_encoder", "tokenizer", Encoder::First, 77),
+        ("text_encoder_2", "tokenizer_2", Encoder::Second, jobs[0].max_sequence_length),
+    ];
     for (name, folder, encoder, tokens) in encoders {
         let tokenizer = Tokenizer::load(&dir.path().join(folder)).map_err(text)?;
-        let ids = |prompt: &str| Ok(tokenizer.encode(prompt, tokens).map_err(text)?.input_ids.into_iter().map(i64::from).collect::<Vec<_>>());
+        let ids = |prompt: &str| {
+            Ok(tokenizer.encode(prompt, tokens).map_err(text)?.input_ids.into_iter().map(i64::from).collect::<Vec<_>>())
+        };
         let check = |case: &mut Case, call: usize, rows: Vec<Vec<i64>>| {
             case.check_within(&format!("{name}.call{call}.input_ids"), &Tensor::new(rows, &Device::Cpu).map_err(text)?, 0.0)
         };
@@ -151,7 +158,8 @@ fn check_start(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &[Inpu
     let tolerance = case.tolerance("step00.prev_sample")?;
     let states = jobs.iter().zip(inputs).map(|(job, inputs)| denoiser.start(job.clone(), inputs.clone()).map_err(text));
     let states = states.collect::<Result<Vec<_>, String>>()?;
-    let timesteps: Vec<f64> = case.json["timesteps_passed_to_step"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    let timesteps: Vec<f64> =
+        case.json["timesteps_passed_to_step"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
     if states[0].scheduler.timesteps().len() != timesteps.len() {
         return Err(format!("{} timesteps, expected {}", states[0].scheduler.timesteps().len(), timesteps.len()));
     }
@@ -213,7 +221,11 @@ fn load(dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
 }
 
 /// Starts all tasks, takes turns until all are done, and returns their outputs in order. `on_step` sees every denoise step.
-fn run_stage(stage: &mut dyn Stage, tasks: &[(Request, Inputs)], mut on_step: impl FnMut(usize, &Tensor) -> Outcome) -> Result<Vec<Payload>, String> {
+fn run_stage(
+    stage: &mut dyn Stage,
+    tasks: &[(Request, Inputs)],
+    mut on_step: impl FnMut(usize, &Tensor) -> Outcome,
+) -> Result<Vec<Payload>, String> {
     for (key, (request, inputs)) in tasks.iter().enumerate() {
         stage.start(key as u64, request.clone(), inputs.clone());
     }
@@ -243,4 +255,3 @@ fn run_stage(stage: &mut dyn Stage, tasks: &[(Request, Inputs)], mut on_step: im
 fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
 }
-
