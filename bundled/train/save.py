@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
 
 from train_vae import build
 
@@ -32,6 +33,10 @@ def save(out, vae=None, clip=None, t5=None, flux=None):
     for name, part in parts.items():
         if part is not None:
             copy.deepcopy(part).to(torch.bfloat16).save_pretrained(out / name)
+    if clip is not None:  # FLUX' own files, and older transformers, have this prefix
+        file = out / "text_encoder" / "model.safetensors"
+        weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(out / "scheduler")  # as FLUX.1-schnell
     (out / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     for file in out.rglob("*.safetensors"):

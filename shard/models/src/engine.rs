@@ -90,7 +90,8 @@ impl Engine {
 
     /// The branches of the next forward: those that wait, in order, as far as they fit with the first.
     fn pick(&self) -> Vec<BranchRef> {
-        let waiting: Vec<(&Active, usize)> = self.active.iter().filter(|job| !job.cancelled).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
+        let waiting: Vec<(&Active, usize)> =
+            self.active.iter().filter(|job| !job.cancelled).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
         let Some((first, _)) = waiting.first() else { return Vec::new() };
         // Leave something for the other block ranges: a batch that takes all of it would let them idle.
         let free = self.runner.depth().saturating_sub(self.in_flight.len()).max(1);
@@ -111,7 +112,11 @@ impl Engine {
     fn take_inputs(&mut self, picked: &[BranchRef]) -> Result<Tensors> {
         let mut each = Vec::new();
         for reference in picked {
-            let slot = self.active.iter_mut().find(|job| job.key == reference.key).and_then(|job| job.branches.get_mut(reference.branch));
+            let slot = self
+                .active
+                .iter_mut()
+                .find(|job| job.key == reference.key)
+                .and_then(|job| job.branches.get_mut(reference.branch));
             if let Some(slot) = slot
                 && let Branch::Ready(inputs) = std::mem::replace(slot, Branch::InFlight)
             {

@@ -22,7 +22,7 @@ use crate::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
-use crate::request::NoiseGenerator;
+use crate::request::{Encoder, NoiseGenerator};
 use crate::scheduler::flow_match_euler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule, calculate_shift};
 use crate::stage::Inputs;
 use crate::t5::{T5Config, T5Encoder};
@@ -92,12 +92,18 @@ fn stages() -> Vec<StageCard> {
 
 /// What a job may set. Defaults are the pipelines'; a checkpoint without dynamic shifting is a few-step one (schnell) unless
 /// its directory says otherwise.
-fn parameters(transformer: &FluxTransformerConfig, scheduler: &FlowMatchEulerDiscreteConfig, vae: &AutoencoderKlConfig) -> Vec<ParameterCard> {
+fn parameters(
+    transformer: &FluxTransformerConfig,
+    scheduler: &FlowMatchEulerDiscreteConfig,
+    vae: &AutoencoderKlConfig,
+) -> Vec<ParameterCard> {
     let few_steps = !transformer.guidance_embeds && !scheduler.use_dynamic_shifting && scheduler.shift == 1.0;
     let side = (vae.sample_size.max(16) as f64).min(1024.0);
     let size = |name| ParameterCard::number(name, 16.0, MAX_SIDE as f64, side).multiple(16.0);
     let mut parameters = vec![
+        ParameterCard::field("prompt_2"),
         ParameterCard::field("negative_prompt"),
+        ParameterCard::field("negative_prompt_2"),
         size("width"),
         size("height"),
         ParameterCard::number("num_inference_steps", 1.0, MAX_STEPS as f64, if few_steps { 4.0 } else { 28.0 }).multiple(1.0),
@@ -142,13 +148,26 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
 
 fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
     let tokenizer = Tokenizer::load(&dir.join("tokenizer"))?;
-    Ok(TextEncoding { tokenizer, tokens: Some(CLIP_TOKENS), output: "pooler_output", name: "pooled_prompt_embeds", with_mask: false })
+    Ok(TextEncoding {
+        tokenizer,
+        tokens: Some(CLIP_TOKENS),
+        output: "pooler_output",
+        name: "pooled_prompt_embeds",
+        with_mask: false,
+    })
 }
 
 /// FLUX gives T5 no attention mask: padding takes part.
 fn t5_encoding(dir: &Path) -> Result<TextEncoding> {
     let tokenizer = Tokenizer::load(&dir.join("tokenizer_2"))?;
-    Ok(TextEncoding { tokenizer, tokens: None, output: "last_hidden_state", name: "prompt_embeds", with_mask: false })
+    Ok(TextEncoding {
+        tokenizer,
+        tokens: None,
+        output: "last_hidden_state",
+        name: "prompt_embeds",
+        with_mask: false,
+        encoder: Encoder::Second,
+    })
 }
 
 fn scheduler_config(dir: &ModelDir) -> Result<FlowMatchEulerDiscreteConfig> {
@@ -195,7 +214,8 @@ impl FluxDenoiser {
         let sigmas = linspace(1.0, 1.0 / n as f64, n);
         let (h, w) = self.grid(request);
         let mu = calculate_shift(h * w, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift);
-        let scheduler = FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu: Some(mu) })?;
+        let scheduler =
+            FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu: Some(mu) })?;
         match request.strength {
             None => Ok(scheduler),
             Some(strength) => {
@@ -241,7 +261,11 @@ impl Denoiser for FluxDenoiser {
         };
         let mut tensors = inputs.conditioning;
         let start = inputs.image_latents.as_ref().map(|image| self.image_latents(image, &mut generator)).transpose()?;
-        let noise = pack_latents(&generator.randn(&[request.num_images_per_prompt, self.channels, 2 * h, 2 * w])?)?;
+        let noise = match inputs.noise {
+            Some(noise) => noise,
+            None => generator.randn(&[request.num_images_per_prompt, self.channels, 2 * h, 2 * w])?,
+        };
+        let noise = pack_latents(&noise)?;
         let latents = match &start {
             None => noise.clone(),
             Some(start) => crate::scheduler::Scheduler::scale_noise(&scheduler, &start.broadcast_as(noise.shape())?, 0, &noise)?,
@@ -362,6 +386,9 @@ mod tests {
         let first = packed.to_vec3::<f32>().unwrap()[0][0][..4].to_vec();
         assert_eq!(first, [0.0, 1.0, 8.0, 9.0]);
         let back = unpack_latents(&packed, 3, 4).unwrap();
-        assert_eq!(back.flatten_all().unwrap().to_vec1::<f32>().unwrap(), latents.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        assert_eq!(
+            back.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            latents.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        );
     }
 }

@@ -1,12 +1,13 @@
 //! Which class of a checkpoint is which code: the one list to extend for a new family.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parallel::{DType, Device, Weights};
 
 use crate::block_runner::Follower;
-use crate::blocks::RankGroup;
+use crate::blocks::{Layout, RankGroup};
 use crate::card::Card;
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
@@ -77,17 +78,45 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 /// # Errors
 /// When the component does not exist, cannot be cut so, or its checkpoint is not what its configuration says.
 pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
-    let component = spec.dir.component(spec.component).ok_or_else(|| Error::ModelDir {
-        path: spec.dir.path().to_owned(),
-        reason: format!("there is no component `{}`", spec.component),
-    })?;
-    let weights = Weights::open(&component.path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
+    let path = component_path(spec.dir, spec.component)?;
+    let weights = Weights::open(&path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
     let ranks = spec.group.layout().ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
+    load_from(spec, &weights)
+}
+
+/// What one rank needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Bytes it reads from the checkpoint.
+    pub read_bytes: u64,
+    /// Bytes of weights it holds afterwards.
+    pub held_bytes: u64,
+}
+
+/// What each rank of a component would need, in rank order, by running its loading code without reading.
+pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Need>> {
+    let path = component_path(dir, component)?;
+    let rank = |rank: usize| {
+        let group = RankGroup::placeholder(rank, layout);
+        let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
+        load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;
+        let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
+        Ok(Need { read_bytes, held_bytes: weights.bytes_held() })
+    };
+    (0..layout.ranks()).map(rank).collect()
+}
+
+fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     match spec.dir.class_name() {
-        class if flux::CLASSES.contains(&class) => flux::load(spec, &weights),
+        class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
         other => Err(unknown(other)),
     }
+}
+
+fn component_path(dir: &ModelDir, component: &str) -> Result<PathBuf> {
+    let missing = || Error::ModelDir { path: dir.path().to_owned(), reason: format!("there is no component `{component}`") };
+    Ok(dir.component(component).ok_or_else(missing)?.path.clone())
 }
 
 fn unknown(class: &str) -> Error {

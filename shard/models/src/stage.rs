@@ -75,6 +75,8 @@ pub struct Inputs {
     pub image_latents: Option<Tensors>,
     /// From the denoiser.
     pub latents: Option<Tensor>,
+    /// Noise to start from in place of drawing it, `[B, C, H, W]`: the reference's `latents` argument.
+    pub noise: Option<Tensor>,
     /// The job's own pictures, as uploaded.
     pub pictures: Pictures,
 }

@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use parallel::{Tensor, Tensors};
 
 use crate::block_runner::BlockRunner;
+use crate::request::Encoder;
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::tokenizer::Tokenizer;
 use crate::{Payload, Request, Result};
@@ -19,8 +20,10 @@ pub struct TextEncoding {
     pub output: &'static str,
     /// What the denoiser calls it: `prompt_embeds` or `pooled_prompt_embeds`.
     pub name: &'static str,
-    /// The encoder's data type on arrival at the network is ids; whether it also takes `attention_mask`.
+    /// Whether it takes `attention_mask` besides `input_ids`.
     pub with_mask: bool,
+    /// Which of the job's prompts it reads.
+    pub encoder: Encoder,
 }
 
 /// A text encoder, on the leader of its group.
@@ -64,9 +67,9 @@ impl TextStage {
     }
 
     fn run(&mut self, request: &Request) -> Result<Payload> {
-        let name = self.encoding.name;
-        let mut out = Tensors::new().with(name, self.encode(&request.prompt, request)?);
-        if let Some(negative) = request.negative_prompt.as_deref().filter(|_| request.do_true_cfg()) {
+        let TextEncoding { name, encoder, .. } = self.encoding;
+        let mut out = Tensors::new().with(name, self.encode(request.prompt_of(encoder), request)?);
+        if let Some(negative) = request.negative_prompt_of(encoder) {
             out.insert(format!("negative_{name}"), self.encode(negative, request)?);
         }
         Ok(Payload::Conditioning(out))
