@@ -148,12 +148,17 @@ impl Check<'_> {
     }
 
     fn prompts(&mut self, spec: &JobSpec) {
+        if spec.negative_prompt_2.is_some() && spec.negative_prompt.is_none() {
+            self.refuse("negative_prompt_2", "needs negative_prompt");
+        }
         if spec.prompt.trim().is_empty() {
             self.refuse("prompt", "must not be empty");
         }
         for (field, text) in [
             ("prompt", Some(&spec.prompt)),
+            ("prompt_2", spec.prompt_2.as_ref()),
             ("negative_prompt", spec.negative_prompt.as_ref()),
+            ("negative_prompt_2", spec.negative_prompt_2.as_ref()),
         ] {
             if text.is_some_and(|text| text.chars().nth(MAX_PROMPT_CHARS).is_some()) {
                 self.refuse(
@@ -167,7 +172,9 @@ impl Check<'_> {
     /// Refuses what the client set and the model does not take: ignoring it would give another picture than asked for.
     fn taken(&mut self, spec: &JobSpec) {
         let others = [
+            ("prompt_2", spec.prompt_2.is_some()),
             ("negative_prompt", spec.negative_prompt.is_some()),
+            ("negative_prompt_2", spec.negative_prompt_2.is_some()),
             ("seed", spec.seed.is_some()),
             ("strength", spec.strength.is_some()),
             ("image_blob_id", !spec.image_blob_id.is_empty()),
