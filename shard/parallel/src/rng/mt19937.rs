@@ -11,7 +11,7 @@ const BLOCK: usize = 16;
 /// `torch.Generator("cpu")`, seeded with the low 32 bits of the seed.
 #[derive(Clone, Debug)]
 pub struct TorchCpu {
-    state: [u32; N],
+    state: Box<[u32; N]>,
     next: usize,
     /// The second value of the last pair drawn one by one. Only calls for fewer than sixteen values make or use it.
     cached: Option<f64>,
@@ -20,7 +20,7 @@ pub struct TorchCpu {
 impl TorchCpu {
     /// `manual_seed(seed)`.
     pub fn new(seed: u64) -> Self {
-        let mut state = [0u32; N];
+        let mut state = Box::new([0u32; N]);
         state[0] = seed as u32;
         for i in 1..N {
             let last = state[i - 1];
