@@ -164,7 +164,8 @@ impl TryFrom<Args> for Config {
                 "must start with a slash and not end with one",
             ));
         }
-        let etcd = (!args.etcd.is_empty()).then(|| EtcdConfig {
+        let has_etcd = !args.etcd.is_empty();
+        let etcd = has_etcd.then_some(EtcdConfig {
             endpoints: args.etcd,
             prefix: args.etcd_prefix,
         });

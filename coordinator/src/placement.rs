@@ -392,7 +392,7 @@ mod tests {
         #[test]
         fn losing_a_worker_touches_only_its_groups((wanted, workers) in any_cluster()) {
             let before: BTreeMap<_, _> = form_groups(&wanted, &workers, &BTreeMap::new()).into_iter().collect();
-            let mut rest = workers.clone();
+            let mut rest = workers;
             let Some((lost, _)) = rest.pop_first() else { return Ok(()) };
             let standing: BTreeMap<_, _> =
                 before.into_iter().filter(|(_, members)| !members.contains(&lost)).collect();

@@ -30,7 +30,7 @@ use crate::{
     error::{Error, Result},
     membership::{self, embedded::EmbeddedMembership},
     runtime::{Handle, health_service},
-    state::{Settings, State},
+    state::{Key, Settings, State},
 };
 
 /// How often the store is swept.
@@ -180,18 +180,19 @@ fn data_folder(configured: Option<&Path>) -> Result<(Option<tempfile::TempDir>, 
     Ok((Some(temporary), folder))
 }
 
-fn random_key() -> [u8; 32] {
+fn random_key() -> Key {
     let mut key = [0; 32];
     // Two UUIDs hold 244 bits from the operating system's generator, and no further dependency.
     key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
     key[16..].copy_from_slice(Uuid::new_v4().as_bytes());
-    key
+    Key(key)
 }
 
-/// Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice.
+/// Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms a
+/// thousand times a second.
 fn first_epoch() -> u64 {
-    SystemTime::now()
+    let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
+        .unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -18,6 +18,8 @@ mod view;
 mod work;
 
 #[cfg(test)]
+mod chaos;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -62,9 +64,19 @@ pub struct Settings {
     /// host:port of the blob service, for workers.
     pub blob_address: String,
     /// Every group's secret is derived from this. Random, and never leaves the process.
-    pub key: [u8; 32],
+    pub key: Key,
     /// The first epoch of every group. Greater in each life of the coordinator, so that epochs never come twice.
     pub first_epoch: u64,
+}
+
+/// A secret that is never shown.
+#[derive(Clone)]
+pub struct Key(pub [u8; 32]);
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(..)")
+    }
 }
 
 /// Something that happened.
@@ -95,6 +107,22 @@ pub enum Event {
     },
     /// Time has passed.
     Tick,
+}
+
+impl Event {
+    /// It may let a group form or a job start. Most events are progress and may not.
+    fn is_news(&self) -> bool {
+        let Self::Report { report, .. } = self else {
+            return true;
+        };
+        !matches!(
+            report,
+            Report::Heartbeat(_)
+                | Report::GroupLoading(_)
+                | Report::TaskStarted(_)
+                | Report::TaskProgress(_)
+        )
+    }
 }
 
 /// What comes with a client's request.
@@ -184,6 +212,7 @@ impl State {
     /// Takes in what happened at `now` and says what to do, in order. An event of a client gets exactly one answer.
     pub fn apply(&mut self, now: Millis, event: Event) -> Vec<Effect> {
         self.now = self.now.max(now);
+        let is_news = event.is_news();
         match event {
             Event::WorkerJoined(worker) => self.worker_joined(worker),
             Event::WorkerLeft { worker_id, cause } => self.worker_left(&worker_id, &cause),
@@ -198,10 +227,12 @@ impl State {
             }
             Event::Tick => self.end_overdue_jobs(),
         }
-        self.describe_models();
-        self.form_groups();
-        self.start_jobs();
-        self.announce_models();
+        if is_news {
+            self.describe_models();
+            self.form_groups();
+            self.start_jobs();
+            self.announce_models();
+        }
         std::mem::take(&mut self.effects)
     }
 

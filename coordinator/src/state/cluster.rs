@@ -8,7 +8,7 @@ use proto::v1::{
 };
 use sha2::{Digest, Sha256};
 
-use super::{Effect, State, work::shortened};
+use super::{Effect, Key, State, work::shortened};
 use crate::placement::{self, Members};
 
 impl State {
@@ -241,13 +241,13 @@ impl State {
 }
 
 /// Known to the members of this epoch and to nobody who knows the secret of another.
-fn secret(key: &[u8; 32], group_id: &str, epoch: u64) -> Vec<u8> {
+fn secret(key: &Key, group_id: &str, epoch: u64) -> Vec<u8> {
     let purpose = Sha256::new()
         .chain_update(epoch.to_le_bytes())
         .chain_update(group_id)
         .finalize();
     Sha256::new()
-        .chain_update(key)
+        .chain_update(key.0)
         .chain_update(purpose)
         .finalize()
         .to_vec()

@@ -12,17 +12,17 @@ use super::*;
 use crate::{error::Error, models_file::ComponentConfig, testing};
 
 /// A state, its clock, and the commands it sent.
-struct Cluster {
-    state: State,
+pub(super) struct Cluster {
+    pub(super) state: State,
     now: Millis,
-    sent: Vec<(String, Command)>,
+    pub(super) sent: Vec<(String, Command)>,
     effects: Vec<Effect>,
     jobs: u32,
 }
 
 impl Cluster {
     /// One model whose transformer has two ranks on different workers.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(|_| {}, Limits::default())
     }
 
@@ -43,7 +43,7 @@ impl Cluster {
             models: vec![model],
             limits,
             blob_address: "coordinator:7700".into(),
-            key: [7; 32],
+            key: Key([7; 32]),
             first_epoch: 1,
         };
         Self {
@@ -56,7 +56,7 @@ impl Cluster {
     }
 
     /// The same with two workers there, the card known, and every group ready.
-    fn ready() -> Self {
+    pub(super) fn ready() -> Self {
         let mut cluster = Self::new();
         cluster.join("w1");
         cluster.join("w2");
@@ -77,25 +77,25 @@ impl Cluster {
         answer
     }
 
-    fn join(&mut self, worker: &str) {
+    pub(super) fn join(&mut self, worker: &str) {
         self.apply(Event::WorkerJoined(testing::worker(worker, "any")));
     }
 
-    fn leave(&mut self, worker: &str) {
+    pub(super) fn leave(&mut self, worker: &str) {
         self.apply(Event::WorkerLeft {
             worker_id: worker.into(),
             cause: "connection closed".into(),
         });
     }
 
-    fn report(&mut self, worker: &str, report: Report) {
+    pub(super) fn report(&mut self, worker: &str, report: Report) {
         self.apply(Event::Report {
             worker_id: worker.into(),
             report,
         });
     }
 
-    fn describe(&mut self, worker: &str) {
+    pub(super) fn describe(&mut self, worker: &str) {
         let outcome = Some(Outcome::Card(testing::card("emoji")));
         self.report(
             worker,
@@ -126,12 +126,12 @@ impl Cluster {
         }
     }
 
-    fn tick(&mut self, millis: Millis) {
+    pub(super) fn tick(&mut self, millis: Millis) {
         self.now += millis;
         self.apply(Event::Tick);
     }
 
-    fn submission(&mut self) -> Submission {
+    pub(super) fn submission(&mut self) -> Submission {
         self.jobs += 1;
         Submission {
             job_id: format!("job{}", self.jobs),
@@ -142,7 +142,7 @@ impl Cluster {
         }
     }
 
-    fn submit(&mut self, submission: Submission) -> Result<Job> {
+    pub(super) fn submit(&mut self, submission: Submission) -> Result<Job> {
         self.apply(Event::Submit(Box::new(submission)))
             .expect("every submission is answered")
     }
@@ -152,30 +152,31 @@ impl Cluster {
         self.submit(submission).unwrap().id
     }
 
-    fn cancel(&mut self, job: &str) -> Job {
+    pub(super) fn cancel(&mut self, job: &str) -> Job {
         self.apply(Event::Cancel { job_id: job.into() })
             .expect("every cancel is answered")
             .unwrap()
     }
 
     /// Takes out the commands of one kind that were sent since the last time.
-    fn take<T>(&mut self, kind: impl Fn(Command) -> Result<T, Command>) -> Vec<(String, T)> {
+    fn take<T>(&mut self, kind: impl Fn(&Command) -> Option<T>) -> Vec<(String, T)> {
         let mut taken = vec![];
-        for (worker, command) in std::mem::take(&mut self.sent) {
-            match kind(command) {
-                Ok(command) => taken.push((worker, command)),
-                Err(command) => self.sent.push((worker, command)),
+        self.sent.retain(|(worker, command)| match kind(command) {
+            Some(command) => {
+                taken.push((worker.clone(), command));
+                false
             }
-        }
+            None => true,
+        });
         taken
     }
 
     fn joins(&mut self) -> Vec<(String, JoinGroup)> {
         self.take(|command| {
             if let Command::JoinGroup(join) = command {
-                Ok(join)
+                Some(join.clone())
             } else {
-                Err(command)
+                None
             }
         })
     }
@@ -183,9 +184,9 @@ impl Cluster {
     fn tasks(&mut self) -> Vec<(String, RunTask)> {
         self.take(|command| {
             if let Command::RunTask(task) = command {
-                Ok(task)
+                Some(task.clone())
             } else {
-                Err(command)
+                None
             }
         })
     }
@@ -193,9 +194,9 @@ impl Cluster {
     fn cancels(&mut self) -> Vec<(String, CancelTask)> {
         self.take(|command| {
             if let Command::CancelTask(task) = command {
-                Ok(task)
+                Some(task.clone())
             } else {
-                Err(command)
+                None
             }
         })
     }
@@ -203,9 +204,9 @@ impl Cluster {
     fn forgets(&mut self) -> Vec<(String, ForgetJob)> {
         self.take(|command| {
             if let Command::ForgetJob(job) = command {
-                Ok(job)
+                Some(job.clone())
             } else {
-                Err(command)
+                None
             }
         })
     }
@@ -218,7 +219,7 @@ impl Cluster {
         self.state.groups[group].epoch
     }
 
-    fn start(&mut self, (worker, task): &(String, RunTask)) {
+    pub(super) fn start(&mut self, (worker, task): &(String, RunTask)) {
         self.report(
             worker,
             Report::TaskStarted(TaskStarted {
@@ -227,7 +228,7 @@ impl Cluster {
         );
     }
 
-    fn finish(&mut self, (worker, task): &(String, RunTask)) {
+    pub(super) fn finish(&mut self, (worker, task): &(String, RunTask)) {
         let images = if task.outputs.is_empty() {
             vec![image()]
         } else {
@@ -243,7 +244,7 @@ impl Cluster {
         );
     }
 
-    fn fail(&mut self, (worker, task): &(String, RunTask), reason: &str) {
+    pub(super) fn fail(&mut self, (worker, task): &(String, RunTask), reason: &str) {
         let (reason, message) = (reason.to_owned(), "because".to_owned());
         let failed = TaskFailed {
             task: task.task.clone(),

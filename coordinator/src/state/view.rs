@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use prost::Message;
 use proto::v1::{self, GroupState, JobEvent, ModelStatus, WorkerStatus};
 
-use super::{State, group::Group, job::Job, model::Model, work::shortened};
+use super::{State, group::Group, job::Job, model::Model, work::name};
 use crate::error::{Error, Result};
 
 /// Events that a watcher gets in one reading.
@@ -202,6 +202,6 @@ impl State {
     fn find(&self, job_id: &str) -> Result<&Job> {
         self.jobs
             .by_id(job_id)
-            .ok_or_else(|| Error::JobNotFound(shortened(job_id)))
+            .ok_or_else(|| Error::JobNotFound(name(job_id)))
     }
 }

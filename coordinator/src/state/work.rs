@@ -20,8 +20,11 @@ use crate::{
     request::{self, Context, Request},
 };
 
-/// Characters kept of what a worker says went wrong.
-const MAX_CAUSE_CHARS: usize = 1000;
+/// Characters kept of what a worker says went wrong. A status travels in HTTP headers, twice and encoded: more would
+/// not fit the 16 KiB that clients take.
+const MAX_CAUSE_CHARS: usize = 400;
+/// Characters kept of a name that is not ours.
+const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
@@ -47,7 +50,7 @@ impl State {
             .iter()
             .find(|model| model.config.name == spec.model);
         let card = model
-            .ok_or_else(|| Error::ModelNotFound(shortened(&spec.model)))?
+            .ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?
             .card()?;
         let context = Context {
             seed,
@@ -73,7 +76,7 @@ impl State {
     }
 
     pub(super) fn cancel(&mut self, job_id: &str) -> Result<v1::Job> {
-        let not_found = || Error::JobNotFound(shortened(job_id));
+        let not_found = || Error::JobNotFound(name(job_id));
         let number = self.jobs.by_id(job_id).ok_or_else(not_found)?.number;
         let job = self.jobs.get_mut(number).ok_or_else(not_found)?;
         if !job.is_over() && !job.cancelling {
@@ -449,4 +452,9 @@ enum End {
 /// Text from outside, cut to a length that can be kept and shown.
 pub(super) fn shortened(text: &str) -> String {
     text.chars().take(MAX_CAUSE_CHARS).collect()
+}
+
+/// A name from outside that may be nobody's, cut to the length of a name.
+pub(super) fn name(text: &str) -> String {
+    text.chars().take(MAX_NAME_CHARS).collect()
 }
