@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Tensor};
 use models::scheduler::{
-    FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig, Schedule, Scheduler,
-    StepNoise,
+    FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig, Schedule,
+    Scheduler, StepNoise,
 };
 use serde_json::Value;
 use tests::golden::{Case, Outcome};
