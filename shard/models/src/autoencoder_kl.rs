@@ -287,3 +287,6 @@ impl AutoencoderKl {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

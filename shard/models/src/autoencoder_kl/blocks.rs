@@ -176,9 +176,7 @@ pub(super) enum Resize {
 
 impl SizeBlock {
     pub(super) fn load(w: &Weights, [c_in, c_out]: [usize; 2], layers: usize, groups: usize) -> Result<Self> {
-        let resnet = |i: usize| {
-            ResnetBlock::load(&w.pp("resnets").pp(i), [if i == 0 { c_in } else { c_out }, c_out], groups)
-        };
+        let resnet = |i: usize| ResnetBlock::load(&w.pp("resnets").pp(i), [if i == 0 { c_in } else { c_out }, c_out], groups);
         Ok(Self { resnets: (0..layers).map(resnet).collect::<Result<_>>()?, resize: None })
     }
 

@@ -73,9 +73,8 @@ impl FlowMatchEulerDiscreteConfig {
 
     fn check(&self) -> Result<()> {
         sigmas::check_config(self.num_train_timesteps, self.shift)?;
-        let unsupported = |field: &str, value: &dyn ToString| {
-            Err(Error::Unsupported { field: field.to_owned(), value: value.to_string() })
-        };
+        let unsupported =
+            |field: &str, value: &dyn ToString| Err(Error::Unsupported { field: field.to_owned(), value: value.to_string() });
         if self.invert_sigmas {
             return unsupported("invert_sigmas", &true);
         }
@@ -116,19 +115,11 @@ impl FlowMatchEulerDiscrete {
     }
 
     /// As [`Self::new`] for a configuration with `stochastic_sampling`: each step draws from `noise`.
-    pub fn stochastic(
-        config: &FlowMatchEulerDiscreteConfig,
-        schedule: &Schedule,
-        noise: Box<dyn StepNoise>,
-    ) -> Result<Self> {
+    pub fn stochastic(config: &FlowMatchEulerDiscreteConfig, schedule: &Schedule, noise: Box<dyn StepNoise>) -> Result<Self> {
         Self::build(config, schedule, Some(noise))
     }
 
-    fn build(
-        config: &FlowMatchEulerDiscreteConfig,
-        schedule: &Schedule,
-        noise: Option<Box<dyn StepNoise>>,
-    ) -> Result<Self> {
+    fn build(config: &FlowMatchEulerDiscreteConfig, schedule: &Schedule, noise: Option<Box<dyn StepNoise>>) -> Result<Self> {
         config.check()?;
         let mut sigmas: Vec<f32> = sigmas_of(config, schedule)?.into_iter().map(|s| s as f32).collect();
         let n = config.num_train_timesteps as f32;
