@@ -1,6 +1,6 @@
 //! Who is there: workers that registered, at this coordinator or in etcd. Both tell the same [`Change`]s.
 //!
-//! Membership says whom to dial. Whether a worker is alive is seen on its control stream ([`crate::control`]).
+//! Membership says whom to dial. Whether a worker is alive is seen on its control stream (`control.rs`).
 
 pub mod embedded;
 pub mod etcd;

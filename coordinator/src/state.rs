@@ -1,7 +1,7 @@
 //! What the coordinator knows and what it does when something happens: `apply(now, event) -> effects`.
 //!
 //! A pure machine: no I/O, no clock, no randomness. Time is an argument; ids and seeds come in with events. One task
-//! owns it ([`crate::runtime`]), so a test can play any order of failures in microseconds.
+//! owns it (`runtime.rs`), so a test can play any order of failures in microseconds.
 //!
 //! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job
 //! - `jobs.rs`: all jobs, by id, by request, by age

@@ -137,7 +137,8 @@ impl Chaos {
                 self.cluster.join(worker);
             }
         }
-        for _ in 0..20 {
+        // A job a round, and some for groups that fail on the way.
+        for _ in 0..self.jobs.len() + 20 {
             self.commands.append(&mut self.cluster.sent);
             for (worker, command) in std::mem::take(&mut self.commands) {
                 self.answer(&worker, command, 9);
