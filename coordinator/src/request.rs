@@ -121,6 +121,11 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
         .num_images_per_prompt
         .or(whole("num_images_per_prompt"))
         .or(Some(1));
+    // Without guidance by two passes it would have no effect.
+    if spec.true_cfg_scale.is_some_and(|scale| scale > 1.0) {
+        let text = parameter(card, "negative_prompt").and_then(|parameter| parameter.default_text.clone());
+        spec.negative_prompt = spec.negative_prompt.take().or(text);
+    }
     spec.seed = spec.seed.or(Some(seed));
     if !spec.image_blob_id.is_empty() {
         spec.strength = spec.strength.or(default("strength"));
