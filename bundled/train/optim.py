@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
 class Optimizer:
     """Both optimisers with one schedule: linear warm-up, then cosine from 1 to `floor`."""
 
-    def __init__(self, model, lr, plain=(), warmup=30, floor=0.0, muon=True, muon_lr=1.0,
+    def __init__(self, model, lr, plain=(), warmup=20, floor=0.0, muon=True, muon_lr=1.0,
                  weight_decay=0.0):
         matrices, others = [], []
         for name, p in model.named_parameters():

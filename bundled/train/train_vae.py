@@ -14,10 +14,10 @@ from optim import Optimizer
 LOGVAR = -6.0  # the encoder's noise is fixed at exp(-3) = 0.05; the latents' deviation is 1
 
 
-def build(channels, groups):
+def build(channels=(16, 32, 96, 128), groups=2):
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=channels, layers_per_block=1, latent_channels=16, norm_num_groups=groups,
+        block_out_channels=tuple(channels), layers_per_block=1, latent_channels=16, norm_num_groups=groups,
         sample_size=64, use_quant_conv=False, use_post_quant_conv=False,
         scaling_factor=1.0, shift_factor=0.0)  # the code has mean 0 and deviation 1 already
     with torch.no_grad():
@@ -57,7 +57,7 @@ def main():
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--channels", type=int, nargs=4, default=[16, 32, 96, 128])
-    p.add_argument("--groups", type=int, default=8)
+    p.add_argument("--groups", type=int, default=2)
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint with a new schedule")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()

@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use cargo_metadata::{DependencyKind, MetadataCommand};
+use serde_json::Value;
 
 /// Longest source file; over this, split it.
 const MAX_LINES: usize = 800;
@@ -47,17 +48,23 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
     stripped.enumerate().map(|(i, line)| (i + 1, line))
 }
 
-/// The direct dependencies of each of our crates; `dev` adds those of its tests.
-fn dependencies(dev: bool) -> BTreeMap<String, BTreeSet<String>> {
-    let manifest = root().join("Cargo.toml");
-    let options = ["--offline".to_owned()];
-    let metadata = MetadataCommand::new().manifest_path(manifest).no_deps().other_options(options).exec().unwrap();
-    let counts = |kind| dev || kind != DependencyKind::Development;
-    let of = |package: &cargo_metadata::Package| {
-        let names = package.dependencies.iter().filter(|d| counts(d.kind)).map(|d| d.name.to_string());
-        (package.name.to_string(), names.collect())
+/// The direct dependencies of each of our crates, those of their tests left out.
+fn dependencies() -> BTreeMap<String, BTreeSet<String>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let metadata = Command::new(cargo)
+        .args(["metadata", "--offline", "--no-deps", "--format-version", "1"])
+        .current_dir(root())
+        .output()
+        .expect("cargo can be run");
+    assert!(metadata.status.success(), "{}", String::from_utf8_lossy(&metadata.stderr));
+    let metadata: Value = serde_json::from_slice(&metadata.stdout).unwrap();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let of = |package: &Value| {
+        let linked = list(&package["dependencies"]).into_iter().filter(|d| d["kind"] != "dev");
+        (text(&package["name"]), linked.map(|d| text(&d["name"])).collect())
     };
-    metadata.packages.iter().map(of).collect()
+    list(&metadata["packages"]).iter().map(of).collect()
 }
 
 #[test]
@@ -72,7 +79,7 @@ fn imports_run_one_way() {
         ("coordinator", &["proto"]),
         ("cli", &["coordinator", "worker", "models", "parallel", "proto", "kernels"]),
     ];
-    let dependencies = dependencies(false);
+    let dependencies = dependencies();
     for (name, may) in ours {
         let of = dependencies.get(name).unwrap_or_else(|| panic!("there is no crate `{name}`"));
         for other in of.iter().filter(|d| dependencies.contains_key(*d)) {
@@ -83,7 +90,7 @@ fn imports_run_one_way() {
 
 #[test]
 fn a_crate_links_only_what_it_may_know() {
-    let dependencies = dependencies(false);
+    let dependencies = dependencies();
     let candle = ["candle-core", "candle-nn", "candle-transformers", "cudarc"];
     let network = ["tokio", "tonic", "etcd-client"];
     let forbidden: [(&str, &[&[&str]]); 4] = [

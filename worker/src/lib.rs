@@ -1,1 +1,50 @@
-//! stub
+//! The worker: holds ranks of groups, runs their stages, and moves what flows between stages.
+//!
+//! It may not decide. Which rank to hold, which task to run, where its output goes and whether to try again is said by the
+//! coordinator over [`service`]; a worker only reports. It knows no model either: what a component is made of is behind
+//! [`Backend`].
+//!
+//! Two worlds meet here and touch in [`groups`] only: tokio tasks, which wait for sockets and never for a tensor, and one
+//! thread per rank ([`rank`]), which computes and waits for no socket but those of its group's collective. Start reading at
+//! [`worker`], then [`service`], then [`tasks`].
+
+mod error;
+
+pub mod config;
+
+mod card_wire;
+mod request_wire;
+
+mod payload_wire;
+
+mod inbox;
+
+mod provenance;
+
+pub mod backend;
+
+mod rank;
+mod routes;
+
+mod groups;
+
+mod cards;
+mod dial;
+
+mod blobs;
+
+mod tasks;
+
+mod session;
+
+mod service;
+
+mod embedded;
+mod etcd;
+
+pub mod worker;
+
+pub use backend::{Backend, RankSpec, RegistryBackend};
+pub use config::{Args, Config};
+pub use error::{Error, Result};
+pub use worker::{Worker, run};

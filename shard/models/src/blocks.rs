@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use parallel::collective::Placeholder;
 use parallel::mesh::{Link, Mesh};
 use parallel::{Collective, Solo, Tensor, Tensors};
 use serde::{Deserialize, Serialize};
@@ -106,6 +107,13 @@ impl RankGroup {
         let peers: Vec<usize> = (index * layout.tp..(index + 1) * layout.tp).collect();
         let tensor = Arc::new(whole.subgroup(&peers)?);
         Ok(Self { whole: Arc::new(whole), tensor, range: RangeOf { index, count: layout.block_ranges }, layout })
+    }
+
+    /// A place in a group that exists on paper only: enough to measure what a rank would load.
+    pub fn placeholder(rank: usize, layout: Layout) -> Self {
+        let whole = Arc::new(Placeholder { rank, size: layout.ranks() });
+        let tensor = Arc::new(Placeholder { rank: rank % layout.tp, size: layout.tp });
+        Self { whole, tensor, range: RangeOf { index: rank / layout.tp, count: layout.block_ranges }, layout }
     }
 
     /// Rank 0 leads: it alone knows what to do next.

@@ -1,1 +1,270 @@
-//! Being written.
+//! The denoise engine: many jobs at once, one step each per turn.
+//!
+//! A job joins at a step boundary and leaves at one. The branches of all jobs (one a job, two with classifier-free guidance)
+//! wait in one row; a turn takes as many as fit together into one forward, and issues forwards until every block range has
+//! work. A job alone is the case n = 1, not another path.
+
+use std::collections::VecDeque;
+
+use parallel::{Tensor, Tensors};
+
+use crate::block_runner::BlockRunner;
+use crate::denoise::{DenoiseState, Denoiser};
+use crate::registry::Limits;
+use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
+use crate::{Error, Request, Result};
+
+/// The leader's end of a denoiser's group.
+pub struct Engine {
+    denoiser: Box<dyn Denoiser>,
+    runner: BlockRunner,
+    limits: Limits,
+    waiting: Waiting,
+    active: Vec<Active>,
+    /// Forwards under way, oldest first: whose branches are in each, in order.
+    in_flight: VecDeque<Vec<BranchRef>>,
+}
+
+/// A job in the engine.
+struct Active {
+    key: TaskKey,
+    state: DenoiseState,
+    cancelled: bool,
+    /// The branches of its next evaluation.
+    branches: Vec<Branch>,
+}
+
+enum Branch {
+    Ready(Tensors),
+    InFlight,
+    Done(Result<Tensor>),
+}
+
+#[derive(Clone, Copy)]
+struct BranchRef {
+    key: TaskKey,
+    branch: usize,
+}
+
+impl Engine {
+    /// For the leader of the group that holds the network.
+    pub fn new(denoiser: Box<dyn Denoiser>, runner: BlockRunner, limits: Limits) -> Self {
+        Self { denoiser, runner, limits, waiting: Waiting::default(), active: Vec::new(), in_flight: VecDeque::new() }
+    }
+
+    /// Jobs that are being denoised now.
+    pub fn active(&self) -> usize {
+        self.active.len()
+    }
+
+    fn admit(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        while self.active.len() < self.limits.max_jobs.max(1) {
+            let Some((key, request, inputs)) = self.waiting.pop() else { return };
+            on_event(StageEvent::Started { key });
+            let started = self.denoiser.start(request, inputs).and_then(|state| {
+                let branches = self.next_branches(&state)?;
+                Ok(Active { key, state, cancelled: false, branches })
+            });
+            match started {
+                Ok(job) => self.active.push(job),
+                Err(error) => on_event(StageEvent::Failed { key, error, step: 0 }),
+            }
+        }
+    }
+
+    fn next_branches(&self, state: &DenoiseState) -> Result<Vec<Branch>> {
+        Ok(self.denoiser.branches(state)?.into_iter().map(Branch::Ready).collect())
+    }
+
+    /// Lets go of cancelled jobs that have nothing under way.
+    fn drop_cancelled(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        self.waiting.tell_cancelled(on_event);
+        self.active.retain(|job| {
+            let goes = job.cancelled && !job.branches.iter().any(|b| matches!(b, Branch::InFlight));
+            if goes {
+                on_event(StageEvent::Failed { key: job.key, error: Error::Cancelled, step: job.state.step });
+            }
+            !goes
+        });
+    }
+
+    /// The branches of the next forward: those that wait, in order, as far as they fit with the first.
+    fn pick(&self) -> Vec<BranchRef> {
+        let waiting: Vec<(&Active, usize)> =
+            self.active.iter().filter(|job| !job.cancelled).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
+        let Some((first, _)) = waiting.first() else { return Vec::new() };
+        // Leave something for the other block ranges: a batch that takes all of it would let them idle.
+        let free = self.runner.depth().saturating_sub(self.in_flight.len()).max(1);
+        let share = waiting.len().div_ceil(free);
+        let key = self.denoiser.batch_key(&first.state);
+        let (mut picked, mut pictures) = (Vec::new(), 0);
+        for (job, branch) in &waiting {
+            let fits = picked.is_empty() || pictures + job.state.pictures() <= self.limits.max_batch;
+            if picked.len() < share && fits && self.denoiser.batch_key(&job.state) == key {
+                picked.push(BranchRef { key: job.key, branch: *branch });
+                pictures += job.state.pictures();
+            }
+        }
+        picked
+    }
+
+    /// Takes the picked branches' inputs, side by side along dimension 0.
+    fn take_inputs(&mut self, picked: &[BranchRef]) -> Result<Tensors> {
+        let mut each = Vec::new();
+        for reference in picked {
+            let slot = self
+                .active
+                .iter_mut()
+                .find(|job| job.key == reference.key)
+                .and_then(|job| job.branches.get_mut(reference.branch));
+            if let Some(slot) = slot
+                && let Branch::Ready(inputs) = std::mem::replace(slot, Branch::InFlight)
+            {
+                each.push(inputs);
+            }
+        }
+        side_by_side(&each, self.denoiser.shared_inputs())
+    }
+
+    fn issue(&mut self, picked: Vec<BranchRef>, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<()> {
+        match self.take_inputs(&picked) {
+            Ok(inputs) => {
+                self.runner.issue(&inputs)?;
+                self.in_flight.push_back(picked);
+            }
+            Err(error) => self.settle(&picked, &Err(error), on_event),
+        }
+        Ok(())
+    }
+
+    /// Takes in the oldest forward under way.
+    fn collect(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<()> {
+        let output = self.runner.collect()?.and_then(|mut output| Ok(output.take("sample")?));
+        let Some(picked) = self.in_flight.pop_front() else { return Ok(()) };
+        self.settle(&picked, &output, on_event);
+        Ok(())
+    }
+
+    /// Hands a forward's output out and steps the jobs that have all their branches.
+    fn settle(&mut self, picked: &[BranchRef], output: &Result<Tensor>, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        self.hand_out(picked, output);
+        for reference in picked {
+            self.advance(reference.key, on_event);
+        }
+    }
+
+    /// Gives each branch its rows of a forward's output, or the reason why there are none.
+    fn hand_out(&mut self, picked: &[BranchRef], output: &Result<Tensor>) {
+        let mut row = 0;
+        for reference in picked {
+            let Some(job) = self.active.iter_mut().find(|job| job.key == reference.key) else { continue };
+            let rows = job.state.pictures();
+            let mine = match output {
+                Ok(output) => output.narrow(0, row, rows).map_err(Error::from),
+                Err(error) => Err(Error::Rank { reason: error.to_string() }),
+            };
+            row += rows;
+            if let Some(slot) = job.branches.get_mut(reference.branch) {
+                *slot = Branch::Done(mine);
+            }
+        }
+    }
+
+    /// Steps a job if all its branches are done, and lets it go when it is finished.
+    fn advance(&mut self, key: TaskKey, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        let Some(at) = self.active.iter().position(|job| job.key == key) else { return };
+        if self.active[at].cancelled || !self.active[at].branches.iter().all(|b| matches!(b, Branch::Done(_))) {
+            return;
+        }
+        // The job goes to the end of the row, so that jobs take turns.
+        let mut job = self.active.remove(at);
+        match self.step(&mut job) {
+            Ok(()) => {
+                let (step, steps) = (job.state.step, job.state.steps());
+                on_event(StageEvent::Step { key, step, steps, state: Some(&job.state) });
+                if step < steps {
+                    self.active.push(job);
+                } else {
+                    on_event(match self.denoiser.finish(job.state) {
+                        Ok(payload) => StageEvent::Done { key, payload },
+                        Err(error) => StageEvent::Failed { key, error, step },
+                    });
+                }
+            }
+            Err(error) => on_event(StageEvent::Failed { key, error, step: job.state.step }),
+        }
+    }
+
+    fn step(&self, job: &mut Active) -> Result<()> {
+        let outputs = std::mem::take(&mut job.branches).into_iter().map(|branch| match branch {
+            Branch::Done(output) => output,
+            Branch::Ready(_) | Branch::InFlight => Err(Error::Rank { reason: "a branch was not computed".into() }),
+        });
+        self.denoiser.advance(&mut job.state, outputs.collect::<Result<_>>()?)?;
+        job.state.step += 1;
+        if job.state.step < job.state.steps() {
+            job.branches = self.next_branches(&job.state)?;
+        }
+        Ok(())
+    }
+}
+
+impl Stage for Engine {
+    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
+        self.waiting.push(key, request, inputs);
+    }
+
+    fn cancel(&mut self, key: TaskKey) {
+        self.waiting.cancel(key);
+        for job in self.active.iter_mut().filter(|job| job.key == key) {
+            job.cancelled = true;
+        }
+    }
+
+    /// Issues one forward while a block range is free, else takes in the oldest one.
+    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
+        self.drop_cancelled(on_event);
+        self.admit(on_event);
+        if self.in_flight.len() < self.runner.depth() {
+            let picked = self.pick();
+            if !picked.is_empty() {
+                self.issue(picked, on_event)?;
+                // With one range the output is there already: a turn is then a whole step.
+                if self.in_flight.len() < self.runner.depth() {
+                    return Ok(true);
+                }
+            }
+        }
+        if self.in_flight.is_empty() {
+            return Ok(!self.active.is_empty());
+        }
+        self.collect(on_event)?;
+        self.drop_cancelled(on_event);
+        Ok(true)
+    }
+}
+
+fn ready(job: &Active) -> impl Iterator<Item = usize> + '_ {
+    job.branches.iter().enumerate().filter(|(_, b)| matches!(b, Branch::Ready(_))).map(|(i, _)| i)
+}
+
+/// Inputs side by side along dimension 0; shared ones are taken from the first.
+fn side_by_side(each: &[Tensors], shared: &[&str]) -> Result<Tensors> {
+    let Some(first) = each.first() else { return Ok(Tensors::new()) };
+    let mut together = Tensors::new();
+    for (name, tensor) in first.iter() {
+        let tensor = if each.len() == 1 || shared.contains(&name) {
+            tensor.clone()
+        } else {
+            Tensor::cat(&each.iter().map(|inputs| inputs.get(name)).collect::<parallel::Result<Vec<_>>>()?, 0)?
+        };
+        together.insert(name, tensor);
+    }
+    Ok(together)
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Engine({} jobs, {} forwards under way)", self.active.len(), self.in_flight.len())
+    }
+}

@@ -43,6 +43,12 @@ pub enum Error {
         /// What it was given.
         got: &'static str,
     },
+    /// Another rank of the group could not do its part of a forward.
+    #[error("{reason}")]
+    Rank {
+        /// What that rank said.
+        reason: String,
+    },
     /// The job was cancelled.
     #[error("the job was cancelled")]
     Cancelled,

@@ -12,6 +12,8 @@ pub mod model_dir;
 
 pub mod blocks;
 
+pub mod block_runner;
+
 pub mod tokenizer;
 
 pub mod clip;
@@ -25,11 +27,15 @@ pub mod scheduler;
 
 pub mod flux_transformer;
 
+pub mod denoise;
+
 pub mod stage;
 
-pub mod flux;
-
+pub mod autoencoder_stage;
 pub mod engine;
+pub mod text_stage;
+
+pub mod flux;
 
 pub mod registry;
 

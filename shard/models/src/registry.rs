@@ -1,1 +1,133 @@
-//! Being written.
+//! Which class of a checkpoint is which code: the one list to extend for a new family.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parallel::{DType, Device, Weights};
+
+use crate::block_runner::Follower;
+use crate::blocks::{Layout, RankGroup};
+use crate::card::Card;
+use crate::model_dir::ModelDir;
+use crate::stage::Stage;
+use crate::{Error, Result, flux};
+
+/// A rank with its weights.
+pub enum Rank {
+    /// Rank 0: holds the tasks.
+    Leader(Box<dyn Stage>),
+    /// Any other rank: does the forwards it is handed.
+    Follower(Follower),
+}
+
+/// What a rank needs in order to load.
+#[derive(Debug)]
+pub struct LoadSpec<'a> {
+    /// The model.
+    pub dir: &'a ModelDir,
+    /// The component to hold.
+    pub component: &'a str,
+    /// This rank's place in the group.
+    pub group: RankGroup,
+    /// Where to compute.
+    pub device: Device,
+    /// Limits of the denoise engine.
+    pub limits: Limits,
+}
+
+/// Limits of the stages a group runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Pictures in one forward pass. A job of more pictures than this still goes, alone.
+    pub max_batch: usize,
+    /// Jobs denoised at once; more wait their turn.
+    pub max_jobs: usize,
+    /// Bytes of prompt embeddings kept for prompts that come again.
+    pub prompt_cache_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_batch: 4, max_jobs: 16, prompt_cache_bytes: 256 << 20 }
+    }
+}
+
+/// How far a rank is with its weights.
+#[derive(Clone, Debug)]
+pub struct LoadProgress {
+    /// Bytes read so far.
+    pub read: Arc<AtomicU64>,
+    /// About how many there will be: the checkpoint's bytes over the ranks.
+    pub total: u64,
+}
+
+/// Says what the model in `dir` is.
+///
+/// # Errors
+/// When its class is of no family here, or a part of it is not supported.
+pub fn describe(dir: &ModelDir) -> Result<Card> {
+    match dir.class_name() {
+        class if flux::CLASSES.contains(&class) => flux::describe(dir),
+        other => Err(unknown(other)),
+    }
+}
+
+/// Loads one rank of one component, telling `on_open` how to watch.
+///
+/// # Errors
+/// When the component does not exist, cannot be cut so, or its checkpoint is not what its configuration says.
+pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
+    let path = component_path(spec.dir, spec.component)?;
+    let weights = Weights::open(&path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
+    let ranks = spec.group.layout().ranks() as u64;
+    on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
+    load_from(spec, &weights)
+}
+
+/// What one rank needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Bytes it reads from the checkpoint.
+    pub read_bytes: u64,
+    /// Bytes of weights it holds afterwards.
+    pub held_bytes: u64,
+}
+
+/// What each rank of a component would need, in rank order, by running its loading code without reading.
+pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Need>> {
+    let path = component_path(dir, component)?;
+    let rank = |rank: usize| {
+        let group = RankGroup::placeholder(rank, layout);
+        let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
+        load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;
+        let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
+        Ok(Need { read_bytes, held_bytes: weights.bytes_held() })
+    };
+    (0..layout.ranks()).map(rank).collect()
+}
+
+fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
+    match spec.dir.class_name() {
+        class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
+        other => Err(unknown(other)),
+    }
+}
+
+fn component_path(dir: &ModelDir, component: &str) -> Result<PathBuf> {
+    let missing = || Error::ModelDir { path: dir.path().to_owned(), reason: format!("there is no component `{component}`") };
+    Ok(dir.component(component).ok_or_else(missing)?.path.clone())
+}
+
+fn unknown(class: &str) -> Error {
+    Error::Unsupported { field: "model_index.json: _class_name".into(), value: class.into() }
+}
+
+impl std::fmt::Debug for Rank {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Rank::Leader(_) => "Leader",
+            Rank::Follower(_) => "Follower",
+        })
+    }
+}

@@ -7,8 +7,12 @@ use serde::{Deserialize, Serialize};
 pub struct Request {
     /// What the picture should show.
     pub prompt: String,
+    /// What the second text encoder reads, if not `prompt`.
+    pub prompt_2: Option<String>,
     /// What it should not show; takes effect with `true_cfg_scale` > 1.
     pub negative_prompt: Option<String>,
+    /// What the second text encoder reads, if not `negative_prompt`.
+    pub negative_prompt_2: Option<String>,
     /// Pixels.
     pub width: usize,
     /// Pixels.
@@ -47,4 +51,30 @@ impl Request {
     pub fn do_true_cfg(&self) -> bool {
         self.true_cfg_scale > 1.0 && self.negative_prompt.is_some()
     }
+
+    /// What a text encoder reads.
+    pub fn prompt_of(&self, encoder: Encoder) -> &str {
+        match encoder {
+            Encoder::First => &self.prompt,
+            Encoder::Second => self.prompt_2.as_deref().unwrap_or(&self.prompt),
+        }
+    }
+
+    /// What a text encoder reads for the unguided half; `None` when the job is not guided so.
+    pub fn negative_prompt_of(&self, encoder: Encoder) -> Option<&str> {
+        let first = self.negative_prompt.as_deref().filter(|_| self.do_true_cfg())?;
+        Some(match encoder {
+            Encoder::First => first,
+            Encoder::Second => self.negative_prompt_2.as_deref().unwrap_or(first),
+        })
+    }
+}
+
+/// A pipeline's text encoders, in the reference's order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoder {
+    /// `text_encoder`, which reads `prompt`.
+    First,
+    /// `text_encoder_2`, which reads `prompt_2`.
+    Second,
 }

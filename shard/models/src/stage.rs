@@ -1,1 +1,143 @@
-//! Being written.
+//! What a worker runs: stages, each a queue of tasks that is advanced turn by turn.
+//!
+//! Only the leader (rank 0) of a group holds tasks. Its peers hold slices of the network and do the forwards they are handed
+//! ([`crate::block_runner`]), so what to run next, and whether to stop, is decided in one place: ranks cannot disagree.
+
+use std::collections::BTreeMap;
+
+use parallel::{Tensor, Tensors};
+
+use crate::denoise::DenoiseState;
+use crate::{Error, Payload, Request, Result};
+
+/// Names a task within its stage; chosen by the caller.
+pub type TaskKey = u64;
+
+/// A stage of a component, on the leader of the component's group.
+pub trait Stage: Send {
+    /// Takes a task in. It begins at the next turn that has room for it.
+    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs);
+
+    /// Stops a task: it gives [`StageEvent::Failed`] with [`Error::Cancelled`] within one turn. Unknown keys are ignored.
+    fn cancel(&mut self, key: TaskKey);
+
+    /// Does a bounded piece of work (a denoise step, one text, one picture) and tells what came of it. `false`: there is
+    /// nothing to do until the next `start`.
+    ///
+    /// # Errors
+    /// Only when the group cannot go on ([`Error::loses_group`]); what goes wrong with one task is that task's event.
+    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool>;
+}
+
+/// What happens to a task.
+#[derive(Debug)]
+pub enum StageEvent<'a> {
+    /// It begins to be worked on.
+    Started {
+        /// The task.
+        key: TaskKey,
+    },
+    /// It made a step.
+    Step {
+        /// The task.
+        key: TaskKey,
+        /// Steps done.
+        step: usize,
+        /// Steps in all.
+        steps: usize,
+        /// Where the denoiser is, if this is a denoise step: what previews and checkpoints are made of.
+        state: Option<&'a DenoiseState>,
+    },
+    /// It is done.
+    Done {
+        /// The task.
+        key: TaskKey,
+        /// Its output.
+        payload: Payload,
+    },
+    /// It ended without output.
+    Failed {
+        /// The task.
+        key: TaskKey,
+        /// Why.
+        error: Error,
+        /// Steps that had been done.
+        step: usize,
+    },
+}
+
+/// What a task starts from, besides its request.
+#[derive(Clone, Debug, Default)]
+pub struct Inputs {
+    /// From the text encoders, all of their names together.
+    pub conditioning: Tensors,
+    /// From the autoencoder's encoder.
+    pub image_latents: Option<Tensors>,
+    /// From the denoiser.
+    pub latents: Option<Tensor>,
+    /// Noise to start from in place of drawing it, `[B, C, H, W]`: the reference's `latents` argument.
+    pub noise: Option<Tensor>,
+    /// The job's own pictures, as uploaded.
+    pub pictures: Pictures,
+}
+
+/// A job's pictures, as uploaded: PNG, JPEG or WebP bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Pictures {
+    /// Where to start from.
+    pub image: Option<Vec<u8>>,
+    /// Where to repaint.
+    pub mask_image: Option<Vec<u8>>,
+}
+
+impl Inputs {
+    /// Takes in the output of another stage.
+    pub fn add(&mut self, payload: Payload) -> Result<()> {
+        match payload {
+            Payload::Conditioning(tensors) => self.conditioning.extend(tensors),
+            Payload::ImageLatents(tensors) => self.image_latents = Some(tensors),
+            Payload::Latents(mut tensors) => self.latents = Some(tensors.take("latents")?),
+            other @ Payload::Image(_) => return Err(Error::Payload { stage: "input", got: other.kind() }),
+        }
+        Ok(())
+    }
+
+    /// The latents a decoder needs.
+    pub fn latents(&self) -> Result<&Tensor> {
+        self.latents.as_ref().ok_or_else(|| parallel::Error::MissingInput { name: "latents".into() }.into())
+    }
+}
+
+/// Tasks waiting for their turn, in the order they came. For stages that work on one at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    order: BTreeMap<u64, (TaskKey, Request, Inputs)>,
+    next: u64,
+    cancelled: Vec<TaskKey>,
+}
+
+impl Waiting {
+    pub(crate) fn push(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
+        self.order.insert(self.next, (key, request, inputs));
+        self.next += 1;
+    }
+
+    pub(crate) fn cancel(&mut self, key: TaskKey) {
+        let before = self.order.len();
+        self.order.retain(|_, (k, ..)| *k != key);
+        if self.order.len() < before {
+            self.cancelled.push(key);
+        }
+    }
+
+    /// Tells of the tasks that were cancelled since the last turn.
+    pub(crate) fn tell_cancelled(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        for key in self.cancelled.drain(..) {
+            on_event(StageEvent::Failed { key, error: Error::Cancelled, step: 0 });
+        }
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<(TaskKey, Request, Inputs)> {
+        self.order.pop_first().map(|(_, task)| task)
+    }
+}

@@ -50,6 +50,8 @@ pub struct Weights {
     group: Arc<dyn Collective>,
     dtype: DType,
     device: Device,
+    /// Count bytes instead of reading them.
+    measuring: bool,
 }
 
 struct Checkpoint {
@@ -58,6 +60,7 @@ struct Checkpoint {
     entries: BTreeMap<String, Entry>,
     taken: Mutex<BTreeSet<String>>,
     bytes_read: Arc<AtomicU64>,
+    bytes_held: AtomicU64,
 }
 
 #[derive(Clone)]
@@ -84,8 +87,33 @@ impl Weights {
             read_entries(&path, &map, files.len(), &mut entries)?;
             files.push(map);
         }
-        let checkpoint = Checkpoint { dir: dir.to_owned(), files, entries, taken: Mutex::default(), bytes_read: Arc::default() };
-        Ok(Self { checkpoint: Arc::new(checkpoint), prefix: String::new(), group, dtype, device: device.clone() })
+        let checkpoint = Checkpoint {
+            dir: dir.to_owned(),
+            files,
+            entries,
+            taken: Mutex::default(),
+            bytes_read: Arc::default(),
+            bytes_held: AtomicU64::new(0),
+        };
+        Ok(Self {
+            checkpoint: Arc::new(checkpoint),
+            prefix: String::new(),
+            group,
+            dtype,
+            device: device.clone(),
+            measuring: false,
+        })
+    }
+
+    /// The same checkpoint, from which tensors come out as zeros that take no memory: what a rank would read and hold is
+    /// counted, and nothing is read.
+    pub fn measuring(self) -> Self {
+        Self { measuring: true, ..self }
+    }
+
+    /// Whether bytes are counted instead of read.
+    pub fn is_measuring(&self) -> bool {
+        self.measuring
     }
 
     /// The same checkpoint one level down.
@@ -125,6 +153,9 @@ impl Weights {
             return Err(Error::Shape { name, found: entry.shape.clone(), expected: full_shape.to_vec() });
         }
         self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        if self.measuring {
+            return self.measure(&name, entry, &shard);
+        }
         let data = &self.checkpoint.files[entry.file][entry.start..entry.end];
         let tensor = match shard {
             Shard::Replicated => self.tensor(data, entry.dtype, full_shape)?,
@@ -156,6 +187,11 @@ impl Weights {
         self.checkpoint.bytes_read.clone()
     }
 
+    /// Bytes of the tensors that were given out, in the type they were given out in.
+    pub fn bytes_held(&self) -> u64 {
+        self.checkpoint.bytes_held.load(Ordering::Relaxed)
+    }
+
     /// Bytes of weights in the whole checkpoint, as stored.
     pub fn total_bytes(&self) -> u64 {
         self.checkpoint.entries.values().map(|e| (e.end - e.start) as u64).sum()
@@ -171,20 +207,44 @@ impl Weights {
     }
 
     fn tensor(&self, data: &[u8], dtype: DType, shape: &[usize]) -> Result<Tensor> {
-        self.checkpoint.bytes_read.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.count(data.len() / dtype.size_in_bytes(), dtype);
         Ok(Tensor::from_raw_buffer(data, dtype, shape, &self.device)?.to_dtype(self.dtype)?)
     }
 
-    /// The bytes of this rank's slice of every block along `dim`.
-    fn slice(&self, name: &str, data: &[u8], entry: &Entry, dim: usize, blocks: &[usize]) -> Result<(Vec<u8>, Vec<usize>)> {
-        let (rank, tp) = (self.group.rank(), self.group.size());
+    fn count(&self, elements: usize, stored: DType) {
+        let Checkpoint { bytes_read, bytes_held, .. } = &*self.checkpoint;
+        bytes_read.fetch_add((elements * stored.size_in_bytes()) as u64, Ordering::Relaxed);
+        bytes_held.fetch_add((elements * self.dtype.size_in_bytes()) as u64, Ordering::Relaxed);
+    }
+
+    /// Zeros in the shape of this rank's slice, all in one element; its bytes are counted as read.
+    fn measure(&self, name: &str, entry: &Entry, shard: &Shard) -> Result<Tensor> {
+        let mut shape = entry.shape.clone();
+        if let Shard::Split { dim, blocks } = shard {
+            self.check_blocks(name, entry, *dim, blocks)?;
+            shape[*dim] /= self.group.size();
+        }
+        self.count(shape.iter().product(), entry.dtype);
+        Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?)
+    }
+
+    fn check_blocks(&self, name: &str, entry: &Entry, dim: usize, blocks: &[usize]) -> Result<()> {
+        let tp = self.group.size();
         let full = entry.shape.get(dim).copied().unwrap_or(0);
         if blocks.iter().sum::<usize>() != full {
             return Err(Error::Shape { name: name.to_owned(), found: vec![full], expected: blocks.to_vec() });
         }
-        if let Some(block) = blocks.iter().find(|b| *b % tp != 0) {
-            return Err(Error::Indivisible { what: name.to_owned(), size: *block, tp });
+        match blocks.iter().find(|b| *b % tp != 0) {
+            Some(block) => Err(Error::Indivisible { what: name.to_owned(), size: *block, tp }),
+            None => Ok(()),
         }
+    }
+
+    /// The bytes of this rank's slice of every block along `dim`.
+    fn slice(&self, name: &str, data: &[u8], entry: &Entry, dim: usize, blocks: &[usize]) -> Result<(Vec<u8>, Vec<usize>)> {
+        self.check_blocks(name, entry, dim, blocks)?;
+        let (rank, tp) = (self.group.rank(), self.group.size());
+        let full = entry.shape[dim];
         let unit = entry.shape[dim + 1..].iter().product::<usize>() * entry.dtype.size_in_bytes();
         let mut bytes = Vec::with_capacity(data.len() / tp);
         for row in data.chunks_exact((full * unit).max(1)) {

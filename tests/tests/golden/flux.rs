@@ -90,7 +90,3 @@ fn check_block(case: &mut Case, config: &FluxTransformerConfig, hidden: &Tensors
     case.check(&format!("tap.{kind}.{index}.0"), hidden.get("encoder_hidden_states").map_err(|e| e.to_string())?)?;
     case.check(&format!("tap.{kind}.{index}.1"), &hidden_states)
 }
-
-pub fn pipeline(_case: &mut Case) -> Outcome {
-    Err("not there yet".into())
-}

@@ -11,6 +11,7 @@ use tests::golden::{Case, Outcome};
 
 mod autoencoders;
 mod flux;
+mod flux_pipeline;
 mod rng;
 mod schedulers;
 mod text_encoders;
@@ -60,15 +61,19 @@ fn run(path: &Path) -> (String, Outcome) {
 }
 
 fn dispatch(case: &mut Case) -> Outcome {
-    let class = ["model_class", "pipeline_class"].into_iter().find_map(|key| case.json[key].as_str()).unwrap_or_default().to_owned();
+    let class =
+        ["model_class", "pipeline_class"].into_iter().find_map(|key| case.json[key].as_str()).unwrap_or_default().to_owned();
     match (case.kind(), class.as_str()) {
         ("rng", _) => rng::run(case),
         ("tokenizer", _) => tokenizers::run(case),
         ("scheduler", _) => schedulers::run(case),
-        ("component", "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel") => text_encoders::run(case),
+        (
+            "component",
+            "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel",
+        ) => text_encoders::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
-        ("pipeline", class) if class.starts_with("Flux") => flux::pipeline(case),
+        ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }
 }
@@ -80,7 +85,8 @@ fn unsupported() -> BTreeMap<String, String> {
 
 fn case_folders(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
-    let mut folders: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.join("case.json").is_file()).collect();
+    let mut folders: Vec<PathBuf> =
+        entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.join("case.json").is_file()).collect();
     folders.sort();
     folders
 }

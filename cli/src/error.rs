@@ -1,0 +1,80 @@
+//! What a person at the command line is told.
+
+use tonic_types::StatusExt;
+
+/// Everything that ends a command.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The server refused.
+    #[error("the server refused")]
+    Status(#[from] Box<tonic::Status>),
+    /// The server cannot be reached.
+    #[error("could not reach the server at {address}; is it up? (`atelier up` starts one)")]
+    Connect {
+        address: String,
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The job came to its end without pictures.
+    #[error("the job {}", .0)]
+    Job(String),
+    /// A file.
+    #[error("{path}: {source}")]
+    File { path: String, source: std::io::Error },
+    /// The system.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// A flag.
+    #[error("{flag}: {reason}")]
+    Flag { flag: &'static str, reason: String },
+    /// A process of `up`.
+    #[error("{0}")]
+    Up(String),
+    /// The coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] coordinator::error::Error),
+    /// A worker.
+    #[error(transparent)]
+    Worker(#[from] worker::error::Error),
+    /// A model's files.
+    #[error(transparent)]
+    Models(#[from] models::Error),
+    /// A message that should not have come.
+    #[error("the server sent something unexpected: {0}")]
+    Protocol(&'static str),
+}
+
+impl From<tonic::Status> for Error {
+    fn from(status: tonic::Status) -> Self {
+        Error::Status(Box::new(status))
+    }
+}
+
+impl Error {
+    /// The error and its causes; of a refusal, every field that was wrong.
+    pub(crate) fn for_people(&self) -> String {
+        if let Error::Status(status) = self {
+            return status_text(status);
+        }
+        let mut text = format!("error: {self}");
+        let mut source = std::error::Error::source(self);
+        while let Some(cause) = source {
+            text.push_str(&format!("\n  because: {cause}"));
+            source = cause.source();
+        }
+        text
+    }
+}
+
+fn status_text(status: &tonic::Status) -> String {
+    let details = status.get_error_details();
+    let reason = details.error_info().map_or_else(|| format!("{:?}", status.code()), |info| info.reason.clone());
+    let mut text = format!("error: {} ({reason})", status.message());
+    for violation in details.bad_request().iter().flat_map(|b| &b.field_violations) {
+        text.push_str(&format!("\n  {}: {}", violation.field, violation.description));
+    }
+    if let Some(delay) = details.retry_info().and_then(|r| r.retry_delay) {
+        text.push_str(&format!("\n  try again in {:.0} s", delay.as_secs_f64()));
+    }
+    text
+}

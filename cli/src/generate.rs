@@ -1,0 +1,209 @@
+//! `atelier generate`: a prompt in, a picture out.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use proto::v1::job_event::Kind;
+use proto::v1::{CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, NoiseGenerator, WatchJobRequest};
+
+use crate::client::{Client, ServerArgs};
+use crate::error::Error;
+use crate::progress::Progress;
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    server: ServerArgs,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+/// What to draw and where to put it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct JobArgs {
+    /// What the picture should show.
+    prompt: String,
+    /// A name from `atelier models`. May be left out when only one is served.
+    #[arg(long)]
+    model: Option<String>,
+    /// Width and height in pixels, such as 1024x768.
+    #[arg(long, value_parser = size)]
+    size: Option<(u32, u32)>,
+    /// Denoising steps.
+    #[arg(long)]
+    steps: Option<u32>,
+    /// Seed of the noise; the same seed gives the same picture.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Pictures.
+    #[arg(short)]
+    n: Option<u32>,
+    /// Where the picture goes; several get -1, -2, ... before the extension.
+    #[arg(long, default_value = "atelier.png")]
+    pub(crate) out: PathBuf,
+    /// What the picture should not show. Takes effect with --cfg above 1.
+    #[arg(long)]
+    negative: Option<String>,
+    /// True classifier-free guidance; 1 is off.
+    #[arg(long)]
+    cfg: Option<f64>,
+    /// Distilled guidance, for models that have it.
+    #[arg(long)]
+    guidance: Option<f64>,
+    /// Start from this picture.
+    #[arg(long)]
+    image: Option<PathBuf>,
+    /// Repaint only where this picture is white.
+    #[arg(long)]
+    mask: Option<PathBuf>,
+    /// How far to go from --image, 0 to 1.
+    #[arg(long)]
+    strength: Option<f64>,
+    /// Tokens of the prompt that are read.
+    #[arg(long)]
+    max_sequence_length: Option<u32>,
+    /// Draw the noise as torch does on CUDA.
+    #[arg(long)]
+    cuda_noise: bool,
+    /// Write the prompt into the picture's metadata.
+    #[arg(long)]
+    embed_prompt: bool,
+    /// No progress bars.
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+pub(crate) async fn run(args: GenerateArgs) -> Result<(), Error> {
+    let mut client = Client::connect(&args.server).await?;
+    draw(&mut client, &args.job).await
+}
+
+/// Asks for a job, shows it while it runs and writes its pictures.
+pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Error> {
+    let spec = spec(client, args).await?;
+    let request_id = uuid::Uuid::new_v4().to_string();
+    let created = client.jobs.create_job(CreateJobRequest { request_id, spec: Some(spec) }).await?.into_inner();
+    let job = created.job.ok_or(Error::Protocol("no job"))?;
+    let (job, times) = watch(client, &job.id, args.quiet).await?;
+    for (i, image) in job.images.iter().enumerate() {
+        let bytes = client.download(&image.blob_id).await?;
+        let path = numbered(&args.out, i, job.images.len());
+        tokio::fs::write(&path, bytes).await.map_err(|source| Error::File { path: path.display().to_string(), source })?;
+        println!("{}  {}x{}  sha256 {}", path.display(), image.width, image.height, image.sha256);
+    }
+    let seed = job.spec.as_ref().and_then(|s| s.seed).unwrap_or_default();
+    println!("seed {seed} | {times}");
+    Ok(())
+}
+
+/// Follows a job to its end. Cancels it on ctrl-c.
+async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, String), Error> {
+    let mut progress = Progress::new(quiet);
+    let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence: 0 };
+    let mut events = client.jobs.watch_job(request).await?.into_inner();
+    let mut last = None;
+    loop {
+        let message = tokio::select! {
+            message = events.message() => message?,
+            _ = tokio::signal::ctrl_c() => {
+                progress.say("cancelling");
+                client.jobs.cancel_job(proto::v1::CancelJobRequest { job_id: job_id.to_owned() }).await?;
+                continue;
+            }
+        };
+        let Some(message) = message else { break };
+        let Some(kind) = message.event.and_then(|event| event.kind) else { continue };
+        progress.on_event(&kind);
+        if let Kind::StateChanged(job) = kind {
+            last = Some(job);
+        }
+    }
+    let times = progress.finish();
+    let job = last.ok_or(Error::Protocol("a job without events"))?;
+    match job.state() {
+        JobState::Succeeded => Ok((job, times)),
+        JobState::Cancelled => Err(Error::Job("was cancelled".into())),
+        _ => {
+            let failure = job.failure.unwrap_or_default();
+            let stage = if failure.stage.is_empty() { String::new() } else { format!(" in {}", failure.stage) };
+            Err(Error::Job(format!("failed{stage}: {} ({})", failure.message, failure.reason)))
+        }
+    }
+}
+
+async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => only_model(client).await?,
+    };
+    let mut spec = JobSpec {
+        model,
+        prompt: args.prompt.clone(),
+        negative_prompt: args.negative.clone(),
+        width: args.size.map(|s| s.0),
+        height: args.size.map(|s| s.1),
+        num_inference_steps: args.steps,
+        guidance_scale: args.guidance,
+        true_cfg_scale: args.cfg,
+        seed: args.seed,
+        num_images_per_prompt: args.n,
+        strength: args.strength,
+        max_sequence_length: args.max_sequence_length,
+        embed_prompt: args.embed_prompt,
+        ..Default::default()
+    };
+    if args.cuda_noise {
+        spec.set_noise_generator(NoiseGenerator::TorchCuda);
+    }
+    if let Some(image) = &args.image {
+        spec.image_blob_id = client.upload(image).await?;
+    }
+    if let Some(mask) = &args.mask {
+        spec.mask_image_blob_id = client.upload(mask).await?;
+    }
+    Ok(spec)
+}
+
+async fn only_model(client: &mut Client) -> Result<String, Error> {
+    let mut models = client.cluster.list_models(ListModelsRequest {}).await?.into_inner().models;
+    match (models.pop(), models.len()) {
+        (Some(model), 0) => Ok(model.name),
+        (None, _) => Err(Error::Flag { flag: "--model", reason: "the server has none".into() }),
+        (Some(last), _) => {
+            let names: Vec<String> = models.into_iter().map(|m| m.name).chain([last.name]).collect();
+            Err(Error::Flag { flag: "--model", reason: format!("choose one of {}", names.join(", ")) })
+        }
+    }
+}
+
+fn size(text: &str) -> Result<(u32, u32), String> {
+    let parse = |s: &str| s.parse::<u32>().map_err(|_| format!("`{text}` is not WIDTHxHEIGHT"));
+    let (width, height) = text.split_once('x').ok_or_else(|| format!("`{text}` is not WIDTHxHEIGHT"))?;
+    Ok((parse(width)?, parse(height)?))
+}
+
+fn numbered(out: &Path, index: usize, count: usize) -> PathBuf {
+    if count == 1 {
+        return out.to_owned();
+    }
+    let stem = out.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    let extension = out.extension().map_or_else(|| "png".into(), |e| e.to_string_lossy().into_owned());
+    out.with_file_name(format!("{stem}-{}.{extension}", index + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_width_by_height() {
+        assert_eq!(size("1024x768"), Ok((1024, 768)));
+        assert!(size("1024").is_err() && size("ax3").is_err() && size("-1x3").is_err());
+    }
+
+    #[test]
+    fn several_pictures_get_numbers() {
+        assert_eq!(numbered(Path::new("a/b.png"), 0, 1), Path::new("a/b.png"));
+        assert_eq!(numbered(Path::new("a/b.png"), 1, 3), Path::new("a/b-2.png"));
+    }
+}

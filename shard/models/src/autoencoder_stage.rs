@@ -1,0 +1,81 @@
+//! The EncodeImage and Decode stages: pictures to latents and back.
+
+use parallel::{Tensor, Tensors};
+
+use crate::autoencoder_kl::{AutoencoderKl, Tiling};
+use crate::image_io::{self, PictureLimits};
+use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
+use crate::{Error, Payload, Request, Result};
+
+/// Above this many pixels a side the autoencoder works in tiles, whose size its configuration gives.
+const TILING_ABOVE: usize = 1024;
+
+/// An autoencoder: decodes a task that has latents, encodes one that has pictures.
+#[derive(Debug)]
+pub struct AutoencoderStage {
+    vae: AutoencoderKl,
+    limits: PictureLimits,
+    waiting: Waiting,
+}
+
+impl AutoencoderStage {
+    /// With limits for the pictures it is given.
+    pub fn new(vae: AutoencoderKl, limits: PictureLimits) -> Self {
+        Self { vae, limits, waiting: Waiting::default() }
+    }
+
+    fn run(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
+        if inputs.latents.is_some() { self.decode(request, inputs.latents()?) } else { self.encode(request, inputs) }
+    }
+
+    /// `image.mean, image.logvar: [1, C, H, W]`, and `mask: [1, 1, height, width]` when there is one.
+    fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
+        let (width, height) = (request.width, request.height);
+        let missing = || Error::Invalid { field: "image", reason: "there is none".into() };
+        let picture = image_io::decode_picture(inputs.pictures.image.as_deref().ok_or_else(missing)?, &self.limits)?;
+        let moments = self.vae.encode(&image_io::preprocess(&picture, width, height)?, tiling(request))?;
+        let mut out = Tensors::new().with("image.mean", moments.mean).with("image.logvar", moments.logvar);
+        if let Some(mask) = &inputs.pictures.mask_image {
+            let mask = image_io::decode_picture(mask, &self.limits)?;
+            out.insert("mask", image_io::preprocess_mask(&mask, width, height)?);
+        }
+        Ok(Payload::ImageLatents(out))
+    }
+
+    /// `latents: [B, C, H, W]` to pictures in 0..1.
+    fn decode(&self, request: &Request, latents: &Tensor) -> Result<Payload> {
+        let config = self.vae.config();
+        let unscaled = ((latents / config.scaling_factor)? + config.shift_factor.unwrap_or(0.0))?;
+        let image = self.vae.decode(&unscaled, tiling(request))?;
+        let image = ((image * 0.5)? + 0.5)?.clamp(0f32, 1f32)?;
+        Ok(Payload::Image(Tensors::new().with("image", image)))
+    }
+}
+
+fn tiling(request: &Request) -> Tiling {
+    if request.width.max(request.height) > TILING_ABOVE { Tiling::On } else { Tiling::Off }
+}
+
+impl Stage for AutoencoderStage {
+    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
+        self.waiting.push(key, request, inputs);
+    }
+
+    fn cancel(&mut self, key: TaskKey) {
+        self.waiting.cancel(key);
+    }
+
+    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
+        self.waiting.tell_cancelled(on_event);
+        let Some((key, request, inputs)) = self.waiting.pop() else { return Ok(false) };
+        on_event(StageEvent::Started { key });
+        match self.run(&request, &inputs) {
+            Ok(payload) => {
+                on_event(StageEvent::Step { key, step: 1, steps: 1, state: None });
+                on_event(StageEvent::Done { key, payload });
+            }
+            Err(error) => on_event(StageEvent::Failed { key, error, step: 0 }),
+        }
+        Ok(true)
+    }
+}

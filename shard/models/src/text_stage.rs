@@ -1,0 +1,170 @@
+//! The EncodeText stage: prompts to embeddings, and the embeddings kept for prompts that come again.
+
+use std::collections::{HashMap, VecDeque};
+
+use parallel::{Tensor, Tensors};
+
+use crate::block_runner::BlockRunner;
+use crate::request::Encoder;
+use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
+use crate::tokenizer::Tokenizer;
+use crate::{Payload, Request, Result};
+
+/// What a family does with one text encoder.
+pub struct TextEncoding {
+    /// Turns text to ids.
+    pub tokenizer: Tokenizer,
+    /// How many tokens the encoder reads; `None`: the job's `max_sequence_length`.
+    pub tokens: Option<usize>,
+    /// The network's output that is kept: `last_hidden_state` or `pooler_output`.
+    pub output: &'static str,
+    /// What the denoiser calls it: `prompt_embeds` or `pooled_prompt_embeds`.
+    pub name: &'static str,
+    /// Whether it takes `attention_mask` besides `input_ids`.
+    pub with_mask: bool,
+    /// Which of the job's prompts it reads.
+    pub encoder: Encoder,
+}
+
+/// A text encoder, on the leader of its group.
+pub struct TextStage {
+    encoding: TextEncoding,
+    runner: BlockRunner,
+    waiting: Waiting,
+    cache: PromptCache,
+}
+
+impl TextStage {
+    /// For the leader of the group that holds the encoder. Keeps at most `cache_bytes` of embeddings.
+    pub fn new(encoding: TextEncoding, runner: BlockRunner, cache_bytes: usize) -> Self {
+        Self { encoding, runner, waiting: Waiting::default(), cache: PromptCache::new(cache_bytes) }
+    }
+
+    /// The ids the encoder is given for `text`: `input_ids: [1, L]`, and `attention_mask` if it takes one.
+    pub fn tokenize(&self, text: &str, request: &Request) -> Result<Tensors> {
+        let tokens = self.encoding.tokens.unwrap_or(request.max_sequence_length);
+        let encoding = self.encoding.tokenizer.encode(text, tokens)?;
+        let row = |ids: Vec<u32>| {
+            let len = ids.len();
+            Tensor::from_vec(ids, (1, len), &parallel::Device::Cpu)
+        };
+        let mut inputs = Tensors::new().with("input_ids", row(encoding.input_ids)?);
+        if self.encoding.with_mask {
+            inputs.insert("attention_mask", row(encoding.attention_mask)?);
+        }
+        Ok(inputs)
+    }
+
+    fn encode(&mut self, text: &str, request: &Request) -> Result<Tensor> {
+        let key = (text.to_owned(), self.encoding.tokens.unwrap_or(request.max_sequence_length));
+        if let Some(known) = self.cache.get(&key) {
+            return Ok(known);
+        }
+        let inputs = self.tokenize(text, request)?;
+        let embeds = self.runner.forward(&inputs)?.take(self.encoding.output)?;
+        self.cache.put(key, embeds.clone());
+        Ok(embeds)
+    }
+
+    fn run(&mut self, request: &Request) -> Result<Payload> {
+        let TextEncoding { name, encoder, .. } = self.encoding;
+        let mut out = Tensors::new().with(name, self.encode(request.prompt_of(encoder), request)?);
+        if let Some(negative) = request.negative_prompt_of(encoder) {
+            out.insert(format!("negative_{name}"), self.encode(negative, request)?);
+        }
+        Ok(Payload::Conditioning(out))
+    }
+}
+
+impl Stage for TextStage {
+    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
+        self.waiting.push(key, request, inputs);
+    }
+
+    fn cancel(&mut self, key: TaskKey) {
+        self.waiting.cancel(key);
+    }
+
+    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
+        self.waiting.tell_cancelled(on_event);
+        let Some((key, request, _)) = self.waiting.pop() else { return Ok(false) };
+        on_event(StageEvent::Started { key });
+        match self.run(&request) {
+            Ok(payload) => {
+                on_event(StageEvent::Step { key, step: 1, steps: 1, state: None });
+                on_event(StageEvent::Done { key, payload });
+            }
+            Err(error) if error.loses_group() => return Err(error),
+            Err(error) => on_event(StageEvent::Failed { key, error, step: 0 }),
+        }
+        Ok(true)
+    }
+}
+
+impl std::fmt::Debug for TextStage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TextStage({})", self.encoding.name)
+    }
+}
+
+/// Embeddings by (text, tokens), the least recently used dropped first. One cache an encoder: its digest is its place.
+#[derive(Debug)]
+struct PromptCache {
+    limit: usize,
+    bytes: usize,
+    entries: HashMap<(String, usize), Tensor>,
+    order: VecDeque<(String, usize)>,
+}
+
+impl PromptCache {
+    fn new(limit: usize) -> Self {
+        Self { limit, bytes: 0, entries: HashMap::new(), order: VecDeque::new() }
+    }
+
+    fn get(&mut self, key: &(String, usize)) -> Option<Tensor> {
+        let found = self.entries.get(key)?.clone();
+        self.order.retain(|k| k != key);
+        self.order.push_back(key.clone());
+        Some(found)
+    }
+
+    fn put(&mut self, key: (String, usize), embeds: Tensor) {
+        let size = byte_size(&embeds) + key.0.len();
+        if size > self.limit {
+            return;
+        }
+        while self.bytes + size > self.limit {
+            let Some(oldest) = self.order.pop_front() else { break };
+            if let Some(gone) = self.entries.remove(&oldest) {
+                self.bytes -= byte_size(&gone) + oldest.0.len();
+            }
+        }
+        self.bytes += size;
+        self.order.push_back(key.clone());
+        self.entries.insert(key, embeds);
+    }
+}
+
+fn byte_size(t: &Tensor) -> usize {
+    t.elem_count() * t.dtype().size_in_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_drops_what_was_used_longest_ago() {
+        let embeds = |v: f32| Tensor::full(v, 25, &parallel::Device::Cpu).unwrap(); // 100 bytes
+        let mut cache = PromptCache::new(220);
+        let key = |s: &str| (s.to_owned(), 8);
+        cache.put(key("a"), embeds(1.0));
+        cache.put(key("b"), embeds(2.0));
+        assert!(cache.get(&key("a")).is_some());
+        cache.put(key("c"), embeds(3.0));
+        assert!(cache.get(&key("b")).is_none() && cache.get(&key("a")).is_some() && cache.get(&key("c")).is_some());
+        assert!(cache.bytes <= 220);
+        cache.put(key("too big"), Tensor::zeros(100, parallel::DType::F32, &parallel::Device::Cpu).unwrap());
+        assert!(cache.get(&key("too big")).is_none());
+    }
+}

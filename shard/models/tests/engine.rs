@@ -1,0 +1,283 @@
+//! The denoise engine over a made-up network: joining, batching, block ranges, cancelling.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use models::block_runner::{BlockRunner, Follower};
+use models::blocks::{BlockModel, Layout, RankGroup};
+use models::denoise::{DenoiseState, Denoiser, LastStep};
+use models::engine::Engine;
+use models::registry::Limits;
+use models::scheduler::{Scheduler, SchedulerState};
+use models::stage::{Inputs, Stage, StageEvent, TaskKey};
+use models::{Error, Payload, Request, Result};
+use parallel::{Device, InProcess, Tensor, Tensors};
+
+/// A network that adds one per range, summed over the tensor-parallel ranks, and counts its forwards.
+struct Counting {
+    group: RankGroup,
+    forwards: Arc<AtomicUsize>,
+}
+
+impl BlockModel for Counting {
+    fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
+        Ok(inputs.clone())
+    }
+
+    fn blocks(&self, mut hidden: Tensors) -> Result<Tensors> {
+        self.forwards.fetch_add(1, Ordering::SeqCst);
+        let x = hidden.take("hidden_states")?;
+        let tp = self.group.tensor.size() as f64;
+        let sum = self.group.tensor.all_reduce(&(x / tp)?)?;
+        Ok(hidden.with("hidden_states", (sum + 1.0)?))
+    }
+
+    fn output(&self, mut hidden: Tensors) -> Result<Tensors> {
+        Ok(Tensors::new().with("sample", hidden.take("hidden_states")?))
+    }
+}
+
+#[derive(Debug)]
+struct Steps(Vec<f64>);
+
+impl Scheduler for Steps {
+    fn timesteps(&self) -> &[f64] {
+        &self.0
+    }
+
+    fn step(&mut self, model_output: &Tensor, _step: usize, _sample: &Tensor) -> Result<Tensor> {
+        Ok(model_output.clone())
+    }
+
+    fn scale_noise(&self, sample: &Tensor, _step: usize, _noise: &Tensor) -> Result<Tensor> {
+        Ok(sample.clone())
+    }
+
+    fn checkpoint(&self) -> SchedulerState {
+        SchedulerState::default()
+    }
+}
+
+/// Starts at the seed and takes the network's output as the next sample; the width is the batch key.
+struct Plain;
+
+impl Denoiser for Plain {
+    fn start(&self, request: Request, _inputs: Inputs) -> Result<DenoiseState> {
+        if request.width == 13 {
+            return Err(Error::Invalid { field: "width", reason: "13".into() });
+        }
+        let latents = Tensor::full(request.seed as f32, (request.num_images_per_prompt, 1, request.width), &Device::Cpu)?;
+        let scheduler = Box::new(Steps(vec![0.0; request.num_inference_steps]));
+        Ok(DenoiseState { request, latents, step: 0, scheduler, tensors: Tensors::new(), last: None })
+    }
+
+    fn branches(&self, state: &DenoiseState) -> Result<Vec<Tensors>> {
+        let branch = Tensors::new().with("hidden_states", state.latents.clone());
+        Ok(if state.request.do_true_cfg() { vec![branch.clone(), branch] } else { vec![branch] })
+    }
+
+    fn shared_inputs(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn batch_key(&self, state: &DenoiseState) -> Vec<usize> {
+        vec![state.request.width]
+    }
+
+    fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()> {
+        state.latents = outputs[0].clone();
+        state.last = Some(LastStep { model_output: outputs[0].clone(), prev_sample: outputs[0].clone() });
+        Ok(())
+    }
+
+    fn finish(&self, state: DenoiseState) -> Result<Payload> {
+        Ok(Payload::Latents(Tensors::new().with("latents", state.latents)))
+    }
+}
+
+fn request(steps: usize, seed: u64) -> Request {
+    Request {
+        prompt: String::new(),
+        prompt_2: None,
+        negative_prompt: None,
+        negative_prompt_2: None,
+        width: 4,
+        height: 4,
+        num_inference_steps: steps,
+        guidance_scale: None,
+        true_cfg_scale: 1.0,
+        seed,
+        num_images_per_prompt: 1,
+        strength: None,
+        max_sequence_length: 8,
+        noise_generator: Default::default(),
+    }
+}
+
+/// What the engine told of a task.
+#[derive(Debug, PartialEq)]
+enum Told {
+    Started(TaskKey),
+    Step(TaskKey, usize),
+    Done(TaskKey, f32),
+    Cancelled(TaskKey, usize),
+    Failed(TaskKey, String),
+}
+
+fn told(event: StageEvent<'_>) -> Told {
+    match event {
+        StageEvent::Started { key } => Told::Started(key),
+        StageEvent::Step { key, step, .. } => Told::Step(key, step),
+        StageEvent::Done { key, payload } => {
+            let first = payload.tensors().get("latents").unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+            Told::Done(key, first)
+        }
+        StageEvent::Failed { key, error: Error::Cancelled, step } => Told::Cancelled(key, step),
+        StageEvent::Failed { key, error, .. } => Told::Failed(key, error.to_string()),
+    }
+}
+
+fn turn(engine: &mut Engine) -> (bool, Vec<Told>) {
+    let mut events = Vec::new();
+    let more = engine.turn(&mut |event| events.push(told(event))).unwrap();
+    (more, events)
+}
+
+fn drain(engine: &mut Engine) -> Vec<Told> {
+    let mut all = Vec::new();
+    loop {
+        let (more, events) = turn(engine);
+        all.extend(events);
+        if !more {
+            return all;
+        }
+    }
+}
+
+/// Runs `f` on the leader of a group of `layout` whose other ranks follow on threads; also gives each rank's forwards.
+fn with_engine<T>(layout: Layout, limits: Limits, f: impl FnOnce(&mut Engine, &[Arc<AtomicUsize>]) -> T) -> T {
+    let counters: Vec<Arc<AtomicUsize>> = (0..layout.ranks()).map(|_| Arc::default()).collect();
+    let mut links = InProcess::group(layout.ranks()).into_iter();
+    let group = |link: InProcess| RankGroup::new(Arc::new(link), layout).unwrap();
+    let model = |group: &RankGroup, rank: usize| Box::new(Counting { group: group.clone(), forwards: counters[rank].clone() });
+    let leader = group(links.next().unwrap());
+    thread::scope(|s| {
+        for (i, link) in links.enumerate() {
+            let group = group(link);
+            let model = model(&group, i + 1);
+            s.spawn(move || Follower::new(model, group).run());
+        }
+        let mut engine = Engine::new(Box::new(Plain), BlockRunner::new(model(&leader, 0), leader.clone()), limits);
+        drop(leader);
+        f(&mut engine, &counters)
+    })
+}
+
+const LAYOUTS: [Layout; 5] = [
+    Layout::SOLO,
+    Layout { tp: 2, block_ranges: 1 },
+    Layout { tp: 1, block_ranges: 3 },
+    Layout { tp: 2, block_ranges: 2 },
+    Layout { tp: 4, block_ranges: 2 },
+];
+
+#[test]
+fn every_job_gets_its_own_result_on_every_layout() {
+    for layout in LAYOUTS {
+        let results = with_engine(layout, Limits { max_batch: 2, ..Limits::default() }, |engine, _| {
+            for key in 0..5 {
+                let negative_prompt = (key % 2 == 0).then(String::new);
+                let width = if key < 3 { 4 } else { 6 };
+                engine.start(key, Request { negative_prompt, true_cfg_scale: 2.0, width, ..request(2 + key as usize, 100 * key) }, Inputs::default());
+            }
+            drain(engine)
+        });
+        for key in 0..5u64 {
+            let expected = (100 * key) as f32 + ((2 + key) * layout.block_ranges as u64) as f32;
+            assert!(results.contains(&Told::Done(key, expected)), "{layout:?}: {key} should give {expected}: {results:?}");
+        }
+    }
+}
+
+#[test]
+fn jobs_of_one_shape_share_a_forward_and_join_at_a_step_boundary() {
+    with_engine(Layout::SOLO, Limits { max_batch: 4, ..Limits::default() }, |engine, forwards| {
+        engine.start(1, request(3, 0), Inputs::default());
+        assert_eq!(turn(engine).1, [Told::Started(1), Told::Step(1, 1)]);
+        engine.start(2, request(3, 50), Inputs::default());
+        assert_eq!(turn(engine).1, [Told::Started(2), Told::Step(1, 2), Told::Step(2, 1)]);
+        assert_eq!(forwards[0].load(Ordering::SeqCst), 2, "two jobs, one forward");
+        drain(engine);
+        assert_eq!(forwards[0].load(Ordering::SeqCst), 4);
+    });
+}
+
+#[test]
+fn a_forward_holds_at_most_max_batch_pictures() {
+    with_engine(Layout::SOLO, Limits { max_batch: 2, ..Limits::default() }, |engine, forwards| {
+        (0..3).for_each(|key| engine.start(key, request(1, key), Inputs::default()));
+        drain(engine);
+        assert_eq!(forwards[0].load(Ordering::SeqCst), 2);
+    });
+}
+
+#[test]
+fn at_most_max_jobs_are_active_and_the_rest_follow() {
+    with_engine(Layout::SOLO, Limits { max_jobs: 2, ..Limits::default() }, |engine, _| {
+        (0..4).for_each(|key| engine.start(key, request(1, key), Inputs::default()));
+        let (_, first) = turn(engine);
+        assert_eq!(first.iter().filter(|t| matches!(t, Told::Started(_))).count(), 2);
+        assert_eq!(drain(engine).iter().filter(|t| matches!(t, Told::Done(..))).count(), 2);
+    });
+}
+
+#[test]
+fn a_job_that_cannot_start_fails_alone() {
+    with_engine(Layout::SOLO, Limits::default(), |engine, _| {
+        engine.start(1, Request { width: 13, ..request(2, 0) }, Inputs::default());
+        engine.start(2, request(2, 7), Inputs::default());
+        let events = drain(engine);
+        assert!(events.contains(&Told::Failed(1, "width: 13".into())) && events.contains(&Told::Done(2, 9.0)), "{events:?}");
+    });
+}
+
+#[test]
+fn cancelling_stops_every_rank_within_one_step_a_hundred_times() {
+    let layout = Layout { tp: 2, block_ranges: 2 };
+    for round in 0..100usize {
+        with_engine(layout, Limits::default(), |engine, forwards| {
+            engine.start(1, request(1000, 0), Inputs::default());
+            let mut steps = 0;
+            while steps < round % 7 {
+                steps += turn(engine).1.iter().filter(|t| matches!(t, Told::Step(..))).count();
+            }
+            // Half of the rounds cancel between two steps, half with a forward under way.
+            if round % 2 == 1 {
+                turn(engine);
+            }
+            engine.cancel(1);
+            let events = drain(engine);
+            let stopped: Vec<&Told> = events.iter().filter(|t| matches!(t, Told::Cancelled(..))).collect();
+            assert_eq!(stopped.len(), 1, "round {round}: {events:?}");
+            assert!(!events.iter().any(|t| matches!(t, Told::Step(..))), "round {round}: no step after the cancel: {events:?}");
+            let counts: Vec<usize> = forwards.iter().map(|f| f.load(Ordering::SeqCst)).collect();
+            assert!(counts.iter().all(|c| c.abs_diff(counts[0]) <= 1 && *c <= steps + 1), "round {round}: {counts:?} after {steps} steps");
+        });
+    }
+}
+
+#[test]
+fn a_lost_rank_ends_the_leader_with_a_typed_error() {
+    let layout = Layout { tp: 2, block_ranges: 1 };
+    let mut links = InProcess::group(2).into_iter();
+    let group = RankGroup::new(Arc::new(links.next().unwrap()), layout).unwrap();
+    let model = Counting { group: group.clone(), forwards: Arc::default() };
+    let mut engine = Engine::new(Box::new(Plain), BlockRunner::new(Box::new(model), group), Limits::default());
+    drop(links.next());
+    engine.start(1, request(2, 0), Inputs::default());
+    let (send, receive) = mpsc::channel();
+    thread::spawn(move || send.send(engine.turn(&mut |_| ())));
+    let result = receive.recv_timeout(std::time::Duration::from_secs(5)).expect("no hang");
+    assert!(result.is_err_and(|e| e.loses_group()));
+}

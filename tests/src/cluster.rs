@@ -1,0 +1,250 @@
+//! Clusters of real processes on this machine: a coordinator and workers, started as an operator would.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use proto::v1::blob_service_client::BlobServiceClient;
+use proto::v1::cluster_service_client::ClusterServiceClient;
+use proto::v1::job_event::Kind;
+use proto::v1::job_service_client::JobServiceClient;
+use proto::v1::{
+    CreateJobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ListWorkersRequest, ModelStatus, WatchJobRequest, WorkerStatus,
+};
+use tonic::transport::{Channel, Endpoint};
+
+/// Longest wait for anything that a healthy cluster does in a second or two; the machine may be busy.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A process that is killed when it goes out of sight.
+#[derive(Debug)]
+pub struct Process(pub Child);
+
+impl Process {
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    /// Sends a signal by name, such as "STOP".
+    pub fn signal(&self, name: &str) {
+        let _ = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).status();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.signal("CONT");
+        self.kill();
+    }
+}
+
+/// A coordinator and its workers.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The workers, in the order they were started.
+    pub workers: Vec<Process>,
+    /// The coordinator.
+    pub coordinator: Process,
+    /// http://host:port of the coordinator.
+    pub address: String,
+    etcd: Option<String>,
+    _dir: tempfile::TempDir,
+}
+
+impl Cluster {
+    /// Starts a coordinator with this models.toml, and a worker for each of `labels` ("role=encoder", or "" for none).
+    pub fn start(models: &str, labels: &[&str], etcd: Option<&str>) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let file = dir.path().join("models.toml");
+        std::fs::write(&file, models).expect("models.toml can be written");
+        let listen = format!("127.0.0.1:{}", free_port());
+        let mut command = atelier();
+        command.args(["coordinator", "--listen", &listen, "--models"]).arg(&file);
+        if let Some(etcd) = etcd {
+            command.args(["--etcd", etcd]);
+        }
+        let coordinator = Process(command.spawn().expect("the coordinator starts"));
+        let mut cluster = Self {
+            workers: Vec::new(),
+            coordinator,
+            address: format!("http://{listen}"),
+            etcd: etcd.map(str::to_owned),
+            _dir: dir,
+        };
+        labels.iter().for_each(|labels| cluster.add_worker(labels));
+        cluster
+    }
+
+    /// Starts one more worker.
+    pub fn add_worker(&mut self, labels: &str) {
+        let mut command = atelier();
+        command.args(["worker", "--threads", "1"]);
+        match &self.etcd {
+            Some(etcd) => command.args(["--etcd", etcd]),
+            None => command.args(["--coordinator", &self.address]),
+        };
+        if !labels.is_empty() {
+            command.args(["--label", labels]);
+        }
+        self.workers.push(Process(command.spawn().expect("a worker starts")));
+    }
+
+    /// A client, once the coordinator answers.
+    pub async fn client(&self) -> Client {
+        let endpoint = Endpoint::from_shared(self.address.clone()).expect("an address");
+        let channel = eventually("the coordinator answers", async || endpoint.connect().await.ok()).await;
+        Client {
+            jobs: JobServiceClient::new(channel.clone()),
+            blobs: BlobServiceClient::new(channel.clone()),
+            cluster: ClusterServiceClient::new(channel),
+        }
+    }
+
+    /// A client, once every model is ready.
+    pub async fn ready(&self) -> Client {
+        let mut client = self.client().await;
+        client.wait_ready().await;
+        client
+    }
+}
+
+/// Clients of a coordinator's services.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Jobs.
+    pub jobs: JobServiceClient<Channel>,
+    /// Blobs.
+    pub blobs: BlobServiceClient<Channel>,
+    /// Models and workers.
+    pub cluster: ClusterServiceClient<Channel>,
+}
+
+impl Client {
+    /// Waits until every model is ready.
+    pub async fn wait_ready(&mut self) {
+        let client = self.clone();
+        eventually("every model is ready", async || client.clone().models().await.iter().all(|m| m.ready).then_some(())).await;
+    }
+
+    /// The models.
+    pub async fn models(&mut self) -> Vec<ModelStatus> {
+        self.cluster.list_models(ListModelsRequest {}).await.map(|r| r.into_inner().models).unwrap_or_default()
+    }
+
+    /// The workers.
+    pub async fn workers(&mut self) -> Vec<WorkerStatus> {
+        self.cluster.list_workers(ListWorkersRequest {}).await.map(|r| r.into_inner().workers).unwrap_or_default()
+    }
+
+    /// Asks for a job.
+    pub async fn create(&mut self, spec: JobSpec) -> Result<Job, tonic::Status> {
+        let response = self.jobs.create_job(CreateJobRequest { request_id: String::new(), spec: Some(spec) }).await?;
+        Ok(response.into_inner().job.expect("a job"))
+    }
+
+    /// Follows a job until `enough` says so or it is over; returns the events seen.
+    pub async fn watch(&mut self, job_id: &str, after_sequence: u64, mut enough: impl FnMut(&JobEvent) -> bool) -> Vec<JobEvent> {
+        let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence };
+        let mut stream = self.jobs.watch_job(request).await.expect("the job can be watched").into_inner();
+        let mut events = Vec::new();
+        while let Some(message) =
+            tokio::time::timeout(PATIENCE, stream.message()).await.expect("events keep coming").expect("a whole stream")
+        {
+            let event = message.event.expect("an event");
+            let stop = enough(&event);
+            events.push(event);
+            if stop {
+                break;
+            }
+        }
+        events
+    }
+
+    /// Follows a job to its end.
+    pub async fn finish(&mut self, job_id: &str) -> Job {
+        let events = self.watch(job_id, 0, |_| false).await;
+        let jobs = events.into_iter().filter_map(|e| match e.kind {
+            Some(Kind::StateChanged(job)) => Some(job),
+            _ => None,
+        });
+        jobs.last().expect("a job has states")
+    }
+
+    /// Asks for a job and follows it to its end.
+    pub async fn run(&mut self, spec: JobSpec) -> Job {
+        let job = self.create(spec).await.expect("the job is accepted");
+        self.finish(&job.id).await
+    }
+}
+
+/// Asks until there is an answer.
+///
+/// # Panics
+/// When there is none within [`PATIENCE`].
+pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask().await {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "waited too long: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// A port nobody listens on now.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("an address").port()
+}
+
+/// A single etcd, as a process of its own.
+#[derive(Debug)]
+pub struct Etcd {
+    /// The process.
+    pub process: Process,
+    /// Its client URL.
+    pub url: String,
+    _dir: tempfile::TempDir,
+}
+
+impl Etcd {
+    /// Starts one on free ports.
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let (url, peer) = (format!("http://127.0.0.1:{}", free_port()), format!("http://127.0.0.1:{}", free_port()));
+        let mut command = Command::new("etcd");
+        command.arg("--data-dir").arg(dir.path()).args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
+        command.args([
+            "--listen-peer-urls",
+            &peer,
+            "--initial-advertise-peer-urls",
+            &peer,
+            "--initial-cluster",
+            &format!("default={peer}"),
+        ]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let child = child.expect("etcd starts (scripts/setup --tests installs it)");
+        Self { process: Process(child), url, _dir: dir }
+    }
+}
+
+/// The `atelier` program beside this test.
+fn atelier() -> Command {
+    let test = std::env::current_exe().expect("this program's path");
+    let program = test.ancestors().map(|dir| dir.join("atelier")).find(|path| path.is_file());
+    let mut command = Command::new(program.expect("the atelier program: cargo build --release -p cli, or scripts/test"));
+    command
+        .stdin(Stdio::null())
+        .env_remove("RUST_LOG")
+        .env("RUST_LOG", std::env::var("CLUSTER_LOG").unwrap_or_else(|_| "error".into()));
+    command
+}
+
+/// The folder of a model that the tests serve: the recorded FLUX.1-dev pipeline with its tiny random weights.
+pub fn tiny_flux() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/flux_dev_txt2img/pipeline")
+}

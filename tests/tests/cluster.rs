@@ -1,0 +1,193 @@
+//! The main job through real processes: the same picture on every arrangement, lost ranks, cancelled jobs, wrong input.
+
+use std::time::{Duration, Instant};
+
+use proto::v1::job_event::Kind;
+use proto::v1::{CancelJobRequest, Job, JobEvent, JobSpec, JobState};
+use tests::cluster::{Cluster, Etcd, eventually, tiny_flux};
+use tonic::Code;
+use tonic_types::StatusExt;
+
+/// A models.toml for the tiny FLUX with its transformer cut, and what else each component's section should say.
+fn models(tp: usize, block_ranges: usize, colocate: bool) -> String {
+    let path = tiny_flux();
+    format!(
+        "[[model]]\nname = \"tiny\"\npath = \"{}\"\n[model.components.transformer]\ntp = {tp}\nblock_ranges = {block_ranges}\ncolocate = {colocate}\n",
+        path.display()
+    )
+}
+
+fn job(steps: u32) -> JobSpec {
+    JobSpec {
+        model: "tiny".into(),
+        prompt: "a red fox".into(),
+        width: Some(48),
+        height: Some(32),
+        num_inference_steps: Some(steps),
+        seed: Some(7),
+        max_sequence_length: Some(16),
+        ..Default::default()
+    }
+}
+
+fn sha256(job: &Job) -> String {
+    assert_eq!(job.state(), JobState::Succeeded, "{:?}", job.failure);
+    job.images[0].sha256.clone()
+}
+
+fn denoise_step(event: &JobEvent) -> Option<u32> {
+    match &event.kind {
+        Some(Kind::StageProgress(p)) if p.stage == "denoise" => Some(p.step),
+        _ => None,
+    }
+}
+
+#[tokio::test]
+async fn the_picture_is_the_same_on_one_worker_and_on_many_with_and_without_etcd() {
+    let alone = Cluster::start(&models(1, 1, false), &[""], None);
+    let solo = sha256(&alone.ready().await.run(job(4)).await);
+    let several = Cluster::start(&models(1, 1, false), &["", "", ""], None);
+    assert_eq!(sha256(&several.ready().await.run(job(4)).await), solo, "three processes");
+    let etcd = Etcd::start();
+    let registered = Cluster::start(&models(1, 1, false), &["", ""], Some(&etcd.url));
+    assert_eq!(sha256(&registered.ready().await.run(job(4)).await), solo, "members by etcd");
+}
+
+#[tokio::test]
+async fn a_cut_transformer_draws_the_same_in_one_process_and_in_four() {
+    let together = Cluster::start(&models(2, 2, true), &[""], None);
+    let one = sha256(&together.ready().await.run(job(4)).await);
+    let apart = Cluster::start(&models(2, 2, false), &["", "", "", ""], None);
+    let mut client = apart.ready().await;
+    assert_eq!(sha256(&client.run(job(4)).await), one);
+    let ranks: usize = client.workers().await.iter().map(|w| w.ranks.iter().filter(|r| r.contains("transformer")).count()).sum();
+    assert_eq!(ranks, 4);
+}
+
+#[tokio::test]
+async fn every_step_and_stage_is_told_once_and_in_order() {
+    let cluster = Cluster::start(&models(1, 1, false), &[""], None);
+    let mut client = cluster.ready().await;
+    let accepted = client.create(job(6)).await.unwrap();
+    let events = client.watch(&accepted.id, 0, |_| false).await;
+    let sequences: Vec<u64> = events.iter().map(|e| e.sequence).collect();
+    assert_eq!(sequences, (1..=events.len() as u64).collect::<Vec<_>>());
+    assert_eq!(events.iter().filter_map(denoise_step).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+    let finished = |e: &JobEvent| match &e.kind {
+        Some(Kind::StageFinished(s)) => Some(s.stage.clone()),
+        _ => None,
+    };
+    let mut stages: Vec<String> = events.iter().filter_map(finished).collect();
+    stages[..2].sort();
+    assert_eq!(stages, ["encode_text", "encode_text_2", "denoise", "decode"]);
+    let rest = client.watch(&accepted.id, 5, |_| false).await;
+    assert_eq!(rest.first().map(|e| e.sequence), Some(6));
+    assert_eq!(rest.len(), events.len() - 5);
+}
+
+#[tokio::test]
+async fn a_killed_rank_fails_its_job_within_five_seconds_and_the_group_serves_again() {
+    let mut cluster = Cluster::start(&models(2, 2, false), &["", "", "", ""], None);
+    let mut client = cluster.ready().await;
+    let undisturbed = sha256(&client.run(job(4)).await);
+    let running = client.create(job(500)).await.unwrap();
+    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 3)).await;
+
+    cluster.workers[2].kill();
+    let killed = Instant::now();
+    let failed = client.finish(&running.id).await;
+    assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
+    assert_eq!(failed.state(), JobState::Failed);
+    assert_eq!(failed.failure.as_ref().unwrap().reason, "GROUP_LOST", "{:?}", failed.failure);
+
+    cluster.add_worker("");
+    client.wait_ready().await;
+    assert_eq!(sha256(&client.run(job(4)).await), undisturbed);
+}
+
+#[tokio::test]
+async fn a_stopped_rank_is_found_by_its_silence() {
+    let mut cluster = Cluster::start(&models(2, 1, false), &["", ""], None);
+    let mut client = cluster.ready().await;
+    let running = client.create(job(500)).await.unwrap();
+    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 3)).await;
+    cluster.workers[1].signal("STOP");
+    let failed = client.finish(&running.id).await;
+    assert_eq!(failed.failure.as_ref().unwrap().reason, "GROUP_LOST", "{:?}", failed.failure);
+    cluster.add_worker("");
+    client.wait_ready().await;
+    sha256(&client.run(job(4)).await);
+}
+
+#[tokio::test]
+async fn a_cancelled_job_stops_and_its_neighbour_goes_on() {
+    let cluster = Cluster::start(&models(2, 1, true), &[""], None);
+    let mut client = cluster.ready().await;
+    let neighbour = client.create(job(60)).await.unwrap();
+    let victim = client.create(job(500)).await.unwrap();
+    client.watch(&victim.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 2)).await;
+    client.jobs.cancel_job(CancelJobRequest { job_id: victim.id.clone() }).await.unwrap();
+    assert_eq!(client.finish(&victim.id).await.state(), JobState::Cancelled);
+    sha256(&client.finish(&neighbour.id).await);
+}
+
+#[tokio::test]
+async fn wrong_input_is_refused_by_field_and_costs_nothing() {
+    let cluster = Cluster::start(&models(1, 1, false), &[""], None);
+    let mut client = cluster.ready().await;
+    let refused = async |client: &mut tests::cluster::Client, spec: JobSpec| {
+        let status = client.create(spec).await.unwrap_err();
+        let details = status.get_error_details();
+        let fields: Vec<String> =
+            details.bad_request().iter().flat_map(|b| b.field_violations.iter().map(|v| v.field.clone())).collect();
+        (status.code(), details.error_info().map(|i| i.reason.clone()).unwrap_or_default(), fields)
+    };
+    let names = |fields: &[String], field: &str| fields.iter().any(|f| f.ends_with(field));
+
+    let (code, reason, _) = refused(&mut client, JobSpec { model: "nobody".into(), ..job(4) }).await;
+    assert_eq!((code, reason.as_str()), (Code::NotFound, "MODEL_NOT_FOUND"));
+    let wrong = [
+        (JobSpec { num_inference_steps: Some(0), ..job(4) }, "num_inference_steps"),
+        (JobSpec { width: Some(50), ..job(4) }, "width"),
+        (JobSpec { width: Some(31_632), height: Some(31_632), ..job(4) }, "width"),
+        (JobSpec { strength: Some(0.5), ..job(4) }, "strength"),
+        (JobSpec { prompt: String::new(), ..job(4) }, "prompt"),
+        (JobSpec { prompt: "x".repeat(40_000), ..job(4) }, "prompt"),
+        (JobSpec { true_cfg_scale: Some(f64::NAN), ..job(4) }, "true_cfg_scale"),
+        (JobSpec { image_blob_id: "../../etc/passwd".into(), ..job(4) }, "image_blob_id"),
+    ];
+    for (spec, field) in wrong {
+        let (code, reason, fields) = refused(&mut client, spec).await;
+        assert_eq!(code, Code::InvalidArgument, "{field}: {reason}");
+        assert!(!reason.is_empty() && names(&fields, field), "{field}: {reason} {fields:?}");
+    }
+    sha256(&client.run(job(4)).await);
+}
+
+#[tokio::test]
+async fn a_layout_or_checkpoint_that_cannot_be_served_is_the_models_problem() {
+    let thin = Cluster::start(&models(8, 1, true), &[""], None);
+    let mut client = thin.client().await;
+    let problem = eventually("the layout's problem", async || {
+        let models = client.models().await;
+        models.first().map(|m| m.problem.clone()).filter(|p| p.contains("tp"))
+    })
+    .await;
+    assert!(problem.contains("transformer"), "{problem}");
+
+    let copy = tempfile::tempdir().unwrap();
+    assert!(std::process::Command::new("cp").arg("-r").arg(tiny_flux()).arg(copy.path()).status().unwrap().success());
+    let model = copy.path().join("pipeline");
+    let weights = model.join("transformer/diffusion_pytorch_model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() - 100]).unwrap();
+    let text = format!("[[model]]\nname = \"torn\"\npath = \"{}\"\n", model.display());
+    let torn = Cluster::start(&text, &[""], None);
+    let mut client = torn.client().await;
+    let problem = eventually("the torn checkpoint's problem", async || {
+        let models = client.models().await;
+        models.first().map(|m| m.problem.clone()).filter(|p| p.contains("safetensors"))
+    })
+    .await;
+    assert!(problem.contains("truncated"), "{problem}");
+}

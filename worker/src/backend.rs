@@ -1,0 +1,53 @@
+//! What a rank is made of, so far as the worker needs to know: the models crate, or a stand-in in tests.
+
+use std::path::Path;
+
+use models::blocks::RankGroup;
+use models::card::Card;
+use models::model_dir::ModelDir;
+use models::registry::{self, Limits, LoadProgress, LoadSpec, Rank};
+use parallel::Device;
+
+/// Reads models. Every call computes or reads for long: never on tokio's threads.
+pub trait Backend: Send + Sync + 'static {
+    /// Says what the model at `path` is.
+    ///
+    /// # Errors
+    /// When it cannot be served.
+    fn describe(&self, path: &Path) -> models::Result<Card>;
+
+    /// Loads a rank, telling `on_open` how to watch.
+    ///
+    /// # Errors
+    /// When the component cannot be held so.
+    fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank>;
+}
+
+/// What a rank holds.
+#[derive(Debug)]
+pub struct RankSpec<'a> {
+    /// The model's directory.
+    pub path: &'a Path,
+    /// The component.
+    pub component: &'a str,
+    /// This rank's place in its group.
+    pub group: RankGroup,
+    /// Limits of its stage.
+    pub limits: Limits,
+}
+
+/// The models this program has, on the CPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RegistryBackend;
+
+impl Backend for RegistryBackend {
+    fn describe(&self, path: &Path) -> models::Result<Card> {
+        registry::describe(&ModelDir::open(path)?)
+    }
+
+    fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
+        let dir = ModelDir::open(spec.path)?;
+        let RankSpec { component, group, limits, .. } = spec;
+        registry::load(LoadSpec { dir: &dir, component, group, device: Device::Cpu, limits }, on_open)
+    }
+}

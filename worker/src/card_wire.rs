@@ -1,0 +1,100 @@
+//! A model's card as it travels.
+
+use models::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
+use proto::v1;
+
+/// The card of the model that models.toml calls `name`.
+pub(crate) fn to_wire(name: &str, card: &Card) -> v1::ModelCard {
+    v1::ModelCard {
+        name: name.to_owned(),
+        family: card.family.clone(),
+        pipeline_class: card.pipeline_class.clone(),
+        digest: card.digest.clone(),
+        components: card.components.iter().map(component).collect(),
+        stages: card.stages.iter().map(stage).collect(),
+        parameters: card.parameters.iter().map(parameter).collect(),
+        max_pixels: card.max_pixels,
+        scheduler: card.scheduler.clone(),
+    }
+}
+
+fn component(card: &ComponentCard) -> v1::Component {
+    v1::Component {
+        name: card.name.clone(),
+        weight_bytes: card.weight_bytes,
+        tp_options: card.tp_options.iter().map(|tp| saturate(*tp)).collect(),
+        max_block_ranges: saturate(card.max_block_ranges),
+    }
+}
+
+fn stage(card: &StageCard) -> v1::StageTemplate {
+    let condition = if card.with_image { v1::StageCondition::WithImage } else { v1::StageCondition::Unspecified };
+    v1::StageTemplate {
+        id: card.id.clone(),
+        kind: kind(card.kind).into(),
+        component: card.component.clone(),
+        inputs: card.inputs.clone(),
+        condition: condition.into(),
+    }
+}
+
+fn kind(kind: StageKind) -> v1::StageKind {
+    match kind {
+        StageKind::EncodeText => v1::StageKind::EncodeText,
+        StageKind::EncodeImage => v1::StageKind::EncodeImage,
+        StageKind::Denoise => v1::StageKind::Denoise,
+        StageKind::Decode => v1::StageKind::Decode,
+    }
+}
+
+fn parameter(card: &ParameterCard) -> v1::Parameter {
+    v1::Parameter {
+        name: card.name.clone(),
+        minimum: card.minimum,
+        maximum: card.maximum,
+        multiple_of: card.multiple_of,
+        default_value: card.default,
+    }
+}
+
+fn saturate(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_card_keeps_everything_on_the_wire() {
+        let card = Card {
+            family: "flux".into(),
+            pipeline_class: "FluxPipeline".into(),
+            scheduler: "FlowMatchEulerDiscreteScheduler".into(),
+            digest: "ab".repeat(32),
+            components: vec![ComponentCard {
+                name: "transformer".into(),
+                weight_bytes: 7,
+                tp_options: vec![1, 2, 4],
+                max_block_ranges: 3,
+            }],
+            stages: vec![StageCard {
+                id: "encode_image".into(),
+                kind: StageKind::EncodeImage,
+                component: "vae".into(),
+                inputs: vec![],
+                with_image: true,
+            }],
+            parameters: vec![ParameterCard::number("width", 64.0, 2048.0, 1024.0).multiple(16.0)],
+            max_pixels: 9,
+        };
+        let wire = to_wire("flux-dev", &card);
+        assert_eq!((wire.name.as_str(), wire.family.as_str(), wire.max_pixels), ("flux-dev", "flux", 9));
+        assert_eq!((&wire.pipeline_class, &wire.scheduler, &wire.digest), (&card.pipeline_class, &card.scheduler, &card.digest));
+        assert_eq!(wire.components[0].tp_options, [1, 2, 4]);
+        assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
+        assert_eq!(wire.stages[0].kind(), v1::StageKind::EncodeImage);
+        assert_eq!(wire.stages[0].condition(), v1::StageCondition::WithImage);
+        assert_eq!((wire.parameters[0].multiple_of, wire.parameters[0].default_value), (16.0, Some(1024.0)));
+    }
+}

@@ -1,0 +1,151 @@
+//! The cards of models, each read once: a card holds the sha256 of every file of the model.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use models::card::Card;
+use proto::v1::model_described::Outcome;
+use proto::v1::{DescribeModel, ModelDescribed};
+
+use crate::backend::Backend;
+use crate::card_wire;
+
+/// Most files of a model that are looked at. FLUX.1 has 25.
+const MAX_FILES: usize = 10_000;
+/// How deep folders are looked into; diffusers' layout has one level.
+const MAX_DEPTH: usize = 4;
+/// Longest scheduler configuration.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// Reads cards, and keeps them for as long as the files stay as they are.
+pub(crate) struct Cards {
+    backend: Arc<dyn Backend>,
+    /// By directory. As many as models.toml names.
+    known: Mutex<HashMap<PathBuf, (Files, Card)>>,
+}
+
+/// Path, size and time of every file.
+type Files = Vec<(PathBuf, u64, Option<SystemTime>)>;
+
+impl Cards {
+    pub(crate) fn new(backend: Arc<dyn Backend>) -> Arc<Self> {
+        Arc::new(Self { backend, known: Mutex::default() })
+    }
+
+    /// Reads for long.
+    pub(crate) fn describe(&self, ask: &DescribeModel) -> ModelDescribed {
+        let outcome = match self.card(Path::new(&ask.path)) {
+            Ok(card) => Outcome::Card(card_wire::to_wire(&ask.model, &card)),
+            Err(reason) => Outcome::Error(reason),
+        };
+        ModelDescribed { model: ask.model.clone(), outcome: Some(outcome) }
+    }
+
+    fn card(&self, path: &Path) -> Result<Card, String> {
+        let mut files = Files::new();
+        list(path, 0, &mut files).map_err(|error| format!("could not read `{}`: {error}", path.display()))?;
+        files.sort();
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
+        if let Some((_, card)) = known.filter(|(then, _)| *then == files) {
+            return Ok(card);
+        }
+        let card = self.backend.describe(path).map_err(|error| error.to_string())?;
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), (files, card.clone()));
+        Ok(card)
+    }
+}
+
+/// The noise scheduler's class, as the model in `path` names it. Reads a small file.
+pub(crate) fn scheduler_class(path: &Path) -> Option<String> {
+    let file = path.join("scheduler").join("scheduler_config.json");
+    if fs::metadata(&file).ok()?.len() > MAX_CONFIG_BYTES {
+        return None;
+    }
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(file).ok()?).ok()?;
+    Some(config.get("_class_name")?.as_str()?.to_owned())
+}
+
+fn list(folder: &Path, depth: usize, files: &mut Files) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        // Of the file a link leads to: hubs keep checkpoints as links.
+        let Ok(metadata) = fs::metadata(&path) else { continue };
+        if metadata.is_file() {
+            files.push((path, metadata.len(), metadata.modified().ok()));
+        } else if depth < MAX_DEPTH {
+            list(&path, depth + 1, files)?;
+        }
+        if files.len() > MAX_FILES {
+            return Err(io::Error::other(format!("it has more than {MAX_FILES} files")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use models::registry::{LoadProgress, Rank};
+
+    use super::*;
+    use crate::backend::RankSpec;
+
+    struct Counting(AtomicUsize);
+
+    impl Backend for Counting {
+        fn describe(&self, _: &Path) -> models::Result<Card> {
+            let n = self.0.fetch_add(1, Ordering::SeqCst);
+            let digest = n.to_string();
+            Ok(Card {
+                family: "fake".into(),
+                pipeline_class: "Fake".into(),
+                scheduler: "Fake".into(),
+                digest,
+                components: vec![],
+                stages: vec![],
+                parameters: vec![],
+                max_pixels: 1,
+            })
+        }
+
+        fn load(&self, _: RankSpec<'_>, _: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
+            Err(models::Error::Cancelled)
+        }
+    }
+
+    fn digest(cards: &Cards, path: &Path) -> Result<String, String> {
+        let ask = DescribeModel { model: "m".into(), path: path.to_string_lossy().into_owned() };
+        match cards.describe(&ask).outcome.unwrap() {
+            Outcome::Card(card) => Ok(card.digest),
+            Outcome::Error(reason) => Err(reason),
+        }
+    }
+
+    #[test]
+    fn a_model_is_read_again_only_when_a_file_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("vae")).unwrap();
+        fs::write(dir.path().join("vae/config.json"), "{}").unwrap();
+        let cards = Cards::new(Arc::new(Counting(AtomicUsize::new(0))));
+        assert_eq!(digest(&cards, dir.path()), Ok("0".into()));
+        assert_eq!(digest(&cards, dir.path()), Ok("0".into()));
+        fs::write(dir.path().join("vae/config.json"), "{ }").unwrap();
+        assert_eq!(digest(&cards, dir.path()), Ok("1".into()));
+        assert!(digest(&cards, &dir.path().join("none")).unwrap_err().contains("could not read"));
+    }
+
+    #[test]
+    fn the_scheduler_is_what_the_model_names() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(scheduler_class(dir.path()), None);
+        fs::create_dir(dir.path().join("scheduler")).unwrap();
+        let config = dir.path().join("scheduler/scheduler_config.json");
+        fs::write(config, r#"{"_class_name": "FlowMatchEulerDiscreteScheduler"}"#).unwrap();
+        assert_eq!(scheduler_class(dir.path()).unwrap(), "FlowMatchEulerDiscreteScheduler");
+    }
+}

@@ -1,0 +1,235 @@
+//! Flags and environment in, a [`Config`] that cannot be wrong out.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use clap::{ArgGroup, ValueEnum};
+
+use crate::{Error, Result};
+
+/// Longest id of a worker; it is part of an etcd key and of every log line.
+const MAX_ID_CHARS: usize = 64;
+/// Most labels; they travel with every registration.
+const MAX_LABELS: usize = 32;
+
+/// The worker's flags. Every one can be given as an environment variable instead.
+#[derive(Clone, Debug, clap::Args)]
+#[command(group = ArgGroup::new("membership").required(true).args(["coordinator", "etcd"]))]
+pub struct Args {
+    /// Where to listen for the coordinator and other workers (gRPC).
+    #[arg(long, env = "ATELIER_WORKER_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Where to listen for the other ranks of this worker's groups (TCP).
+    #[arg(long, env = "ATELIER_WORKER_DATA_LISTEN", default_value = "127.0.0.1:0")]
+    pub data_listen: SocketAddr,
+    /// Name or address by which others reach this host; needed when listening on 0.0.0.0.
+    #[arg(long, env = "ATELIER_WORKER_ADVERTISE_HOST")]
+    pub advertise_host: Option<String>,
+    /// Register at this coordinator: http://host:port.
+    #[arg(long, env = "ATELIER_WORKER_COORDINATOR")]
+    pub coordinator: Option<String>,
+    /// Register in etcd: endpoints by comma, http://host:port.
+    #[arg(long, env = "ATELIER_WORKER_ETCD", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+    /// What every key in etcd begins with.
+    #[arg(long, env = "ATELIER_WORKER_ETCD_PREFIX", default_value = "/atelier")]
+    pub etcd_prefix: String,
+    /// A label models.toml may select by: key=value. May be repeated.
+    #[arg(long = "label", env = "ATELIER_WORKER_LABELS", value_delimiter = ',')]
+    pub labels: Vec<String>,
+    /// This worker's id; drawn at random when absent.
+    #[arg(long, env = "ATELIER_WORKER_ID")]
+    pub worker_id: Option<String>,
+    /// The device to compute on. Only `cpu` for now.
+    #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Threads to compute with; 0: one per core.
+    #[arg(long, env = "ATELIER_WORKER_THREADS", default_value_t = 0)]
+    pub threads: usize,
+    /// Bytes of prompt embeddings kept for prompts that come again.
+    #[arg(long, env = "ATELIER_WORKER_PROMPT_CACHE_BYTES", default_value_t = 256 << 20)]
+    pub prompt_cache_bytes: usize,
+    /// Seconds a rank may take to read its weights.
+    #[arg(long, env = "ATELIER_WORKER_LOAD_TIMEOUT", default_value_t = 1800)]
+    pub load_timeout: u64,
+    /// How to write the log.
+    #[arg(long, env = "ATELIER_WORKER_LOG_FORMAT", value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs: one JSON object a line.
+    Json,
+}
+
+/// What a worker needs to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to listen for gRPC.
+    pub listen: SocketAddr,
+    /// Where to listen for ranks.
+    pub data_listen: SocketAddr,
+    /// By which others reach this host, if not by the listen address.
+    pub advertise_host: Option<String>,
+    /// Where to register.
+    pub membership: Membership,
+    /// What models.toml may select by.
+    pub labels: HashMap<String, String>,
+    /// Unique for the life of the process.
+    pub worker_id: String,
+    /// Threads to compute with; 0: one per core.
+    pub threads: usize,
+    /// Bytes of prompt embeddings kept.
+    pub prompt_cache_bytes: usize,
+    /// How long a rank may take to read its weights.
+    pub load_timeout: Duration,
+}
+
+/// Where a worker registers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// At the coordinator itself.
+    Coordinator {
+        /// http://host:port
+        url: String,
+    },
+    /// In etcd.
+    Etcd {
+        /// http://host:port of each member.
+        endpoints: Vec<String>,
+        /// What every key begins with.
+        prefix: String,
+    },
+}
+
+impl TryFrom<Args> for Config {
+    type Error = Error;
+
+    fn try_from(args: Args) -> Result<Self> {
+        if args.device != "cpu" {
+            return Err(bad("device", format!("`{}` is not supported; this build computes on `cpu` only", args.device)));
+        }
+        if args.load_timeout == 0 {
+            return Err(bad("load-timeout", "must be at least one second"));
+        }
+        for (flag, address) in [("listen", args.listen.ip()), ("data-listen", args.data_listen.ip())] {
+            check_reachable(flag, address, args.advertise_host.as_deref())?;
+        }
+        let worker_id = args.worker_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        if !is_plain(&worker_id) || worker_id.len() > MAX_ID_CHARS {
+            return Err(bad("worker-id", format!("must be 1 to {MAX_ID_CHARS} letters, digits, `-`, `_` or `.`")));
+        }
+        Ok(Self {
+            listen: args.listen,
+            data_listen: args.data_listen,
+            advertise_host: args.advertise_host,
+            membership: membership(args.coordinator, args.etcd, args.etcd_prefix)?,
+            labels: labels(&args.labels)?,
+            worker_id,
+            threads: args.threads,
+            prompt_cache_bytes: args.prompt_cache_bytes,
+            load_timeout: Duration::from_secs(args.load_timeout),
+        })
+    }
+}
+
+fn membership(coordinator: Option<String>, etcd: Vec<String>, prefix: String) -> Result<Membership> {
+    match (coordinator, etcd.is_empty()) {
+        (Some(url), true) => {
+            check_url("coordinator", &url)?;
+            Ok(Membership::Coordinator { url })
+        }
+        (None, false) => {
+            etcd.iter().try_for_each(|url| check_url("etcd", url))?;
+            if !prefix.starts_with('/') || prefix.ends_with('/') {
+                return Err(bad("etcd-prefix", "must begin with `/` and not end with it"));
+            }
+            Ok(Membership::Etcd { endpoints: etcd, prefix })
+        }
+        _ => Err(bad("coordinator", "exactly one of --coordinator and --etcd must be given")),
+    }
+}
+
+fn check_url(flag: &'static str, url: &str) -> Result<()> {
+    let rest = url.strip_prefix("http://").unwrap_or_default();
+    let host_and_port = rest.rsplit_once(':').filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+    host_and_port.map(drop).ok_or_else(|| bad(flag, format!("`{url}` is not http://host:port")))
+}
+
+fn check_reachable(flag: &'static str, address: IpAddr, advertise_host: Option<&str>) -> Result<()> {
+    if address.is_unspecified() && advertise_host.is_none() {
+        return Err(bad(flag, format!("{address} is no address others can dial; give --advertise-host")));
+    }
+    Ok(())
+}
+
+fn labels(labels: &[String]) -> Result<HashMap<String, String>> {
+    if labels.len() > MAX_LABELS {
+        return Err(bad("label", format!("at most {MAX_LABELS} can be given")));
+    }
+    let pairs = labels.iter().map(|label| {
+        let (key, value) = label
+            .split_once('=')
+            .filter(|(key, _)| is_plain(key))
+            .ok_or_else(|| bad("label", format!("`{label}` is not key=value")))?;
+        Ok((key.to_owned(), value.to_owned()))
+    });
+    pairs.collect()
+}
+
+fn is_plain(word: &str) -> bool {
+    !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+}
+
+fn bad(flag: &'static str, reason: impl Into<String>) -> Error {
+    Error::Config { flag, reason: reason.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn config(flags: &str) -> Result<Config, String> {
+        let flags = ["worker"].into_iter().chain(flags.split_whitespace());
+        let cli = Cli::try_parse_from(flags).map_err(|e| e.to_string())?;
+        Config::try_from(cli.args).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn flags_become_a_config() {
+        let config = config("--coordinator http://localhost:7700 --label role=encoder --label zone=b").unwrap();
+        assert_eq!(config.membership, Membership::Coordinator { url: "http://localhost:7700".into() });
+        assert_eq!(config.labels, HashMap::from([("role".into(), "encoder".into()), ("zone".into(), "b".into())]));
+        assert!(!config.worker_id.is_empty());
+    }
+
+    #[test]
+    fn a_flag_that_cannot_be_used_is_named() {
+        let check = |flags: &str, named: &str| {
+            let error = config(flags).unwrap_err();
+            assert!(error.contains(named), "`{flags}` gave `{error}`");
+        };
+        check("", "--coordinator");
+        check("--coordinator http://a:1 --etcd http://b:2", "--etcd");
+        check("--coordinator a:1", "--coordinator");
+        check("--etcd http://a:1,http://b", "--etcd");
+        check("--etcd http://a:1 --etcd-prefix x", "--etcd-prefix");
+        check("--coordinator http://a:1 --device cuda", "--device");
+        check("--coordinator http://a:1 --label role", "--label");
+        check("--coordinator http://a:1 --listen 0.0.0.0:7701", "--advertise-host");
+        check("--coordinator http://a:1 --worker-id a/b", "--worker-id");
+    }
+}

@@ -1,0 +1,116 @@
+//! Calls to other processes: channels that are kept, and tries that are bounded.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+use crate::{Error, Result};
+
+/// Longest wait for a connection.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a call is tried again that finds nobody: a process that restarts is back sooner, one that does not is noticed
+/// by the coordinator later.
+const RETRY_FOR: Duration = Duration::from_secs(5);
+/// Pause after the first try; doubles with each.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// Longest one try may take: a gigabyte at 20 MB/s.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// HTTP/2 windows: a chunk of payload is half a megabyte, and a real network has latency.
+const WINDOW_BYTES: u32 = 4 << 20;
+/// Pings show a peer that is gone without a word.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Channels kept; more processes than this and the oldest are dialled again.
+const MAX_CHANNELS: usize = 256;
+
+/// Channels by address. A channel connects when it is used, and again when it has broken.
+#[derive(Debug, Default)]
+pub(crate) struct Dial(Mutex<HashMap<String, Channel>>);
+
+impl Dial {
+    /// The channel to host:port.
+    pub(crate) fn channel(&self, address: &str) -> Result<Channel> {
+        let mut channels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(address) {
+            return Ok(channel.clone());
+        }
+        let channel = endpoint(&format!("http://{address}"))?.connect_lazy();
+        if channels.len() >= MAX_CHANNELS {
+            channels.clear();
+        }
+        channels.insert(address.to_owned(), channel.clone());
+        Ok(channel)
+    }
+}
+
+/// What every connection to another process of the cluster keeps to.
+pub(crate) fn endpoint(url: &str) -> Result<Endpoint> {
+    let endpoint = Endpoint::from_shared(url.to_owned());
+    let endpoint = endpoint.map_err(|_| Error::message("address", format!("`{url}` is no address")))?;
+    Ok(endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true))
+}
+
+/// Calls `address` until it answers. A refusal is an answer.
+pub(crate) async fn call<T, F>(address: &str, mut attempt: impl FnMut() -> F) -> Result<T>
+where
+    F: Future<Output = Result<T, Status>>,
+{
+    let give_up = Instant::now() + RETRY_FOR;
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let tried = tokio::time::timeout(CALL_TIMEOUT, attempt()).await;
+        let status = match tried.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
+            Ok(answer) => return Ok(answer),
+            Err(status) => status,
+        };
+        if status.code() != Code::Unavailable || Instant::now() + pause > give_up {
+            return Err(Error::call(address, &status));
+        }
+        sleep(pause).await;
+        pause *= 2;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn only_an_absence_is_tried_again() {
+        let tries = Cell::new(0);
+        let answer = call("a", || {
+            tries.set(tries.get() + 1);
+            let tries = tries.get();
+            async move { if tries < 4 { Err(Status::unavailable("")) } else { Ok(tries) } }
+        });
+        assert_eq!(answer.await.unwrap(), 4);
+        tries.set(0);
+        let refused: Result<()> = call("a", || {
+            tries.set(tries.get() + 1);
+            async { Err(Status::failed_precondition("no")) }
+        })
+        .await;
+        assert!(matches!(refused, Err(Error::Call { code: Code::FailedPrecondition, .. })));
+        assert_eq!(tries.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_absence_is_tried_for_a_bounded_time() {
+        let began = Instant::now();
+        let absent: Result<()> = call("a", || async { Err(Status::unavailable("")) }).await;
+        assert!(matches!(absent, Err(Error::Call { code: Code::Unavailable, .. })));
+        assert!(began.elapsed() <= RETRY_FOR);
+    }
+}

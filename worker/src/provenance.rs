@@ -1,0 +1,56 @@
+//! What a picture says of its own making. Nothing here differs between two runs of the same job on the same plan: no id,
+//! no time, no worker.
+
+use proto::v1::{JobSpec, NoiseGenerator, RunTask};
+
+/// The text chunks of picture number `index` of the task's job.
+pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index: usize) -> Vec<(String, String)> {
+    let mut text = Vec::new();
+    let mut say = |key: &str, value: Option<String>| text.extend(value.map(|value| (format!("atelier:{key}"), value)));
+    say("model", Some(spec.model.clone()));
+    say("model_sha256", non_empty(&run.model_digest));
+    say("seed", spec.seed.map(|v| v.to_string()));
+    say("noise_generator", Some(noise_generator(spec).to_owned()));
+    say("steps", spec.num_inference_steps.map(|v| v.to_string()));
+    say("size", spec.width.zip(spec.height).map(|(width, height)| format!("{width}x{height}")));
+    say("guidance_scale", spec.guidance_scale.map(|v| v.to_string()));
+    say("true_cfg_scale", spec.true_cfg_scale.map(|v| v.to_string()));
+    say("strength", spec.strength.filter(|_| !spec.image_blob_id.is_empty()).map(|v| v.to_string()));
+    say("image", spec.num_images_per_prompt.filter(|n| *n > 1).map(|n| format!("{} of {n}", index + 1)));
+    say("scheduler", scheduler.map(str::to_owned));
+    say("layout", non_empty(&run.layout));
+    say("version", Some(env!("CARGO_PKG_VERSION").to_owned()));
+    if spec.embed_prompt {
+        text.push(("prompt".into(), spec.prompt.clone()));
+        text.extend(spec.negative_prompt.clone().map(|prompt| ("negative_prompt".into(), prompt)));
+    }
+    text
+}
+
+fn noise_generator(spec: &JobSpec) -> &'static str {
+    match spec.noise_generator() {
+        NoiseGenerator::Unspecified | NoiseGenerator::TorchCpu => "torch_cpu",
+        NoiseGenerator::TorchCuda => "torch_cuda",
+    }
+}
+
+fn non_empty(value: &str) -> Option<String> {
+    Some(value.to_owned()).filter(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_prompt_is_in_the_picture_only_when_asked_for() {
+        let spec = JobSpec { prompt: "a secret garden".into(), seed: Some(7), ..JobSpec::default() };
+        let run = RunTask { layout: "transformer=tp2x1".into(), ..RunTask::default() };
+        let kept = text(&run, &spec, Some("FlowMatchEulerDiscreteScheduler"), 0);
+        assert!(kept.contains(&("atelier:seed".into(), "7".into())), "{kept:?}");
+        assert!(kept.contains(&("atelier:scheduler".into(), "FlowMatchEulerDiscreteScheduler".into())), "{kept:?}");
+        assert!(!format!("{kept:?}").contains("secret"), "{kept:?}");
+        let told = text(&run, &JobSpec { embed_prompt: true, ..spec }, None, 0);
+        assert!(told.contains(&("prompt".into(), "a secret garden".into())), "{told:?}");
+    }
+}

@@ -1,0 +1,269 @@
+//! One rank of one group, on a thread of its own: connect, load, then work until the group is over.
+//!
+//! Nothing here waits for tokio: commands come through a queue, and what becomes of a task goes into cells that take the
+//! newest value ([`Sink`]), so a slow network never slows a step.
+
+use std::collections::HashMap;
+use std::net::TcpStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use models::blocks::{Layout, RankGroup};
+use models::registry::{Limits, LoadProgress, Rank};
+use models::stage::{Inputs, Stage, StageEvent, TaskKey};
+use models::{Payload, Request};
+use parallel::tcp::{Hello, Rendezvous, Tcp};
+use tokio::sync::{oneshot, watch};
+
+use crate::backend::{Backend, RankSpec};
+
+/// How long the ranks of a group may take to find each other.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the leader's thread is told.
+pub(crate) enum Command {
+    /// Work on a task.
+    Start { key: TaskKey, request: Box<Request>, inputs: Inputs, sink: Sink },
+    /// Stop a task at its next step.
+    Cancel { key: TaskKey },
+    /// Look whether to stop: wakes a thread with nothing to do.
+    Wake,
+}
+
+/// Where what becomes of a task goes.
+pub(crate) struct Sink {
+    pub(crate) progress: watch::Sender<Progress>,
+    pub(crate) outcome: oneshot::Sender<Outcome>,
+    pub(crate) began: Option<Instant>,
+}
+
+/// How far a task is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    Waiting,
+    Started,
+    Step { step: usize, steps: usize },
+}
+
+/// How a task ended.
+pub(crate) enum Outcome {
+    Done { payload: Payload, seconds: f64 },
+    Failed { error: models::Error, step: usize },
+}
+
+/// How far a rank is.
+#[derive(Clone, Debug)]
+pub(crate) enum Status {
+    Joining,
+    Loading(LoadProgress),
+    Ready,
+}
+
+/// Why a rank's thread ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct End {
+    /// One word for programs.
+    pub(crate) reason: &'static str,
+    /// One sentence for people.
+    pub(crate) message: String,
+}
+
+impl End {
+    pub(crate) fn left() -> Self {
+        Self { reason: "LEFT", message: "this rank was told to leave".into() }
+    }
+
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        Self { reason: "INTERNAL", message: message.into() }
+    }
+
+    pub(crate) fn load_failed(message: impl Into<String>) -> Self {
+        Self { reason: "LOAD_FAILED", message: message.into() }
+    }
+
+    fn of(error: &models::Error) -> Self {
+        let reason = if error.loses_group() { "PEER_LOST" } else { "INTERNAL" };
+        Self { reason, message: error.to_string() }
+    }
+}
+
+/// Tells a rank's thread to end, wherever it is.
+#[derive(Debug, Default)]
+pub(crate) struct Stop {
+    asked: AtomicBool,
+    link: Mutex<Option<Arc<Tcp>>>,
+}
+
+impl Stop {
+    /// Ends the thread at its next turn; a collective that it waits in fails at once, here and on every peer.
+    pub(crate) fn ask(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+        if let Some(link) = self.take() {
+            link.abort("a rank left the group");
+        }
+    }
+
+    fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    fn hold(&self, link: Arc<Tcp>) {
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link);
+        if self.is_asked() {
+            self.ask();
+        }
+    }
+
+    fn take(&self) -> Option<Arc<Tcp>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// All that a rank's thread is given.
+pub(crate) struct Seat {
+    pub(crate) rendezvous: Rendezvous,
+    pub(crate) rank: usize,
+    pub(crate) layout: Layout,
+    pub(crate) data_addresses: Vec<String>,
+    pub(crate) path: PathBuf,
+    pub(crate) component: String,
+    pub(crate) limits: Limits,
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) accepted: Receiver<(Hello, TcpStream)>,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) status: watch::Sender<Status>,
+    pub(crate) stop: Arc<Stop>,
+    /// Held while weights are: the next epoch's rank waits for this one's memory.
+    pub(crate) memory: Arc<Mutex<()>>,
+}
+
+impl Seat {
+    /// The whole life of the thread. A panic ends the rank, not the process.
+    pub(crate) fn run(self) -> End {
+        let stop = self.stop.clone();
+        let ended = catch_unwind(AssertUnwindSafe(|| self.connect_and_work()));
+        // The peers must not wait for a rank that is gone.
+        if let Some(link) = stop.take() {
+            link.abort("a rank's thread ended");
+        }
+        match ended {
+            _ if stop.is_asked() => End::left(),
+            Ok(end) => end,
+            Err(_) => End::internal("the rank's thread panicked"),
+        }
+    }
+
+    fn connect_and_work(self) -> End {
+        let group = match self.connect() {
+            Ok(group) => group,
+            Err(error) => return End::of(&error),
+        };
+        let memory = self.memory.clone();
+        let _memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.stop.is_asked() {
+            return End::left();
+        }
+        let spec = RankSpec { path: &self.path, component: &self.component, group, limits: self.limits };
+        let rank = self.backend.load(spec, &mut |progress| drop(self.status.send_replace(Status::Loading(progress))));
+        let rank = match rank {
+            Ok(rank) => rank,
+            Err(error) if error.loses_group() => return End::of(&error),
+            Err(error) => return End::load_failed(with_sources(&error)),
+        };
+        self.status.send_replace(Status::Ready);
+        match rank {
+            Rank::Leader(stage) => self.lead(stage),
+            Rank::Follower(follower) => End::of(&follower.run()),
+        }
+    }
+
+    fn connect(&self) -> models::Result<RankGroup> {
+        if self.layout == Layout::SOLO {
+            return Ok(RankGroup::solo());
+        }
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let link = Tcp::connect(&self.rendezvous, self.rank, &self.data_addresses, &self.accepted, deadline)?;
+        let link = Arc::new(link);
+        self.stop.hold(link.clone());
+        RankGroup::new(link, self.layout)
+    }
+
+    /// The leader: one turn of the stage after the other, commands in between.
+    fn lead(&self, mut stage: Box<dyn Stage>) -> End {
+        let mut sinks = HashMap::new();
+        loop {
+            loop {
+                match self.commands.try_recv() {
+                    Ok(command) => obey(command, &mut *stage, &mut sinks),
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return End::left(),
+                }
+            }
+            if self.stop.is_asked() {
+                return End::left();
+            }
+            match stage.turn(&mut |event| deliver(event, &mut sinks)) {
+                Ok(true) => {}
+                Ok(false) => match self.commands.recv() {
+                    Ok(command) => obey(command, &mut *stage, &mut sinks),
+                    Err(_) => return End::left(),
+                },
+                Err(error) => return End::of(&error),
+            }
+        }
+    }
+}
+
+fn obey(command: Command, stage: &mut dyn Stage, sinks: &mut HashMap<TaskKey, Sink>) {
+    match command {
+        Command::Start { key, request, inputs, sink } => {
+            sinks.insert(key, sink);
+            stage.start(key, *request, inputs);
+        }
+        Command::Cancel { key } => stage.cancel(key),
+        Command::Wake => {}
+    }
+}
+
+fn deliver(event: StageEvent<'_>, sinks: &mut HashMap<TaskKey, Sink>) {
+    match event {
+        StageEvent::Started { key } => {
+            if let Some(sink) = sinks.get_mut(&key) {
+                sink.began = Some(Instant::now());
+                sink.progress.send_replace(Progress::Started);
+            }
+        }
+        StageEvent::Step { key, step, steps, .. } => {
+            if let Some(sink) = sinks.get(&key) {
+                sink.progress.send_replace(Progress::Step { step, steps });
+            }
+        }
+        StageEvent::Done { key, payload } => {
+            if let Some(sink) = sinks.remove(&key) {
+                let seconds = sink.began.map_or(0.0, |began| began.elapsed().as_secs_f64());
+                // Nobody listens when the task was given up meanwhile.
+                drop(sink.outcome.send(Outcome::Done { payload, seconds }));
+            }
+        }
+        StageEvent::Failed { key, error, step } => {
+            if let Some(sink) = sinks.remove(&key) {
+                drop(sink.outcome.send(Outcome::Failed { error, step }));
+            }
+        }
+    }
+}
+
+/// An error and what caused it, in one line.
+fn with_sources(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

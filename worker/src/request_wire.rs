@@ -1,0 +1,68 @@
+//! A job's specification as a stage needs it.
+
+use models::Request;
+use models::request::NoiseGenerator;
+use proto::v1::{self, JobSpec};
+
+use crate::{Error, Result};
+
+/// The request in `spec`, in which the coordinator has filled in every default.
+///
+/// # Errors
+/// [`Error::Message`] with the field that is missing.
+pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
+    Ok(Request {
+        prompt: spec.prompt.clone(),
+        negative_prompt: spec.negative_prompt.clone(),
+        width: count("width", spec.width)?,
+        height: count("height", spec.height)?,
+        num_inference_steps: count("num_inference_steps", spec.num_inference_steps)?,
+        guidance_scale: spec.guidance_scale,
+        // A model that has no such parameter has no default for it either: off.
+        true_cfg_scale: spec.true_cfg_scale.unwrap_or(1.0),
+        seed: spec.seed.ok_or_else(|| missing("seed"))?,
+        num_images_per_prompt: count("num_images_per_prompt", spec.num_images_per_prompt)?,
+        strength: spec.strength,
+        max_sequence_length: count("max_sequence_length", spec.max_sequence_length)?,
+        noise_generator: match spec.noise_generator() {
+            v1::NoiseGenerator::Unspecified | v1::NoiseGenerator::TorchCpu => NoiseGenerator::TorchCpu,
+            v1::NoiseGenerator::TorchCuda => NoiseGenerator::TorchCuda,
+        },
+    })
+}
+
+fn count(field: &'static str, value: Option<u32>) -> Result<usize> {
+    match value {
+        Some(0) => Err(Error::message(field, "must be at least 1")),
+        Some(value) => Ok(value as usize),
+        None => Err(missing(field)),
+    }
+}
+
+fn missing(field: &'static str) -> Error {
+    Error::message(field, "is missing")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_that_is_missing_is_named() {
+        let whole = JobSpec {
+            width: Some(64),
+            height: Some(32),
+            num_inference_steps: Some(4),
+            seed: Some(u64::MAX),
+            num_images_per_prompt: Some(1),
+            max_sequence_length: Some(512),
+            ..JobSpec::default()
+        };
+        let request = from_wire(&whole).unwrap();
+        assert_eq!((request.width, request.height, request.seed, request.true_cfg_scale), (64, 32, u64::MAX, 1.0));
+        let without_seed = JobSpec { seed: None, ..whole.clone() };
+        assert_eq!(from_wire(&without_seed).unwrap_err().to_string(), "seed: is missing");
+        let empty = JobSpec { width: Some(0), ..whole };
+        assert_eq!(from_wire(&empty).unwrap_err().to_string(), "width: must be at least 1");
+    }
+}

@@ -1,0 +1,174 @@
+//! A worker, put together: what is listened on, what runs, and the order in which it ends.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use proto::v1::Registration;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::backend::{Backend, RegistryBackend};
+use crate::cards::Cards;
+use crate::config::{Config, Membership};
+use crate::groups::Groups;
+use crate::routes::Routes;
+use crate::service::Service;
+use crate::session::Sessions;
+use crate::tasks::{Mail, Tasks};
+use crate::{Error, Result, embedded, etcd};
+
+/// Longest time between the signal to stop and the end of [`Worker::run`].
+const DRAIN: Duration = Duration::from_secs(2);
+/// HTTP/2 windows: a chunk of payload is half a megabyte, and a real network has latency.
+const WINDOW_BYTES: u32 = 4 << 20;
+/// Pings show a caller that is gone without a word.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+
+/// Runs a worker with this program's models until `shutdown`.
+///
+/// # Errors
+/// When it cannot listen. A coordinator or etcd that is not there is waited for.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<()> {
+    // A second worker in one process computes on the first one's threads.
+    if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(config.threads).build_global() {
+        tracing::debug!(%error, "the threads to compute with are set already");
+    }
+    Worker::bind(config, Arc::new(RegistryBackend)).await?.run(shutdown).await
+}
+
+/// A worker that listens.
+pub struct Worker {
+    listener: tokio::net::TcpListener,
+    data_listener: TcpListener,
+    registration: Registration,
+    membership: Membership,
+    groups: Arc<Groups>,
+    routes: Arc<Routes>,
+    cards: Arc<Cards>,
+}
+
+impl Worker {
+    /// Listens; nobody knows of it yet.
+    ///
+    /// # Errors
+    /// When a port is taken.
+    pub async fn bind(config: Config, backend: Arc<dyn Backend>) -> Result<Self> {
+        let address = config.listen;
+        let listen = |source| Error::Listen { address, source };
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(listen)?;
+        let bound = listener.local_addr().map_err(listen)?;
+        let address = config.data_listen;
+        let listen = |source| Error::Listen { address, source };
+        let data_listener = TcpListener::bind(address).map_err(listen)?;
+        let data_bound = data_listener.local_addr().map_err(listen)?;
+        let registration = Registration {
+            worker_id: config.worker_id,
+            address: advertised(bound, config.advertise_host.as_deref()),
+            data_address: advertised(data_bound, config.advertise_host.as_deref()),
+            device: "cpu".into(),
+            labels: config.labels,
+        };
+        let routes = Arc::<Routes>::default();
+        let groups = Groups::new(backend.clone(), routes.clone(), config.prompt_cache_bytes, config.load_timeout);
+        let (cards, membership) = (Cards::new(backend), config.membership);
+        Ok(Self { listener, data_listener, registration, membership, groups, routes, cards })
+    }
+
+    /// How it will appear in the membership.
+    pub fn registration(&self) -> &Registration {
+        &self.registration
+    }
+
+    /// Serves until `shutdown`: then it leaves the membership, then its groups, then it ends.
+    ///
+    /// # Errors
+    /// When the server fails.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
+        self.routes.listen(self.data_listener)?;
+        let stop = CancellationToken::new();
+        let mail = Arc::new(Mail::default());
+        let sessions = Sessions {
+            hello: self.registration.clone(),
+            groups: self.groups.clone(),
+            tasks: Tasks::new(self.groups.clone(), mail.clone()),
+            cards: self.cards,
+            stop: stop.clone(),
+            current: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
+        };
+        let service = Service { sessions: Arc::new(sessions), groups: self.groups.clone(), mail };
+        let serving = tokio::spawn(serve(self.listener, service, stop.clone()));
+        tracing::info!(
+            worker.id = self.registration.worker_id,
+            address = self.registration.address,
+            data_address = self.registration.data_address,
+            "listening"
+        );
+
+        let leave = CancellationToken::new();
+        let membership = tokio::spawn(match self.membership {
+            Membership::Coordinator { url } => {
+                futures::future::Either::Left(embedded::keep_registered(url, self.registration, leave.clone()))
+            }
+            Membership::Etcd { endpoints, prefix } => {
+                futures::future::Either::Right(etcd::keep_registered(endpoints, prefix, self.registration, leave.clone()))
+            }
+        });
+        tokio::pin!(serving);
+        let ended = tokio::select! {
+            () = shutdown => None,
+            served = &mut serving => Some(served),
+        };
+        tracing::info!("shutting down");
+        leave.cancel();
+        drop(membership.await);
+        stop.cancel();
+        let ended = match ended {
+            Some(served) => served,
+            // Calls that do not end in time are cut.
+            None => tokio::time::timeout(DRAIN, &mut serving).await.unwrap_or(Ok(Ok(()))),
+        };
+        self.groups.leave_all();
+        serving.abort();
+        ended.unwrap_or(Err(Error::Panicked))
+    }
+}
+
+async fn serve(listener: tokio::net::TcpListener, service: Service, stop: CancellationToken) -> Result<()> {
+    let (health_reporter, health) = tonic_health::server::health_reporter();
+    health_reporter.set_serving::<proto::v1::worker_service_server::WorkerServiceServer<Service>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    let reflection = reflection.map_err(|error| Error::message("reflection", error.to_string()))?;
+    Server::builder()
+        .tcp_nodelay(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(service.into_server())
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .await?;
+    Ok(())
+}
+
+/// host:port as others dial it.
+fn advertised(bound: SocketAddr, host: Option<&str>) -> String {
+    match host {
+        Some(host) if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", bound.port()),
+        Some(host) => format!("{host}:{}", bound.port()),
+        None => bound.to_string(),
+    }
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Worker({})", self.registration.worker_id)
+    }
+}
