@@ -11,7 +11,7 @@ use serde_json::Value;
 const MAX_LINES: usize = 800;
 
 /// Folders that hold no source of ours.
-const NOT_OURS: [&str; 6] = ["target", ".git", "shared", "node_modules", "bundled", "venv"];
+const NOT_OURS: [&str; 5] = ["target", ".git", "shared", "node_modules", "venv"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the repository").to_owned()
