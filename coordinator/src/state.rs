@@ -6,7 +6,8 @@
 //! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job
 //! - `jobs.rs`: all jobs, by id, by request, by age
 //! - `cluster.rs`: workers come and go, groups form and end
-//! - `work.rs`: jobs are accepted, started, cancelled, and come to their end
+//! - `work.rs`: jobs are accepted, started, cancelled
+//! - `tasks.rs`: what leaders report, and how jobs come to their end
 //! - `view.rs`: what can be asked; changes nothing
 
 mod cluster;
@@ -14,6 +15,7 @@ mod group;
 mod job;
 mod jobs;
 mod model;
+mod tasks;
 mod view;
 mod work;
 

@@ -464,17 +464,24 @@ fn lost(group_id: &str, epoch: u64, reason: &str) -> GroupLost {
 }
 
 #[test]
-fn reports_of_another_attempt_or_worker_change_nothing() {
+fn reports_of_another_attempt_epoch_group_or_worker_change_nothing() {
     let mut cluster = Cluster::ready();
     let job = cluster.new_job();
     let tasks = cluster.tasks();
     let (worker, decode) = stage(&tasks, "decode").clone();
-    let mut other = decode.clone();
-    other.task.as_mut().unwrap().attempt = 2;
-    cluster.finish(&(worker, other));
+    let changes: [fn(&mut TaskRef); 3] = [
+        |task| task.attempt = 2,
+        |task| task.epoch += 1,
+        |task| task.group_id = "emoji/transformer/0".into(),
+    ];
+    for change in changes {
+        let mut other = decode.clone();
+        change(other.task.as_mut().unwrap());
+        cluster.finish(&(worker.clone(), other));
+    }
     cluster.finish(&("w9".to_owned(), decode));
     assert_eq!(cluster.job(&job).state(), JobState::Queued);
-    assert_eq!(cluster.state.stale_reports(), 2);
+    assert_eq!(cluster.state.stale_reports(), 4);
 }
 
 #[test]
