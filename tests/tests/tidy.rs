@@ -1,5 +1,6 @@
 //! The rules of the house that a compiler cannot see: which crate imports which, where hardware and `unsafe` may appear, and
 //! that the documents name files that exist.
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
