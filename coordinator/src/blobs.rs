@@ -15,10 +15,7 @@ use std::{
 };
 
 use futures::{Stream, StreamExt, stream};
-use proto::v1::{
-    BlobHeader, DownloadBlobResponse, UploadBlobRequest, download_blob_response,
-    upload_blob_request,
-};
+use proto::v1::{BlobHeader, DownloadBlobResponse, UploadBlobRequest, download_blob_response, upload_blob_request};
 use tokio::fs::File;
 use tonic::Status;
 
@@ -36,11 +33,7 @@ pub const UNUSED_BLOB_TTL: Duration = Duration::from_secs(10 * 60);
 /// Files that are not whole yet begin with this; found at start, they are left over from a crash.
 const INCOMING: &str = "incoming-";
 /// Media types that are taken, and what their files end with.
-const MEDIA_TYPES: [(&str, &str); 3] = [
-    ("image/png", "png"),
-    ("image/jpeg", "jpg"),
-    ("image/webp", "webp"),
-];
+const MEDIA_TYPES: [(&str, &str); 3] = [("image/png", "png"), ("image/jpeg", "jpg"), ("image/webp", "webp")];
 
 /// The blobs of one coordinator. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -85,15 +78,7 @@ impl BlobStore {
             } else if let Some((id, media_type, extension)) = parse_name(&name) {
                 let byte_size = entry.metadata().map_err(failed("list"))?.len();
                 index.bytes += byte_size;
-                index.blobs.insert(
-                    id.to_owned(),
-                    Blob {
-                        byte_size,
-                        media_type,
-                        extension,
-                        used: Instant::now(),
-                    },
-                );
+                index.blobs.insert(id.to_owned(), Blob { byte_size, media_type, extension, used: Instant::now() });
             }
         }
         let shared = Shared {
@@ -102,9 +87,7 @@ impl BlobStore {
             max_total_bytes: limits.total_blob_bytes,
             index: Mutex::new(index),
         };
-        Ok(Self {
-            shared: Arc::new(shared),
-        })
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// The blob is there; asking counts as a use.
@@ -113,10 +96,7 @@ impl BlobStore {
     }
 
     /// Takes in an upload and gives the blob's id. A stream that ends early, or is not as announced, leaves nothing.
-    pub async fn receive(
-        &self,
-        mut parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin,
-    ) -> Result<String> {
+    pub async fn receive(&self, mut parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin) -> Result<String> {
         let Some(upload_blob_request::Part::Header(header)) = next_part(&mut parts).await? else {
             return Err(Error::invalid("header", "must be the first message"));
         };
@@ -133,22 +113,11 @@ impl BlobStore {
     }
 
     /// The blob's header and its bytes.
-    pub async fn send(
-        &self,
-        id: &str,
-    ) -> Result<impl Stream<Item = Result<DownloadBlobResponse, Status>> + Send + 'static> {
+    pub async fn send(&self, id: &str) -> Result<impl Stream<Item = Result<DownloadBlobResponse, Status>> + Send + 'static> {
         let blob = self.shared.use_blob(id).ok_or_else(|| not_found(id))?;
-        let file = File::open(self.shared.path(id, &blob))
-            .await
-            .map_err(Error::io("open a blob"))?;
-        let header = BlobHeader {
-            byte_size: blob.byte_size,
-            sha256: id.to_owned(),
-            media_type: blob.media_type.to_owned(),
-        };
-        let header = DownloadBlobResponse {
-            part: Some(download_blob_response::Part::Header(header)),
-        };
+        let file = File::open(self.shared.path(id, &blob)).await.map_err(Error::io("open a blob"))?;
+        let header = BlobHeader { byte_size: blob.byte_size, sha256: id.to_owned(), media_type: blob.media_type.to_owned() };
+        let header = DownloadBlobResponse { part: Some(download_blob_response::Part::Header(header)) };
         Ok(stream::once(async { Ok(header) }).chain(service::chunks(file)))
     }
 
@@ -187,12 +156,7 @@ impl Shared {
     fn forget_unused(&self, in_use: &BTreeSet<String>, ttl: Duration) -> Vec<PathBuf> {
         let mut index = self.lock();
         let is_unused = |id: &str, blob: &Blob| !in_use.contains(id) && blob.used.elapsed() >= ttl;
-        let unused: Vec<String> = index
-            .blobs
-            .iter()
-            .filter(|(id, blob)| is_unused(id, blob))
-            .map(|(id, _)| id.clone())
-            .collect();
+        let unused: Vec<String> = index.blobs.iter().filter(|(id, blob)| is_unused(id, blob)).map(|(id, _)| id.clone()).collect();
         let mut paths = Vec::new();
         for id in unused {
             if let Some(blob) = index.blobs.remove(&id) {
@@ -206,9 +170,7 @@ impl Shared {
 
 fn parse_name(name: &str) -> Option<(&str, &'static str, &'static str)> {
     let (id, extension) = name.split_once('.')?;
-    let (media_type, extension) = MEDIA_TYPES
-        .into_iter()
-        .find(|(_, known)| *known == extension)?;
+    let (media_type, extension) = MEDIA_TYPES.into_iter().find(|(_, known)| *known == extension)?;
     is_blob_id(id).then_some((id, media_type, extension))
 }
 
@@ -222,12 +184,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits {
-        queued_jobs: 1,
-        blob_bytes: 2_000_000,
-        total_blob_bytes: 3_000_000,
-        pixels: 1,
-    };
+    const LIMITS: Limits = Limits { queued_jobs: 1, blob_bytes: 2_000_000, total_blob_bytes: 3_000_000, pixels: 1 };
 
     fn store() -> (tempfile::TempDir, BlobStore) {
         let folder = tempfile::tempdir().unwrap();
@@ -236,11 +193,7 @@ mod tests {
     }
 
     fn header(byte_size: u64, sha256: &str) -> BlobHeader {
-        BlobHeader {
-            byte_size,
-            sha256: sha256.into(),
-            media_type: "image/png".into(),
-        }
+        BlobHeader { byte_size, sha256: sha256.into(), media_type: "image/png".into() }
     }
 
     fn parts(header: BlobHeader, bytes: &[u8]) -> Vec<Result<UploadBlobRequest, Status>> {
@@ -257,13 +210,7 @@ mod tests {
     }
 
     async fn download(store: &BlobStore, id: &str) -> Vec<DownloadBlobResponse> {
-        store
-            .send(id)
-            .await
-            .unwrap()
-            .map(Result::unwrap)
-            .collect()
-            .await
+        store.send(id).await.unwrap().map(Result::unwrap).collect().await
     }
 
     fn refused_field(result: Result<String>) -> String {
@@ -286,10 +233,7 @@ mod tests {
         for response in download(&store, &id).await {
             match response.part.unwrap() {
                 download_blob_response::Part::Header(header) => {
-                    assert_eq!(
-                        (header.byte_size, header.sha256.as_str()),
-                        (1_500_000, id.as_str())
-                    );
+                    assert_eq!((header.byte_size, header.sha256.as_str()), (1_500_000, id.as_str()));
                 }
                 download_blob_response::Part::Chunk(chunk) => {
                     assert!(chunk.len() <= proto::CHUNK_BYTES);
@@ -303,16 +247,10 @@ mod tests {
     #[tokio::test]
     async fn a_truncated_upload_stores_nothing() {
         let (folder, store) = store();
-        assert_eq!(
-            refused_field(upload(&store, header(11, ""), b"ten bytes.").await),
-            "header.byte_size"
-        );
+        assert_eq!(refused_field(upload(&store, header(11, ""), b"ten bytes.").await), "header.byte_size");
         let mut broken = parts(header(20, ""), b"ten bytes.");
         broken.push(Err(Status::cancelled("gone")));
-        assert_eq!(
-            refused_field(store.receive(stream::iter(broken)).await),
-            "chunk"
-        );
+        assert_eq!(refused_field(store.receive(stream::iter(broken)).await), "chunk");
         assert_eq!((files(&folder), store.bytes()), (0, 0));
     }
 
@@ -320,26 +258,11 @@ mod tests {
     async fn what_is_not_as_announced_stores_nothing() {
         let (folder, store) = store();
         let other = "0".repeat(64);
-        assert_eq!(
-            refused_field(upload(&store, header(10, &other), b"ten bytes.").await),
-            "header.sha256"
-        );
-        assert_eq!(
-            refused_field(upload(&store, header(9, ""), b"ten bytes.").await),
-            "header.byte_size"
-        );
-        assert_eq!(
-            refused_field(upload(&store, header(2_000_001, ""), b"").await),
-            "header.byte_size"
-        );
-        let text = BlobHeader {
-            media_type: "text/html".into(),
-            ..header(10, "")
-        };
-        assert_eq!(
-            refused_field(upload(&store, text, b"ten bytes.").await),
-            "header.media_type"
-        );
+        assert_eq!(refused_field(upload(&store, header(10, &other), b"ten bytes.").await), "header.sha256");
+        assert_eq!(refused_field(upload(&store, header(9, ""), b"ten bytes.").await), "header.byte_size");
+        assert_eq!(refused_field(upload(&store, header(2_000_001, ""), b"").await), "header.byte_size");
+        let text = BlobHeader { media_type: "text/html".into(), ..header(10, "") };
+        assert_eq!(refused_field(upload(&store, text, b"ten bytes.").await), "header.media_type");
         assert_eq!((files(&folder), store.bytes()), (0, 0));
     }
 
@@ -347,9 +270,7 @@ mod tests {
     async fn the_same_bytes_are_stored_once() {
         let (folder, store) = store();
         let first = upload(&store, header(10, ""), b"ten bytes.").await.unwrap();
-        let second = upload(&store, header(10, &first), b"ten bytes.")
-            .await
-            .unwrap();
+        let second = upload(&store, header(10, &first), b"ten bytes.").await.unwrap();
         assert_eq!(first, second);
         assert_eq!((files(&folder), store.bytes()), (1, 10));
     }
@@ -357,9 +278,7 @@ mod tests {
     #[tokio::test]
     async fn the_store_has_a_limit() {
         let (_folder, store) = store();
-        upload(&store, header(2_000_000, ""), &vec![1; 2_000_000])
-            .await
-            .unwrap();
+        upload(&store, header(2_000_000, ""), &vec![1; 2_000_000]).await.unwrap();
         let second = upload(&store, header(2_000_000, ""), &vec![2; 2_000_000]).await;
         assert!(matches!(second, Err(Error::BlobStoreFull(3_000_000))));
     }
@@ -368,10 +287,7 @@ mod tests {
     async fn only_blobs_can_be_asked_for() {
         let (_folder, store) = store();
         for id in ["", "../secret", &"a".repeat(64)] {
-            assert!(matches!(
-                store.send(id).await.err(),
-                Some(Error::BlobNotFound(_))
-            ));
+            assert!(matches!(store.send(id).await.err(), Some(Error::BlobNotFound(_))));
         }
     }
 

@@ -117,13 +117,7 @@ impl Event {
         let Self::Report { report, .. } = self else {
             return true;
         };
-        !matches!(
-            report,
-            Report::Heartbeat(_)
-                | Report::GroupLoading(_)
-                | Report::TaskStarted(_)
-                | Report::TaskProgress(_)
-        )
+        !matches!(report, Report::Heartbeat(_) | Report::GroupLoading(_) | Report::TaskStarted(_) | Report::TaskProgress(_))
     }
 }
 
@@ -257,10 +251,7 @@ impl State {
 
     fn send(&mut self, worker_id: &str, command: Command) {
         if self.workers.contains_key(worker_id) {
-            self.effects.push(Effect::Send {
-                worker_id: worker_id.to_owned(),
-                command,
-            });
+            self.effects.push(Effect::Send { worker_id: worker_id.to_owned(), command });
         }
     }
 }

@@ -37,27 +37,15 @@ pub(super) struct Incoming {
 
 impl Incoming {
     pub(super) fn begin(shared: Arc<Shared>, header: BlobHeader) -> Result<Self> {
-        let Some((media_type, extension)) = MEDIA_TYPES
-            .into_iter()
-            .find(|(name, _)| *name == header.media_type)
-        else {
-            return Err(Error::invalid(
-                "header.media_type",
-                "must be image/png, image/jpeg or image/webp",
-            ));
+        let Some((media_type, extension)) = MEDIA_TYPES.into_iter().find(|(name, _)| *name == header.media_type) else {
+            return Err(Error::invalid("header.media_type", "must be image/png, image/jpeg or image/webp"));
         };
         if !header.sha256.is_empty() && !is_blob_id(&header.sha256) {
-            return Err(Error::invalid(
-                "header.sha256",
-                "must be 64 hex digits in lower case, or empty",
-            ));
+            return Err(Error::invalid("header.sha256", "must be 64 hex digits in lower case, or empty"));
         }
         let most = shared.max_blob_bytes;
         if header.byte_size == 0 || header.byte_size > most {
-            return Err(Error::invalid(
-                "header.byte_size",
-                format!("{}: must be 1 to {most}", header.byte_size),
-            ));
+            return Err(Error::invalid("header.byte_size", format!("{}: must be 1 to {most}", header.byte_size)));
         }
         let share = Share::take(&shared, header.byte_size)?;
         let file = tempfile::Builder::new()
@@ -66,72 +54,37 @@ impl Incoming {
             .map_err(Error::io("make a file for an upload"))?;
         let (file, path) = file.into_parts();
         let file = File::from_std(file);
-        Ok(Self {
-            shared,
-            header,
-            media_type,
-            extension,
-            file,
-            path,
-            sha256: Sha256::new(),
-            received: 0,
-            share,
-        })
+        Ok(Self { shared, header, media_type, extension, file, path, sha256: Sha256::new(), received: 0, share })
     }
 
     pub(super) async fn write(&mut self, chunk: &Bytes) -> Result<()> {
         self.received += chunk.len() as u64;
         if self.received > self.header.byte_size {
             let announced = self.header.byte_size;
-            return Err(Error::invalid(
-                "header.byte_size",
-                format!("{announced} bytes were announced, more came"),
-            ));
+            return Err(Error::invalid("header.byte_size", format!("{announced} bytes were announced, more came")));
         }
         self.sha256.update(chunk);
-        self.file
-            .write_all(chunk)
-            .await
-            .map_err(Error::io("write a blob"))
+        self.file.write_all(chunk).await.map_err(Error::io("write a blob"))
     }
 
     pub(super) async fn finish(self) -> Result<String> {
-        let Self {
-            shared,
-            header,
-            media_type,
-            extension,
-            file,
-            path,
-            sha256,
-            received,
-            share,
-        } = self;
+        let Self { shared, header, media_type, extension, file, path, sha256, received, share } = self;
         if received < header.byte_size {
             let text = format!("{} bytes were announced, {received} came", header.byte_size);
             return Err(Error::invalid("header.byte_size", text));
         }
         let id = hex(&sha256.finalize());
         if !header.sha256.is_empty() && header.sha256 != id {
-            return Err(Error::invalid(
-                "header.sha256",
-                format!("the bytes have the sha256 {id}"),
-            ));
+            return Err(Error::invalid("header.sha256", format!("the bytes have the sha256 {id}")));
         }
         file.sync_all().await.map_err(Error::io("write a blob"))?;
         drop(file);
-        let blob = Blob {
-            byte_size: received,
-            media_type,
-            extension,
-            used: Instant::now(),
-        };
+        let blob = Blob { byte_size: received, media_type, extension, used: Instant::now() };
         let mut index = shared.lock();
         if let Some(known) = index.blobs.get_mut(&id) {
             known.used = Instant::now();
         } else {
-            path.persist(shared.path(&id, &blob))
-                .map_err(|error| Error::io("name a blob")(error.error))?;
+            path.persist(shared.path(&id, &blob)).map_err(|error| Error::io("name a blob")(error.error))?;
             index.blobs.insert(id.clone(), blob);
             share.keep();
         }
@@ -152,10 +105,7 @@ impl Share {
             return Err(Error::BlobStoreFull(shared.max_total_bytes));
         }
         index.bytes += bytes;
-        Ok(Self {
-            shared: shared.clone(),
-            bytes,
-        })
+        Ok(Self { shared: shared.clone(), bytes })
     }
 
     /// The bytes belong to a blob from now on.
@@ -180,14 +130,9 @@ pub(super) async fn next_part(
     match timeout(CHUNK_DEADLINE, parts.next()).await {
         Ok(None) => Ok(None),
         Ok(Some(Ok(UploadBlobRequest { part: Some(part) }))) => Ok(Some(part)),
-        Ok(Some(Ok(UploadBlobRequest { part: None }))) => {
-            Err(Error::invalid("part", "must be a header or a chunk"))
-        }
+        Ok(Some(Ok(UploadBlobRequest { part: None }))) => Err(Error::invalid("part", "must be a header or a chunk")),
         Ok(Some(Err(_))) => Err(Error::invalid("chunk", "the upload broke off")),
-        Err(_) => Err(Error::invalid(
-            "chunk",
-            format!("none came for {} s", CHUNK_DEADLINE.as_secs()),
-        )),
+        Err(_) => Err(Error::invalid("chunk", format!("none came for {} s", CHUNK_DEADLINE.as_secs()))),
     }
 }
 

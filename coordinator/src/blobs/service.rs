@@ -3,8 +3,8 @@
 use bytes::BytesMut;
 use futures::{Stream, StreamExt, stream};
 use proto::v1::{
-    DownloadBlobRequest, DownloadBlobResponse, UploadBlobRequest, UploadBlobResponse,
-    blob_service_server::BlobService, download_blob_response::Part,
+    DownloadBlobRequest, DownloadBlobResponse, UploadBlobRequest, UploadBlobResponse, blob_service_server::BlobService,
+    download_blob_response::Part,
 };
 use tokio::{fs::File, io::AsyncReadExt};
 use tonic::{Request, Response, Status, Streaming};
@@ -23,29 +23,15 @@ pub(crate) struct BlobApi {
 
 #[tonic::async_trait]
 impl BlobService for BlobApi {
-    async fn upload_blob(
-        &self,
-        request: Request<Streaming<UploadBlobRequest>>,
-    ) -> Result<Response<UploadBlobResponse>, Status> {
-        let blob_id = self
-            .store
-            .receive(request.into_inner())
-            .await
-            .map_err(|error| status(&error))?;
+    async fn upload_blob(&self, request: Request<Streaming<UploadBlobRequest>>) -> Result<Response<UploadBlobResponse>, Status> {
+        let blob_id = self.store.receive(request.into_inner()).await.map_err(|error| status(&error))?;
         Ok(Response::new(UploadBlobResponse { blob_id }))
     }
 
     type DownloadBlobStream = stream::BoxStream<'static, Result<DownloadBlobResponse, Status>>;
 
-    async fn download_blob(
-        &self,
-        request: Request<DownloadBlobRequest>,
-    ) -> Result<Response<Self::DownloadBlobStream>, Status> {
-        let parts = self
-            .store
-            .send(&request.into_inner().blob_id)
-            .await
-            .map_err(|error| status(&error))?;
+    async fn download_blob(&self, request: Request<DownloadBlobRequest>) -> Result<Response<Self::DownloadBlobStream>, Status> {
+        let parts = self.store.send(&request.into_inner().blob_id).await.map_err(|error| status(&error))?;
         Ok(Response::new(parts.boxed()))
     }
 }

@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 
 use proto::v1::{
-    CancelTask, ForgetJob, JobFailure, JobState, TaskDone, TaskFailed, TaskProgress, TaskRef,
-    control_request::Command,
+    CancelTask, ForgetJob, JobFailure, JobState, TaskDone, TaskFailed, TaskProgress, TaskRef, control_request::Command,
 };
 
 use super::{Effect, LATE_REPORT_DEADLINE, State, job::TaskPhase, work::shortened};
@@ -37,14 +36,7 @@ impl State {
         let is_sink = job.plan.consumers(&stage).next().is_none();
         if is_sink && report.images.is_empty() {
             let message = "the last stage ended without pictures".to_owned();
-            self.end_job(
-                number,
-                End::Failed(JobFailure {
-                    reason: "INTERNAL".into(),
-                    message,
-                    stage,
-                }),
-            );
+            self.end_job(number, End::Failed(JobFailure { reason: "INTERNAL".into(), message, stage }));
             return Some(());
         }
         if is_sink {
@@ -72,17 +64,9 @@ impl State {
             "PEER_LOST" | "STALE_EPOCH" => {
                 let group_id = report.task.map(|task| task.group_id).unwrap_or_default();
                 let message = format!("group {group_id} was lost: {message}");
-                JobFailure {
-                    reason: "GROUP_LOST".into(),
-                    message,
-                    stage,
-                }
+                JobFailure { reason: "GROUP_LOST".into(), message, stage }
             }
-            reason => JobFailure {
-                reason: shortened(reason),
-                message,
-                stage,
-            },
+            reason => JobFailure { reason: shortened(reason), message, stage },
         };
         self.end_job(number, End::Failed(failure));
         Some(())
@@ -96,11 +80,7 @@ impl State {
         let end = match (job.images.is_empty(), job.cancelling) {
             (false, _) => End::Succeeded,
             (true, true) => End::Cancelled,
-            (true, false) => End::Failed(JobFailure {
-                reason: "GROUP_LOST".into(),
-                message,
-                stage: stage.to_owned(),
-            }),
+            (true, false) => End::Failed(JobFailure { reason: "GROUP_LOST".into(), message, stage: stage.to_owned() }),
         };
         self.end_job(number, end);
     }
@@ -114,18 +94,8 @@ impl State {
             .map(|job| job.number)
             .collect();
         for number in overdue {
-            let has_images = self
-                .jobs
-                .get(number)
-                .is_some_and(|job| !job.images.is_empty());
-            self.end_job(
-                number,
-                if has_images {
-                    End::Succeeded
-                } else {
-                    End::Cancelled
-                },
-            );
+            let has_images = self.jobs.get(number).is_some_and(|job| !job.images.is_empty());
+            self.end_job(number, if has_images { End::Succeeded } else { End::Cancelled });
         }
         self.forget_old_jobs();
     }
@@ -170,18 +140,10 @@ impl State {
         let Some(job) = self.jobs.get(number) else {
             return;
         };
-        let unfinished = job
-            .tasks
-            .iter()
-            .filter(|(_, task)| task.phase != TaskPhase::Ended);
-        let commands: Vec<_> = unfinished
-            .map(|(stage, task)| (task.leader.clone(), job.task_ref(stage, task)))
-            .collect();
+        let unfinished = job.tasks.iter().filter(|(_, task)| task.phase != TaskPhase::Ended);
+        let commands: Vec<_> = unfinished.map(|(stage, task)| (task.leader.clone(), job.task_ref(stage, task))).collect();
         for (leader, task) in commands {
-            self.send(
-                &leader,
-                Command::CancelTask(CancelTask { task: Some(task) }),
-            );
+            self.send(&leader, Command::CancelTask(CancelTask { task: Some(task) }));
         }
     }
 
@@ -211,12 +173,7 @@ impl State {
         }
         let leaders: BTreeSet<&str> = tasks.values().map(|task| task.leader.as_str()).collect();
         for leader in leaders {
-            self.send(
-                leader,
-                Command::ForgetJob(ForgetJob {
-                    job_id: job_id.clone(),
-                }),
-            );
+            self.send(leader, Command::ForgetJob(ForgetJob { job_id: job_id.clone() }));
         }
         self.queue.retain(|queued| *queued != number);
         self.job_changed(number);
@@ -225,17 +182,13 @@ impl State {
 
     fn job_changed(&mut self, number: u64) {
         if let Some(job) = self.jobs.get(number) {
-            self.effects.push(Effect::JobChanged {
-                job_id: job.id.clone(),
-                over: job.is_over(),
-            });
+            self.effects.push(Effect::JobChanged { job_id: job.id.clone(), over: job.is_over() });
         }
     }
 
     /// Results may take half of the blob store: the other half is for what is on its way in.
     fn forget_old_jobs(&mut self) {
-        self.jobs
-            .forget_old(self.now, self.settings.limits.total_blob_bytes / 2);
+        self.jobs.forget_old(self.now, self.settings.limits.total_blob_bytes / 2);
     }
 }
 

@@ -26,48 +26,23 @@ const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
-        let Submission {
-            job_id,
-            request_id,
-            spec,
-            seed,
-            missing_blobs,
-        } = submission;
+        let Submission { job_id, request_id, spec, seed, missing_blobs } = submission;
         request::check_request_id(&request_id)?;
         let fingerprint: [u8; 32] = Sha256::digest(spec.encode_to_vec()).into();
         if let Some(job) = self.jobs.by_request(&request_id) {
             let same = job.fingerprint == fingerprint;
-            return if same {
-                Ok(job.view())
-            } else {
-                Err(Error::RequestIdReused(request_id))
-            };
+            return if same { Ok(job.view()) } else { Err(Error::RequestIdReused(request_id)) };
         }
-        let model = self
-            .models
-            .iter()
-            .find(|model| model.config.name == spec.model);
-        let card = model
-            .ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?
-            .card()?;
-        let context = Context {
-            seed,
-            max_pixels: self.settings.limits.pixels,
-            missing_blobs: &missing_blobs,
-        };
+        let model = self.models.iter().find(|model| model.config.name == spec.model);
+        let card = model.ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?.card()?;
+        let context = Context { seed, max_pixels: self.settings.limits.pixels, missing_blobs: &missing_blobs };
         let request = Request::parse(spec, card, context)?;
         let limit = self.settings.limits.queued_jobs;
         if self.queue.len() >= limit {
             return Err(Error::QueueFull(limit));
         }
         let plan = Plan::new(&request, card);
-        let new = NewJob {
-            id: job_id,
-            request_id,
-            fingerprint,
-            spec: request.into_spec(),
-            plan,
-        };
+        let new = NewJob { id: job_id, request_id, fingerprint, spec: request.into_spec(), plan };
         let job = self.jobs.add(new, self.now);
         self.queue.push_back(job.number);
         Ok(job.view())
@@ -119,8 +94,7 @@ impl State {
             };
             let leader = group.leader().unwrap_or_default().to_owned();
             group.tasks.insert((number, stage.clone()));
-            job.tasks
-                .insert(stage, Task::new(group_id, group.epoch, leader));
+            job.tasks.insert(stage, Task::new(group_id, group.epoch, leader));
         }
         self.send_tasks(number);
         true
@@ -128,10 +102,7 @@ impl State {
 
     fn place(&self, number: u64) -> Option<Placement> {
         let job = self.jobs.get(number)?;
-        let model = self
-            .models
-            .iter()
-            .find(|model| model.config.name == job.spec.model)?;
+        let model = self.models.iter().find(|model| model.config.name == job.spec.model)?;
         let groups = model.groups.iter().filter_map(|id| self.groups.get(id));
         let ready: Vec<_> = groups
             .filter(|group| group.is_ready())
@@ -151,13 +122,7 @@ impl State {
             return;
         };
         let layout = self.layout(job);
-        let commands: Vec<_> = job
-            .plan
-            .stages
-            .iter()
-            .rev()
-            .filter_map(|stage| self.run_task(job, stage, &layout))
-            .collect();
+        let commands: Vec<_> = job.plan.stages.iter().rev().filter_map(|stage| self.run_task(job, stage, &layout)).collect();
         for (leader, task) in commands {
             self.send(&leader, Command::RunTask(task));
         }
@@ -168,27 +133,15 @@ impl State {
         let destination = |consumer: &Stage| {
             let task = job.tasks.get(&consumer.id)?;
             let address = self.workers.get(&task.leader)?.address.clone();
-            Some(Destination {
-                task: Some(job.task_ref(&consumer.id, task)),
-                address,
-            })
+            Some(Destination { task: Some(job.task_ref(&consumer.id, task)), address })
         };
-        let card = self
-            .models
-            .iter()
-            .find(|model| model.config.name == job.spec.model)?
-            .card
-            .as_ref()?;
+        let card = self.models.iter().find(|model| model.config.name == job.spec.model)?.card.as_ref()?;
         let command = RunTask {
             task: Some(job.task_ref(&stage.id, task)),
             kind: stage.kind as i32,
             spec: Some(job.spec.clone()),
             inputs: stage.inputs.clone(),
-            outputs: job
-                .plan
-                .consumers(&stage.id)
-                .filter_map(destination)
-                .collect(),
+            outputs: job.plan.consumers(&stage.id).filter_map(destination).collect(),
             layout: layout.to_owned(),
             blob_address: self.settings.blob_address.clone(),
             model_digest: card.digest.clone(),
@@ -204,10 +157,7 @@ impl State {
             .filter_map(|task| self.groups.get(&task.group_id))
             .map(|group| (group.wanted.component.as_str(), group.wanted.layout))
             .collect();
-        let parts: Vec<String> = layouts
-            .iter()
-            .map(|(name, cut)| format!("{name}=tp{}x{}", cut.tp, cut.block_ranges))
-            .collect();
+        let parts: Vec<String> = layouts.iter().map(|(name, cut)| format!("{name}=tp{}x{}", cut.tp, cut.block_ranges)).collect();
         parts.join(",")
     }
 }

@@ -72,7 +72,8 @@ impl Card {
         let defaults: serde_json::Map<String, Value> = crate::model_dir::read_json(&path)?;
         for (name, value) in defaults {
             let bad = |reason: &str| Error::ModelDir { path: path.clone(), reason: format!("`{name}`: {reason}") };
-            let parameter = self.parameters.iter_mut().find(|p| p.name == name).ok_or_else(|| bad("is none of the model's parameters"))?;
+            let parameter =
+                self.parameters.iter_mut().find(|p| p.name == name).ok_or_else(|| bad("is none of the model's parameters"))?;
             match (value, parameter.is_number()) {
                 (Value::Number(n), true) => {
                     let value = n.as_f64().filter(|v| (parameter.minimum..=parameter.maximum).contains(v));
