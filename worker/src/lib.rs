@@ -8,7 +8,7 @@
 //! thread per rank ([`rank`]), which computes and waits for no socket but those of its group's collective. Start reading at
 //! [`worker`], then [`service`], then [`tasks`].
 
-mod error;
+pub mod error;
 
 pub mod config;
 

@@ -22,7 +22,12 @@ pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index
     say("version", Some(env!("CARGO_PKG_VERSION").to_owned()));
     if spec.embed_prompt {
         text.push(("prompt".into(), spec.prompt.clone()));
-        text.extend(spec.negative_prompt.clone().map(|prompt| ("negative_prompt".into(), prompt)));
+        let more = [
+            ("prompt_2", &spec.prompt_2),
+            ("negative_prompt", &spec.negative_prompt),
+            ("negative_prompt_2", &spec.negative_prompt_2),
+        ];
+        text.extend(more.into_iter().filter_map(|(key, prompt)| Some((key.to_owned(), prompt.clone()?))));
     }
     text
 }

@@ -13,7 +13,9 @@ use crate::{Error, Result};
 pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
     Ok(Request {
         prompt: spec.prompt.clone(),
+        prompt_2: spec.prompt_2.clone(),
         negative_prompt: spec.negative_prompt.clone(),
+        negative_prompt_2: spec.negative_prompt_2.clone(),
         width: count("width", spec.width)?,
         height: count("height", spec.height)?,
         num_inference_steps: count("num_inference_steps", spec.num_inference_steps)?,
