@@ -105,6 +105,7 @@ def main():
     opt = Optimizer(model, a.lr, plain=plain, muon=not a.adamw, muon_lr=a.muon)
     ids = image_ids(4, 4)
     start, progress, step, mean = time.time(), 0.0, 0, 0.0
+    saved = start
     while progress < 1:
         keys = random.choices(list(data), k=a.batch)
         texts = ["" if random.random() < EMPTY else caption(names[i], c) for i, c in keys]
@@ -130,7 +131,8 @@ def main():
         if step % 25 == 0:
             print(f"{step} {progress:.3f} loss {mean / 25:.4f} {(time.time() - start) / step:.2f} s/step", flush=True)
             mean = 0.0
-        if step % 200 == 0 or progress >= 1:
+        if time.time() - saved > 240 or progress >= 1:
+            saved = time.time()
             torch.save(ema.state_dict(), checkpoint)
             save(a.out, clip=ema["clip"], t5=ema["t5"], flux=ema["flux"])
 

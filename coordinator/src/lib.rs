@@ -1,1 +1,27 @@
-//! stub
+//! The coordinator: takes jobs, plans them, places them on groups of workers, and hands back what comes of it.
+//!
+//! It may not know a model and links no tensor library: a worker registers a `ModelCard`, and that is all there is to
+//! know. It never sees a tensor either: outputs go from worker to worker.
+//!
+//! Start reading at [`state`], which decides everything; [`run`] puts a network around it.
+
+pub mod config;
+pub mod error;
+pub mod models_file;
+pub mod placement;
+pub mod plan;
+pub mod request;
+pub mod state;
+
+pub mod api;
+pub mod blobs;
+mod control;
+pub mod membership;
+mod runtime;
+mod server;
+#[cfg(test)]
+mod testing;
+
+pub use config::{Args, Config};
+pub use error::{Error, Result};
+pub use server::run;

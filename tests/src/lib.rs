@@ -1,4 +1,6 @@
-//! What the tests of the whole share: the reader of golden cases, and clusters of real processes.
+//! What the tests of the whole share: golden cases, ranks that are threads, made-up checkpoints, clusters of real processes.
 
 pub mod cluster;
 pub mod golden;
+pub mod ranks;
+pub mod synthetic;

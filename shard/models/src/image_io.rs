@@ -1,1 +1,109 @@
-//! Being written.
+//! Pictures in and out: what PIL and diffusers' `VaeImageProcessor` do, bit for bit where that can be.
+//!
+//! Follows diffusers 0.42.1 `image_processor.py` and Pillow's `Resample.c` and `Convert.c`. Differences: pictures become RGB
+//! when they are read (as diffusers' `load_image` makes them), so alpha is dropped before a resize and not after; JPEG and
+//! WebP decoders may differ from Pillow's by rounding.
+
+use parallel::{DType, Device, Tensor};
+
+use crate::{Error, Result};
+
+mod decode;
+mod encode;
+mod resize;
+
+pub use decode::{PictureLimits, decode_picture};
+pub use encode::{encode_png, to_u8};
+
+/// Longest side that [`preprocess`] makes.
+const MAX_SIDE: usize = 1 << 14;
+
+/// A picture that came from outside: 8-bit RGB.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Picture {
+    width: usize,
+    height: usize,
+    /// Rows of `R, G, B`.
+    data: Vec<u8>,
+}
+
+impl Picture {
+    /// Pixels.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// Pixels.
+    pub fn height(&self) -> usize {
+        self.height
+    }
+}
+
+impl std::fmt::Debug for Picture {
+    // Pictures appear in no log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Picture({} x {})", self.width, self.height)
+    }
+}
+
+/// A picture on its way out: 8-bit RGB.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RgbImage {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Rows of `R, G, B`.
+    pub data: Vec<u8>,
+}
+
+impl std::fmt::Debug for RgbImage {
+    // Pictures appear in no log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RgbImage({} x {})", self.width, self.height)
+    }
+}
+
+/// The autoencoder's input: `[1, 3, height, width]`, f32 in -1..1. Resized (Lanczos) if its size differs.
+pub fn preprocess(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    let pixels = resized(picture, width, height)?;
+    let planes = (0..3).flat_map(|c| pixels.iter().skip(c).step_by(3)); // [H, W, C] -> [C, H, W]
+    let values: Vec<f32> = planes.map(|v| 2.0 * (f32::from(*v) / 255.0) - 1.0).collect();
+    Ok(Tensor::from_vec(values, (1, 3, height, width), &Device::Cpu)?)
+}
+
+/// A mask: `[1, 1, height, width]`, f32, 1 where the picture is to be made anew (at least half white). Resized (Lanczos) if
+/// its size differs.
+pub fn preprocess_mask(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    let pixels = resized(picture, width, height)?;
+    let values: Vec<f32> =
+        pixels.as_chunks::<3>().0.iter().map(|rgb| if f32::from(luma(*rgb)) / 255.0 < 0.5 { 0.0 } else { 1.0 }).collect();
+    Ok(Tensor::from_vec(values, (1, 1, height, width), &Device::Cpu)?)
+}
+
+/// The decoder's output, about -1..1, as a picture in 0..1 (what [`to_u8`] takes).
+pub fn denormalize(image: &Tensor) -> Result<Tensor> {
+    Ok(image.to_dtype(DType::F32)?.affine(0.5, 0.5)?.clamp(0f32, 1f32)?)
+}
+
+/// PIL's conversion of RGB to `L` (ITU-R 601-2 luma).
+fn luma([r, g, b]: [u8; 3]) -> u8 {
+    let [r, g, b] = [r, g, b].map(u32::from);
+    // The weights add to 1 << 16, so this is at most 255.
+    ((r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16) as u8
+}
+
+fn resized(picture: &Picture, width: usize, height: usize) -> Result<Vec<u8>> {
+    for (field, side) in [("width", width), ("height", height)] {
+        if !(1..=MAX_SIDE).contains(&side) {
+            return Err(Error::Invalid { field, reason: format!("{side} is not between 1 and {MAX_SIDE}") });
+        }
+    }
+    if (picture.width, picture.height) == (width, height) {
+        return Ok(picture.data.clone());
+    }
+    Ok(resize::lanczos(&picture.data, [picture.width, picture.height], [width, height]))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,247 @@
-//! Being written.
+//! A model's directory, as diffusers lays it out: `model_index.json` and one folder per component.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use parallel::weights::checkpoint_files;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result};
+
+/// Longest configuration that is read; published ones have a few kilobytes.
+const MAX_CONFIG_BYTES: u64 = 4 << 20;
+/// Most files of a directory, and how deep they may lie. Links that lead round in a circle end here.
+const MAX_FILES: usize = 10_000;
+const MAX_DEPTH: usize = 8;
+
+const INDEX: &str = "model_index.json";
+
+/// A model's directory.
+#[derive(Clone, Debug)]
+pub struct ModelDir {
+    root: PathBuf,
+    pipeline_class: String,
+    /// `(library, class name)` by component.
+    components: BTreeMap<String, (String, String)>,
+}
+
+/// One component's folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ComponentDir {
+    /// The folder.
+    pub path: PathBuf,
+    /// Library and class name, such as `("transformers", "T5EncoderModel")`.
+    pub class: (String, String),
+}
+
+impl ModelDir {
+    /// Reads `model_index.json`.
+    ///
+    /// # Errors
+    /// When it is missing or is not one; the error names the file and the field.
+    pub fn open(root: &Path) -> Result<Self> {
+        let path = root.join(INDEX);
+        let index: BTreeMap<String, Value> = read_json(&path)?;
+        let class = index.get("_class_name").and_then(Value::as_str);
+        let pipeline_class = class.ok_or_else(|| bad(&path, "`_class_name` is missing or not a string"))?.to_owned();
+        let mut components = BTreeMap::new();
+        for (name, value) in &index {
+            // Other entries are settings of the pipeline; [null, null] is a component that this model does without.
+            let Some(pair) = value.as_array().filter(|_| !name.starts_with('_')) else { continue };
+            if pair.len() == 2 && pair.iter().all(Value::is_null) {
+                continue;
+            }
+            let [Value::String(library), Value::String(class)] = pair.as_slice() else {
+                return Err(bad(&path, format!("`{name}` is not a pair of library and class")));
+            };
+            if name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.') {
+                return Err(bad(&path, format!("`{name}` is not a plain folder name")));
+            }
+            components.insert(name.clone(), (library.clone(), class.clone()));
+        }
+        Ok(Self { root: root.to_owned(), pipeline_class, components })
+    }
+
+    /// The directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The reference's pipeline class, such as `FluxPipeline`.
+    pub fn pipeline_class(&self) -> &str {
+        &self.pipeline_class
+    }
+
+    /// The names of all components.
+    pub fn components(&self) -> impl Iterator<Item = &str> {
+        self.components.keys().map(String::as_str)
+    }
+
+    /// A component, if the model has it.
+    pub fn component(&self, name: &str) -> Option<ComponentDir> {
+        let class = self.components.get(name)?.clone();
+        Some(ComponentDir { path: self.root.join(name), class })
+    }
+
+    /// A component that the model cannot do without.
+    pub fn require(&self, name: &str) -> Result<ComponentDir> {
+        self.component(name).ok_or_else(|| bad(&self.root.join(INDEX), format!("it names no component `{name}`")))
+    }
+
+    /// A component's `config.json`.
+    pub fn config<T: DeserializeOwned>(&self, component: &str) -> Result<T> {
+        read_json(&self.require(component)?.path.join("config.json"))
+    }
+
+    /// The noise scheduler's `scheduler_config.json`.
+    pub fn scheduler_config<T: DeserializeOwned>(&self) -> Result<T> {
+        read_json(&self.require("scheduler")?.path.join("scheduler_config.json"))
+    }
+
+    /// Bytes of a component's weight files.
+    pub fn weight_bytes(&self, component: &str) -> Result<u64> {
+        let size = |path: PathBuf| Ok(std::fs::metadata(&path).map_err(io(&path))?.len());
+        checkpoint_files(&self.require(component)?.path)?.into_iter().map(size).sum()
+    }
+
+    /// sha256, in hex, over the relative name and the sha256 of every file, in the order of their names. Hidden files and
+    /// folders (a download tool's notes) do not count. Reads everything once: seconds per gigabyte.
+    pub fn digest(&self) -> Result<String> {
+        let mut files = BTreeMap::new();
+        list_files(&self.root, "", 0, &mut files)?;
+        let mut digest = Sha256::new();
+        for (name, path) in files {
+            digest.update((name.len() as u64).to_le_bytes());
+            digest.update(name.as_bytes());
+            digest.update(hash_file(&path)?);
+        }
+        Ok(hex(&digest.finalize()))
+    }
+}
+
+/// Reads a JSON file of limited size into `T`; keys that `T` does not have are ignored.
+///
+/// # Errors
+/// When it cannot be read or does not fit; the error names the file and the field.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(io(path))?;
+    file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut bytes).map_err(io(path))?;
+    if bytes.len() as u64 > MAX_CONFIG_BYTES {
+        return Err(bad(path, format!("it has more than {MAX_CONFIG_BYTES} bytes")));
+    }
+    serde_json::from_slice(&bytes).map_err(|e| bad(path, e.to_string()))
+}
+
+fn list_files(dir: &Path, prefix: &str, depth: usize, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {
+    if depth > MAX_DEPTH || files.len() > MAX_FILES {
+        return Err(bad(dir, format!("a model has at most {MAX_FILES} files and {MAX_DEPTH} levels of folders")));
+    }
+    for entry in std::fs::read_dir(dir).map_err(io(dir))? {
+        let path = entry.map_err(io(dir))?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| bad(&path, "its name is not UTF-8"))?;
+        if name.starts_with('.') {
+            continue;
+        }
+        let relative = format!("{prefix}{name}");
+        // Follows links: a download cache keeps the files elsewhere.
+        if std::fs::metadata(&path).map_err(io(&path))?.is_dir() {
+            list_files(&path, &format!("{relative}/"), depth + 1, files)?;
+        } else {
+            files.insert(relative, path);
+        }
+    }
+    Ok(())
+}
+
+fn hash_file(path: &Path) -> Result<[u8; 32]> {
+    let mut file = File::open(path).map_err(io(path))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut digest = Sha256::new();
+    loop {
+        match file.read(&mut buffer).map_err(io(path))? {
+            0 => return Ok(digest.finalize().into()),
+            n => digest.update(&buffer[..n]),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn bad(path: &Path, reason: impl Into<String>) -> Error {
+    Error::ModelDir { path: path.to_owned(), reason: reason.into() }
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> Error + '_ {
+    move |source| Error::ModelDir { path: path.to_owned(), reason: format!("could not be read: {source}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model(index: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(INDEX), index).unwrap();
+        dir
+    }
+
+    const FLUX: &str = r#"{"_class_name": "FluxPipeline", "_diffusers_version": "0.30", "vae": ["diffusers", "AutoencoderKL"],
+        "image_encoder": [null, null], "requires_safety_checker": true}"#;
+
+    #[test]
+    fn components_are_the_pairs_that_are_not_null() {
+        let dir = model(FLUX);
+        std::fs::create_dir(dir.path().join("vae")).unwrap();
+        std::fs::write(dir.path().join("vae/config.json"), r#"{"a": 1, "more": {}}"#).unwrap();
+        let model = ModelDir::open(dir.path()).unwrap();
+        assert_eq!((model.pipeline_class(), model.components().collect::<Vec<_>>()), ("FluxPipeline", vec!["vae"]));
+        let vae = model.component("vae").unwrap();
+        assert_eq!((vae.path, vae.class.1.as_str()), (dir.path().join("vae"), "AutoencoderKL"));
+        assert_eq!(model.config::<BTreeMap<String, Value>>("vae").unwrap()["a"], 1);
+        assert!(model.component("image_encoder").is_none());
+        assert!(model.config::<Value>("transformer").unwrap_err().to_string().contains("`transformer`"));
+    }
+
+    #[test]
+    fn a_malformed_index_is_named_with_its_field() {
+        let cases = [
+            ("{", "EOF"),
+            ("[]", "map"),
+            ("{}", "`_class_name`"),
+            (r#"{"_class_name": "X", "vae": ["one"]}"#, "`vae`"),
+            (r#"{"_class_name": "X", "../up": ["a", "b"]}"#, "`../up`"),
+        ];
+        for (index, field) in cases {
+            let dir = model(index);
+            let error = ModelDir::open(dir.path()).unwrap_err();
+            assert!(matches!(error, Error::ModelDir { .. }));
+            assert!(error.to_string().contains(INDEX) && error.to_string().contains(field), "{index}: {error}");
+        }
+        assert!(matches!(ModelDir::open(Path::new("/nowhere")), Err(Error::ModelDir { .. })));
+    }
+
+    #[test]
+    fn the_digest_sees_names_and_contents_but_no_hidden_files() {
+        let dir = model(FLUX);
+        let digest = || ModelDir::open(dir.path()).unwrap().digest().unwrap();
+        std::fs::create_dir(dir.path().join("vae")).unwrap();
+        std::fs::write(dir.path().join("vae/a"), "1").unwrap();
+        let first = digest();
+        assert_eq!((first.len(), first == digest()), (64, true));
+        std::fs::write(dir.path().join(".notes"), "x").unwrap();
+        assert_eq!(digest(), first);
+        std::fs::write(dir.path().join("vae/a"), "2").unwrap();
+        assert_ne!(digest(), first);
+        std::fs::remove_file(dir.path().join("vae/a")).unwrap();
+        std::fs::write(dir.path().join("vae/b"), "1").unwrap();
+        assert_ne!(digest(), first);
+    }
+}

@@ -2,13 +2,20 @@
 
 use std::fmt::Debug;
 
-use parallel::Tensor;
+use parallel::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
+use crate::{Error, Result};
 
 pub mod flow_match_euler;
 pub mod flow_match_heun;
+mod sigmas;
+
+pub use flow_match_euler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig};
+pub use flow_match_heun::{FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig};
+
+/// Most steps of one job. The published schedules were trained with 1,000; a request with a billion costs memory.
+pub const MAX_INFERENCE_STEPS: usize = 10_000;
 
 /// The state of one denoising run. Built per job, so nothing leaks from one job to the next.
 pub trait Scheduler: Send + Debug {
@@ -28,6 +35,13 @@ pub trait Scheduler: Send + Debug {
     fn scale_noise(&self, sample: &Tensor, step: usize, noise: &Tensor) -> Result<Tensor>;
     /// All that a resumed run needs besides the sample and the step.
     fn checkpoint(&self) -> SchedulerState;
+    /// Takes up what [`Scheduler::checkpoint`] wrote. Schedulers without history accept only an empty one.
+    fn restore(&mut self, state: &SchedulerState) -> Result<()> {
+        if state.history.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Invalid { field: "checkpoint", reason: "this scheduler keeps no history, the checkpoint has one".into() })
+    }
 }
 
 /// What a scheduler carries from step to step.
@@ -35,4 +49,51 @@ pub trait Scheduler: Send + Debug {
 pub struct SchedulerState {
     /// Earlier model outputs of multistep schedulers, newest last, as (shape, data).
     pub history: Vec<(Vec<usize>, Vec<f32>)>,
+}
+
+/// The arguments of diffusers' `set_timesteps`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Schedule {
+    /// How many steps.
+    pub num_inference_steps: usize,
+    /// The sigmas before any shift, one per step; the scheduler's own when absent.
+    pub sigmas: Option<Vec<f64>>,
+    /// The shift of schedulers with `use_dynamic_shifting`; see [`calculate_shift`].
+    pub mu: Option<f64>,
+}
+
+/// Fresh noise for schedulers that add some at every step.
+pub trait StepNoise: Send + Debug {
+    /// The noise of evaluation `step`. It depends on the step and not on earlier calls, so that a resumed run draws the same.
+    fn draw(&mut self, step: usize, shape: &[usize]) -> Result<Tensor>;
+}
+
+/// `mu` for a picture of `image_seq_len` tokens: linear between the two published points.
+pub fn calculate_shift(image_seq_len: usize, base_seq_len: usize, max_seq_len: usize, base_shift: f64, max_shift: f64) -> f64 {
+    let m = (max_shift - base_shift) / (max_seq_len as f64 - base_seq_len as f64);
+    let b = base_shift - m * base_seq_len as f64;
+    image_seq_len as f64 * m + b
+}
+
+/// `sigma * noise + (1 - sigma) * sample`: a flow's straight way from picture to noise.
+fn flow_scale_noise(sample: &Tensor, sigma: f32, noise: &Tensor) -> Result<Tensor> {
+    let (sample_f32, noise) = (sample.to_dtype(DType::F32)?, noise.to_dtype(DType::F32)?);
+    let noised = ((noise * f64::from(sigma))? + (sample_f32 * f64::from(1.0 - sigma))?)?;
+    Ok(noised.to_dtype(sample.dtype())?)
+}
+
+/// `model_output * factor` as torch multiplies by a number: in f32, rounded to the output's own type; then widened.
+fn scaled(model_output: &Tensor, factor: f32) -> Result<Tensor> {
+    let y = (model_output.to_dtype(DType::F32)? * f64::from(factor))?;
+    Ok(y.to_dtype(model_output.dtype())?.to_dtype(DType::F32)?)
+}
+
+/// The sigma at `begin + step` and the one after it.
+fn sigma_pair(sigmas: &[f32], begin: usize, step: usize) -> Result<(f32, f32)> {
+    let pair = begin.checked_add(step).and_then(|i| sigmas.get(i..)?.first_chunk::<2>());
+    let [sigma, next] = pair.ok_or_else(|| Error::Invalid {
+        field: "step",
+        reason: format!("{step} is past the end of a schedule of {} steps", sigmas.len().saturating_sub(begin + 1)),
+    })?;
+    Ok((*sigma, *next))
 }

@@ -1,0 +1,321 @@
+//! What clients call: jobs and the cluster. Here errors become statuses, in one function.
+
+use std::{collections::HashMap, time::Duration};
+
+use futures::{Stream, StreamExt, TryStreamExt, stream};
+use proto::v1::{
+    CancelJobRequest, CancelJobResponse, CreateJobRequest, CreateJobResponse, GetJobRequest,
+    GetJobResponse, JobEvent, JobSpec, ListJobsRequest, ListJobsResponse, ListModelsRequest,
+    ListModelsResponse, ListWorkersRequest, ListWorkersResponse, WatchJobRequest, WatchJobResponse,
+    cluster_service_server::ClusterService, job_service_server::JobService,
+};
+use tonic::{Code, Request, Response, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+use tracing::error;
+use uuid::Uuid;
+
+use crate::{
+    blobs::BlobStore,
+    error::{Error, Result},
+    request::{self, is_blob_id},
+    runtime::Handle,
+    state::Submission,
+};
+
+/// When to come back to a full queue or a full store: about the time of one picture.
+const RETRY_LATER: Duration = Duration::from_secs(5);
+/// When to come back to a model that is being read, or to a coordinator that restarts.
+const RETRY_SOON: Duration = Duration::from_secs(1);
+/// Seeds are drawn below 2^53, so that they survive every JSON reader.
+const SEED_BITS: u32 = 53;
+
+/// The status a client gets for an error. Every one carries an `ErrorInfo`; those worth repeating a `RetryInfo`.
+pub fn status(error: &Error) -> Status {
+    let (code, retry) = match error {
+        Error::InvalidRequest(_) | Error::InvalidRegistration(_) => (Code::InvalidArgument, None),
+        Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => {
+            (Code::NotFound, None)
+        }
+        Error::ModelNotReady(_) | Error::Stopping => (Code::Unavailable, Some(RETRY_SOON)),
+        Error::ModelBroken { .. } => (Code::FailedPrecondition, None),
+        Error::RequestIdReused(_) => (Code::AlreadyExists, None),
+        Error::QueueFull(_) | Error::BlobStoreFull(_) => {
+            (Code::ResourceExhausted, Some(RETRY_LATER))
+        }
+        Error::Setting { .. }
+        | Error::ModelsFile { .. }
+        | Error::Io { .. }
+        | Error::Serve(_)
+        | Error::Etcd(_)
+        | Error::WatchEnded(_) => (Code::Internal, None),
+    };
+    let mut details = ErrorDetails::new();
+    details.set_error_info(error.reason(), proto::ERROR_DOMAIN, HashMap::new());
+    if let Some(delay) = retry {
+        details.set_retry_info(Some(delay));
+    }
+    if let Error::InvalidRequest(violations) = error {
+        for violation in violations {
+            details.add_bad_request_violation(&violation.field, &violation.problem);
+        }
+    }
+    if code == Code::Internal {
+        error!(error = %Chain(error), "request failed");
+    }
+    Status::with_error_details(code, error.to_string(), details)
+}
+
+/// An error with what caused it.
+struct Chain<'a>(&'a Error);
+
+impl std::fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = std::error::Error::source(self.0);
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}
+
+/// Serves `JobService`.
+#[derive(Debug, Clone)]
+pub(crate) struct JobApi {
+    pub(crate) handle: Handle,
+    pub(crate) blobs: BlobStore,
+}
+
+impl JobApi {
+    async fn create(&self, request: CreateJobRequest) -> Result<CreateJobResponse> {
+        let spec = request
+            .spec
+            .ok_or_else(|| Error::invalid("spec", "is missing"))?;
+        request::check_request_id(&request.request_id)?;
+        // Parsing makes one of the several ways to write a UUID; a client without one cannot retry.
+        let request_id = Uuid::try_parse(&request.request_id).unwrap_or_else(|_| Uuid::new_v4());
+        let submission = Submission {
+            job_id: Uuid::new_v4().to_string(),
+            request_id: request_id.to_string(),
+            seed: draw_seed(),
+            missing_blobs: self.missing_blobs(&spec),
+            spec,
+        };
+        let job = self.handle.submit(submission).await?;
+        tracing::info!(
+            job.id = job.id,
+            model = job.spec.as_ref().map(|spec| spec.model.as_str()),
+            "job accepted"
+        );
+        Ok(CreateJobResponse { job: Some(job) })
+    }
+
+    fn missing_blobs(&self, spec: &JobSpec) -> Vec<String> {
+        [
+            ("image_blob_id", &spec.image_blob_id),
+            ("mask_image_blob_id", &spec.mask_image_blob_id),
+        ]
+        .into_iter()
+        .filter(|(_, id)| is_blob_id(id) && !self.blobs.contains(id))
+        .map(|(field, _)| field.to_owned())
+        .collect()
+    }
+
+    async fn get(&self, request: GetJobRequest) -> Result<GetJobResponse> {
+        let job = self
+            .handle
+            .read(move |state| state.job(&request.job_id))
+            .await??;
+        Ok(GetJobResponse { job: Some(job) })
+    }
+
+    async fn list(&self, request: ListJobsRequest) -> Result<ListJobsResponse> {
+        let look =
+            move |state: &crate::state::State| state.jobs(request.page_size, &request.page_token);
+        let (jobs, next_page_token) = self.handle.read(look).await??;
+        Ok(ListJobsResponse {
+            jobs,
+            next_page_token,
+        })
+    }
+
+    async fn cancel(&self, request: CancelJobRequest) -> Result<CancelJobResponse> {
+        let job = self.handle.cancel(request.job_id).await?;
+        Ok(CancelJobResponse { job: Some(job) })
+    }
+}
+
+fn draw_seed() -> u64 {
+    // The low bits of a version 4 UUID come from the operating system's generator; the topmost two do not.
+    Uuid::new_v4().as_u64_pair().1 & ((1 << SEED_BITS) - 1)
+}
+
+/// Every event after `after`, once and in order, until the job is over. Reads the job's log at the watcher's own pace.
+fn follow(handle: Handle, job_id: String, after: u64) -> impl Stream<Item = Result<JobEvent>> {
+    let pages = stream::try_unfold(Some(after), move |after| {
+        let (handle, job_id) = (handle.clone(), job_id.clone());
+        async move {
+            let Some(after) = after else {
+                return Ok::<_, Error>(None);
+            };
+            loop {
+                let mut followed = handle.follow(job_id.clone(), after).await?;
+                let page = followed.page;
+                if page.events.is_empty() && !page.over {
+                    // Closed means that the job is over or the coordinator stops; the next reading tells which.
+                    drop(followed.changed.changed().await);
+                    continue;
+                }
+                let reached = page.events.last().map_or(after, |event| event.sequence);
+                let next = (!page.over).then_some(reached);
+                return Ok(Some((stream::iter(page.events.into_iter().map(Ok)), next)));
+            }
+        }
+    });
+    pages.try_flatten()
+}
+
+#[tonic::async_trait]
+impl JobService for JobApi {
+    async fn create_job(
+        &self,
+        request: Request<CreateJobRequest>,
+    ) -> Result<Response<CreateJobResponse>, Status> {
+        respond(self.create(request.into_inner()).await)
+    }
+
+    async fn get_job(
+        &self,
+        request: Request<GetJobRequest>,
+    ) -> Result<Response<GetJobResponse>, Status> {
+        respond(self.get(request.into_inner()).await)
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<ListJobsRequest>,
+    ) -> Result<Response<ListJobsResponse>, Status> {
+        respond(self.list(request.into_inner()).await)
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<CancelJobRequest>,
+    ) -> Result<Response<CancelJobResponse>, Status> {
+        respond(self.cancel(request.into_inner()).await)
+    }
+
+    type WatchJobStream = stream::BoxStream<'static, Result<WatchJobResponse, Status>>;
+
+    async fn watch_job(
+        &self,
+        request: Request<WatchJobRequest>,
+    ) -> Result<Response<Self::WatchJobStream>, Status> {
+        let WatchJobRequest {
+            job_id,
+            after_sequence,
+        } = request.into_inner();
+        // A job that is not there is told before the stream begins.
+        self.get(GetJobRequest {
+            job_id: job_id.clone(),
+        })
+        .await
+        .map_err(|error| status(&error))?;
+        let events = follow(self.handle.clone(), job_id, after_sequence);
+        let responses = events.map_ok(|event| WatchJobResponse { event: Some(event) });
+        Ok(Response::new(
+            responses.map_err(|error| status(&error)).boxed(),
+        ))
+    }
+}
+
+/// Serves `ClusterService`.
+#[derive(Debug, Clone)]
+pub(crate) struct ClusterApi {
+    pub(crate) handle: Handle,
+}
+
+#[tonic::async_trait]
+impl ClusterService for ClusterApi {
+    async fn list_models(
+        &self,
+        _: Request<ListModelsRequest>,
+    ) -> Result<Response<ListModelsResponse>, Status> {
+        let models = self.handle.read(|state| state.models()).await;
+        respond(models.map(|models| ListModelsResponse { models }))
+    }
+
+    async fn list_workers(
+        &self,
+        _: Request<ListWorkersRequest>,
+    ) -> Result<Response<ListWorkersResponse>, Status> {
+        let workers = self.handle.read(|state| state.workers()).await;
+        respond(workers.map(|workers| ListWorkersResponse { workers }))
+    }
+}
+
+fn respond<T>(result: Result<T>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(|error| status(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Violation;
+
+    #[test]
+    fn every_error_says_its_reason_and_domain() {
+        let status = status(&Error::ModelNotFound("flux".into()));
+        let details = status.get_error_details();
+        let info = details.error_info().unwrap();
+        assert_eq!(
+            (status.code(), info.reason.as_str()),
+            (Code::NotFound, "MODEL_NOT_FOUND")
+        );
+        assert_eq!(info.domain, proto::ERROR_DOMAIN);
+    }
+
+    #[test]
+    fn every_wrong_field_is_a_violation() {
+        let violations = vec![
+            Violation::new("spec.width", "odd"),
+            Violation::new("spec.height", "odd"),
+        ];
+        let details = status(&Error::InvalidRequest(violations)).get_error_details();
+        let fields: Vec<_> = details
+            .bad_request()
+            .unwrap()
+            .field_violations
+            .iter()
+            .map(|v| v.field.clone())
+            .collect();
+        assert_eq!(fields, ["spec.width", "spec.height"]);
+    }
+
+    #[test]
+    fn what_may_be_repeated_says_when() {
+        for error in [
+            Error::QueueFull(1),
+            Error::ModelNotReady("emoji".into()),
+            Error::Stopping,
+        ] {
+            assert!(
+                status(&error).get_error_details().retry_info().is_some(),
+                "{error}"
+            );
+        }
+        assert!(
+            status(&Error::RequestIdReused("r".into()))
+                .get_error_details()
+                .retry_info()
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn drawn_seeds_fit_a_double() {
+        assert!((0..100).all(|_| draw_seed() < 1 << SEED_BITS));
+        assert_ne!(draw_seed(), draw_seed());
+    }
+}

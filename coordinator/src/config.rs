@@ -1,0 +1,262 @@
+//! Flags and environment in, a `Config` that cannot be wrong out. Below `main.rs` nobody reads the environment.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use clap::Parser;
+
+use crate::{
+    error::{Error, Result},
+    models_file::{self, ModelConfig},
+};
+
+/// Jobs that may wait. At one a second this is a quarter of an hour of waiting, more than anyone waits for a picture.
+pub const DEFAULT_QUEUE_LIMIT: usize = 1024;
+/// Bytes of one blob: a 4096 x 2160 PNG of noise, the worst case, has 26 MiB.
+pub const DEFAULT_MAX_BLOB_BYTES: u64 = 32 << 20;
+/// Bytes of all blobs together.
+pub const DEFAULT_MAX_TOTAL_BLOB_BYTES: u64 = 1 << 30;
+/// Pixels of one job, over all its pictures: ten of 2048 x 2048. A card may allow less, never more.
+pub const DEFAULT_MAX_PIXELS: u64 = 10 * 2048 * 2048;
+/// Where the coordinator's keys live in etcd.
+pub const DEFAULT_ETCD_PREFIX: &str = "/atelier";
+
+/// The coordinator's flags. Every one can be given as an environment variable instead.
+#[derive(Debug, Clone, Parser)]
+#[command(
+    name = "atelier-coordinator",
+    version,
+    about = "Takes jobs for text-to-image models and runs them on workers"
+)]
+pub struct Args {
+    /// Where to listen for clients and workers.
+    #[arg(long, env = "ATELIER_LISTEN", default_value = "127.0.0.1:7700")]
+    pub listen: SocketAddr,
+
+    /// host:port at which workers reach this coordinator, if that is not the listen address.
+    #[arg(long, env = "ATELIER_ADVERTISE")]
+    pub advertise: Option<String>,
+
+    /// The models to serve.
+    #[arg(long, env = "ATELIER_MODELS", default_value = "models.toml")]
+    pub models: PathBuf,
+
+    /// Where pictures are kept. Without it: a temporary folder that is removed at the end.
+    #[arg(long, env = "ATELIER_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+
+    /// etcd endpoints, by comma. Workers then register there, not at this coordinator.
+    #[arg(long, env = "ATELIER_ETCD", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+
+    /// What every key in etcd begins with.
+    #[arg(long, env = "ATELIER_ETCD_PREFIX", default_value = DEFAULT_ETCD_PREFIX)]
+    pub etcd_prefix: String,
+
+    /// Most jobs that may wait.
+    #[arg(long, env = "ATELIER_QUEUE_LIMIT", default_value_t = DEFAULT_QUEUE_LIMIT)]
+    pub queue_limit: usize,
+
+    /// Most bytes of one blob.
+    #[arg(long, env = "ATELIER_MAX_BLOB_BYTES", default_value_t = DEFAULT_MAX_BLOB_BYTES)]
+    pub max_blob_bytes: u64,
+
+    /// Most bytes of all blobs together.
+    #[arg(long, env = "ATELIER_MAX_TOTAL_BLOB_BYTES", default_value_t = DEFAULT_MAX_TOTAL_BLOB_BYTES)]
+    pub max_total_blob_bytes: u64,
+
+    /// Most pixels of one job, over all its pictures.
+    #[arg(long, env = "ATELIER_MAX_PIXELS", default_value_t = DEFAULT_MAX_PIXELS)]
+    pub max_pixels: u64,
+}
+
+/// What a coordinator needs to run. The listen address is not here: the caller of [`crate::run`] owns the socket.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The models to serve.
+    pub models: Vec<ModelConfig>,
+    /// host:port at which workers reach this coordinator; the listener's own address if absent.
+    pub advertise: Option<String>,
+    /// Where pictures are kept; a temporary folder if absent.
+    pub data_dir: Option<PathBuf>,
+    /// Where workers are found; without it they register at the coordinator itself.
+    pub etcd: Option<EtcdConfig>,
+    /// What clients may ask for.
+    pub limits: Limits,
+}
+
+/// Where workers are found.
+#[derive(Debug, Clone)]
+pub struct EtcdConfig {
+    /// URLs.
+    pub endpoints: Vec<String>,
+    /// What every key begins with; no slash at the end.
+    pub prefix: String,
+}
+
+/// Ceilings that no caller can raise.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Jobs that may wait.
+    pub queued_jobs: usize,
+    /// Bytes of one blob.
+    pub blob_bytes: u64,
+    /// Bytes of all blobs.
+    pub total_blob_bytes: u64,
+    /// Pixels of one job, over all its pictures.
+    pub pixels: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            queued_jobs: DEFAULT_QUEUE_LIMIT,
+            blob_bytes: DEFAULT_MAX_BLOB_BYTES,
+            total_blob_bytes: DEFAULT_MAX_TOTAL_BLOB_BYTES,
+            pixels: DEFAULT_MAX_PIXELS,
+        }
+    }
+}
+
+impl Config {
+    /// A coordinator for the models of a file, all else by default: what `atelier up` and tests start from.
+    pub fn for_models(models_file: &Path) -> Result<Self> {
+        Ok(Self {
+            models: models_file::read(models_file)?,
+            advertise: None,
+            data_dir: None,
+            etcd: None,
+            limits: Limits::default(),
+        })
+    }
+}
+
+impl TryFrom<Args> for Config {
+    type Error = Error;
+
+    fn try_from(args: Args) -> Result<Self> {
+        let limits = Limits {
+            queued_jobs: args.queue_limit,
+            blob_bytes: args.max_blob_bytes,
+            total_blob_bytes: args.max_total_blob_bytes,
+            pixels: args.max_pixels,
+        };
+        at_least_one("--queue-limit", limits.queued_jobs as u64)?;
+        at_least_one("--max-pixels", limits.pixels)?;
+        at_least_one("--max-blob-bytes", limits.blob_bytes)?;
+        if limits.total_blob_bytes < limits.blob_bytes {
+            return Err(wrong(
+                "--max-total-blob-bytes",
+                "is less than --max-blob-bytes",
+            ));
+        }
+        if args.advertise.is_none() && args.listen.ip().is_unspecified() {
+            return Err(wrong(
+                "--advertise",
+                "is needed when --listen names no single address",
+            ));
+        }
+        if !args.etcd_prefix.starts_with('/') || args.etcd_prefix.ends_with('/') {
+            return Err(wrong(
+                "--etcd-prefix",
+                "must start with a slash and not end with one",
+            ));
+        }
+        let has_etcd = !args.etcd.is_empty();
+        let etcd = has_etcd.then_some(EtcdConfig {
+            endpoints: args.etcd,
+            prefix: args.etcd_prefix,
+        });
+        Ok(Self {
+            models: models_file::read(&args.models)?,
+            advertise: args.advertise,
+            data_dir: args.data_dir,
+            etcd,
+            limits,
+        })
+    }
+}
+
+fn at_least_one(setting: &'static str, value: u64) -> Result<()> {
+    if value == 0 {
+        Err(wrong(setting, "must be at least 1"))
+    } else {
+        Ok(())
+    }
+}
+
+fn wrong(setting: &'static str, problem: &str) -> Error {
+    Error::Setting {
+        setting,
+        problem: problem.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(flags: &[&str]) -> Result<Config> {
+        let folder = tempfile::tempdir().unwrap();
+        let models = folder.path().join("models.toml");
+        std::fs::write(&models, "[[model]]\nname = \"emoji\"\npath = \"emoji\"\n").unwrap();
+        let name = ["coordinator", "--models", models.to_str().unwrap()];
+        Args::parse_from(name.iter().chain(flags)).try_into()
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        let config = config(&[]).unwrap();
+        assert_eq!(config.models[0].name, "emoji");
+        assert_eq!(config.limits.queued_jobs, 1024);
+        assert!(config.etcd.is_none());
+    }
+
+    #[test]
+    fn etcd_endpoints_are_split_by_comma() {
+        let etcd = config(&["--etcd", "http://a:1,http://b:2"])
+            .unwrap()
+            .etcd
+            .unwrap();
+        assert_eq!(etcd.endpoints, ["http://a:1", "http://b:2"]);
+        assert_eq!(etcd.prefix, "/atelier");
+    }
+
+    #[test]
+    fn a_listener_on_every_address_must_say_where_it_is_reached() {
+        let problem = config(&["--listen", "0.0.0.0:7700"])
+            .unwrap_err()
+            .to_string();
+        assert!(problem.starts_with("--advertise: is needed"), "{problem}");
+        assert!(
+            config(&[
+                "--listen",
+                "0.0.0.0:7700",
+                "--advertise",
+                "coordinator:7700"
+            ])
+            .is_ok()
+        );
+    }
+
+    #[test]
+    fn every_flag_has_an_environment_variable() {
+        use clap::CommandFactory;
+        for argument in Args::command()
+            .get_arguments()
+            .filter(|a| !["help", "version"].contains(&a.get_id().as_str()))
+        {
+            let variable = argument
+                .get_env()
+                .map(|name| name.to_string_lossy().into_owned())
+                .unwrap_or_default();
+            assert!(
+                variable.starts_with("ATELIER_"),
+                "--{} has {variable:?}",
+                argument.get_id()
+            );
+        }
+    }
+}

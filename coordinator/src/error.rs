@@ -1,0 +1,146 @@
+//! Everything that can go wrong in the coordinator, one variant per cause, with the facts.
+//!
+//! An error says what failed. What a client is told (code, retry) is decided in one place: [`crate::api::status`].
+
+use std::{io, path::PathBuf};
+
+/// A result whose error is the crate's own.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong. Holds no prompt, ever.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Fields of a request that cannot be taken: all of them, not the first.
+    #[error("{}", describe(.0))]
+    InvalidRequest(Vec<Violation>),
+    /// A model that is not in models.toml.
+    #[error("no model is named {0:?}")]
+    ModelNotFound(String),
+    /// No worker has read the model yet.
+    #[error("model {0:?}: no worker has described it yet")]
+    ModelNotReady(String),
+    /// The model cannot be served until somebody repairs it.
+    #[error("model {model:?} cannot be served: {problem}")]
+    ModelBroken {
+        /// Its name.
+        model: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A request id came again with another body.
+    #[error("request_id {0} was used for another request")]
+    RequestIdReused(String),
+    /// As many jobs wait as may wait.
+    #[error("the queue holds {0} jobs, which is its limit")]
+    QueueFull(usize),
+    /// No such job, or it is over and was dropped.
+    #[error("no job has the id {0:?}")]
+    JobNotFound(String),
+    /// No such blob, or it was dropped.
+    #[error("no blob has the id {0:?}")]
+    BlobNotFound(String),
+    /// All bytes that may be stored are stored.
+    #[error("the blob store is full: its limit is {0} bytes")]
+    BlobStoreFull(u64),
+    /// A worker's registration or heartbeat that makes no sense.
+    #[error("registration refused: {0}")]
+    InvalidRegistration(String),
+    /// The coordinator is shutting down.
+    #[error("the coordinator is shutting down")]
+    Stopping,
+    /// A setting that cannot be right.
+    #[error("{setting}: {problem}")]
+    Setting {
+        /// The flag.
+        setting: &'static str,
+        /// What is wrong with its value.
+        problem: String,
+    },
+    /// models.toml says something that cannot be right.
+    #[error("{}:{line}: {problem}", path.display())]
+    ModelsFile {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The field and what is wrong with it.
+        problem: String,
+    },
+    /// The disk.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What came of it.
+        source: io::Error,
+    },
+    /// The gRPC server.
+    #[error("the gRPC server failed")]
+    Serve(#[from] tonic::transport::Error),
+    /// etcd.
+    #[error("etcd: {0}")]
+    Etcd(#[from] etcd_client::Error),
+    /// etcd stopped telling us what changes.
+    #[error("the etcd watch ended: {0}")]
+    WatchEnded(String),
+}
+
+/// One field and why it cannot be taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// The field's path in the request, such as `spec.width`.
+    pub field: String,
+    /// What is wrong with it; never the prompt.
+    pub problem: String,
+}
+
+impl Violation {
+    /// A violation of `field`.
+    pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+        }
+    }
+}
+
+impl Error {
+    /// A single field that cannot be taken.
+    pub fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::InvalidRequest(vec![Violation::new(field, problem)])
+    }
+
+    /// Wraps an I/O error with what was tried: `.map_err(Error::io("..."))`.
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+
+    /// The word programs act on (`ErrorInfo.reason`).
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::InvalidRequest(_) => "INVALID_REQUEST",
+            Self::ModelNotFound(_) => "MODEL_NOT_FOUND",
+            Self::ModelNotReady(_) => "MODEL_NOT_READY",
+            Self::ModelBroken { .. } => "MODEL_BROKEN",
+            Self::RequestIdReused(_) => "REQUEST_ID_REUSED",
+            Self::QueueFull(_) => "QUEUE_FULL",
+            Self::JobNotFound(_) => "JOB_NOT_FOUND",
+            Self::BlobNotFound(_) => "BLOB_NOT_FOUND",
+            Self::BlobStoreFull(_) => "BLOB_STORE_FULL",
+            Self::InvalidRegistration(_) => "INVALID_REGISTRATION",
+            Self::Stopping => "STOPPING",
+            Self::Setting { .. } | Self::ModelsFile { .. } => "INVALID_CONFIGURATION",
+            Self::Io { .. } | Self::Serve(_) | Self::Etcd(_) | Self::WatchEnded(_) => "INTERNAL",
+        }
+    }
+}
+
+fn describe(violations: &[Violation]) -> String {
+    let texts: Vec<String> = violations
+        .iter()
+        .map(|v| format!("{}: {}", v.field, v.problem))
+        .collect();
+    texts.join("; ")
+}

@@ -1,0 +1,283 @@
+//! `models.toml`: what is served, as data. Unknown keys are refused, and an error names file, line and field.
+//!
+//! What only a model's card can tell (which components there are, which cuts fit) is checked when the card is known,
+//! in [`crate::placement`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use proto::v1::Layout;
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::error::{Error, Result};
+
+/// Pictures in one forward pass when models.toml does not say: more gains little on one device and costs memory.
+pub const DEFAULT_MAX_BATCH: u32 = 4;
+/// Jobs at once in the denoise engine when models.toml does not say.
+pub const DEFAULT_MAX_JOBS: u32 = 16;
+/// The largest `max_batch` and `max_jobs`: beyond it, it is a typing error.
+pub const MAX_ENGINE_JOBS: u32 = 1024;
+/// The largest number of replicas of one component.
+pub const MAX_REPLICAS: u32 = 1024;
+/// Tensor-parallel degrees: divisors of the eight chunks that sums are cut into, whatever the degree.
+pub const TP_DEGREES: [u32; 4] = [1, 2, 4, 8];
+/// The largest number of block ranges.
+pub const MAX_BLOCK_RANGES: u32 = 64;
+/// The longest name of a model.
+pub const MAX_NAME_CHARS: usize = 64;
+
+/// A model to serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelConfig {
+    /// What jobs call it.
+    pub name: String,
+    /// Its directory, on every worker.
+    pub path: PathBuf,
+    /// Most pictures in one forward pass.
+    pub max_batch: u32,
+    /// Most jobs at once in the denoise engine.
+    pub max_jobs: u32,
+    /// How its components are held; one that is not here gets the default.
+    pub components: BTreeMap<String, ComponentConfig>,
+}
+
+/// How a component is held.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ComponentConfig {
+    /// Tensor-parallel degree.
+    pub tp: u32,
+    /// Number of block ranges.
+    pub block_ranges: u32,
+    /// How many groups hold it.
+    pub replicas: u32,
+    /// Labels a worker must have, all of them.
+    pub workers: BTreeMap<String, String>,
+    /// A worker may hold several ranks of one group.
+    pub colocate: bool,
+}
+
+impl Default for ComponentConfig {
+    fn default() -> Self {
+        Self {
+            tp: 1,
+            block_ranges: 1,
+            replicas: 1,
+            workers: BTreeMap::new(),
+            colocate: false,
+        }
+    }
+}
+
+impl ComponentConfig {
+    /// How it is cut.
+    pub fn layout(&self) -> Layout {
+        Layout {
+            tp: self.tp,
+            block_ranges: self.block_ranges,
+        }
+    }
+}
+
+/// Reads models.toml.
+pub fn read(path: &Path) -> Result<Vec<ModelConfig>> {
+    let text = fs::read_to_string(path).map_err(Error::io(format!("read {}", path.display())))?;
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let folder =
+        fs::canonicalize(folder).map_err(Error::io(format!("resolve {}", folder.display())))?;
+    parse(&text, path, &folder)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    model: Vec<Spanned<Model>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Model {
+    name: String,
+    path: PathBuf,
+    #[serde(default = "default_max_batch")]
+    max_batch: u32,
+    #[serde(default = "default_max_jobs")]
+    max_jobs: u32,
+    #[serde(default)]
+    components: BTreeMap<String, ComponentConfig>,
+}
+
+fn default_max_batch() -> u32 {
+    DEFAULT_MAX_BATCH
+}
+
+fn default_max_jobs() -> u32 {
+    DEFAULT_MAX_JOBS
+}
+
+/// `path` is for messages; models' directories are relative to `folder`.
+fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>> {
+    let error = |offset: usize, problem: String| Error::ModelsFile {
+        path: path.to_owned(),
+        line: text
+            .as_bytes()
+            .iter()
+            .take(offset)
+            .filter(|byte| **byte == b'\n')
+            .count()
+            + 1,
+        problem,
+    };
+    let file: File = toml::from_str(text).map_err(|e| {
+        error(
+            e.span().map_or(0, |span| span.start),
+            e.message().to_owned(),
+        )
+    })?;
+
+    let mut names = BTreeSet::new();
+    let mut models = Vec::new();
+    for entry in file.model {
+        let offset = entry.span().start;
+        let model = entry.into_inner();
+        check(&model).map_err(|problem| error(offset, problem))?;
+        if !names.insert(model.name.clone()) {
+            return Err(error(
+                offset,
+                format!("model.name = {:?}: another model has this name", model.name),
+            ));
+        }
+        models.push(ModelConfig {
+            path: folder.join(model.path),
+            name: model.name,
+            max_batch: model.max_batch,
+            max_jobs: model.max_jobs,
+            components: model.components,
+        });
+    }
+    Ok(models)
+}
+
+fn check(model: &Model) -> Result<(), String> {
+    let name = &model.name;
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
+    if name.is_empty() || name.len() > MAX_NAME_CHARS || !name.chars().all(legal) {
+        return Err(format!(
+            "model.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"
+        ));
+    }
+    for (field, value) in [("max_batch", model.max_batch), ("max_jobs", model.max_jobs)] {
+        if !(1..=MAX_ENGINE_JOBS).contains(&value) {
+            return Err(format!(
+                "model {name:?}: {field} = {value}: must be 1 to {MAX_ENGINE_JOBS}"
+            ));
+        }
+    }
+    for (component, config) in &model.components {
+        check_component(config)
+            .map_err(|problem| format!("model {name:?}: components.{component}.{problem}"))?;
+    }
+    Ok(())
+}
+
+fn check_component(config: &ComponentConfig) -> Result<(), String> {
+    if !TP_DEGREES.contains(&config.tp) {
+        return Err(format!("tp = {}: must be one of 1, 2, 4, 8", config.tp));
+    }
+    for (field, value, most) in [
+        ("block_ranges", config.block_ranges, MAX_BLOCK_RANGES),
+        ("replicas", config.replicas, MAX_REPLICAS),
+    ] {
+        if !(1..=most).contains(&value) {
+            return Err(format!("{field} = {value}: must be 1 to {most}"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_text(text: &str) -> Result<Vec<ModelConfig>> {
+        parse(text, Path::new("models.toml"), Path::new("/srv"))
+    }
+
+    fn problem(text: &str) -> String {
+        parse_text(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_model_needs_only_a_name_and_a_path() {
+        let models = parse_text("[[model]]\nname = \"emoji\"\npath = \"bundled/emoji\"\n").unwrap();
+        assert_eq!(models[0].path, Path::new("/srv/bundled/emoji"));
+        assert_eq!((models[0].max_batch, models[0].max_jobs), (4, 16));
+    }
+
+    #[test]
+    fn a_component_is_cut_as_written() {
+        let text = "[[model]]\nname = \"emoji\"\npath = \"/m\"\n[model.components.transformer]\ntp = 2\nblock_ranges = 2\n\
+                    workers = { role = \"denoiser\" }\ncolocate = true\n";
+        let transformer = parse_text(text).unwrap()[0].components["transformer"].clone();
+        assert_eq!(
+            (
+                transformer.tp,
+                transformer.block_ranges,
+                transformer.replicas
+            ),
+            (2, 2, 1)
+        );
+        assert_eq!(transformer.workers["role"], "denoiser");
+        assert!(transformer.colocate);
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_file_line_and_name() {
+        let problem = problem("[[model]]\nname = \"emoji\"\npath = \"x\"\nmax_bach = 4\n");
+        assert!(
+            problem.starts_with("models.toml:4: unknown field `max_bach`"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn an_unknown_field_of_a_component_is_refused_by_line() {
+        let problem =
+            problem("[[model]]\nname = \"e\"\npath = \"x\"\n[model.components.vae]\nreplica = 2\n");
+        assert!(
+            problem.starts_with("models.toml:5: unknown field `replica`"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn a_wrong_degree_names_model_and_field() {
+        let problem = problem(
+            "[[model]]\nname = \"emoji\"\npath = \"x\"\n[model.components.transformer]\ntp = 3\n",
+        );
+        let expected = "models.toml:1: model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8";
+        assert_eq!(problem, expected);
+    }
+
+    #[test]
+    fn names_are_plain_and_unique() {
+        assert!(
+            problem("[[model]]\nname = \"Emoji\"\npath = \"x\"\n")
+                .contains("model.name = \"Emoji\"")
+        );
+        let twice =
+            "[[model]]\nname = \"e\"\npath = \"x\"\n[[model]]\nname = \"e\"\npath = \"y\"\n";
+        assert_eq!(
+            problem(twice),
+            "models.toml:4: model.name = \"e\": another model has this name"
+        );
+    }
+}

@@ -1,0 +1,421 @@
+//! Which worker holds which rank of which group, and which group runs which stage of a job.
+//!
+//! Pure: no clock, no socket, no log. What stands is kept; the same inputs give the same answer.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proto::v1::{Layout, ModelCard, Registration};
+
+use crate::{
+    models_file::{ComponentConfig, ModelConfig},
+    plan::Plan,
+};
+
+/// A group that models.toml asks for: one replica of one component of one model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WantedGroup {
+    /// `model/component/replica`.
+    pub id: String,
+    /// The model's name.
+    pub model: String,
+    /// The component it holds.
+    pub component: String,
+    /// How the component is cut.
+    pub layout: Layout,
+    /// Labels a member must have.
+    pub selector: BTreeMap<String, String>,
+    /// A worker may hold several of its ranks.
+    pub colocate: bool,
+}
+
+impl WantedGroup {
+    /// How many ranks it has.
+    pub fn size(&self) -> usize {
+        self.layout.tp as usize * self.layout.block_ranges as usize
+    }
+
+    /// `worker` has every label the group asks for.
+    pub fn accepts(&self, worker: &Registration) -> bool {
+        self.selector
+            .iter()
+            .all(|(label, value)| worker.labels.get(label) == Some(value))
+    }
+}
+
+/// Workers in rank order, for one group.
+pub type Members = Vec<String>;
+
+/// The groups a model needs, or the field of models.toml that does not fit its card.
+pub fn wanted_groups(model: &ModelConfig, card: &ModelCard) -> Result<Vec<WantedGroup>, String> {
+    let named: BTreeSet<&str> = card
+        .components
+        .iter()
+        .map(|component| component.name.as_str())
+        .collect();
+    let problem = |text: String| format!("model {:?}: components.{text}", model.name);
+    if let Some(unknown) = model
+        .components
+        .keys()
+        .find(|name| !named.contains(name.as_str()))
+    {
+        let known: Vec<&str> = named.into_iter().collect();
+        return Err(problem(format!(
+            "{unknown}: the model has no such component, only {}",
+            known.join(", ")
+        )));
+    }
+    let mut wanted = Vec::new();
+    for component in &card.components {
+        let name = &component.name;
+        let config = model.components.get(name).cloned().unwrap_or_default();
+        if !component.tp_options.contains(&config.tp) {
+            let options: Vec<String> = component.tp_options.iter().map(u32::to_string).collect();
+            let text = format!(
+                "{name}.tp = {}: must be one of {}",
+                config.tp,
+                options.join(", ")
+            );
+            return Err(problem(text));
+        }
+        let most = component.max_block_ranges.max(1);
+        if config.block_ranges > most {
+            let text = format!(
+                "{name}.block_ranges = {}: must be at most {most}",
+                config.block_ranges
+            );
+            return Err(problem(text));
+        }
+        wanted.extend(
+            (0..config.replicas).map(|replica| wanted_group(model, name, &config, replica)),
+        );
+    }
+    Ok(wanted)
+}
+
+fn wanted_group(
+    model: &ModelConfig,
+    component: &str,
+    config: &ComponentConfig,
+    replica: u32,
+) -> WantedGroup {
+    WantedGroup {
+        id: format!("{}/{component}/{replica}", model.name),
+        model: model.name.clone(),
+        component: component.to_owned(),
+        layout: config.layout(),
+        selector: config.workers.clone(),
+        colocate: config.colocate,
+    }
+}
+
+/// Members for each wanted group that does not stand and for which there are workers enough, in the order wanted.
+///
+/// Ranks go to the workers that hold the fewest. Groups in `standing` are left as they are.
+pub fn form_groups(
+    wanted: &[WantedGroup],
+    workers: &BTreeMap<String, Registration>,
+    standing: &BTreeMap<String, Members>,
+) -> Vec<(String, Members)> {
+    let mut ranks: BTreeMap<&str, usize> = workers.keys().map(|id| (id.as_str(), 0)).collect();
+    for member in standing.values().flatten() {
+        if let Some(count) = ranks.get_mut(member.as_str()) {
+            *count += 1;
+        }
+    }
+    let mut formed = Vec::new();
+    for group in wanted
+        .iter()
+        .filter(|group| !standing.contains_key(&group.id))
+    {
+        if let Some(members) = choose_members(group, workers, &mut ranks) {
+            formed.push((group.id.clone(), members));
+        }
+    }
+    formed
+}
+
+/// All ranks of a group or none; `ranks` counts what each worker holds and is changed only if all are found.
+fn choose_members<'a>(
+    group: &WantedGroup,
+    workers: &'a BTreeMap<String, Registration>,
+    ranks: &mut BTreeMap<&'a str, usize>,
+) -> Option<Members> {
+    let eligible: Vec<&str> = workers
+        .iter()
+        .filter(|(_, worker)| group.accepts(worker))
+        .map(|(id, _)| id.as_str())
+        .collect();
+    let mut counts = ranks.clone();
+    let mut members = Members::new();
+    while members.len() < group.size() {
+        let free = |id: &&&str| group.colocate || !members.iter().any(|member| member == **id);
+        let next = *eligible
+            .iter()
+            .filter(free)
+            .min_by_key(|id| (counts[**id], **id))?;
+        *counts.entry(next).or_default() += 1;
+        members.push(next.to_owned());
+    }
+    *ranks = counts;
+    Some(members)
+}
+
+/// A group as seen by [`place`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replica<'a> {
+    /// Its id.
+    pub group_id: &'a str,
+    /// The component it holds.
+    pub component: &'a str,
+    /// Tasks it has now.
+    pub tasks: usize,
+    /// Most tasks it may have.
+    pub limit: usize,
+}
+
+/// Which group runs each stage of a job, by stage id.
+pub type Placement = BTreeMap<String, String>;
+
+/// Gives each stage the ready replica with the fewest tasks, or nothing if one stage finds none with room.
+pub fn place(plan: &Plan, ready: &[Replica<'_>]) -> Option<Placement> {
+    let mut replicas = ready.to_vec();
+    let mut placement = Placement::new();
+    for stage in &plan.stages {
+        let chosen = replicas
+            .iter_mut()
+            .filter(|replica| replica.component == stage.component && replica.tasks < replica.limit)
+            .min_by_key(|replica| (replica.tasks, replica.group_id))?;
+        chosen.tasks += 1;
+        placement.insert(stage.id.clone(), chosen.group_id.to_owned());
+    }
+    Some(placement)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing;
+
+    fn model(components: &[(&str, ComponentConfig)]) -> ModelConfig {
+        ModelConfig {
+            name: "emoji".into(),
+            path: PathBuf::from("/models/emoji"),
+            max_batch: 4,
+            max_jobs: 16,
+            components: components
+                .iter()
+                .map(|(name, config)| ((*name).to_owned(), config.clone()))
+                .collect(),
+        }
+    }
+
+    fn problem(component: &str, config: ComponentConfig) -> String {
+        wanted_groups(&model(&[(component, config)]), &testing::card("emoji")).unwrap_err()
+    }
+
+    #[test]
+    fn a_component_that_is_not_mentioned_has_one_whole_group() {
+        let wanted = wanted_groups(&model(&[]), &testing::card("emoji")).unwrap();
+        let ids: Vec<_> = wanted.iter().map(|group| group.id.as_str()).collect();
+        assert_eq!(
+            ids,
+            ["emoji/text_encoder/0", "emoji/transformer/0", "emoji/vae/0"]
+        );
+        assert!(wanted.iter().all(|group| group.size() == 1));
+    }
+
+    #[test]
+    fn what_does_not_fit_the_card_is_named_by_field() {
+        let tp = |tp| ComponentConfig {
+            tp,
+            ..ComponentConfig::default()
+        };
+        let ranges = |block_ranges| ComponentConfig {
+            block_ranges,
+            ..ComponentConfig::default()
+        };
+        assert_eq!(
+            problem("transformer", tp(3)),
+            "model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8"
+        );
+        assert_eq!(
+            problem("transformer", ranges(5)),
+            "model \"emoji\": components.transformer.block_ranges = 5: must be at most 4"
+        );
+        assert_eq!(
+            problem("unet", tp(1)),
+            "model \"emoji\": components.unet: the model has no such component, only text_encoder, transformer, vae"
+        );
+    }
+
+    fn workers(roles: &[&str]) -> BTreeMap<String, Registration> {
+        let worker = |(index, role): (usize, &&str)| {
+            let id = format!("w{index}");
+            (id.clone(), testing::worker(&id, role))
+        };
+        roles.iter().enumerate().map(worker).collect()
+    }
+
+    fn group(id: &str, tp: u32, role: Option<&str>, colocate: bool) -> WantedGroup {
+        WantedGroup {
+            id: id.into(),
+            model: "emoji".into(),
+            component: "transformer".into(),
+            layout: Layout {
+                tp,
+                block_ranges: 1,
+            },
+            selector: role
+                .map(|role| ("role".to_owned(), role.to_owned()))
+                .into_iter()
+                .collect(),
+            colocate,
+        }
+    }
+
+    #[test]
+    fn ranks_go_to_the_workers_that_hold_the_fewest() {
+        let wanted = [
+            group("a", 2, None, false),
+            group("b", 1, None, false),
+            group("c", 1, None, false),
+        ];
+        let formed = form_groups(&wanted, &workers(&["x", "x", "x"]), &BTreeMap::new());
+        assert_eq!(formed[0].1, ["w0", "w1"]);
+        assert_eq!(formed[1].1, ["w2"]);
+        assert_eq!(formed[2].1, ["w0"]);
+    }
+
+    #[test]
+    fn a_joining_worker_moves_no_standing_group() {
+        let wanted = [group("a", 2, None, false), group("b", 1, None, false)];
+        let standing = form_groups(&wanted, &workers(&["x", "x"]), &BTreeMap::new())
+            .into_iter()
+            .collect();
+        assert_eq!(
+            form_groups(&wanted, &workers(&["x", "x", "x"]), &standing),
+            []
+        );
+    }
+
+    #[test]
+    fn a_stage_goes_to_the_replica_with_the_fewest_tasks_and_room() {
+        let stage = |id: &str, component: &str| crate::plan::Stage {
+            id: id.into(),
+            kind: proto::v1::StageKind::Denoise,
+            component: component.into(),
+            inputs: vec![],
+        };
+        let plan = Plan {
+            stages: vec![stage("denoise", "transformer"), stage("decode", "vae")],
+        };
+        let replica = |group_id, component, tasks, limit| Replica {
+            group_id,
+            component,
+            tasks,
+            limit,
+        };
+        let mut replicas = vec![
+            replica("t0", "transformer", 3, 16),
+            replica("t1", "transformer", 1, 1),
+            replica("v", "vae", 9, 16),
+        ];
+        let placement = place(&plan, &replicas).unwrap();
+        assert_eq!(
+            (placement["denoise"].as_str(), placement["decode"].as_str()),
+            ("t0", "v")
+        );
+        replicas[2].limit = 9;
+        assert_eq!(
+            place(&plan, &replicas),
+            None,
+            "all stages are placed or none"
+        );
+    }
+
+    fn any_group() -> impl Strategy<Value = (u32, Option<&'static str>, bool)> {
+        let role = prop::option::of(prop::sample::select(vec!["x", "y"]));
+        (
+            prop::sample::select(vec![1u32, 2, 4, 8]),
+            role,
+            any::<bool>(),
+        )
+    }
+
+    fn any_cluster() -> impl Strategy<Value = (Vec<WantedGroup>, BTreeMap<String, Registration>)> {
+        let groups = prop::collection::vec(any_group(), 0..8);
+        let roles = prop::collection::vec(prop::sample::select(vec!["x", "y", "z"]), 0..10);
+        (groups, roles).prop_map(|(groups, roles)| {
+            let wanted = groups
+                .into_iter()
+                .enumerate()
+                .map(|(index, (tp, role, colocate))| {
+                    group(&format!("g{index}"), tp, role, colocate)
+                })
+                .collect();
+            (wanted, workers(&roles))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn formed_groups_are_whole_and_their_members_fit((wanted, workers) in any_cluster()) {
+            for (id, members) in form_groups(&wanted, &workers, &BTreeMap::new()) {
+                let group = wanted.iter().find(|group| group.id == id).unwrap();
+                prop_assert_eq!(members.len(), group.size());
+                prop_assert!(members.iter().all(|member| group.accepts(&workers[member])));
+                let distinct: BTreeSet<_> = members.iter().collect();
+                prop_assert!(group.colocate || distinct.len() == members.len());
+            }
+        }
+
+        #[test]
+        fn a_group_waits_only_for_want_of_workers((wanted, workers) in any_cluster()) {
+            let formed: BTreeMap<_, _> = form_groups(&wanted, &workers, &BTreeMap::new()).into_iter().collect();
+            for group in wanted.iter().filter(|group| !formed.contains_key(&group.id)) {
+                let eligible = workers.values().filter(|worker| group.accepts(worker)).count();
+                let needed = if group.colocate { 1 } else { group.size() };
+                prop_assert!(eligible < needed);
+            }
+        }
+
+        #[test]
+        fn forming_again_forms_nothing((wanted, workers) in any_cluster()) {
+            let standing = form_groups(&wanted, &workers, &BTreeMap::new()).into_iter().collect();
+            prop_assert_eq!(form_groups(&wanted, &workers, &standing), vec![]);
+        }
+
+        #[test]
+        fn losing_a_worker_touches_only_its_groups((wanted, workers) in any_cluster()) {
+            let before: BTreeMap<_, _> = form_groups(&wanted, &workers, &BTreeMap::new()).into_iter().collect();
+            let mut rest = workers;
+            let Some((lost, _)) = rest.pop_first() else { return Ok(()) };
+            let standing: BTreeMap<_, _> =
+                before.into_iter().filter(|(_, members)| !members.contains(&lost)).collect();
+            for (id, members) in form_groups(&wanted, &rest, &standing) {
+                prop_assert!(!standing.contains_key(&id));
+                prop_assert!(!members.contains(&lost));
+            }
+        }
+
+        #[test]
+        fn ranks_of_groups_that_take_any_worker_are_spread_evenly(
+            sizes in prop::collection::vec(prop::sample::select(vec![1u32, 2, 4]), 1..8),
+            count in 4usize..10,
+        ) {
+            let wanted: Vec<_> =
+                sizes.iter().enumerate().map(|(i, tp)| group(&format!("g{i}"), *tp, None, false)).collect();
+            let formed = form_groups(&wanted, &workers(&vec!["x"; count]), &BTreeMap::new());
+            let mut held: BTreeMap<String, usize> = (0..count).map(|i| (format!("w{i}"), 0)).collect();
+            for member in formed.iter().flat_map(|(_, members)| members) {
+                *held.get_mut(member).unwrap() += 1;
+            }
+            let (least, most) = (held.values().min().unwrap(), held.values().max().unwrap());
+            prop_assert!(most - least <= 1, "{held:?}");
+        }
+    }
+}

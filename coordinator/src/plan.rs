@@ -1,0 +1,177 @@
+//! Which stages a job has and what flows between them. Pure: a request and a card in, a plan out.
+
+use std::collections::BTreeSet;
+
+use proto::v1::{ModelCard, StageCondition, StageKind};
+
+use crate::request::Request;
+
+/// A job's stages, upstream first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// The stages whose condition the job meets.
+    pub stages: Vec<Stage>,
+}
+
+/// One stage of a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stage {
+    /// Its id in the card.
+    pub id: String,
+    /// What kind of work it is.
+    pub kind: StageKind,
+    /// The component that does it.
+    pub component: String,
+    /// Stages of this plan whose outputs it takes.
+    pub inputs: Vec<String>,
+}
+
+impl Plan {
+    /// The stages of `card` that `request` needs. An input whose stage the job does not have is no edge.
+    pub fn new(request: &Request, card: &ModelCard) -> Self {
+        let met = |condition| match condition {
+            StageCondition::Unspecified => true,
+            StageCondition::WithImage => request.has_image(),
+        };
+        let templates: Vec<_> = card
+            .stages
+            .iter()
+            .filter(|stage| met(stage.condition()))
+            .collect();
+        let present: BTreeSet<&str> = templates.iter().map(|stage| stage.id.as_str()).collect();
+        let stages = templates
+            .iter()
+            .map(|template| Stage {
+                id: template.id.clone(),
+                kind: template.kind(),
+                component: template.component.clone(),
+                inputs: template
+                    .inputs
+                    .iter()
+                    .filter(|id| present.contains(id.as_str()))
+                    .cloned()
+                    .collect(),
+            })
+            .collect();
+        Self { stages }
+    }
+
+    /// The stages that take the output of `stage`. None: it is the sink, and its output are the pictures.
+    pub fn consumers<'a>(&'a self, stage: &'a str) -> impl Iterator<Item = &'a Stage> {
+        self.stages
+            .iter()
+            .filter(move |other| other.inputs.iter().any(|input| input == stage))
+    }
+
+    /// The stage of this id.
+    pub fn stage(&self, id: &str) -> Option<&Stage> {
+        self.stages.iter().find(|stage| stage.id == id)
+    }
+}
+
+/// Checks that a card's stages can be planned at all: unique ids, inputs named before they are used, one sink.
+pub fn check_stages(card: &ModelCard) -> Result<(), String> {
+    let mut seen = BTreeSet::new();
+    for stage in &card.stages {
+        if let Some(input) = stage
+            .inputs
+            .iter()
+            .find(|input| !seen.contains(input.as_str()))
+        {
+            return Err(format!(
+                "card: stage {:?} takes {input:?}, which is no stage before it",
+                stage.id
+            ));
+        }
+        if !card
+            .components
+            .iter()
+            .any(|component| component.name == stage.component)
+        {
+            return Err(format!(
+                "card: stage {:?} needs component {:?}, which is not there",
+                stage.id, stage.component
+            ));
+        }
+        if stage.kind() == StageKind::Unspecified {
+            return Err(format!("card: stage {:?} has no kind", stage.id));
+        }
+        if !seen.insert(stage.id.as_str()) {
+            return Err(format!("card: two stages are named {:?}", stage.id));
+        }
+    }
+    let consumed: BTreeSet<&str> = card
+        .stages
+        .iter()
+        .flat_map(|stage| &stage.inputs)
+        .map(String::as_str)
+        .collect();
+    match seen.difference(&consumed).count() {
+        1 => Ok(()),
+        sinks => Err(format!(
+            "card: {sinks} stages give pictures, there must be one"
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::v1::{JobSpec, Parameter};
+
+    use super::*;
+    use crate::{request::Context, testing};
+
+    fn plan(image: &str) -> Plan {
+        let mut card = testing::card("emoji");
+        card.parameters.push(Parameter {
+            name: "image_blob_id".into(),
+            ..Parameter::default()
+        });
+        let spec = JobSpec {
+            image_blob_id: image.to_owned(),
+            ..testing::spec("emoji")
+        };
+        let context = Context {
+            seed: 1,
+            max_pixels: 1 << 30,
+            missing_blobs: &[],
+        };
+        Plan::new(&Request::parse(spec, &card, context).unwrap(), &card)
+    }
+
+    fn ids(plan: &Plan) -> Vec<&str> {
+        plan.stages.iter().map(|stage| stage.id.as_str()).collect()
+    }
+
+    #[test]
+    fn a_job_has_the_stages_whose_condition_it_meets() {
+        assert_eq!(ids(&plan("")), ["encode_text", "denoise", "decode"]);
+        assert_eq!(
+            ids(&plan(&"a".repeat(64))),
+            ["encode_text", "encode_image", "denoise", "decode"]
+        );
+    }
+
+    #[test]
+    fn a_stage_the_job_does_not_have_is_nobodys_input() {
+        assert_eq!(plan("").stage("denoise").unwrap().inputs, ["encode_text"]);
+        assert_eq!(
+            plan(&"a".repeat(64)).stage("denoise").unwrap().inputs,
+            ["encode_text", "encode_image"]
+        );
+    }
+
+    #[test]
+    fn the_sink_has_no_consumers() {
+        assert_eq!(plan("").consumers("decode").count(), 0);
+        assert_eq!(plan("").consumers("denoise").next().unwrap().id, "decode");
+    }
+
+    #[test]
+    fn a_card_with_a_dangling_input_is_refused() {
+        let mut card = testing::card("emoji");
+        assert_eq!(check_stages(&card), Ok(()));
+        card.stages[0].inputs.push("nothing".into());
+        assert!(check_stages(&card).unwrap_err().contains("\"nothing\""));
+    }
+}

@@ -1,0 +1,487 @@
+//! What a client asked for, checked once: a `Request` has every default filled in and cannot be invalid.
+//!
+//! All that is wrong with a request is reported together, each with its field. What a model takes is said by its card.
+
+use proto::{
+    MAX_PROMPT_CHARS,
+    v1::{JobSpec, ModelCard, NoiseGenerator, Parameter},
+};
+
+use crate::error::{Error, Result, Violation};
+
+/// Hex digits of a blob's id, which is a sha256.
+pub const BLOB_ID_CHARS: usize = 64;
+
+/// Fields every model takes, named in its card or not: they are about the request, not about the model.
+const ALWAYS_TAKEN: [&str; 2] = ["seed", "embed_prompt"];
+
+/// A job's specification, complete and within all limits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    spec: JobSpec,
+}
+
+/// What the request is checked against besides the card.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Drawn by the server; taken if the client names none.
+    pub seed: u64,
+    /// The server's own ceiling for width * height * num_images_per_prompt.
+    pub max_pixels: u64,
+    /// Fields that name a blob the server does not have.
+    pub missing_blobs: &'a [String],
+}
+
+impl Request {
+    /// Checks `spec` against `card` and fills in what it leaves open.
+    pub fn parse(mut spec: JobSpec, card: &ModelCard, context: Context<'_>) -> Result<Self> {
+        let mut check = Check {
+            card,
+            violations: Vec::new(),
+        };
+        check.prompts(&spec);
+        check.taken(&spec);
+        check.images(&spec, context.missing_blobs);
+        fill_in(&mut spec, card, context.seed);
+        check.numbers(&spec);
+        check.noise_generator(&spec);
+        check.pixels(&spec, card.max_pixels.min(context.max_pixels));
+        if check.violations.is_empty() {
+            Ok(Self { spec })
+        } else {
+            Err(Error::InvalidRequest(check.violations))
+        }
+    }
+
+    /// The specification with every default filled in, the seed included.
+    pub fn spec(&self) -> &JobSpec {
+        &self.spec
+    }
+
+    /// It starts from a picture.
+    pub fn has_image(&self) -> bool {
+        !self.spec.image_blob_id.is_empty()
+    }
+
+    /// The specification, for keeping.
+    pub fn into_spec(self) -> JobSpec {
+        self.spec
+    }
+}
+
+/// Checks a client's id for its request: a UUID, or nothing.
+pub fn check_request_id(request_id: &str) -> Result<()> {
+    if request_id.is_empty() || uuid::Uuid::try_parse(request_id).is_ok() {
+        return Ok(());
+    }
+    Err(Error::invalid("request_id", "must be a UUID"))
+}
+
+/// A name that can only be a blob's: 64 lower-case hex digits, so nothing that could be a path.
+pub fn is_blob_id(id: &str) -> bool {
+    id.len() == BLOB_ID_CHARS
+        && id
+            .bytes()
+            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// The numeric fields of a specification that are set.
+fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 7] {
+    [
+        ("width", spec.width.map(f64::from)),
+        ("height", spec.height.map(f64::from)),
+        (
+            "num_inference_steps",
+            spec.num_inference_steps.map(f64::from),
+        ),
+        ("guidance_scale", spec.guidance_scale),
+        ("true_cfg_scale", spec.true_cfg_scale),
+        (
+            "num_images_per_prompt",
+            spec.num_images_per_prompt.map(f64::from),
+        ),
+        (
+            "max_sequence_length",
+            spec.max_sequence_length.map(f64::from),
+        ),
+    ]
+}
+
+fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
+    let default = |name: &str| parameter(card, name).and_then(|parameter| parameter.default_value);
+    // A card's defaults are whole numbers for these; `as` saturates where they are not, and the limits catch it.
+    let whole = |name: &str| default(name).map(|value| value as u32);
+    spec.width = spec.width.or(whole("width"));
+    spec.height = spec.height.or(whole("height"));
+    spec.num_inference_steps = spec.num_inference_steps.or(whole("num_inference_steps"));
+    spec.guidance_scale = spec.guidance_scale.or(default("guidance_scale"));
+    spec.true_cfg_scale = spec.true_cfg_scale.or(default("true_cfg_scale"));
+    spec.max_sequence_length = spec.max_sequence_length.or(whole("max_sequence_length"));
+    spec.num_images_per_prompt = spec
+        .num_images_per_prompt
+        .or(whole("num_images_per_prompt"))
+        .or(Some(1));
+    spec.seed = spec.seed.or(Some(seed));
+    if !spec.image_blob_id.is_empty() {
+        spec.strength = spec.strength.or(default("strength"));
+    }
+    if spec.noise_generator == NoiseGenerator::Unspecified as i32 {
+        spec.noise_generator = NoiseGenerator::TorchCpu as i32;
+    }
+}
+
+fn parameter<'a>(card: &'a ModelCard, name: &str) -> Option<&'a Parameter> {
+    card.parameters
+        .iter()
+        .find(|parameter| parameter.name == name)
+}
+
+struct Check<'a> {
+    card: &'a ModelCard,
+    violations: Vec<Violation>,
+}
+
+impl Check<'_> {
+    fn refuse(&mut self, field: &str, problem: impl Into<String>) {
+        self.violations
+            .push(Violation::new(format!("spec.{field}"), problem));
+    }
+
+    fn prompts(&mut self, spec: &JobSpec) {
+        if spec.negative_prompt_2.is_some() && spec.negative_prompt.is_none() {
+            self.refuse("negative_prompt_2", "needs negative_prompt");
+        }
+        if spec.prompt.trim().is_empty() {
+            self.refuse("prompt", "must not be empty");
+        }
+        for (field, text) in [
+            ("prompt", Some(&spec.prompt)),
+            ("prompt_2", spec.prompt_2.as_ref()),
+            ("negative_prompt", spec.negative_prompt.as_ref()),
+            ("negative_prompt_2", spec.negative_prompt_2.as_ref()),
+        ] {
+            if text.is_some_and(|text| text.chars().nth(MAX_PROMPT_CHARS).is_some()) {
+                self.refuse(
+                    field,
+                    format!("must be at most {MAX_PROMPT_CHARS} characters"),
+                );
+            }
+        }
+    }
+
+    /// Refuses what the client set and the model does not take: ignoring it would give another picture than asked for.
+    fn taken(&mut self, spec: &JobSpec) {
+        let others = [
+            ("prompt_2", spec.prompt_2.is_some()),
+            ("negative_prompt", spec.negative_prompt.is_some()),
+            ("negative_prompt_2", spec.negative_prompt_2.is_some()),
+            ("seed", spec.seed.is_some()),
+            ("strength", spec.strength.is_some()),
+            ("image_blob_id", !spec.image_blob_id.is_empty()),
+            ("mask_image_blob_id", !spec.mask_image_blob_id.is_empty()),
+            (
+                "noise_generator",
+                spec.noise_generator != NoiseGenerator::Unspecified as i32,
+            ),
+            ("embed_prompt", spec.embed_prompt),
+        ];
+        let set = numbers(spec)
+            .map(|(name, value)| (name, value.is_some()))
+            .into_iter()
+            .chain(others);
+        for (name, _) in set.filter(|(_, is_set)| *is_set) {
+            if !ALWAYS_TAKEN.contains(&name) && parameter(self.card, name).is_none() {
+                self.refuse(name, format!("model {:?} does not take it", self.card.name));
+            }
+        }
+    }
+
+    fn images(&mut self, spec: &JobSpec, missing: &[String]) {
+        for (field, id) in [
+            ("image_blob_id", &spec.image_blob_id),
+            ("mask_image_blob_id", &spec.mask_image_blob_id),
+        ] {
+            if id.is_empty() {
+                continue;
+            }
+            if !is_blob_id(id) {
+                self.refuse(field, "must be the id of an uploaded blob: 64 hex digits");
+            } else if missing.iter().any(|name| name == field) {
+                self.refuse(field, "no blob has this id: upload it first");
+            }
+        }
+        if spec.image_blob_id.is_empty() && spec.strength.is_some() {
+            self.refuse("strength", "needs image_blob_id");
+        }
+        if spec.image_blob_id.is_empty() && !spec.mask_image_blob_id.is_empty() {
+            self.refuse("mask_image_blob_id", "needs image_blob_id");
+        }
+    }
+
+    fn numbers(&mut self, spec: &JobSpec) {
+        for (name, value) in numbers(spec)
+            .into_iter()
+            .chain([("strength", spec.strength)])
+        {
+            let Some(value) = value else { continue };
+            if !value.is_finite() {
+                self.refuse(name, "must be a finite number");
+            } else if let Some(problem) =
+                parameter(self.card, name).and_then(|limits| outside(value, limits))
+            {
+                self.refuse(name, problem);
+            }
+        }
+    }
+
+    fn noise_generator(&mut self, spec: &JobSpec) {
+        if NoiseGenerator::try_from(spec.noise_generator).is_err() {
+            self.refuse(
+                "noise_generator",
+                "must be one of the generators of NoiseGenerator",
+            );
+        }
+    }
+
+    /// The product is checked before anything is allocated for it: three large factors fit no machine.
+    fn pixels(&mut self, spec: &JobSpec, most: u64) {
+        let images = spec.num_images_per_prompt.unwrap_or(1);
+        for (field, value) in [
+            ("width", spec.width),
+            ("height", spec.height),
+            ("num_images_per_prompt", Some(images)),
+        ] {
+            if value == Some(0) {
+                self.refuse(field, "must be at least 1");
+            }
+        }
+        let (Some(width), Some(height)) = (spec.width, spec.height) else {
+            return;
+        };
+        let pixels = (u64::from(width) * u64::from(height)).checked_mul(u64::from(images));
+        if pixels.is_none_or(|pixels| pixels > most) {
+            self.refuse(
+                "width",
+                format!("width * height * num_images_per_prompt = {width} * {height} * {images}: at most {most} pixels"),
+            );
+        }
+    }
+}
+
+/// How far a remainder may be from zero to count as none: decimal fractions are not exact in binary.
+const REMAINDER_TOLERANCE: f64 = 1e-9;
+
+fn outside(value: f64, limits: &Parameter) -> Option<String> {
+    let bounded = limits.minimum != 0.0 || limits.maximum != 0.0;
+    if bounded && !(limits.minimum..=limits.maximum).contains(&value) {
+        return Some(format!(
+            "{value}: must be {} to {}",
+            limits.minimum, limits.maximum
+        ));
+    }
+    let quotient = value / limits.multiple_of;
+    if limits.multiple_of > 0.0 && (quotient - quotient.round()).abs() > REMAINDER_TOLERANCE {
+        return Some(format!(
+            "{value}: must be a multiple of {}",
+            limits.multiple_of
+        ));
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(name: &str, minimum: f64, maximum: f64, multiple_of: f64, default: f64) -> Parameter {
+        Parameter {
+            name: name.into(),
+            minimum,
+            maximum,
+            multiple_of,
+            default_value: Some(default),
+        }
+    }
+
+    fn card() -> ModelCard {
+        ModelCard {
+            name: "emoji".into(),
+            parameters: vec![
+                number("width", 64.0, 1e9, 16.0, 256.0),
+                number("height", 64.0, 1e9, 16.0, 256.0),
+                number("num_inference_steps", 1.0, 100.0, 0.0, 20.0),
+                number("guidance_scale", 0.0, 20.0, 0.0, 3.5),
+                number("num_images_per_prompt", 1.0, 10.0, 0.0, 1.0),
+                number("strength", 0.0, 1.0, 0.0, 0.6),
+                Parameter {
+                    name: "image_blob_id".into(),
+                    ..Parameter::default()
+                },
+                Parameter {
+                    name: "mask_image_blob_id".into(),
+                    ..Parameter::default()
+                },
+            ],
+            max_pixels: 1 << 30,
+            ..ModelCard::default()
+        }
+    }
+
+    fn spec() -> JobSpec {
+        JobSpec {
+            model: "emoji".into(),
+            prompt: "a red car".into(),
+            ..JobSpec::default()
+        }
+    }
+
+    fn parse(spec: JobSpec) -> Result<Request> {
+        let context = Context {
+            seed: 7,
+            max_pixels: 10 * 2048 * 2048,
+            missing_blobs: &[],
+        };
+        Request::parse(spec, &card(), context)
+    }
+
+    fn fields(spec: JobSpec) -> Vec<String> {
+        match parse(spec) {
+            Err(Error::InvalidRequest(violations)) => {
+                violations.into_iter().map(|v| v.field).collect()
+            }
+            other => panic!("expected violations, found {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_enough_and_every_default_is_filled_in() {
+        let spec = parse(spec()).unwrap().into_spec();
+        assert_eq!(
+            (spec.width, spec.height, spec.num_inference_steps),
+            (Some(256), Some(256), Some(20))
+        );
+        assert_eq!(
+            (spec.guidance_scale, spec.seed, spec.num_images_per_prompt),
+            (Some(3.5), Some(7), Some(1))
+        );
+        assert_eq!(spec.noise_generator(), NoiseGenerator::TorchCpu);
+        assert_eq!(
+            spec.strength, None,
+            "strength means nothing without a picture"
+        );
+    }
+
+    #[test]
+    fn the_clients_seed_is_kept() {
+        assert_eq!(
+            parse(JobSpec {
+                seed: Some(u64::MAX),
+                ..spec()
+            })
+            .unwrap()
+            .spec()
+            .seed,
+            Some(u64::MAX)
+        );
+    }
+
+    #[test]
+    fn all_wrong_fields_are_reported_together() {
+        let wrong = JobSpec {
+            prompt: " ".into(),
+            width: Some(100),
+            num_inference_steps: Some(101),
+            true_cfg_scale: Some(2.0),
+            guidance_scale: Some(f64::NAN),
+            ..spec()
+        };
+        let expected = [
+            "spec.prompt",
+            "spec.true_cfg_scale",
+            "spec.width",
+            "spec.num_inference_steps",
+            "spec.guidance_scale",
+        ];
+        assert_eq!(fields(wrong), expected);
+    }
+
+    #[test]
+    fn a_billion_pixels_are_refused_by_arithmetic_alone() {
+        let huge = JobSpec {
+            width: Some(4_294_967_280),
+            height: Some(4_294_967_280),
+            num_images_per_prompt: Some(4_294_967_280),
+            ..spec()
+        };
+        assert!(fields(huge).contains(&"spec.width".to_owned()));
+        let sides = JobSpec {
+            width: Some(32_000),
+            height: Some(32_000),
+            ..spec()
+        };
+        assert_eq!(fields(sides), ["spec.width"]);
+    }
+
+    #[test]
+    fn strength_and_mask_need_a_picture() {
+        let without = JobSpec {
+            strength: Some(0.5),
+            mask_image_blob_id: "a".repeat(64),
+            ..spec()
+        };
+        assert_eq!(
+            fields(without),
+            ["spec.strength", "spec.mask_image_blob_id"]
+        );
+        let with = JobSpec {
+            image_blob_id: "a".repeat(64),
+            ..spec()
+        };
+        assert_eq!(parse(with).unwrap().spec().strength, Some(0.6));
+    }
+
+    #[test]
+    fn a_blob_id_is_never_a_path() {
+        for id in ["../../etc/passwd", &"A".repeat(64), &"a".repeat(63)] {
+            assert_eq!(
+                fields(JobSpec {
+                    image_blob_id: id.to_owned(),
+                    ..spec()
+                }),
+                ["spec.image_blob_id"]
+            );
+        }
+    }
+
+    #[test]
+    fn a_prompt_has_at_most_32_000_characters_of_any_script() {
+        assert!(
+            parse(JobSpec {
+                prompt: "馬".repeat(32_000),
+                ..spec()
+            })
+            .is_ok()
+        );
+        assert_eq!(
+            fields(JobSpec {
+                prompt: "馬".repeat(32_001),
+                ..spec()
+            }),
+            ["spec.prompt"]
+        );
+    }
+
+    #[test]
+    fn no_error_repeats_the_prompt() {
+        let prompt = "secret".repeat(10_000);
+        let error = parse(JobSpec { prompt, ..spec() }).unwrap_err();
+        assert!(!error.to_string().contains("secret"));
+    }
+
+    #[test]
+    fn a_request_id_is_a_uuid() {
+        assert!(check_request_id("").is_ok());
+        assert!(check_request_id("6fa459ea-ee8a-4ca4-894e-db77e160355e").is_ok());
+        assert!(check_request_id("one").is_err());
+    }
+}

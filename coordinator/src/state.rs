@@ -1,0 +1,264 @@
+//! What the coordinator knows and what it does when something happens: `apply(now, event) -> effects`.
+//!
+//! A pure machine: no I/O, no clock, no randomness. Time is an argument; ids and seeds come in with events. One task
+//! owns it (`runtime.rs`), so a test can play any order of failures in microseconds.
+//!
+//! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job
+//! - `jobs.rs`: all jobs, by id, by request, by age
+//! - `cluster.rs`: workers come and go, groups form and end
+//! - `work.rs`: jobs are accepted, started, cancelled, and come to their end
+//! - `view.rs`: what can be asked; changes nothing
+
+mod cluster;
+mod group;
+mod job;
+mod jobs;
+mod model;
+mod view;
+mod work;
+
+#[cfg(test)]
+mod chaos;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, VecDeque};
+
+use proto::v1::{self, JobSpec, Registration, control_request::Command, control_response::Report};
+
+use self::{group::Group, jobs::Jobs, model::Model};
+use crate::{config::Limits, error::Result, models_file::ModelConfig};
+
+pub use self::view::{EVENTS_PER_PAGE, EventPage};
+
+/// Milliseconds since 1970, on a clock that never goes back.
+pub type Millis = u64;
+
+/// Tasks of a group that does not denoise. It has room for the jobs of many denoising groups, since all tasks of a job
+/// are sent at its start and most of them wait.
+pub const MAX_WAITING_TASKS: usize = 256;
+/// How long a finished job can be asked for.
+pub const FINISHED_JOB_TTL: Millis = 60 * 60 * 1000;
+/// How many finished jobs can be asked for.
+pub const MAX_FINISHED_JOBS: usize = 10_000;
+/// How long a cancelled job waits for its workers to say that they stopped; a step of a large model on a CPU may take
+/// a minute.
+pub const CANCEL_DEADLINE: Millis = 120 * 1000;
+/// How long a job with its pictures waits for the reports of its earlier stages, which come on other streams.
+pub const LATE_REPORT_DEADLINE: Millis = 5 * 1000;
+/// First pause after a group could not be formed; it doubles with each failure.
+pub const FIRST_RETRY: Millis = 1000;
+/// Longest pause after a group could not be formed.
+pub const LAST_RETRY: Millis = 30 * 1000;
+/// Pause before a group that worked and was lost forms again: the loss of a worker is often reported by its peers
+/// before its own stream ends.
+pub const REFORM_PAUSE: Millis = 300;
+
+/// What the machine is made with.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The models to serve.
+    pub models: Vec<ModelConfig>,
+    /// What clients may ask for.
+    pub limits: Limits,
+    /// host:port of the blob service, for workers.
+    pub blob_address: String,
+    /// Every group's secret is derived from this. Random, and never leaves the process.
+    pub key: Key,
+    /// The first epoch of every group. Greater in each life of the coordinator, so that epochs never come twice.
+    pub first_epoch: u64,
+}
+
+/// A secret that is never shown.
+#[derive(Clone)]
+pub struct Key(pub [u8; 32]);
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(..)")
+    }
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A worker can be commanded.
+    WorkerJoined(Registration),
+    /// A worker can no longer be commanded.
+    WorkerLeft {
+        /// Which.
+        worker_id: String,
+        /// Why, for people.
+        cause: String,
+    },
+    /// A worker said something.
+    Report {
+        /// Which worker.
+        worker_id: String,
+        /// What.
+        report: Report,
+    },
+    /// A client wants pictures. Answered.
+    Submit(Box<Submission>),
+    /// A client wants a job to stop. Answered.
+    Cancel {
+        /// The job.
+        job_id: String,
+    },
+    /// Time has passed.
+    Tick,
+}
+
+impl Event {
+    /// It may let a group form or a job start. Most events are progress and may not.
+    fn is_news(&self) -> bool {
+        let Self::Report { report, .. } = self else {
+            return true;
+        };
+        !matches!(
+            report,
+            Report::Heartbeat(_)
+                | Report::GroupLoading(_)
+                | Report::TaskStarted(_)
+                | Report::TaskProgress(_)
+        )
+    }
+}
+
+/// What comes with a client's request.
+#[derive(Debug, Clone)]
+pub struct Submission {
+    /// The id the job will have.
+    pub job_id: String,
+    /// The client's id for its request, or one drawn for it.
+    pub request_id: String,
+    /// What the client wrote.
+    pub spec: JobSpec,
+    /// Taken if the client names no seed.
+    pub seed: u64,
+    /// Fields that name a blob which is not there.
+    pub missing_blobs: Vec<String>,
+}
+
+/// Something to be done about it.
+#[derive(Debug)]
+pub enum Effect {
+    /// Tell a worker.
+    Send {
+        /// Which worker.
+        worker_id: String,
+        /// What.
+        command: Command,
+    },
+    /// The answer to the client whose event this was.
+    Answer(Result<v1::Job>),
+    /// A job has new events.
+    JobChanged {
+        /// Which job.
+        job_id: String,
+        /// It came to its end.
+        over: bool,
+    },
+    /// A model can be used from now on, or no longer.
+    ModelReady {
+        /// Which model.
+        model: String,
+        /// It can be used.
+        ready: bool,
+    },
+    /// A group came to the end of its epoch.
+    GroupLost {
+        /// Which group.
+        group_id: String,
+        /// Which epoch.
+        epoch: u64,
+        /// Why, for people.
+        cause: String,
+    },
+}
+
+/// Everything the coordinator knows.
+#[derive(Debug)]
+pub struct State {
+    settings: Settings,
+    now: Millis,
+    models: Vec<Model>,
+    workers: BTreeMap<String, Registration>,
+    groups: BTreeMap<String, Group>,
+    jobs: Jobs,
+    /// Numbers of the jobs that are not placed, first come first.
+    queue: VecDeque<u64>,
+    stale_reports: u64,
+    effects: Vec<Effect>,
+}
+
+impl State {
+    /// A cluster without workers and jobs.
+    pub fn new(settings: Settings) -> Self {
+        let models = settings.models.iter().cloned().map(Model::new).collect();
+        Self {
+            settings,
+            now: 0,
+            models,
+            workers: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            jobs: Jobs::default(),
+            queue: VecDeque::new(),
+            stale_reports: 0,
+            effects: Vec::new(),
+        }
+    }
+
+    /// Takes in what happened at `now` and says what to do, in order. An event of a client gets exactly one answer.
+    pub fn apply(&mut self, now: Millis, event: Event) -> Vec<Effect> {
+        self.now = self.now.max(now);
+        let is_news = event.is_news();
+        match event {
+            Event::WorkerJoined(worker) => self.worker_joined(worker),
+            Event::WorkerLeft { worker_id, cause } => self.worker_left(&worker_id, &cause),
+            Event::Report { worker_id, report } => self.report(&worker_id, report),
+            Event::Submit(submission) => {
+                let answer = self.submit(*submission);
+                self.effects.push(Effect::Answer(answer));
+            }
+            Event::Cancel { job_id } => {
+                let answer = self.cancel(&job_id);
+                self.effects.push(Effect::Answer(answer));
+            }
+            Event::Tick => self.end_overdue_jobs(),
+        }
+        if is_news {
+            self.describe_models();
+            self.form_groups();
+            self.start_jobs();
+            self.announce_models();
+        }
+        std::mem::take(&mut self.effects)
+    }
+
+    fn report(&mut self, worker_id: &str, report: Report) {
+        let known = match report {
+            Report::ModelDescribed(described) => self.model_described(worker_id, described),
+            Report::GroupLoading(loading) => self.group_loading(worker_id, &loading),
+            Report::GroupReady(ready) => self.group_ready(worker_id, &ready),
+            Report::GroupLost(lost) => self.group_lost(worker_id, &lost),
+            Report::TaskStarted(started) => self.task_started(worker_id, started.task.as_ref()),
+            Report::TaskProgress(progress) => self.task_progress(worker_id, &progress),
+            Report::TaskDone(done) => self.task_done(worker_id, done),
+            Report::TaskFailed(failed) => self.task_failed(worker_id, failed),
+            Report::Hello(_) | Report::Heartbeat(_) => Some(()),
+        };
+        if known.is_none() {
+            self.stale_reports += 1;
+        }
+    }
+
+    fn send(&mut self, worker_id: &str, command: Command) {
+        if self.workers.contains_key(worker_id) {
+            self.effects.push(Effect::Send {
+                worker_id: worker_id.to_owned(),
+                command,
+            });
+        }
+    }
+}

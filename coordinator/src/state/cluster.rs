@@ -1,0 +1,254 @@
+//! Workers come and go; groups form, get ready, and end their epochs.
+
+use std::collections::BTreeMap;
+
+use proto::v1::{
+    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupState, JoinGroup, LeaveGroup,
+    ModelDescribed, Registration, control_request::Command, model_described::Outcome,
+};
+use sha2::{Digest, Sha256};
+
+use super::{Effect, Key, State, work::shortened};
+use crate::placement::{self, Members};
+
+impl State {
+    pub(super) fn worker_joined(&mut self, worker: Registration) {
+        let worker_id = worker.worker_id.clone();
+        if self.workers.contains_key(&worker_id) {
+            self.worker_left(&worker_id, "it registered again");
+        }
+        self.workers.insert(worker_id, worker);
+    }
+
+    pub(super) fn worker_left(&mut self, worker_id: &str, cause: &str) {
+        if self.workers.remove(worker_id).is_none() {
+            return;
+        }
+        for model in &mut self.models {
+            model.worker_left(worker_id);
+        }
+        let held: Vec<String> = self
+            .groups
+            .iter()
+            .filter(|(_, group)| group.members.iter().any(|member| member == worker_id))
+            .map(|(id, _)| id.clone())
+            .collect();
+        for group_id in held {
+            self.end_epoch(&group_id, format!("worker {worker_id} left: {cause}"));
+        }
+    }
+
+    /// Asks one worker for each card that is not known.
+    pub(super) fn describe_models(&mut self) {
+        let mut questions = Vec::new();
+        for model in &mut self.models {
+            if let Some(worker) = model.ask(self.now, self.workers.keys()) {
+                let path = model.config.path.to_string_lossy().into_owned();
+                let question = DescribeModel {
+                    model: model.config.name.clone(),
+                    path,
+                };
+                questions.push((worker.to_owned(), Command::DescribeModel(question)));
+            }
+        }
+        for (worker, question) in questions {
+            self.send(&worker, question);
+        }
+    }
+
+    pub(super) fn model_described(
+        &mut self,
+        worker_id: &str,
+        described: ModelDescribed,
+    ) -> Option<()> {
+        let model = self
+            .models
+            .iter_mut()
+            .find(|model| model.config.name == described.model)?;
+        if !model.is_asked(worker_id) {
+            return None;
+        }
+        match described.outcome {
+            Some(Outcome::Card(card)) => {
+                let groups = model.described(card, self.settings.first_epoch);
+                self.groups.extend(
+                    groups
+                        .into_iter()
+                        .map(|group| (group.wanted.id.clone(), group)),
+                );
+            }
+            Some(Outcome::Error(problem)) => {
+                model.refused(
+                    self.now,
+                    format!("worker {worker_id}: {}", shortened(&problem)),
+                );
+            }
+            None => model.refused(
+                self.now,
+                format!("worker {worker_id} sent neither a card nor a reason"),
+            ),
+        }
+        Some(())
+    }
+
+    /// Forms every group that waits and for which there are workers.
+    pub(super) fn form_groups(&mut self) {
+        let may_form = |id: &&String| {
+            self.groups.get(*id).is_some_and(|group| {
+                group.phase == GroupState::Waiting && group.retry_at <= self.now
+            })
+        };
+        let waiting: Vec<_> = self
+            .models
+            .iter()
+            .flat_map(|model| &model.groups)
+            .filter(may_form)
+            .filter_map(|id| self.groups.get(id).map(|group| group.wanted.clone()))
+            .collect();
+        if waiting.is_empty() {
+            return;
+        }
+        let standing: BTreeMap<String, Members> = self
+            .groups
+            .iter()
+            .filter(|(_, group)| group.phase != GroupState::Waiting)
+            .map(|(id, group)| (id.clone(), group.members.clone()))
+            .collect();
+        for (group_id, members) in placement::form_groups(&waiting, &self.workers, &standing) {
+            self.begin_epoch(&group_id, members);
+        }
+    }
+
+    fn begin_epoch(&mut self, group_id: &str, members: Members) {
+        let Some(group) = self.groups.get_mut(group_id) else {
+            return;
+        };
+        let Some(model) = self
+            .models
+            .iter()
+            .find(|model| model.config.name == group.wanted.model)
+        else {
+            return;
+        };
+        group.begin(members.clone());
+        let address = |id: &String| {
+            self.workers
+                .get(id)
+                .map(|worker| worker.data_address.clone())
+                .unwrap_or_default()
+        };
+        let join = JoinGroup {
+            group_id: group_id.to_owned(),
+            epoch: group.epoch,
+            model: group.wanted.model.clone(),
+            path: model.config.path.to_string_lossy().into_owned(),
+            component: group.wanted.component.clone(),
+            layout: Some(group.wanted.layout),
+            rank: 0,
+            data_addresses: members.iter().map(address).collect(),
+            secret: secret(&self.settings.key, group_id, group.epoch).into(),
+            max_batch: model.config.max_batch,
+            max_jobs: model.config.max_jobs,
+        };
+        for (rank, member) in (0..).zip(&members) {
+            self.send(
+                member,
+                Command::JoinGroup(JoinGroup {
+                    rank,
+                    ..join.clone()
+                }),
+            );
+        }
+    }
+
+    pub(super) fn group_loading(&mut self, worker_id: &str, report: &GroupLoading) -> Option<()> {
+        let group = self.groups.get_mut(&report.group_id)?;
+        if !group.is_rank(worker_id, report.rank, report.epoch) {
+            return None;
+        }
+        group.rank_loading(report.rank, report.loaded_bytes, report.total_bytes);
+        Some(())
+    }
+
+    pub(super) fn group_ready(&mut self, worker_id: &str, report: &GroupReady) -> Option<()> {
+        let group = self.groups.get_mut(&report.group_id)?;
+        if !group.is_rank(worker_id, report.rank, report.epoch) {
+            return None;
+        }
+        group.rank_ready(report.rank);
+        Some(())
+    }
+
+    pub(super) fn group_lost(&mut self, worker_id: &str, report: &GroupLost) -> Option<()> {
+        let group = self.groups.get_mut(&report.group_id)?;
+        if !group.is_rank(worker_id, report.rank, report.epoch) {
+            return None;
+        }
+        let was_ready = group.is_ready();
+        group.pause(self.now, was_ready);
+        let rank = report.rank;
+        let (reason, message) = (shortened(&report.reason), shortened(&report.message));
+        self.end_epoch(
+            &report.group_id,
+            format!("rank {rank} on worker {worker_id}: {reason}: {message}"),
+        );
+        Some(())
+    }
+
+    /// Whatever the group was doing is over: the members are told, its tasks are lost.
+    fn end_epoch(&mut self, group_id: &str, cause: String) {
+        let Some(group) = self.groups.get_mut(group_id) else {
+            return;
+        };
+        let epoch = group.epoch;
+        let (members, tasks) = group.end(cause.clone());
+        for member in members {
+            self.send(
+                &member,
+                Command::LeaveGroup(LeaveGroup {
+                    group_id: group_id.to_owned(),
+                    epoch,
+                }),
+            );
+        }
+        for (number, stage) in tasks {
+            self.task_lost(
+                number,
+                &stage,
+                format!("group {group_id} was lost: {cause}"),
+            );
+        }
+        self.effects.push(Effect::GroupLost {
+            group_id: group_id.to_owned(),
+            epoch,
+            cause,
+        });
+    }
+
+    pub(super) fn announce_models(&mut self) {
+        for index in 0..self.models.len() {
+            let model = &self.models[index];
+            let ready = self.is_ready(model);
+            if ready != model.announced {
+                self.effects.push(Effect::ModelReady {
+                    model: model.config.name.clone(),
+                    ready,
+                });
+                self.models[index].announced = ready;
+            }
+        }
+    }
+}
+
+/// Known to the members of this epoch and to nobody who knows the secret of another.
+fn secret(key: &Key, group_id: &str, epoch: u64) -> Vec<u8> {
+    let purpose = Sha256::new()
+        .chain_update(epoch.to_le_bytes())
+        .chain_update(group_id)
+        .finalize();
+    Sha256::new()
+        .chain_update(key.0)
+        .chain_update(purpose)
+        .finalize()
+        .to_vec()
+}

@@ -1,0 +1,98 @@
+//! All jobs: by number, by id, by the client's request id, and the finished ones by age.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use super::{
+    FINISHED_JOB_TTL, MAX_FINISHED_JOBS, Millis,
+    job::{Job, NewJob},
+};
+
+/// Every job that can be asked for.
+#[derive(Debug, Default)]
+pub(super) struct Jobs {
+    by_number: BTreeMap<u64, Job>,
+    by_id: HashMap<String, u64>,
+    by_request: HashMap<String, u64>,
+    /// Oldest end first.
+    finished: VecDeque<u64>,
+    /// Bytes of the pictures of finished jobs.
+    result_bytes: u64,
+    last_number: u64,
+}
+
+impl Jobs {
+    pub(super) fn add(&mut self, new: NewJob, now: Millis) -> &mut Job {
+        self.last_number += 1;
+        let number = self.last_number;
+        self.by_id.insert(new.id.clone(), number);
+        self.by_request.insert(new.request_id.clone(), number);
+        self.by_number
+            .entry(number)
+            .or_insert_with(|| Job::new(number, new, now))
+    }
+
+    pub(super) fn get(&self, number: u64) -> Option<&Job> {
+        self.by_number.get(&number)
+    }
+
+    pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut Job> {
+        self.by_number.get_mut(&number)
+    }
+
+    pub(super) fn by_id(&self, id: &str) -> Option<&Job> {
+        self.by_id
+            .get(id)
+            .and_then(|number| self.by_number.get(number))
+    }
+
+    pub(super) fn by_request(&self, request_id: &str) -> Option<&Job> {
+        self.by_request
+            .get(request_id)
+            .and_then(|number| self.by_number.get(number))
+    }
+
+    /// Newest first, beginning below `number`.
+    pub(super) fn newest_before(&self, number: u64) -> impl Iterator<Item = &Job> {
+        self.by_number.range(..number).rev().map(|(_, job)| job)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {
+        self.by_number.values()
+    }
+
+    /// The job has come to its end; from now on it ages.
+    pub(super) fn finished(&mut self, number: u64) {
+        self.finished.push_back(number);
+        self.result_bytes += self.get(number).map_or(0, result_bytes);
+    }
+
+    /// Forgets finished jobs that are too old, too many, or whose pictures take more than `max_result_bytes`.
+    pub(super) fn forget_old(&mut self, now: Millis, max_result_bytes: u64) {
+        while let Some(job) = self
+            .finished
+            .front()
+            .and_then(|number| self.by_number.get(number))
+        {
+            let age = now.saturating_sub(job.finished.unwrap_or(now));
+            // The newest is kept whatever it weighs: its client has not read it yet.
+            let too_large = self.result_bytes > max_result_bytes && self.finished.len() > 1;
+            let too_many = self.finished.len() > MAX_FINISHED_JOBS || too_large;
+            if age < FINISHED_JOB_TTL && !too_many {
+                return;
+            }
+            self.result_bytes = self.result_bytes.saturating_sub(result_bytes(job));
+            self.by_id.remove(&job.id);
+            self.by_request.remove(&job.request_id);
+            if let Some(number) = self.finished.pop_front() {
+                self.by_number.remove(&number);
+            }
+        }
+    }
+}
+
+fn result_bytes(job: &Job) -> u64 {
+    job.images
+        .iter()
+        .map(|image| image.byte_size)
+        .fold(0, u64::saturating_add)
+}

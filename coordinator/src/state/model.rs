@@ -1,0 +1,143 @@
+//! One model of models.toml: its card once a worker has read it, and the groups it needs.
+
+use std::collections::BTreeSet;
+
+use proto::v1::{ModelCard, StageKind};
+
+use super::{MAX_WAITING_TASKS, Millis, group::Group};
+use crate::{
+    error::{Error, Result},
+    models_file::ModelConfig,
+    placement, plan,
+};
+
+/// How long a model that no worker can read is left alone before the workers are asked again.
+const DESCRIBE_RETRY: Millis = 30 * 1000;
+
+/// A model to serve.
+#[derive(Debug)]
+pub(super) struct Model {
+    pub(super) config: ModelConfig,
+    pub(super) card: Option<ModelCard>,
+    /// Ids of its groups, in the order of the card.
+    pub(super) groups: Vec<String>,
+    /// Why there is no card, or why the card does not fit models.toml.
+    pub(super) problem: String,
+    /// What was said last about it being ready.
+    pub(super) announced: bool,
+    /// The worker that was asked to read it.
+    asked: Option<String>,
+    /// Workers that could not read it.
+    refused: BTreeSet<String>,
+    /// They are asked again at this time.
+    retry_at: Millis,
+    /// Asking again cannot help: models.toml and the card do not fit.
+    broken: bool,
+}
+
+impl Model {
+    pub(super) fn new(config: ModelConfig) -> Self {
+        Self {
+            config,
+            card: None,
+            groups: Vec::new(),
+            problem: String::new(),
+            announced: false,
+            asked: None,
+            refused: BTreeSet::new(),
+            retry_at: 0,
+            broken: false,
+        }
+    }
+
+    /// The card, or what to tell a client instead.
+    pub(super) fn card(&self) -> Result<&ModelCard> {
+        let model = self.config.name.clone();
+        match &self.card {
+            Some(card) => Ok(card),
+            None if self.problem.is_empty() => Err(Error::ModelNotReady(model)),
+            None => Err(Error::ModelBroken {
+                model,
+                problem: self.problem.clone(),
+            }),
+        }
+    }
+
+    /// The worker to ask for the card now, if one has to be asked.
+    pub(super) fn ask<'a>(
+        &mut self,
+        now: Millis,
+        mut workers: impl Iterator<Item = &'a String>,
+    ) -> Option<&'a str> {
+        if self.card.is_some() || self.broken || self.asked.is_some() {
+            return None;
+        }
+        if !self.refused.is_empty() && now >= self.retry_at {
+            self.refused.clear();
+        }
+        let worker = workers.find(|worker| !self.refused.contains(*worker))?;
+        self.asked = Some(worker.clone());
+        Some(worker)
+    }
+
+    pub(super) fn is_asked(&self, worker_id: &str) -> bool {
+        self.asked.as_deref() == Some(worker_id)
+    }
+
+    pub(super) fn worker_left(&mut self, worker_id: &str) {
+        self.refused.remove(worker_id);
+        if self.is_asked(worker_id) {
+            self.asked = None;
+        }
+    }
+
+    /// The worker that was asked cannot read it; another may.
+    pub(super) fn refused(&mut self, now: Millis, problem: String) {
+        self.refused.extend(self.asked.take());
+        self.retry_at = now + DESCRIBE_RETRY;
+        self.problem = problem;
+    }
+
+    /// Takes the card and gives the groups it needs. A card that does not fit is this model's problem for good.
+    pub(super) fn described(&mut self, mut card: ModelCard, first_epoch: u64) -> Vec<Group> {
+        self.asked = None;
+        card.name.clone_from(&self.config.name);
+        let wanted =
+            plan::check_stages(&card).and_then(|()| placement::wanted_groups(&self.config, &card));
+        match wanted {
+            Ok(wanted) => {
+                self.problem.clear();
+                self.groups = wanted.iter().map(|group| group.id.clone()).collect();
+                let limit = |component: &str| self.task_limit(&card, component);
+                let groups = wanted
+                    .into_iter()
+                    .map(|wanted| {
+                        let limit = limit(&wanted.component);
+                        Group::new(wanted, limit, first_epoch)
+                    })
+                    .collect();
+                self.card = Some(card);
+                groups
+            }
+            Err(problem) => {
+                self.broken = true;
+                self.problem = problem;
+                Vec::new()
+            }
+        }
+    }
+
+    fn task_limit(&self, card: &ModelCard, component: &str) -> usize {
+        let denoises = |stage: &&proto::v1::StageTemplate| stage.kind() == StageKind::Denoise;
+        if card
+            .stages
+            .iter()
+            .filter(denoises)
+            .any(|stage| stage.component == component)
+        {
+            self.config.max_jobs as usize
+        } else {
+            MAX_WAITING_TASKS
+        }
+    }
+}

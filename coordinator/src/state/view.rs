@@ -1,0 +1,207 @@
+//! What can be asked of the state. Nothing here changes it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use prost::Message;
+use proto::v1::{self, GroupState, JobEvent, ModelStatus, WorkerStatus};
+
+use super::{State, group::Group, job::Job, model::Model, work::name};
+use crate::error::{Error, Result};
+
+/// Events that a watcher gets in one reading.
+pub const EVENTS_PER_PAGE: usize = 256;
+/// Jobs on a page when the client does not say.
+const DEFAULT_PAGE: u32 = 50;
+/// Jobs on a page at most.
+const MAX_PAGE: u32 = 1000;
+/// Bytes of the jobs on a page, so that prompts of any length fit one message.
+const MAX_PAGE_BYTES: usize = proto::MAX_MESSAGE_BYTES * 3 / 4;
+
+/// What happened to a job after some event.
+#[derive(Debug)]
+pub struct EventPage {
+    /// Oldest first.
+    pub events: Vec<JobEvent>,
+    /// Nothing more will come.
+    pub over: bool,
+}
+
+impl State {
+    /// The job as it is now.
+    pub fn job(&self, job_id: &str) -> Result<v1::Job> {
+        self.find(job_id).map(Job::view)
+    }
+
+    /// A page of jobs, newest first, and the token of the next page.
+    pub fn jobs(&self, page_size: u32, page_token: &str) -> Result<(Vec<v1::Job>, String)> {
+        let below = match page_token {
+            "" => u64::MAX,
+            token => token
+                .parse()
+                .map_err(|_| Error::invalid("page_token", "must be a next_page_token"))?,
+        };
+        let most = if page_size == 0 {
+            DEFAULT_PAGE
+        } else {
+            page_size.min(MAX_PAGE)
+        } as usize;
+        let mut page: Vec<v1::Job> = Vec::new();
+        let mut bytes = 0;
+        let mut last = below;
+        for job in self.jobs.newest_before(below) {
+            let view = job.view();
+            bytes += view.encoded_len();
+            if page.len() == most || (bytes > MAX_PAGE_BYTES && !page.is_empty()) {
+                return Ok((page, last.to_string()));
+            }
+            last = job.number;
+            page.push(view);
+        }
+        Ok((page, String::new()))
+    }
+
+    /// The job's events after `sequence`, as many as fit a page.
+    pub fn events_after(&self, job_id: &str, sequence: u64) -> Result<EventPage> {
+        let job = self.find(job_id)?;
+        let events: Vec<JobEvent> = job.events_after(sequence).take(EVENTS_PER_PAGE).collect();
+        let reached = events.last().map_or(sequence, |event| event.sequence);
+        Ok(EventPage {
+            over: job.is_over() && reached >= job.sequence(),
+            events,
+        })
+    }
+
+    /// The models, in the order of models.toml.
+    pub fn models(&self) -> Vec<ModelStatus> {
+        self.models
+            .iter()
+            .map(|model| ModelStatus {
+                name: model.config.name.clone(),
+                card: model.card.clone(),
+                ready: self.is_ready(model),
+                problem: self.problem(model),
+                groups: self.groups_of(model).map(Group::status).collect(),
+            })
+            .collect()
+    }
+
+    /// The workers, by id.
+    pub fn workers(&self) -> Vec<WorkerStatus> {
+        let mut ranks: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+        for (id, group) in &self.groups {
+            for (rank, member) in group.members.iter().enumerate() {
+                ranks
+                    .entry(member)
+                    .or_default()
+                    .push(format!("{id}/{rank}"));
+            }
+        }
+        self.workers
+            .values()
+            .map(|worker| WorkerStatus {
+                worker_id: worker.worker_id.clone(),
+                address: worker.address.clone(),
+                device: worker.device.clone(),
+                labels: worker.labels.clone(),
+                ranks: ranks.remove(worker.worker_id.as_str()).unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    /// Blobs that a job which can be asked for has taken or given.
+    pub fn blobs_in_use(&self) -> BTreeSet<String> {
+        let of_job = |job: &Job| {
+            let inputs = [
+                job.spec.image_blob_id.clone(),
+                job.spec.mask_image_blob_id.clone(),
+            ];
+            let results: Vec<String> = job
+                .images
+                .iter()
+                .map(|image| image.blob_id.clone())
+                .collect();
+            inputs.into_iter().chain(results)
+        };
+        self.jobs
+            .iter()
+            .flat_map(of_job)
+            .filter(|id| !id.is_empty())
+            .collect()
+    }
+
+    /// Reports of an epoch or an attempt that is over, since the start.
+    pub fn stale_reports(&self) -> u64 {
+        self.stale_reports
+    }
+
+    /// Every component has a group that is ready.
+    pub(super) fn is_ready(&self, model: &Model) -> bool {
+        let Some(card) = &model.card else {
+            return false;
+        };
+        card.components.iter().all(|component| {
+            self.groups_of(model)
+                .any(|group| group.is_ready() && group.wanted.component == component.name)
+        })
+    }
+
+    fn problem(&self, model: &Model) -> String {
+        if !model.problem.is_empty() || self.is_ready(model) {
+            return model.problem.clone();
+        }
+        if model.card.is_none() {
+            return if self.workers.is_empty() {
+                "no worker is there"
+            } else {
+                "a worker reads its directory"
+            }
+            .into();
+        }
+        let unready = self.groups_of(model).find(|group| !group.is_ready());
+        unready
+            .map(|group| self.group_problem(group))
+            .unwrap_or_default()
+    }
+
+    fn group_problem(&self, group: &Group) -> String {
+        let id = &group.wanted.id;
+        let eligible = self
+            .workers
+            .values()
+            .filter(|worker| group.wanted.accepts(worker))
+            .count();
+        let needed = if group.wanted.colocate {
+            1
+        } else {
+            group.wanted.size()
+        };
+        match group.phase {
+            GroupState::Waiting if eligible < needed => {
+                let labels: Vec<String> = group
+                    .wanted
+                    .selector
+                    .iter()
+                    .map(|(label, value)| format!("{label}={value}"))
+                    .collect();
+                let matching = if labels.is_empty() {
+                    String::new()
+                } else {
+                    format!(" with {}", labels.join(","))
+                };
+                format!("{id}: needs {needed} workers{matching}, {eligible} are there")
+            }
+            _ if !group.problem.is_empty() => format!("{id}: {}", group.problem),
+            _ => format!("{id}: its ranks are loading"),
+        }
+    }
+
+    fn groups_of<'a>(&'a self, model: &'a Model) -> impl Iterator<Item = &'a Group> {
+        model.groups.iter().filter_map(|id| self.groups.get(id))
+    }
+
+    fn find(&self, job_id: &str) -> Result<&Job> {
+        self.jobs
+            .by_id(job_id)
+            .ok_or_else(|| Error::JobNotFound(name(job_id)))
+    }
+}

@@ -1,0 +1,95 @@
+//! Runs one network on a group of ranks that are threads of the test.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+
+use models::blocks::{BlockModel, Layout, RangeOf, RankGroup, recv_tensors, send_tensors};
+use models::{Error, Result};
+use parallel::{DType, Device, InProcess, Tensors, Weights};
+
+/// What a run on several ranks came to.
+#[derive(Debug)]
+pub struct Ran {
+    /// The output of each rank of the last range; they should be equal.
+    pub outputs: Vec<Tensors>,
+    /// Bytes of weights each rank read.
+    pub bytes_read: Vec<u64>,
+    /// Bytes of weights in the whole checkpoint.
+    pub total_bytes: u64,
+}
+
+impl Ran {
+    /// The tensor of that name from the last range's first rank.
+    pub fn output(&self, name: &str) -> Result<&parallel::Tensor> {
+        let missing = || parallel::Error::MissingInput { name: name.to_owned() };
+        Ok(self.outputs.first().ok_or_else(missing)?.get(name)?)
+    }
+}
+
+/// Loads the checkpoint in `dir` in f32 on every rank of a group of `layout`, each its slice, and runs it once on `inputs`.
+///
+/// # Errors
+/// The first rank's that has a reason of its own, rather than a lost peer.
+pub fn run_block_model<M: BlockModel>(
+    dir: &Path,
+    layout: Layout,
+    inputs: &Tensors,
+    load: impl Fn(&Weights, RangeOf) -> Result<M> + Sync,
+) -> Result<Ran> {
+    let load = &load;
+    let run = move |link: InProcess| run_rank(dir, RankGroup::new(Arc::new(link), layout)?, inputs, load);
+    let results: Vec<Result<RanRank>> = thread::scope(|scope| {
+        let ranks: Vec<_> = InProcess::group(layout.ranks()).into_iter().map(|link| scope.spawn(move || run(link))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap_or(Err(Error::Cancelled))).collect()
+    });
+    let (ran, mut errors) = (results.iter().all(Result::is_ok), Vec::new());
+    let mut whole = Ran { outputs: Vec::new(), bytes_read: Vec::new(), total_bytes: 0 };
+    for result in results {
+        match result {
+            Ok(rank) => {
+                whole.outputs.extend(rank.output);
+                whole.bytes_read.push(rank.bytes_read);
+                whole.total_bytes = rank.total_bytes;
+            }
+            Err(e) => errors.push(e),
+        }
+    }
+    let lost = |e: &Error| matches!(e, Error::Parallel(parallel::Error::PeerLost { .. }));
+    let cause = errors.iter().position(|e| !lost(e)).unwrap_or(0);
+    if ran { Ok(whole) } else { Err(errors.swap_remove(cause)) }
+}
+
+struct RanRank {
+    output: Option<Tensors>,
+    bytes_read: u64,
+    total_bytes: u64,
+}
+
+fn run_rank<M: BlockModel>(
+    dir: &Path,
+    group: RankGroup,
+    inputs: &Tensors,
+    load: &impl Fn(&Weights, RangeOf) -> Result<M>,
+) -> Result<RanRank> {
+    let weights = Weights::open(dir, group.tensor.clone(), DType::F32, &Device::Cpu)?;
+    let model = load(&weights, group.range)?;
+    let hidden = if group.range.is_first() {
+        model.embed(inputs)?
+    } else {
+        let received = recv_tensors(group.whole(), group.previous())?;
+        received.map_err(|reason| parallel::Error::Frame(format!("the previous range failed: {reason}")))?
+    };
+    let hidden = model.blocks(hidden);
+    let output = if group.range.is_last() {
+        Some(model.output(hidden?)?)
+    } else {
+        send_tensors(group.whole(), &hidden, group.next())?;
+        hidden?;
+        None
+    };
+    // Nobody leaves before all are done: a rank that ends counts as lost, even with nothing left to say.
+    group.whole().any(false)?;
+    Ok(RanRank { output, bytes_read: weights.bytes_read().load(Ordering::Relaxed), total_bytes: weights.total_bytes() })
+}
