@@ -33,7 +33,7 @@ impl AutoencoderStage {
         let (width, height) = (request.width, request.height);
         let missing = || Error::Invalid { field: "image", reason: "there is none".into() };
         let picture = image_io::decode_picture(inputs.pictures.image.as_deref().ok_or_else(missing)?, &self.limits)?;
-        let moments = self.vae.encode(&image_io::preprocess(&picture, width, height)?, tiling(request))?;
+        let moments = self.vae.encode_with(&image_io::preprocess(&picture, width, height)?, tiling(request))?;
         let mut out = Tensors::new().with("image.mean", moments.mean).with("image.logvar", moments.logvar);
         if let Some(mask) = &inputs.pictures.mask_image {
             let mask = image_io::decode_picture(mask, &self.limits)?;
@@ -44,10 +44,8 @@ impl AutoencoderStage {
 
     /// `latents: [B, C, H, W]` to pictures in 0..1.
     fn decode(&self, request: &Request, latents: &Tensor) -> Result<Payload> {
-        let config = self.vae.config();
-        let unscaled = ((latents / config.scaling_factor)? + config.shift_factor.unwrap_or(0.0))?;
-        let image = self.vae.decode(&unscaled, tiling(request))?;
-        let image = ((image * 0.5)? + 0.5)?.clamp(0f32, 1f32)?;
+        let image = self.vae.decode_with(&self.vae.config().unscale(latents)?, tiling(request))?;
+        let image = image_io::denormalize(&image)?;
         Ok(Payload::Image(Tensors::new().with("image", image)))
     }
 }

@@ -10,7 +10,7 @@ use parallel::Weights;
 use parallel::rng::{Generator, TorchCpu, TorchCuda};
 use parallel::{Device, Tensor, Tensors};
 
-use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
+use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig, Moments};
 use crate::autoencoder_stage::AutoencoderStage;
 use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
@@ -23,7 +23,7 @@ use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
 use crate::request::{Encoder, NoiseGenerator};
-use crate::scheduler::flow_match_euler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule, calculate_shift};
+use crate::scheduler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule, Scheduler};
 use crate::stage::Inputs;
 use crate::t5::{T5Config, T5Encoder};
 use crate::text_stage::{TextEncoding, TextStage};
@@ -57,7 +57,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let blocks = transformer.num_layers + transformer.num_single_layers;
     Ok(Card {
         family: "flux".into(),
-        pipeline_class: dir.class_name().into(),
+        pipeline_class: dir.pipeline_class().into(),
         scheduler: "FlowMatchEulerDiscreteScheduler".into(),
         digest: dir.digest()?,
         components: vec![
@@ -126,22 +126,22 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     let LoadSpec { dir, component, group, limits, .. } = spec;
     let range = group.range;
     let model: Box<dyn BlockModel> = match component {
-        "text_encoder" => Box::new(ClipTextEncoder::load(weights, &dir.config::<ClipTextConfig>(component)?, false)?),
+        "text_encoder" => Box::new(ClipTextEncoder::load(weights, &dir.config::<ClipTextConfig>(component)?)?),
         "text_encoder_2" => Box::new(T5Encoder::load(weights, &dir.config::<T5Config>(component)?, range)?),
         "transformer" => Box::new(FluxTransformer::load(weights, &dir.config::<FluxTransformerConfig>(component)?, range)?),
         "vae" => {
             let vae = AutoencoderKl::load(weights, &dir.config::<AutoencoderKlConfig>(component)?)?;
             return Ok(Rank::Leader(Box::new(AutoencoderStage::new(vae, PictureLimits::default()))));
         }
-        other => return Err(Error::ModelDir { path: dir.path().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
+        other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
     if !group.is_leader() {
         return Ok(Rank::Follower(Follower::new(model, group)));
     }
     let runner = BlockRunner::new(model, group);
     Ok(Rank::Leader(match component {
-        "text_encoder" => Box::new(TextStage::new(clip_encoding(dir.path())?, runner, limits.prompt_cache_bytes)),
-        "text_encoder_2" => Box::new(TextStage::new(t5_encoding(dir.path())?, runner, limits.prompt_cache_bytes)),
+        "text_encoder" => Box::new(TextStage::new(clip_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
+        "text_encoder_2" => Box::new(TextStage::new(t5_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
         _ => Box::new(Engine::new(Box::new(FluxDenoiser::load(dir)?), runner, limits)),
     }))
 }
@@ -154,6 +154,7 @@ fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
         output: "pooler_output",
         name: "pooled_prompt_embeds",
         with_mask: false,
+        encoder: Encoder::First,
     })
 }
 
@@ -171,7 +172,7 @@ fn t5_encoding(dir: &Path) -> Result<TextEncoding> {
 }
 
 fn scheduler_config(dir: &ModelDir) -> Result<FlowMatchEulerDiscreteConfig> {
-    dir.scheduler_config("FlowMatchEulerDiscreteScheduler")
+    dir.scheduler_config()
 }
 
 /// What FLUX does around its network.
@@ -181,30 +182,24 @@ pub struct FluxDenoiser {
     scheduler: FlowMatchEulerDiscreteConfig,
     /// Latent channels of the autoencoder; a token packs 2 x 2 of them.
     channels: usize,
-    /// Pixels per latent.
-    vae_scale_factor: usize,
-    shift_factor: f64,
-    scaling_factor: f64,
+    vae: AutoencoderKlConfig,
 }
 
 impl FluxDenoiser {
     /// From a model's configurations.
     pub fn load(dir: &ModelDir) -> Result<Self> {
         let transformer: FluxTransformerConfig = dir.config("transformer")?;
-        let vae: AutoencoderKlConfig = dir.config("vae")?;
         Ok(Self {
             guidance_embeds: transformer.guidance_embeds,
             scheduler: scheduler_config(dir)?,
             channels: transformer.in_channels / 4,
-            vae_scale_factor: 1 << (vae.block_out_channels.len() - 1),
-            shift_factor: vae.shift_factor.unwrap_or(0.0),
-            scaling_factor: vae.scaling_factor,
+            vae: dir.config("vae")?,
         })
     }
 
     /// Height and width in tokens.
     fn grid(&self, request: &Request) -> (usize, usize) {
-        let side = |pixels: usize| pixels / (self.vae_scale_factor * 2);
+        let side = |pixels: usize| pixels / (self.vae.scale_factor() * 2);
         (side(request.height), side(request.width))
     }
 
@@ -213,9 +208,8 @@ impl FluxDenoiser {
         let config = &self.scheduler;
         let sigmas = linspace(1.0, 1.0 / n as f64, n);
         let (h, w) = self.grid(request);
-        let mu = calculate_shift(h * w, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift);
-        let scheduler =
-            FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu: Some(mu) })?;
+        let mu = Some(config.mu(h * w));
+        let scheduler = FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu })?;
         match request.strength {
             None => Ok(scheduler),
             Some(strength) => {
@@ -225,24 +219,22 @@ impl FluxDenoiser {
                     let reason = format!("{strength} leaves none of {n} steps");
                     return Err(Error::Invalid { field: "strength", reason });
                 }
-                Ok(scheduler.with_begin(begin))
+                scheduler.with_begin(begin)
             }
         }
     }
 
     /// Latents of the input picture: a draw from their distribution, scaled and packed. `[1, C, H, W] -> [1, L, 4 C]`
     fn image_latents(&self, image: &Tensors, generator: &mut Generator) -> Result<Tensor> {
-        let (mean, logvar) = (image.get("image.mean")?, image.get("image.logvar")?);
-        let noise = generator.randn(mean.dims())?;
-        let sample = (mean + ((logvar * 0.5)?.exp()? * noise)?)?;
-        let scaled = ((sample - self.shift_factor)? * self.scaling_factor)?;
-        pack_latents(&scaled)
+        let moments = Moments { mean: image.get("image.mean")?.clone(), logvar: image.get("image.logvar")?.clone() };
+        let noise = generator.randn(moments.mean.dims())?;
+        pack_latents(&self.vae.scale(&moments.sample(&noise)?)?)
     }
 
     /// The mask at latent size, packed as the latents are: 1 where to repaint.
     fn mask(&self, mask: &Tensor) -> Result<Tensor> {
         let (_, _, height, width) = mask.dims4()?;
-        let f = self.vae_scale_factor;
+        let f = self.vae.scale_factor();
         // Nearest neighbour down to the latent grid picks every f-th pixel.
         let rows = Tensor::arange_step(0u32, height as u32, f as u32, mask.device())?;
         let columns = Tensor::arange_step(0u32, width as u32, f as u32, mask.device())?;
@@ -268,7 +260,7 @@ impl Denoiser for FluxDenoiser {
         let noise = pack_latents(&noise)?;
         let latents = match &start {
             None => noise.clone(),
-            Some(start) => crate::scheduler::Scheduler::scale_noise(&scheduler, &start.broadcast_as(noise.shape())?, 0, &noise)?,
+            Some(start) => scheduler.scale_noise(&start.broadcast_as(noise.shape())?.contiguous()?, 0, &noise)?,
         };
         if let (Some(start), Some(mask)) = (start, inputs.image_latents.as_ref().and_then(|image| image.find("mask"))) {
             tensors.insert("mask", self.mask(mask)?);

@@ -1,6 +1,5 @@
 //! Which class of a checkpoint is which code: the one list to extend for a new family.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -67,7 +66,7 @@ pub struct LoadProgress {
 /// # Errors
 /// When its class is of no family here, or a part of it is not supported.
 pub fn describe(dir: &ModelDir) -> Result<Card> {
-    match dir.class_name() {
+    match dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         other => Err(unknown(other)),
     }
@@ -78,7 +77,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 /// # Errors
 /// When the component does not exist, cannot be cut so, or its checkpoint is not what its configuration says.
 pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
-    let path = component_path(spec.dir, spec.component)?;
+    let path = spec.dir.require(spec.component)?.path;
     let weights = Weights::open(&path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
     let ranks = spec.group.layout().ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
@@ -96,7 +95,7 @@ pub struct Need {
 
 /// What each rank of a component would need, in rank order, by running its loading code without reading.
 pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Need>> {
-    let path = component_path(dir, component)?;
+    let path = dir.require(component)?.path;
     let rank = |rank: usize| {
         let group = RankGroup::placeholder(rank, layout);
         let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
@@ -108,15 +107,10 @@ pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Ne
 }
 
 fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
-    match spec.dir.class_name() {
+    match spec.dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
         other => Err(unknown(other)),
     }
-}
-
-fn component_path(dir: &ModelDir, component: &str) -> Result<PathBuf> {
-    let missing = || Error::ModelDir { path: dir.path().to_owned(), reason: format!("there is no component `{component}`") };
-    Ok(dir.component(component).ok_or_else(missing)?.path.clone())
 }
 
 fn unknown(class: &str) -> Error {

@@ -11,6 +11,7 @@ use crate::tokenizer::Tokenizer;
 use crate::{Payload, Request, Result};
 
 /// What a family does with one text encoder.
+#[derive(Debug)]
 pub struct TextEncoding {
     /// Turns text to ids.
     pub tokenizer: Tokenizer,

@@ -189,7 +189,11 @@ fn every_job_gets_its_own_result_on_every_layout() {
             for key in 0..5 {
                 let negative_prompt = (key % 2 == 0).then(String::new);
                 let width = if key < 3 { 4 } else { 6 };
-                engine.start(key, Request { negative_prompt, true_cfg_scale: 2.0, width, ..request(2 + key as usize, 100 * key) }, Inputs::default());
+                engine.start(
+                    key,
+                    Request { negative_prompt, true_cfg_scale: 2.0, width, ..request(2 + key as usize, 100 * key) },
+                    Inputs::default(),
+                );
             }
             drain(engine)
         });
@@ -262,7 +266,10 @@ fn cancelling_stops_every_rank_within_one_step_a_hundred_times() {
             assert_eq!(stopped.len(), 1, "round {round}: {events:?}");
             assert!(!events.iter().any(|t| matches!(t, Told::Step(..))), "round {round}: no step after the cancel: {events:?}");
             let counts: Vec<usize> = forwards.iter().map(|f| f.load(Ordering::SeqCst)).collect();
-            assert!(counts.iter().all(|c| c.abs_diff(counts[0]) <= 1 && *c <= steps + 1), "round {round}: {counts:?} after {steps} steps");
+            assert!(
+                counts.iter().all(|c| c.abs_diff(counts[0]) <= 1 && *c <= steps + 1),
+                "round {round}: {counts:?} after {steps} steps"
+            );
         });
     }
 }

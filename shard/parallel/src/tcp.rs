@@ -58,7 +58,6 @@ pub struct Tcp {
 
 #[derive(Debug)]
 struct Peer {
-    rank: usize,
     stream: TcpStream,
     writer: Mutex<TcpStream>,
     inbox: Mutex<Inbox>,
@@ -161,13 +160,8 @@ impl Peer {
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(SILENCE))?;
         stream.set_write_timeout(Some(SILENCE))?;
-        let peer = Arc::new(Self {
-            rank,
-            writer: Mutex::new(stream.try_clone()?),
-            stream,
-            inbox: Mutex::default(),
-            arrived: Condvar::new(),
-        });
+        let peer =
+            Arc::new(Self { writer: Mutex::new(stream.try_clone()?), stream, inbox: Mutex::default(), arrived: Condvar::new() });
         let reader = peer.clone();
         thread::Builder::new().name(format!("recv-rank-{rank}")).spawn(move || reader.read_frames())?;
         Ok(peer)

@@ -92,7 +92,7 @@ fn check_ids(case: &mut Case, dir: &ModelDir, jobs: &[Request]) -> Outcome {
         ("text_encoder_2", "tokenizer_2", Encoder::Second, jobs[0].max_sequence_length),
     ];
     for (name, folder, encoder, tokens) in encoders {
-        let tokenizer = Tokenizer::load(&dir.path().join(folder)).map_err(text)?;
+        let tokenizer = Tokenizer::load(&dir.root().join(folder)).map_err(text)?;
         let ids = |prompt: &str| {
             Ok(tokenizer.encode(prompt, tokens).map_err(text)?.input_ids.into_iter().map(i64::from).collect::<Vec<_>>())
         };
@@ -199,8 +199,8 @@ fn denoise(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &[Inputs])
 fn decode(case: &mut Case, dir: &ModelDir, jobs: &[Request], latents: Vec<Payload>) -> Outcome {
     let config: models::autoencoder_kl::AutoencoderKlConfig = dir.config("vae").map_err(text)?;
     let rows = latents.iter().map(|l| l.tensors().get("latents").cloned().map_err(text)).collect::<Result<Vec<_>, String>>()?;
-    let unscaled = Tensor::cat(&rows, 0).and_then(|l| (l / config.scaling_factor)? + config.shift_factor.unwrap_or(0.0));
-    case.check("vae_decode.in", &unscaled.map_err(text)?)?;
+    let unscaled = config.unscale(&Tensor::cat(&rows, 0).map_err(text)?).map_err(text)?;
+    case.check("vae_decode.in", &unscaled)?;
     let mut stage = load(dir, "vae")?;
     let mut images = Vec::new();
     for (job, latents) in jobs.iter().zip(latents) {
