@@ -76,7 +76,7 @@ fn list(folder: &Path, depth: usize, files: &mut Files) -> io::Result<()> {
         let Ok(metadata) = fs::metadata(&path) else { continue };
         if metadata.is_file() {
             files.push((path, metadata.len(), metadata.modified().ok()));
-        } else if depth < MAX_DEPTH {
+        } else if metadata.is_dir() && depth < MAX_DEPTH {
             list(&path, depth + 1, files)?;
         }
         if files.len() > MAX_FILES {
