@@ -87,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn only_an_absence_is_tried_again() {
         let tries = Cell::new(0);
         let answer = call("a", || {
@@ -106,7 +106,7 @@ mod tests {
         assert_eq!(tries.get(), 1);
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn an_absence_is_tried_for_a_bounded_time() {
         let began = Instant::now();
         let absent: Result<()> = call("a", || async { Err(Status::unavailable("")) }).await;
