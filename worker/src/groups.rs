@@ -65,7 +65,8 @@ pub(crate) struct Groups {
 struct Table {
     /// By group and rank.
     held: HashMap<(String, usize), Held>,
-    memory: HashMap<String, Weak<Mutex<()>>>,
+    /// By group and rank: ranks of one epoch hold their weights side by side.
+    memory: HashMap<(String, usize), Weak<Mutex<()>>>,
 }
 
 struct Held {
@@ -162,7 +163,7 @@ impl Groups {
             commands: to_obey,
             status,
             stop: stop.clone(),
-            memory: self.memory(&join.group_id),
+            memory: self.memory(&join.group_id, rank),
         };
         // The attendant is gone only when the whole runtime is.
         let live = move || drop(ended.send(seat.run()));
@@ -195,14 +196,15 @@ impl Groups {
         }
     }
 
-    fn memory(&self, group_id: &str) -> Arc<Mutex<()>> {
+    fn memory(&self, group_id: &str, rank: usize) -> Arc<Mutex<()>> {
+        let seat = (group_id.to_owned(), rank);
         let mut table = self.table();
         table.memory.retain(|_, memory| memory.strong_count() > 0);
-        if let Some(memory) = table.memory.get(group_id).and_then(Weak::upgrade) {
+        if let Some(memory) = table.memory.get(&seat).and_then(Weak::upgrade) {
             return memory;
         }
         let memory = Arc::default();
-        table.memory.insert(group_id.to_owned(), Arc::downgrade(&memory));
+        table.memory.insert(seat, Arc::downgrade(&memory));
         memory
     }
 

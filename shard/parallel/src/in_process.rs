@@ -26,14 +26,18 @@ struct Shared {
 struct Boxes {
     /// `waiting[from * size + to]`.
     waiting: Vec<VecDeque<Tensor>>,
-    /// The first rank that left.
-    lost: Option<usize>,
+    /// The ranks that left.
+    left: Vec<bool>,
+}
+
+fn left(rank: usize) -> Error {
+    Error::PeerLost { rank, reason: "its thread ended".into() }
 }
 
 impl InProcess {
     /// The ends of a group of `size`, in rank order. Dropping one tells the others.
     pub fn group(size: usize) -> Vec<Self> {
-        let boxes = Boxes { waiting: vec![VecDeque::new(); size * size], lost: None };
+        let boxes = Boxes { waiting: vec![VecDeque::new(); size * size], left: vec![false; size] };
         let shared = Arc::new(Shared { size, boxes: Mutex::new(boxes), changed: Condvar::new() });
         (0..size).map(|rank| Self { rank, shared: shared.clone() }).collect()
     }
@@ -54,8 +58,8 @@ impl Link for InProcess {
 
     fn send(&self, x: &Tensor, to: usize) -> Result<()> {
         let mut boxes = self.boxes();
-        if let Some(rank) = boxes.lost {
-            return Err(Error::PeerLost { rank, reason: "its thread ended".into() });
+        if boxes.left[to] {
+            return Err(left(to));
         }
         boxes.waiting[self.rank * self.shared.size + to].push_back(x.clone());
         self.shared.changed.notify_all();
@@ -65,18 +69,17 @@ impl Link for InProcess {
     fn recv(&self, from: usize) -> Result<Tensor> {
         let slot = from * self.shared.size + self.rank;
         let boxes = self.boxes();
-        let empty = |b: &mut Boxes| b.waiting[slot].is_empty() && b.lost.is_none();
+        let empty = |b: &mut Boxes| b.waiting[slot].is_empty() && !b.left[from];
         let mut boxes = self.shared.changed.wait_while(boxes, empty).unwrap_or_else(PoisonError::into_inner);
-        match (boxes.waiting[slot].pop_front(), boxes.lost) {
-            (Some(x), _) => Ok(x),
-            (None, lost) => Err(Error::PeerLost { rank: lost.unwrap_or(from), reason: "its thread ended".into() }),
-        }
+        // What a rank sent before it left still arrives.
+        boxes.waiting[slot].pop_front().ok_or_else(|| left(from))
     }
 }
 
 impl Drop for InProcess {
     fn drop(&mut self) {
-        self.boxes().lost.get_or_insert(self.rank);
+        let rank = self.rank;
+        self.boxes().left[rank] = true;
         self.shared.changed.notify_all();
     }
 }
