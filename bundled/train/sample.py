@@ -20,7 +20,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    pipe = FluxPipeline.from_pretrained(a.model, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(a.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     a.out.mkdir(parents=True, exist_ok=True)
     for prompt in a.prompts:

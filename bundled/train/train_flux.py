@@ -76,7 +76,7 @@ def main():
     p.add_argument("--package", required=True, help="the unpacked npm package emoji-datasource-google")
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     p.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "emoji")
-    p.add_argument("--steps", type=int, default=3000)
+    p.add_argument("--steps", type=int, default=700)
     p.add_argument("--minutes", type=float, default=1e9, help="stop earlier, with the schedule scaled to fit")
     p.add_argument("--subjects", type=int, default=64, help="how many of subjects.txt to learn")
     p.add_argument("--batch", type=int, default=64)

@@ -52,7 +52,7 @@ def main():
     p.add_argument("half", choices=["decoder", "encoder"])
     p.add_argument("--package", required=True, help="the unpacked npm package emoji-datasource-google")
     p.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
-    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--steps", type=int, default=1000)
     p.add_argument("--minutes", type=float, default=1e9, help="stop earlier, with the schedule scaled to fit")
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--lr", type=float, default=2e-3)

@@ -153,7 +153,7 @@ fn print_model(model: &ModelStatus) {
 
 fn parameter(p: &Parameter) -> String {
     if p.maximum == 0.0 && p.minimum == 0.0 {
-        return p.name.clone();
+        return p.default_text.as_ref().map_or_else(|| p.name.clone(), |text| format!("{:<24} default {text:?}", p.name));
     }
     let multiple = if p.multiple_of > 1.0 { format!(", a multiple of {}", p.multiple_of) } else { String::new() };
     let default = p.default_value.map(|d| format!(", default {d}")).unwrap_or_default();

@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<(), Error> {
-    let default_level = if matches!(command, Command::Coordinator(_) | Command::Worker(_)) { "info" } else { "warn" };
+    let default_level = if matches!(command, Command::Coordinator(_) | Command::Worker(_)) { "info" } else { "error" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default_level.into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = tokio::runtime::Runtime::new()?;

@@ -101,7 +101,7 @@ async fn work(server: &ServerArgs, then: Option<Then>) -> Result<(), Error> {
     }
 }
 
-/// Waits until every model is ready, showing how far the weights are.
+/// Waits until every model is ready, showing how far the weights are. A broken one ends it.
 async fn ready(server: &ServerArgs) -> Result<Client, Error> {
     let progress = Progress::new(false);
     let deadline = Instant::now() + READY_WITHIN;
@@ -122,7 +122,7 @@ async fn ready(server: &ServerArgs) -> Result<Client, Error> {
         let ready = groups.iter().filter(|g| g.state() == GroupState::Ready).count();
         let (loaded, total) = groups.iter().fold((0, 0), |(l, t), g| (l + g.loaded_bytes, t + g.total_bytes));
         progress.say(format!("loading: {ready} of {} groups ready, {:.1} of {:.1} MB", groups.len(), mega(loaded), mega(total)));
-        if let Some(broken) = models.iter().find(|m| !m.problem.is_empty() && m.card.is_none()) {
+        if let Some(broken) = models.iter().find(|m| m.broken) {
             return Err(Error::Up(format!("model {}: {}", broken.name, broken.problem)));
         }
         if Instant::now() > deadline {
@@ -200,7 +200,7 @@ impl WorkerProcess {
             command.args(["--label", &format!("{key}={value}")]);
         }
         if std::env::var_os("RUST_LOG").is_none() {
-            command.env("RUST_LOG", "warn");
+            command.env("RUST_LOG", "error");
         }
         command.stdin(Stdio::null()).kill_on_drop(true).spawn()
     }

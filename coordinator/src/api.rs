@@ -4,10 +4,9 @@ use std::{collections::HashMap, time::Duration};
 
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use proto::v1::{
-    CancelJobRequest, CancelJobResponse, CreateJobRequest, CreateJobResponse, GetJobRequest,
-    GetJobResponse, JobEvent, JobSpec, ListJobsRequest, ListJobsResponse, ListModelsRequest,
-    ListModelsResponse, ListWorkersRequest, ListWorkersResponse, WatchJobRequest, WatchJobResponse,
-    cluster_service_server::ClusterService, job_service_server::JobService,
+    CancelJobRequest, CancelJobResponse, CreateJobRequest, CreateJobResponse, GetJobRequest, GetJobResponse, JobEvent, JobSpec,
+    ListJobsRequest, ListJobsResponse, ListModelsRequest, ListModelsResponse, ListWorkersRequest, ListWorkersResponse,
+    WatchJobRequest, WatchJobResponse, cluster_service_server::ClusterService, job_service_server::JobService,
 };
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -33,15 +32,11 @@ const SEED_BITS: u32 = 53;
 pub fn status(error: &Error) -> Status {
     let (code, retry) = match error {
         Error::InvalidRequest(_) | Error::InvalidRegistration(_) => (Code::InvalidArgument, None),
-        Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => {
-            (Code::NotFound, None)
-        }
+        Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => (Code::NotFound, None),
         Error::ModelNotReady(_) | Error::Stopping => (Code::Unavailable, Some(RETRY_SOON)),
         Error::ModelBroken { .. } => (Code::FailedPrecondition, None),
         Error::RequestIdReused(_) => (Code::AlreadyExists, None),
-        Error::QueueFull(_) | Error::BlobStoreFull(_) => {
-            (Code::ResourceExhausted, Some(RETRY_LATER))
-        }
+        Error::QueueFull(_) | Error::BlobStoreFull(_) => (Code::ResourceExhausted, Some(RETRY_LATER)),
         Error::Setting { .. }
         | Error::ModelsFile { .. }
         | Error::Io { .. }
@@ -89,9 +84,7 @@ pub(crate) struct JobApi {
 
 impl JobApi {
     async fn create(&self, request: CreateJobRequest) -> Result<CreateJobResponse> {
-        let spec = request
-            .spec
-            .ok_or_else(|| Error::invalid("spec", "is missing"))?;
+        let spec = request.spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
         request::check_request_id(&request.request_id)?;
         // Parsing makes one of the several ways to write a UUID; a client without one cannot retry.
         let request_id = Uuid::try_parse(&request.request_id).unwrap_or_else(|_| Uuid::new_v4());
@@ -103,41 +96,27 @@ impl JobApi {
             spec,
         };
         let job = self.handle.submit(submission).await?;
-        tracing::info!(
-            job.id = job.id,
-            model = job.spec.as_ref().map(|spec| spec.model.as_str()),
-            "job accepted"
-        );
+        tracing::info!(job.id = job.id, model = job.spec.as_ref().map(|spec| spec.model.as_str()), "job accepted");
         Ok(CreateJobResponse { job: Some(job) })
     }
 
     fn missing_blobs(&self, spec: &JobSpec) -> Vec<String> {
-        [
-            ("image_blob_id", &spec.image_blob_id),
-            ("mask_image_blob_id", &spec.mask_image_blob_id),
-        ]
-        .into_iter()
-        .filter(|(_, id)| is_blob_id(id) && !self.blobs.contains(id))
-        .map(|(field, _)| field.to_owned())
-        .collect()
+        [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)]
+            .into_iter()
+            .filter(|(_, id)| is_blob_id(id) && !self.blobs.contains(id))
+            .map(|(field, _)| field.to_owned())
+            .collect()
     }
 
     async fn get(&self, request: GetJobRequest) -> Result<GetJobResponse> {
-        let job = self
-            .handle
-            .read(move |state| state.job(&request.job_id))
-            .await??;
+        let job = self.handle.read(move |state| state.job(&request.job_id)).await??;
         Ok(GetJobResponse { job: Some(job) })
     }
 
     async fn list(&self, request: ListJobsRequest) -> Result<ListJobsResponse> {
-        let look =
-            move |state: &crate::state::State| state.jobs(request.page_size, &request.page_token);
+        let look = move |state: &crate::state::State| state.jobs(request.page_size, &request.page_token);
         let (jobs, next_page_token) = self.handle.read(look).await??;
-        Ok(ListJobsResponse {
-            jobs,
-            next_page_token,
-        })
+        Ok(ListJobsResponse { jobs, next_page_token })
     }
 
     async fn cancel(&self, request: CancelJobRequest) -> Result<CancelJobResponse> {
@@ -178,55 +157,31 @@ fn follow(handle: Handle, job_id: String, after: u64) -> impl Stream<Item = Resu
 
 #[tonic::async_trait]
 impl JobService for JobApi {
-    async fn create_job(
-        &self,
-        request: Request<CreateJobRequest>,
-    ) -> Result<Response<CreateJobResponse>, Status> {
+    async fn create_job(&self, request: Request<CreateJobRequest>) -> Result<Response<CreateJobResponse>, Status> {
         respond(self.create(request.into_inner()).await)
     }
 
-    async fn get_job(
-        &self,
-        request: Request<GetJobRequest>,
-    ) -> Result<Response<GetJobResponse>, Status> {
+    async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<GetJobResponse>, Status> {
         respond(self.get(request.into_inner()).await)
     }
 
-    async fn list_jobs(
-        &self,
-        request: Request<ListJobsRequest>,
-    ) -> Result<Response<ListJobsResponse>, Status> {
+    async fn list_jobs(&self, request: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {
         respond(self.list(request.into_inner()).await)
     }
 
-    async fn cancel_job(
-        &self,
-        request: Request<CancelJobRequest>,
-    ) -> Result<Response<CancelJobResponse>, Status> {
+    async fn cancel_job(&self, request: Request<CancelJobRequest>) -> Result<Response<CancelJobResponse>, Status> {
         respond(self.cancel(request.into_inner()).await)
     }
 
     type WatchJobStream = stream::BoxStream<'static, Result<WatchJobResponse, Status>>;
 
-    async fn watch_job(
-        &self,
-        request: Request<WatchJobRequest>,
-    ) -> Result<Response<Self::WatchJobStream>, Status> {
-        let WatchJobRequest {
-            job_id,
-            after_sequence,
-        } = request.into_inner();
+    async fn watch_job(&self, request: Request<WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
+        let WatchJobRequest { job_id, after_sequence } = request.into_inner();
         // A job that is not there is told before the stream begins.
-        self.get(GetJobRequest {
-            job_id: job_id.clone(),
-        })
-        .await
-        .map_err(|error| status(&error))?;
+        self.get(GetJobRequest { job_id: job_id.clone() }).await.map_err(|error| status(&error))?;
         let events = follow(self.handle.clone(), job_id, after_sequence);
         let responses = events.map_ok(|event| WatchJobResponse { event: Some(event) });
-        Ok(Response::new(
-            responses.map_err(|error| status(&error)).boxed(),
-        ))
+        Ok(Response::new(responses.map_err(|error| status(&error)).boxed()))
     }
 }
 
@@ -238,18 +193,12 @@ pub(crate) struct ClusterApi {
 
 #[tonic::async_trait]
 impl ClusterService for ClusterApi {
-    async fn list_models(
-        &self,
-        _: Request<ListModelsRequest>,
-    ) -> Result<Response<ListModelsResponse>, Status> {
+    async fn list_models(&self, _: Request<ListModelsRequest>) -> Result<Response<ListModelsResponse>, Status> {
         let models = self.handle.read(|state| state.models()).await;
         respond(models.map(|models| ListModelsResponse { models }))
     }
 
-    async fn list_workers(
-        &self,
-        _: Request<ListWorkersRequest>,
-    ) -> Result<Response<ListWorkersResponse>, Status> {
+    async fn list_workers(&self, _: Request<ListWorkersRequest>) -> Result<Response<ListWorkersResponse>, Status> {
         let workers = self.handle.read(|state| state.workers()).await;
         respond(workers.map(|workers| ListWorkersResponse { workers }))
     }
@@ -269,48 +218,24 @@ mod tests {
         let status = status(&Error::ModelNotFound("flux".into()));
         let details = status.get_error_details();
         let info = details.error_info().unwrap();
-        assert_eq!(
-            (status.code(), info.reason.as_str()),
-            (Code::NotFound, "MODEL_NOT_FOUND")
-        );
+        assert_eq!((status.code(), info.reason.as_str()), (Code::NotFound, "MODEL_NOT_FOUND"));
         assert_eq!(info.domain, proto::ERROR_DOMAIN);
     }
 
     #[test]
     fn every_wrong_field_is_a_violation() {
-        let violations = vec![
-            Violation::new("spec.width", "odd"),
-            Violation::new("spec.height", "odd"),
-        ];
+        let violations = vec![Violation::new("spec.width", "odd"), Violation::new("spec.height", "odd")];
         let details = status(&Error::InvalidRequest(violations)).get_error_details();
-        let fields: Vec<_> = details
-            .bad_request()
-            .unwrap()
-            .field_violations
-            .iter()
-            .map(|v| v.field.clone())
-            .collect();
+        let fields: Vec<_> = details.bad_request().unwrap().field_violations.iter().map(|v| v.field.clone()).collect();
         assert_eq!(fields, ["spec.width", "spec.height"]);
     }
 
     #[test]
     fn what_may_be_repeated_says_when() {
-        for error in [
-            Error::QueueFull(1),
-            Error::ModelNotReady("emoji".into()),
-            Error::Stopping,
-        ] {
-            assert!(
-                status(&error).get_error_details().retry_info().is_some(),
-                "{error}"
-            );
+        for error in [Error::QueueFull(1), Error::ModelNotReady("emoji".into()), Error::Stopping] {
+            assert!(status(&error).get_error_details().retry_info().is_some(), "{error}");
         }
-        assert!(
-            status(&Error::RequestIdReused("r".into()))
-                .get_error_details()
-                .retry_info()
-                .is_none()
-        );
+        assert!(status(&Error::RequestIdReused("r".into())).get_error_details().retry_info().is_none());
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! A blob's id is the sha256 of its bytes, so storing it twice is storing it once. What no job refers to is swept away
 //! some minutes after it was used last.
 
+mod incoming;
+mod service;
+
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
@@ -11,40 +14,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt, stream};
-use proto::v1::{
-    BlobHeader, DownloadBlobRequest, DownloadBlobResponse, UploadBlobRequest, UploadBlobResponse,
-    blob_service_server::BlobService, download_blob_response, upload_blob_request,
-};
-use sha2::{Digest, Sha256};
-use tempfile::TempPath;
-use tokio::{
-    fs::File,
-    io::{AsyncReadExt, AsyncWriteExt},
-    time::timeout,
-};
-use tonic::{Request, Response, Status, Streaming};
+use proto::v1::{BlobHeader, DownloadBlobResponse, UploadBlobRequest, download_blob_response, upload_blob_request};
+use tokio::fs::File;
+use tonic::Status;
 
+use self::incoming::{Incoming, next_part};
 use crate::{
-    api::status,
     config::Limits,
     error::{Error, Result},
     request::is_blob_id,
 };
 
+pub(crate) use self::service::BlobApi;
+
 /// How long a blob is kept that no job refers to, counted from its last use.
 pub const UNUSED_BLOB_TTL: Duration = Duration::from_secs(10 * 60);
-/// Longest wait for the next chunk of an upload: a stalled client must not hold its share of the store.
-const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
 /// Files that are not whole yet begin with this; found at start, they are left over from a crash.
 const INCOMING: &str = "incoming-";
 /// Media types that are taken, and what their files end with.
-const MEDIA_TYPES: [(&str, &str); 3] = [
-    ("image/png", "png"),
-    ("image/jpeg", "jpg"),
-    ("image/webp", "webp"),
-];
+const MEDIA_TYPES: [(&str, &str); 3] = [("image/png", "png"), ("image/jpeg", "jpg"), ("image/webp", "webp")];
 
 /// The blobs of one coordinator. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -89,15 +78,7 @@ impl BlobStore {
             } else if let Some((id, media_type, extension)) = parse_name(&name) {
                 let byte_size = entry.metadata().map_err(failed("list"))?.len();
                 index.bytes += byte_size;
-                index.blobs.insert(
-                    id.to_owned(),
-                    Blob {
-                        byte_size,
-                        media_type,
-                        extension,
-                        used: Instant::now(),
-                    },
-                );
+                index.blobs.insert(id.to_owned(), Blob { byte_size, media_type, extension, used: Instant::now() });
             }
         }
         let shared = Shared {
@@ -106,9 +87,7 @@ impl BlobStore {
             max_total_bytes: limits.total_blob_bytes,
             index: Mutex::new(index),
         };
-        Ok(Self {
-            shared: Arc::new(shared),
-        })
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// The blob is there; asking counts as a use.
@@ -117,10 +96,7 @@ impl BlobStore {
     }
 
     /// Takes in an upload and gives the blob's id. A stream that ends early, or is not as announced, leaves nothing.
-    pub async fn receive(
-        &self,
-        mut parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin,
-    ) -> Result<String> {
+    pub async fn receive(&self, mut parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin) -> Result<String> {
         let Some(upload_blob_request::Part::Header(header)) = next_part(&mut parts).await? else {
             return Err(Error::invalid("header", "must be the first message"));
         };
@@ -137,23 +113,12 @@ impl BlobStore {
     }
 
     /// The blob's header and its bytes.
-    pub async fn send(
-        &self,
-        id: &str,
-    ) -> Result<impl Stream<Item = Result<DownloadBlobResponse, Status>> + Send + 'static> {
+    pub async fn send(&self, id: &str) -> Result<impl Stream<Item = Result<DownloadBlobResponse, Status>> + Send + 'static> {
         let blob = self.shared.use_blob(id).ok_or_else(|| not_found(id))?;
-        let file = File::open(self.shared.path(id, &blob))
-            .await
-            .map_err(Error::io("open a blob"))?;
-        let header = BlobHeader {
-            byte_size: blob.byte_size,
-            sha256: id.to_owned(),
-            media_type: blob.media_type.to_owned(),
-        };
-        let header = DownloadBlobResponse {
-            part: Some(download_blob_response::Part::Header(header)),
-        };
-        Ok(stream::once(async { Ok(header) }).chain(chunks(file)))
+        let file = File::open(self.shared.path(id, &blob)).await.map_err(Error::io("open a blob"))?;
+        let header = BlobHeader { byte_size: blob.byte_size, sha256: id.to_owned(), media_type: blob.media_type.to_owned() };
+        let header = DownloadBlobResponse { part: Some(download_blob_response::Part::Header(header)) };
+        Ok(stream::once(async { Ok(header) }).chain(service::chunks(file)))
     }
 
     /// Removes what is not in use and was last used longer ago than `ttl`.
@@ -191,12 +156,7 @@ impl Shared {
     fn forget_unused(&self, in_use: &BTreeSet<String>, ttl: Duration) -> Vec<PathBuf> {
         let mut index = self.lock();
         let is_unused = |id: &str, blob: &Blob| !in_use.contains(id) && blob.used.elapsed() >= ttl;
-        let unused: Vec<String> = index
-            .blobs
-            .iter()
-            .filter(|(id, blob)| is_unused(id, blob))
-            .map(|(id, _)| id.clone())
-            .collect();
+        let unused: Vec<String> = index.blobs.iter().filter(|(id, blob)| is_unused(id, blob)).map(|(id, _)| id.clone()).collect();
         let mut paths = Vec::new();
         for id in unused {
             if let Some(blob) = index.blobs.remove(&id) {
@@ -208,253 +168,23 @@ impl Shared {
     }
 }
 
-/// An upload: a file under a temporary name, and its share of the store. Dropping it gives both back.
-struct Incoming {
-    shared: Arc<Shared>,
-    header: BlobHeader,
-    media_type: &'static str,
-    extension: &'static str,
-    file: File,
-    path: TempPath,
-    sha256: Sha256,
-    received: u64,
-    share: Share,
-}
-
-impl Incoming {
-    fn begin(shared: Arc<Shared>, header: BlobHeader) -> Result<Self> {
-        let Some((media_type, extension)) = MEDIA_TYPES
-            .into_iter()
-            .find(|(name, _)| *name == header.media_type)
-        else {
-            return Err(Error::invalid(
-                "header.media_type",
-                "must be image/png, image/jpeg or image/webp",
-            ));
-        };
-        if !header.sha256.is_empty() && !is_blob_id(&header.sha256) {
-            return Err(Error::invalid(
-                "header.sha256",
-                "must be 64 hex digits in lower case, or empty",
-            ));
-        }
-        let most = shared.max_blob_bytes;
-        if header.byte_size == 0 || header.byte_size > most {
-            return Err(Error::invalid(
-                "header.byte_size",
-                format!("{}: must be 1 to {most}", header.byte_size),
-            ));
-        }
-        let share = Share::take(&shared, header.byte_size)?;
-        let file = tempfile::Builder::new()
-            .prefix(INCOMING)
-            .tempfile_in(&shared.folder)
-            .map_err(Error::io("make a file for an upload"))?;
-        let (file, path) = file.into_parts();
-        let file = File::from_std(file);
-        Ok(Self {
-            shared,
-            header,
-            media_type,
-            extension,
-            file,
-            path,
-            sha256: Sha256::new(),
-            received: 0,
-            share,
-        })
-    }
-
-    async fn write(&mut self, chunk: &Bytes) -> Result<()> {
-        self.received += chunk.len() as u64;
-        if self.received > self.header.byte_size {
-            let announced = self.header.byte_size;
-            return Err(Error::invalid(
-                "header.byte_size",
-                format!("{announced} bytes were announced, more came"),
-            ));
-        }
-        self.sha256.update(chunk);
-        self.file
-            .write_all(chunk)
-            .await
-            .map_err(Error::io("write a blob"))
-    }
-
-    async fn finish(self) -> Result<String> {
-        let Self {
-            shared,
-            header,
-            media_type,
-            extension,
-            file,
-            path,
-            sha256,
-            received,
-            share,
-        } = self;
-        if received < header.byte_size {
-            let text = format!("{} bytes were announced, {received} came", header.byte_size);
-            return Err(Error::invalid("header.byte_size", text));
-        }
-        let id = hex(&sha256.finalize());
-        if !header.sha256.is_empty() && header.sha256 != id {
-            return Err(Error::invalid(
-                "header.sha256",
-                format!("the bytes have the sha256 {id}"),
-            ));
-        }
-        file.sync_all().await.map_err(Error::io("write a blob"))?;
-        drop(file);
-        let blob = Blob {
-            byte_size: received,
-            media_type,
-            extension,
-            used: Instant::now(),
-        };
-        let mut index = shared.lock();
-        if let Some(known) = index.blobs.get_mut(&id) {
-            known.used = Instant::now();
-        } else {
-            path.persist(shared.path(&id, &blob))
-                .map_err(|error| Error::io("name a blob")(error.error))?;
-            index.blobs.insert(id.clone(), blob);
-            share.keep();
-        }
-        Ok(id)
-    }
-}
-
-/// Bytes of the store that are spoken for.
-struct Share {
-    shared: Arc<Shared>,
-    bytes: u64,
-}
-
-impl Share {
-    fn take(shared: &Arc<Shared>, bytes: u64) -> Result<Self> {
-        let mut index = shared.lock();
-        if index.bytes.saturating_add(bytes) > shared.max_total_bytes {
-            return Err(Error::BlobStoreFull(shared.max_total_bytes));
-        }
-        index.bytes += bytes;
-        Ok(Self {
-            shared: shared.clone(),
-            bytes,
-        })
-    }
-
-    /// The bytes belong to a blob from now on.
-    fn keep(mut self) {
-        self.bytes = 0;
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        if self.bytes > 0 {
-            let mut index = self.shared.lock();
-            index.bytes = index.bytes.saturating_sub(self.bytes);
-        }
-    }
-}
-
-async fn next_part(
-    parts: &mut (impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin),
-) -> Result<Option<upload_blob_request::Part>> {
-    match timeout(CHUNK_DEADLINE, parts.next()).await {
-        Ok(None) => Ok(None),
-        Ok(Some(Ok(UploadBlobRequest { part: Some(part) }))) => Ok(Some(part)),
-        Ok(Some(Ok(UploadBlobRequest { part: None }))) => {
-            Err(Error::invalid("part", "must be a header or a chunk"))
-        }
-        Ok(Some(Err(_))) => Err(Error::invalid("chunk", "the upload broke off")),
-        Err(_) => Err(Error::invalid(
-            "chunk",
-            format!("none came for {} s", CHUNK_DEADLINE.as_secs()),
-        )),
-    }
-}
-
-fn chunks(file: File) -> impl Stream<Item = Result<DownloadBlobResponse, Status>> {
-    stream::try_unfold(file, async |mut file| {
-        let mut chunk = BytesMut::with_capacity(proto::CHUNK_BYTES);
-        while chunk.len() < proto::CHUNK_BYTES {
-            let room = (proto::CHUNK_BYTES - chunk.len()) as u64;
-            let read = (&mut file).take(room).read_buf(&mut chunk).await;
-            if read.map_err(|error| status(&Error::io("read a blob")(error)))? == 0 {
-                break;
-            }
-        }
-        if chunk.is_empty() {
-            return Ok(None);
-        }
-        let part = Some(download_blob_response::Part::Chunk(chunk.freeze()));
-        Ok(Some((DownloadBlobResponse { part }, file)))
-    })
-}
-
 fn parse_name(name: &str) -> Option<(&str, &'static str, &'static str)> {
     let (id, extension) = name.split_once('.')?;
-    let (media_type, extension) = MEDIA_TYPES
-        .into_iter()
-        .find(|(_, known)| *known == extension)?;
+    let (media_type, extension) = MEDIA_TYPES.into_iter().find(|(_, known)| *known == extension)?;
     is_blob_id(id).then_some((id, media_type, extension))
-}
-
-fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn not_found(id: &str) -> Error {
     Error::BlobNotFound(id.chars().take(crate::request::BLOB_ID_CHARS).collect())
 }
 
-/// Serves `BlobService`.
-#[derive(Debug, Clone)]
-pub(crate) struct BlobApi {
-    pub(crate) store: BlobStore,
-}
-
-#[tonic::async_trait]
-impl BlobService for BlobApi {
-    async fn upload_blob(
-        &self,
-        request: Request<Streaming<UploadBlobRequest>>,
-    ) -> Result<Response<UploadBlobResponse>, Status> {
-        let blob_id = self
-            .store
-            .receive(request.into_inner())
-            .await
-            .map_err(|error| status(&error))?;
-        Ok(Response::new(UploadBlobResponse { blob_id }))
-    }
-
-    type DownloadBlobStream = stream::BoxStream<'static, Result<DownloadBlobResponse, Status>>;
-
-    async fn download_blob(
-        &self,
-        request: Request<DownloadBlobRequest>,
-    ) -> Result<Response<Self::DownloadBlobStream>, Status> {
-        let parts = self
-            .store
-            .send(&request.into_inner().blob_id)
-            .await
-            .map_err(|error| status(&error))?;
-        Ok(Response::new(parts.boxed()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
-    const LIMITS: Limits = Limits {
-        queued_jobs: 1,
-        blob_bytes: 2_000_000,
-        total_blob_bytes: 3_000_000,
-        pixels: 1,
-    };
+    const LIMITS: Limits = Limits { queued_jobs: 1, blob_bytes: 2_000_000, total_blob_bytes: 3_000_000, pixels: 1 };
 
     fn store() -> (tempfile::TempDir, BlobStore) {
         let folder = tempfile::tempdir().unwrap();
@@ -463,11 +193,7 @@ mod tests {
     }
 
     fn header(byte_size: u64, sha256: &str) -> BlobHeader {
-        BlobHeader {
-            byte_size,
-            sha256: sha256.into(),
-            media_type: "image/png".into(),
-        }
+        BlobHeader { byte_size, sha256: sha256.into(), media_type: "image/png".into() }
     }
 
     fn parts(header: BlobHeader, bytes: &[u8]) -> Vec<Result<UploadBlobRequest, Status>> {
@@ -484,13 +210,7 @@ mod tests {
     }
 
     async fn download(store: &BlobStore, id: &str) -> Vec<DownloadBlobResponse> {
-        store
-            .send(id)
-            .await
-            .unwrap()
-            .map(Result::unwrap)
-            .collect()
-            .await
+        store.send(id).await.unwrap().map(Result::unwrap).collect().await
     }
 
     fn refused_field(result: Result<String>) -> String {
@@ -513,10 +233,7 @@ mod tests {
         for response in download(&store, &id).await {
             match response.part.unwrap() {
                 download_blob_response::Part::Header(header) => {
-                    assert_eq!(
-                        (header.byte_size, header.sha256.as_str()),
-                        (1_500_000, id.as_str())
-                    );
+                    assert_eq!((header.byte_size, header.sha256.as_str()), (1_500_000, id.as_str()));
                 }
                 download_blob_response::Part::Chunk(chunk) => {
                     assert!(chunk.len() <= proto::CHUNK_BYTES);
@@ -530,16 +247,10 @@ mod tests {
     #[tokio::test]
     async fn a_truncated_upload_stores_nothing() {
         let (folder, store) = store();
-        assert_eq!(
-            refused_field(upload(&store, header(11, ""), b"ten bytes.").await),
-            "header.byte_size"
-        );
+        assert_eq!(refused_field(upload(&store, header(11, ""), b"ten bytes.").await), "header.byte_size");
         let mut broken = parts(header(20, ""), b"ten bytes.");
         broken.push(Err(Status::cancelled("gone")));
-        assert_eq!(
-            refused_field(store.receive(stream::iter(broken)).await),
-            "chunk"
-        );
+        assert_eq!(refused_field(store.receive(stream::iter(broken)).await), "chunk");
         assert_eq!((files(&folder), store.bytes()), (0, 0));
     }
 
@@ -547,26 +258,11 @@ mod tests {
     async fn what_is_not_as_announced_stores_nothing() {
         let (folder, store) = store();
         let other = "0".repeat(64);
-        assert_eq!(
-            refused_field(upload(&store, header(10, &other), b"ten bytes.").await),
-            "header.sha256"
-        );
-        assert_eq!(
-            refused_field(upload(&store, header(9, ""), b"ten bytes.").await),
-            "header.byte_size"
-        );
-        assert_eq!(
-            refused_field(upload(&store, header(2_000_001, ""), b"").await),
-            "header.byte_size"
-        );
-        let text = BlobHeader {
-            media_type: "text/html".into(),
-            ..header(10, "")
-        };
-        assert_eq!(
-            refused_field(upload(&store, text, b"ten bytes.").await),
-            "header.media_type"
-        );
+        assert_eq!(refused_field(upload(&store, header(10, &other), b"ten bytes.").await), "header.sha256");
+        assert_eq!(refused_field(upload(&store, header(9, ""), b"ten bytes.").await), "header.byte_size");
+        assert_eq!(refused_field(upload(&store, header(2_000_001, ""), b"").await), "header.byte_size");
+        let text = BlobHeader { media_type: "text/html".into(), ..header(10, "") };
+        assert_eq!(refused_field(upload(&store, text, b"ten bytes.").await), "header.media_type");
         assert_eq!((files(&folder), store.bytes()), (0, 0));
     }
 
@@ -574,9 +270,7 @@ mod tests {
     async fn the_same_bytes_are_stored_once() {
         let (folder, store) = store();
         let first = upload(&store, header(10, ""), b"ten bytes.").await.unwrap();
-        let second = upload(&store, header(10, &first), b"ten bytes.")
-            .await
-            .unwrap();
+        let second = upload(&store, header(10, &first), b"ten bytes.").await.unwrap();
         assert_eq!(first, second);
         assert_eq!((files(&folder), store.bytes()), (1, 10));
     }
@@ -584,9 +278,7 @@ mod tests {
     #[tokio::test]
     async fn the_store_has_a_limit() {
         let (_folder, store) = store();
-        upload(&store, header(2_000_000, ""), &vec![1; 2_000_000])
-            .await
-            .unwrap();
+        upload(&store, header(2_000_000, ""), &vec![1; 2_000_000]).await.unwrap();
         let second = upload(&store, header(2_000_000, ""), &vec![2; 2_000_000]).await;
         assert!(matches!(second, Err(Error::BlobStoreFull(3_000_000))));
     }
@@ -595,10 +287,7 @@ mod tests {
     async fn only_blobs_can_be_asked_for() {
         let (_folder, store) = store();
         for id in ["", "../secret", &"a".repeat(64)] {
-            assert!(matches!(
-                store.send(id).await.err(),
-                Some(Error::BlobNotFound(_))
-            ));
+            assert!(matches!(store.send(id).await.err(), Some(Error::BlobNotFound(_))));
         }
     }
 

@@ -25,11 +25,7 @@ pub const DEFAULT_ETCD_PREFIX: &str = "/atelier";
 
 /// The coordinator's flags. Every one can be given as an environment variable instead.
 #[derive(Debug, Clone, Parser)]
-#[command(
-    name = "atelier-coordinator",
-    version,
-    about = "Takes jobs for text-to-image models and runs them on workers"
-)]
+#[command(name = "atelier-coordinator", version, about = "Takes jobs for text-to-image models and runs them on workers")]
 pub struct Args {
     /// Where to listen for clients and workers.
     #[arg(long, env = "ATELIER_LISTEN", default_value = "127.0.0.1:7700")]
@@ -147,51 +143,26 @@ impl TryFrom<Args> for Config {
         at_least_one("--max-pixels", limits.pixels)?;
         at_least_one("--max-blob-bytes", limits.blob_bytes)?;
         if limits.total_blob_bytes < limits.blob_bytes {
-            return Err(wrong(
-                "--max-total-blob-bytes",
-                "is less than --max-blob-bytes",
-            ));
+            return Err(wrong("--max-total-blob-bytes", "is less than --max-blob-bytes"));
         }
         if args.advertise.is_none() && args.listen.ip().is_unspecified() {
-            return Err(wrong(
-                "--advertise",
-                "is needed when --listen names no single address",
-            ));
+            return Err(wrong("--advertise", "is needed when --listen names no single address"));
         }
         if !args.etcd_prefix.starts_with('/') || args.etcd_prefix.ends_with('/') {
-            return Err(wrong(
-                "--etcd-prefix",
-                "must start with a slash and not end with one",
-            ));
+            return Err(wrong("--etcd-prefix", "must start with a slash and not end with one"));
         }
         let has_etcd = !args.etcd.is_empty();
-        let etcd = has_etcd.then_some(EtcdConfig {
-            endpoints: args.etcd,
-            prefix: args.etcd_prefix,
-        });
-        Ok(Self {
-            models: models_file::read(&args.models)?,
-            advertise: args.advertise,
-            data_dir: args.data_dir,
-            etcd,
-            limits,
-        })
+        let etcd = has_etcd.then_some(EtcdConfig { endpoints: args.etcd, prefix: args.etcd_prefix });
+        Ok(Self { models: models_file::read(&args.models)?, advertise: args.advertise, data_dir: args.data_dir, etcd, limits })
     }
 }
 
 fn at_least_one(setting: &'static str, value: u64) -> Result<()> {
-    if value == 0 {
-        Err(wrong(setting, "must be at least 1"))
-    } else {
-        Ok(())
-    }
+    if value == 0 { Err(wrong(setting, "must be at least 1")) } else { Ok(()) }
 }
 
 fn wrong(setting: &'static str, problem: &str) -> Error {
-    Error::Setting {
-        setting,
-        problem: problem.to_owned(),
-    }
+    Error::Setting { setting, problem: problem.to_owned() }
 }
 
 #[cfg(test)]
@@ -216,47 +187,24 @@ mod tests {
 
     #[test]
     fn etcd_endpoints_are_split_by_comma() {
-        let etcd = config(&["--etcd", "http://a:1,http://b:2"])
-            .unwrap()
-            .etcd
-            .unwrap();
+        let etcd = config(&["--etcd", "http://a:1,http://b:2"]).unwrap().etcd.unwrap();
         assert_eq!(etcd.endpoints, ["http://a:1", "http://b:2"]);
         assert_eq!(etcd.prefix, "/atelier");
     }
 
     #[test]
     fn a_listener_on_every_address_must_say_where_it_is_reached() {
-        let problem = config(&["--listen", "0.0.0.0:7700"])
-            .unwrap_err()
-            .to_string();
+        let problem = config(&["--listen", "0.0.0.0:7700"]).unwrap_err().to_string();
         assert!(problem.starts_with("--advertise: is needed"), "{problem}");
-        assert!(
-            config(&[
-                "--listen",
-                "0.0.0.0:7700",
-                "--advertise",
-                "coordinator:7700"
-            ])
-            .is_ok()
-        );
+        assert!(config(&["--listen", "0.0.0.0:7700", "--advertise", "coordinator:7700"]).is_ok());
     }
 
     #[test]
     fn every_flag_has_an_environment_variable() {
         use clap::CommandFactory;
-        for argument in Args::command()
-            .get_arguments()
-            .filter(|a| !["help", "version"].contains(&a.get_id().as_str()))
-        {
-            let variable = argument
-                .get_env()
-                .map(|name| name.to_string_lossy().into_owned())
-                .unwrap_or_default();
-            assert!(
-                variable.starts_with("ATELIER_"),
-                "--{} has {variable:?}",
-                argument.get_id()
-            );
+        for argument in Args::command().get_arguments().filter(|a| !["help", "version"].contains(&a.get_id().as_str())) {
+            let variable = argument.get_env().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            assert!(variable.starts_with("ATELIER_"), "--{} has {variable:?}", argument.get_id());
         }
     }
 }

@@ -6,8 +6,8 @@
 use std::{collections::HashMap, time::Duration};
 
 use proto::v1::{
-    ControlRequest, ControlResponse, Heartbeat, Registration, control_request::Command,
-    control_response::Report, worker_service_client::WorkerServiceClient,
+    ControlRequest, ControlResponse, Heartbeat, Registration, control_request::Command, control_response::Report,
+    worker_service_client::WorkerServiceClient,
 };
 use tokio::{
     sync::{mpsc, oneshot},
@@ -38,11 +38,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 
 /// Keeps a stream to every member, until `stop`.
-pub(crate) async fn run(
-    mut changes: mpsc::Receiver<Change>,
-    handle: Handle,
-    stop: CancellationToken,
-) {
+pub(crate) async fn run(mut changes: mpsc::Receiver<Change>, handle: Handle, stop: CancellationToken) {
     let mut members: HashMap<String, Member> = HashMap::new();
     loop {
         let change = tokio::select! {
@@ -55,10 +51,7 @@ pub(crate) async fn run(
         match change {
             Change::Joined(registration) => {
                 let worker_id = registration.worker_id.clone();
-                if members
-                    .get(&worker_id)
-                    .is_some_and(|member| member.registration == registration)
-                {
+                if members.get(&worker_id).is_some_and(|member| member.registration == registration) {
                     continue;
                 }
                 if let Some(old) = members.remove(&worker_id) {
@@ -88,11 +81,7 @@ impl Member {
     fn start(registration: Registration, handle: Handle) -> Self {
         let (left, has_left) = oneshot::channel();
         let task = tokio::spawn(stay_connected(registration.clone(), handle, has_left));
-        Self {
-            registration,
-            left,
-            task,
-        }
+        Self { registration, left, task }
     }
 
     /// Waits for the end, so that what comes next for this worker comes after it.
@@ -114,18 +103,11 @@ async fn stay_connected(worker: Registration, handle: Handle, mut left: oneshot:
         match dialled {
             Ok(Ok(connection)) => {
                 pause = FIRST_PAUSE;
-                if connection
-                    .serve(&worker, &handle, &mut left)
-                    .await
-                    .is_break()
-                {
+                if connection.serve(&worker, &handle, &mut left).await.is_break() {
                     return;
                 }
             }
-            Ok(Err(cause)) => debug!(
-                worker.id = worker.worker_id,
-                cause, "dialling the worker failed"
-            ),
+            Ok(Err(cause)) => debug!(worker.id = worker.worker_id, cause, "dialling the worker failed"),
             Err(_) => warn!(worker.id = worker.worker_id, "worker does not say hello"),
         }
         tokio::select! {
@@ -149,10 +131,7 @@ impl Connection {
             .http2_keep_alive_interval(HEARTBEAT)
             .keep_alive_timeout(SILENCE)
             .keep_alive_while_idle(true);
-        let channel = endpoint
-            .connect()
-            .await
-            .map_err(|error| error.to_string())?;
+        let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
         let mut client = WorkerServiceClient::new(channel)
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
@@ -160,20 +139,10 @@ impl Connection {
         // Sent before the call, for workers that wait for a word before they answer.
         drop(commands.try_send(heartbeat()));
         let call = client.control(ReceiverStream::new(outgoing)).await;
-        let mut reports = call
-            .map_err(|status| status.message().to_owned())?
-            .into_inner();
-        match reports
-            .message()
-            .await
-            .map(|hello| hello.and_then(|hello| hello.report))
-        {
-            Ok(Some(Report::Hello(hello))) if hello.worker_id == worker.worker_id => {
-                Ok(Self { commands, reports })
-            }
-            Ok(Some(Report::Hello(hello))) => {
-                Err(format!("another worker is there: {}", hello.worker_id))
-            }
+        let mut reports = call.map_err(|status| status.message().to_owned())?.into_inner();
+        match reports.message().await.map(|hello| hello.and_then(|hello| hello.report)) {
+            Ok(Some(Report::Hello(hello))) if hello.worker_id == worker.worker_id => Ok(Self { commands, reports }),
+            Ok(Some(Report::Hello(hello))) => Err(format!("another worker is there: {}", hello.worker_id)),
             Ok(_) => Err("the first message was no hello".to_owned()),
             Err(status) => Err(status.message().to_owned()),
         }
@@ -187,10 +156,7 @@ impl Connection {
         left: &mut oneshot::Receiver<String>,
     ) -> std::ops::ControlFlow<()> {
         let clogged = CancellationToken::new();
-        let link = WorkerLink {
-            commands: self.commands.clone(),
-            clogged: clogged.clone(),
-        };
+        let link = WorkerLink { commands: self.commands.clone(), clogged: clogged.clone() };
         if handle.connected(worker.clone(), link).await.is_err() {
             return std::ops::ControlFlow::Break(());
         }
@@ -242,7 +208,5 @@ fn describe_break(status: &Status) -> String {
 }
 
 fn heartbeat() -> ControlRequest {
-    ControlRequest {
-        command: Some(Command::Heartbeat(Heartbeat {})),
-    }
+    ControlRequest { command: Some(Command::Heartbeat(Heartbeat {})) }
 }

@@ -98,10 +98,7 @@ pub struct Violation {
 impl Violation {
     /// A violation of `field`.
     pub fn new(field: impl Into<String>, problem: impl Into<String>) -> Self {
-        Self {
-            field: field.into(),
-            problem: problem.into(),
-        }
+        Self { field: field.into(), problem: problem.into() }
     }
 }
 
@@ -138,9 +135,6 @@ impl Error {
 }
 
 fn describe(violations: &[Violation]) -> String {
-    let texts: Vec<String> = violations
-        .iter()
-        .map(|v| format!("{}: {}", v.field, v.problem))
-        .collect();
+    let texts: Vec<String> = violations.iter().map(|v| format!("{}: {}", v.field, v.problem)).collect();
     texts.join("; ")
 }

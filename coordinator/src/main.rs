@@ -44,9 +44,7 @@ async fn main() -> ExitCode {
 }
 
 async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(&flags.log)?)
-        .with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::try_new(&flags.log)?).with_writer(std::io::stderr);
     if flags.log_json {
         log.json().init();
     } else {
@@ -54,9 +52,7 @@ async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
     }
     let listen = flags.coordinator.listen;
     let config = Config::try_from(flags.coordinator)?;
-    let listener = TcpListener::bind(listen)
-        .await
-        .map_err(|error| format!("listen on {listen}: {error}"))?;
+    let listener = TcpListener::bind(listen).await.map_err(|error| format!("listen on {listen}: {error}"))?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let shutdown = async move {

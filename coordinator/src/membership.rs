@@ -34,10 +34,7 @@ pub enum Change {
 pub fn check(registration: &Registration) -> Result<()> {
     let refuse = |problem: &str| Err(Error::InvalidRegistration(problem.to_owned()));
     let id = &registration.worker_id;
-    if id.is_empty()
-        || id.len() > MAX_WORKER_ID_CHARS
-        || !id.chars().all(|c| c.is_ascii_graphic() && c != '/')
-    {
+    if id.is_empty() || id.len() > MAX_WORKER_ID_CHARS || !id.chars().all(|c| c.is_ascii_graphic() && c != '/') {
         return refuse("worker_id must be 1 to 128 visible ASCII characters without a slash");
     }
     if !is_host_and_port(&registration.address) {
@@ -53,9 +50,7 @@ pub fn check(registration: &Registration) -> Result<()> {
 }
 
 fn is_host_and_port(address: &str) -> bool {
-    let parts = address
-        .rsplit_once(':')
-        .map(|(host, port)| (host, port.parse::<u16>()));
+    let parts = address.rsplit_once(':').map(|(host, port)| (host, port.parse::<u16>()));
     matches!(parts, Some((host, Ok(port))) if !host.is_empty() && port != 0)
 }
 
@@ -68,13 +63,7 @@ mod tests {
     fn a_registration_must_be_dialable() {
         assert!(check(&testing::worker("w1", "any")).is_ok());
         for address in ["", "host", "host:0", ":1", "host:70000"] {
-            assert!(
-                check(&Registration {
-                    address: address.into(),
-                    ..testing::worker("w1", "any")
-                })
-                .is_err()
-            );
+            assert!(check(&Registration { address: address.into(), ..testing::worker("w1", "any") }).is_err());
         }
         assert!(check(&testing::worker("a/b", "any")).is_err());
     }

@@ -63,23 +63,14 @@ pub struct ComponentConfig {
 
 impl Default for ComponentConfig {
     fn default() -> Self {
-        Self {
-            tp: 1,
-            block_ranges: 1,
-            replicas: 1,
-            workers: BTreeMap::new(),
-            colocate: false,
-        }
+        Self { tp: 1, block_ranges: 1, replicas: 1, workers: BTreeMap::new(), colocate: false }
     }
 }
 
 impl ComponentConfig {
     /// How it is cut.
     pub fn layout(&self) -> Layout {
-        Layout {
-            tp: self.tp,
-            block_ranges: self.block_ranges,
-        }
+        Layout { tp: self.tp, block_ranges: self.block_ranges }
     }
 }
 
@@ -90,8 +81,7 @@ pub fn read(path: &Path) -> Result<Vec<ModelConfig>> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    let folder =
-        fs::canonicalize(folder).map_err(Error::io(format!("resolve {}", folder.display())))?;
+    let folder = fs::canonicalize(folder).map_err(Error::io(format!("resolve {}", folder.display())))?;
     parse(&text, path, &folder)
 }
 
@@ -127,21 +117,10 @@ fn default_max_jobs() -> u32 {
 fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>> {
     let error = |offset: usize, problem: String| Error::ModelsFile {
         path: path.to_owned(),
-        line: text
-            .as_bytes()
-            .iter()
-            .take(offset)
-            .filter(|byte| **byte == b'\n')
-            .count()
-            + 1,
+        line: text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count() + 1,
         problem,
     };
-    let file: File = toml::from_str(text).map_err(|e| {
-        error(
-            e.span().map_or(0, |span| span.start),
-            e.message().to_owned(),
-        )
-    })?;
+    let file: File = toml::from_str(text).map_err(|e| error(e.span().map_or(0, |span| span.start), e.message().to_owned()))?;
 
     let mut names = BTreeSet::new();
     let mut models = Vec::new();
@@ -150,10 +129,7 @@ fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>> {
         let model = entry.into_inner();
         check(&model).map_err(|problem| error(offset, problem))?;
         if !names.insert(model.name.clone()) {
-            return Err(error(
-                offset,
-                format!("model.name = {:?}: another model has this name", model.name),
-            ));
+            return Err(error(offset, format!("model.name = {:?}: another model has this name", model.name)));
         }
         models.push(ModelConfig {
             path: folder.join(model.path),
@@ -170,20 +146,15 @@ fn check(model: &Model) -> Result<(), String> {
     let name = &model.name;
     let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
     if name.is_empty() || name.len() > MAX_NAME_CHARS || !name.chars().all(legal) {
-        return Err(format!(
-            "model.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"
-        ));
+        return Err(format!("model.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"));
     }
     for (field, value) in [("max_batch", model.max_batch), ("max_jobs", model.max_jobs)] {
         if !(1..=MAX_ENGINE_JOBS).contains(&value) {
-            return Err(format!(
-                "model {name:?}: {field} = {value}: must be 1 to {MAX_ENGINE_JOBS}"
-            ));
+            return Err(format!("model {name:?}: {field} = {value}: must be 1 to {MAX_ENGINE_JOBS}"));
         }
     }
     for (component, config) in &model.components {
-        check_component(config)
-            .map_err(|problem| format!("model {name:?}: components.{component}.{problem}"))?;
+        check_component(config).map_err(|problem| format!("model {name:?}: components.{component}.{problem}"))?;
     }
     Ok(())
 }
@@ -192,10 +163,9 @@ fn check_component(config: &ComponentConfig) -> Result<(), String> {
     if !TP_DEGREES.contains(&config.tp) {
         return Err(format!("tp = {}: must be one of 1, 2, 4, 8", config.tp));
     }
-    for (field, value, most) in [
-        ("block_ranges", config.block_ranges, MAX_BLOCK_RANGES),
-        ("replicas", config.replicas, MAX_REPLICAS),
-    ] {
+    for (field, value, most) in
+        [("block_ranges", config.block_ranges, MAX_BLOCK_RANGES), ("replicas", config.replicas, MAX_REPLICAS)]
+    {
         if !(1..=most).contains(&value) {
             return Err(format!("{field} = {value}: must be 1 to {most}"));
         }
@@ -227,14 +197,7 @@ mod tests {
         let text = "[[model]]\nname = \"emoji\"\npath = \"/m\"\n[model.components.transformer]\ntp = 2\nblock_ranges = 2\n\
                     workers = { role = \"denoiser\" }\ncolocate = true\n";
         let transformer = parse_text(text).unwrap()[0].components["transformer"].clone();
-        assert_eq!(
-            (
-                transformer.tp,
-                transformer.block_ranges,
-                transformer.replicas
-            ),
-            (2, 2, 1)
-        );
+        assert_eq!((transformer.tp, transformer.block_ranges, transformer.replicas), (2, 2, 1));
         assert_eq!(transformer.workers["role"], "denoiser");
         assert!(transformer.colocate);
     }
@@ -242,42 +205,26 @@ mod tests {
     #[test]
     fn an_unknown_field_is_refused_by_file_line_and_name() {
         let problem = problem("[[model]]\nname = \"emoji\"\npath = \"x\"\nmax_bach = 4\n");
-        assert!(
-            problem.starts_with("models.toml:4: unknown field `max_bach`"),
-            "{problem}"
-        );
+        assert!(problem.starts_with("models.toml:4: unknown field `max_bach`"), "{problem}");
     }
 
     #[test]
     fn an_unknown_field_of_a_component_is_refused_by_line() {
-        let problem =
-            problem("[[model]]\nname = \"e\"\npath = \"x\"\n[model.components.vae]\nreplica = 2\n");
-        assert!(
-            problem.starts_with("models.toml:5: unknown field `replica`"),
-            "{problem}"
-        );
+        let problem = problem("[[model]]\nname = \"e\"\npath = \"x\"\n[model.components.vae]\nreplica = 2\n");
+        assert!(problem.starts_with("models.toml:5: unknown field `replica`"), "{problem}");
     }
 
     #[test]
     fn a_wrong_degree_names_model_and_field() {
-        let problem = problem(
-            "[[model]]\nname = \"emoji\"\npath = \"x\"\n[model.components.transformer]\ntp = 3\n",
-        );
+        let problem = problem("[[model]]\nname = \"emoji\"\npath = \"x\"\n[model.components.transformer]\ntp = 3\n");
         let expected = "models.toml:1: model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8";
         assert_eq!(problem, expected);
     }
 
     #[test]
     fn names_are_plain_and_unique() {
-        assert!(
-            problem("[[model]]\nname = \"Emoji\"\npath = \"x\"\n")
-                .contains("model.name = \"Emoji\"")
-        );
-        let twice =
-            "[[model]]\nname = \"e\"\npath = \"x\"\n[[model]]\nname = \"e\"\npath = \"y\"\n";
-        assert_eq!(
-            problem(twice),
-            "models.toml:4: model.name = \"e\": another model has this name"
-        );
+        assert!(problem("[[model]]\nname = \"Emoji\"\npath = \"x\"\n").contains("model.name = \"Emoji\""));
+        let twice = "[[model]]\nname = \"e\"\npath = \"x\"\n[[model]]\nname = \"e\"\npath = \"y\"\n";
+        assert_eq!(problem(twice), "models.toml:4: model.name = \"e\": another model has this name");
     }
 }

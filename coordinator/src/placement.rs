@@ -36,9 +36,7 @@ impl WantedGroup {
 
     /// `worker` has every label the group asks for.
     pub fn accepts(&self, worker: &Registration) -> bool {
-        self.selector
-            .iter()
-            .all(|(label, value)| worker.labels.get(label) == Some(value))
+        self.selector.iter().all(|(label, value)| worker.labels.get(label) == Some(value))
     }
 }
 
@@ -47,22 +45,11 @@ pub type Members = Vec<String>;
 
 /// The groups a model needs, or the field of models.toml that does not fit its card.
 pub fn wanted_groups(model: &ModelConfig, card: &ModelCard) -> Result<Vec<WantedGroup>, String> {
-    let named: BTreeSet<&str> = card
-        .components
-        .iter()
-        .map(|component| component.name.as_str())
-        .collect();
+    let named: BTreeSet<&str> = card.components.iter().map(|component| component.name.as_str()).collect();
     let problem = |text: String| format!("model {:?}: components.{text}", model.name);
-    if let Some(unknown) = model
-        .components
-        .keys()
-        .find(|name| !named.contains(name.as_str()))
-    {
+    if let Some(unknown) = model.components.keys().find(|name| !named.contains(name.as_str())) {
         let known: Vec<&str> = named.into_iter().collect();
-        return Err(problem(format!(
-            "{unknown}: the model has no such component, only {}",
-            known.join(", ")
-        )));
+        return Err(problem(format!("{unknown}: the model has no such component, only {}", known.join(", "))));
     }
     let mut wanted = Vec::new();
     for component in &card.components {
@@ -70,34 +57,20 @@ pub fn wanted_groups(model: &ModelConfig, card: &ModelCard) -> Result<Vec<Wanted
         let config = model.components.get(name).cloned().unwrap_or_default();
         if !component.tp_options.contains(&config.tp) {
             let options: Vec<String> = component.tp_options.iter().map(u32::to_string).collect();
-            let text = format!(
-                "{name}.tp = {}: must be one of {}",
-                config.tp,
-                options.join(", ")
-            );
+            let text = format!("{name}.tp = {}: must be one of {}", config.tp, options.join(", "));
             return Err(problem(text));
         }
         let most = component.max_block_ranges.max(1);
         if config.block_ranges > most {
-            let text = format!(
-                "{name}.block_ranges = {}: must be at most {most}",
-                config.block_ranges
-            );
+            let text = format!("{name}.block_ranges = {}: must be at most {most}", config.block_ranges);
             return Err(problem(text));
         }
-        wanted.extend(
-            (0..config.replicas).map(|replica| wanted_group(model, name, &config, replica)),
-        );
+        wanted.extend((0..config.replicas).map(|replica| wanted_group(model, name, &config, replica)));
     }
     Ok(wanted)
 }
 
-fn wanted_group(
-    model: &ModelConfig,
-    component: &str,
-    config: &ComponentConfig,
-    replica: u32,
-) -> WantedGroup {
+fn wanted_group(model: &ModelConfig, component: &str, config: &ComponentConfig, replica: u32) -> WantedGroup {
     WantedGroup {
         id: format!("{}/{component}/{replica}", model.name),
         model: model.name.clone(),
@@ -123,10 +96,7 @@ pub fn form_groups(
         }
     }
     let mut formed = Vec::new();
-    for group in wanted
-        .iter()
-        .filter(|group| !standing.contains_key(&group.id))
-    {
+    for group in wanted.iter().filter(|group| !standing.contains_key(&group.id)) {
         if let Some(members) = choose_members(group, workers, &mut ranks) {
             formed.push((group.id.clone(), members));
         }
@@ -140,19 +110,12 @@ fn choose_members<'a>(
     workers: &'a BTreeMap<String, Registration>,
     ranks: &mut BTreeMap<&'a str, usize>,
 ) -> Option<Members> {
-    let eligible: Vec<&str> = workers
-        .iter()
-        .filter(|(_, worker)| group.accepts(worker))
-        .map(|(id, _)| id.as_str())
-        .collect();
+    let eligible: Vec<&str> = workers.iter().filter(|(_, worker)| group.accepts(worker)).map(|(id, _)| id.as_str()).collect();
     let mut counts = ranks.clone();
     let mut members = Members::new();
     while members.len() < group.size() {
         let free = |id: &&&str| group.colocate || !members.iter().any(|member| member == **id);
-        let next = *eligible
-            .iter()
-            .filter(free)
-            .min_by_key(|id| (counts[**id], **id))?;
+        let next = *eligible.iter().filter(free).min_by_key(|id| (counts[**id], **id))?;
         *counts.entry(next).or_default() += 1;
         members.push(next.to_owned());
     }
@@ -206,10 +169,7 @@ mod tests {
             path: PathBuf::from("/models/emoji"),
             max_batch: 4,
             max_jobs: 16,
-            components: components
-                .iter()
-                .map(|(name, config)| ((*name).to_owned(), config.clone()))
-                .collect(),
+            components: components.iter().map(|(name, config)| ((*name).to_owned(), config.clone())).collect(),
         }
     }
 
@@ -221,27 +181,15 @@ mod tests {
     fn a_component_that_is_not_mentioned_has_one_whole_group() {
         let wanted = wanted_groups(&model(&[]), &testing::card("emoji")).unwrap();
         let ids: Vec<_> = wanted.iter().map(|group| group.id.as_str()).collect();
-        assert_eq!(
-            ids,
-            ["emoji/text_encoder/0", "emoji/transformer/0", "emoji/vae/0"]
-        );
+        assert_eq!(ids, ["emoji/text_encoder/0", "emoji/transformer/0", "emoji/vae/0"]);
         assert!(wanted.iter().all(|group| group.size() == 1));
     }
 
     #[test]
     fn what_does_not_fit_the_card_is_named_by_field() {
-        let tp = |tp| ComponentConfig {
-            tp,
-            ..ComponentConfig::default()
-        };
-        let ranges = |block_ranges| ComponentConfig {
-            block_ranges,
-            ..ComponentConfig::default()
-        };
-        assert_eq!(
-            problem("transformer", tp(3)),
-            "model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8"
-        );
+        let tp = |tp| ComponentConfig { tp, ..ComponentConfig::default() };
+        let ranges = |block_ranges| ComponentConfig { block_ranges, ..ComponentConfig::default() };
+        assert_eq!(problem("transformer", tp(3)), "model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8");
         assert_eq!(
             problem("transformer", ranges(5)),
             "model \"emoji\": components.transformer.block_ranges = 5: must be at most 4"
@@ -265,25 +213,15 @@ mod tests {
             id: id.into(),
             model: "emoji".into(),
             component: "transformer".into(),
-            layout: Layout {
-                tp,
-                block_ranges: 1,
-            },
-            selector: role
-                .map(|role| ("role".to_owned(), role.to_owned()))
-                .into_iter()
-                .collect(),
+            layout: Layout { tp, block_ranges: 1 },
+            selector: role.map(|role| ("role".to_owned(), role.to_owned())).into_iter().collect(),
             colocate,
         }
     }
 
     #[test]
     fn ranks_go_to_the_workers_that_hold_the_fewest() {
-        let wanted = [
-            group("a", 2, None, false),
-            group("b", 1, None, false),
-            group("c", 1, None, false),
-        ];
+        let wanted = [group("a", 2, None, false), group("b", 1, None, false), group("c", 1, None, false)];
         let formed = form_groups(&wanted, &workers(&["x", "x", "x"]), &BTreeMap::new());
         assert_eq!(formed[0].1, ["w0", "w1"]);
         assert_eq!(formed[1].1, ["w2"]);
@@ -293,13 +231,8 @@ mod tests {
     #[test]
     fn a_joining_worker_moves_no_standing_group() {
         let wanted = [group("a", 2, None, false), group("b", 1, None, false)];
-        let standing = form_groups(&wanted, &workers(&["x", "x"]), &BTreeMap::new())
-            .into_iter()
-            .collect();
-        assert_eq!(
-            form_groups(&wanted, &workers(&["x", "x", "x"]), &standing),
-            []
-        );
+        let standing = form_groups(&wanted, &workers(&["x", "x"]), &BTreeMap::new()).into_iter().collect();
+        assert_eq!(form_groups(&wanted, &workers(&["x", "x", "x"]), &standing), []);
     }
 
     #[test]
@@ -310,40 +243,19 @@ mod tests {
             component: component.into(),
             inputs: vec![],
         };
-        let plan = Plan {
-            stages: vec![stage("denoise", "transformer"), stage("decode", "vae")],
-        };
-        let replica = |group_id, component, tasks, limit| Replica {
-            group_id,
-            component,
-            tasks,
-            limit,
-        };
-        let mut replicas = vec![
-            replica("t0", "transformer", 3, 16),
-            replica("t1", "transformer", 1, 1),
-            replica("v", "vae", 9, 16),
-        ];
+        let plan = Plan { stages: vec![stage("denoise", "transformer"), stage("decode", "vae")] };
+        let replica = |group_id, component, tasks, limit| Replica { group_id, component, tasks, limit };
+        let mut replicas =
+            vec![replica("t0", "transformer", 3, 16), replica("t1", "transformer", 1, 1), replica("v", "vae", 9, 16)];
         let placement = place(&plan, &replicas).unwrap();
-        assert_eq!(
-            (placement["denoise"].as_str(), placement["decode"].as_str()),
-            ("t0", "v")
-        );
+        assert_eq!((placement["denoise"].as_str(), placement["decode"].as_str()), ("t0", "v"));
         replicas[2].limit = 9;
-        assert_eq!(
-            place(&plan, &replicas),
-            None,
-            "all stages are placed or none"
-        );
+        assert_eq!(place(&plan, &replicas), None, "all stages are placed or none");
     }
 
     fn any_group() -> impl Strategy<Value = (u32, Option<&'static str>, bool)> {
         let role = prop::option::of(prop::sample::select(vec!["x", "y"]));
-        (
-            prop::sample::select(vec![1u32, 2, 4, 8]),
-            role,
-            any::<bool>(),
-        )
+        (prop::sample::select(vec![1u32, 2, 4, 8]), role, any::<bool>())
     }
 
     fn any_cluster() -> impl Strategy<Value = (Vec<WantedGroup>, BTreeMap<String, Registration>)> {
@@ -353,9 +265,7 @@ mod tests {
             let wanted = groups
                 .into_iter()
                 .enumerate()
-                .map(|(index, (tp, role, colocate))| {
-                    group(&format!("g{index}"), tp, role, colocate)
-                })
+                .map(|(index, (tp, role, colocate))| group(&format!("g{index}"), tp, role, colocate))
                 .collect();
             (wanted, workers(&roles))
         })

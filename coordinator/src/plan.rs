@@ -33,11 +33,7 @@ impl Plan {
             StageCondition::Unspecified => true,
             StageCondition::WithImage => request.has_image(),
         };
-        let templates: Vec<_> = card
-            .stages
-            .iter()
-            .filter(|stage| met(stage.condition()))
-            .collect();
+        let templates: Vec<_> = card.stages.iter().filter(|stage| met(stage.condition())).collect();
         let present: BTreeSet<&str> = templates.iter().map(|stage| stage.id.as_str()).collect();
         let stages = templates
             .iter()
@@ -45,12 +41,7 @@ impl Plan {
                 id: template.id.clone(),
                 kind: template.kind(),
                 component: template.component.clone(),
-                inputs: template
-                    .inputs
-                    .iter()
-                    .filter(|id| present.contains(id.as_str()))
-                    .cloned()
-                    .collect(),
+                inputs: template.inputs.iter().filter(|id| present.contains(id.as_str())).cloned().collect(),
             })
             .collect();
         Self { stages }
@@ -58,9 +49,7 @@ impl Plan {
 
     /// The stages that take the output of `stage`. None: it is the sink, and its output are the pictures.
     pub fn consumers<'a>(&'a self, stage: &'a str) -> impl Iterator<Item = &'a Stage> {
-        self.stages
-            .iter()
-            .filter(move |other| other.inputs.iter().any(|input| input == stage))
+        self.stages.iter().filter(move |other| other.inputs.iter().any(|input| input == stage))
     }
 
     /// The stage of this id.
@@ -73,25 +62,11 @@ impl Plan {
 pub fn check_stages(card: &ModelCard) -> Result<(), String> {
     let mut seen = BTreeSet::new();
     for stage in &card.stages {
-        if let Some(input) = stage
-            .inputs
-            .iter()
-            .find(|input| !seen.contains(input.as_str()))
-        {
-            return Err(format!(
-                "card: stage {:?} takes {input:?}, which is no stage before it",
-                stage.id
-            ));
+        if let Some(input) = stage.inputs.iter().find(|input| !seen.contains(input.as_str())) {
+            return Err(format!("card: stage {:?} takes {input:?}, which is no stage before it", stage.id));
         }
-        if !card
-            .components
-            .iter()
-            .any(|component| component.name == stage.component)
-        {
-            return Err(format!(
-                "card: stage {:?} needs component {:?}, which is not there",
-                stage.id, stage.component
-            ));
+        if !card.components.iter().any(|component| component.name == stage.component) {
+            return Err(format!("card: stage {:?} needs component {:?}, which is not there", stage.id, stage.component));
         }
         if stage.kind() == StageKind::Unspecified {
             return Err(format!("card: stage {:?} has no kind", stage.id));
@@ -100,17 +75,10 @@ pub fn check_stages(card: &ModelCard) -> Result<(), String> {
             return Err(format!("card: two stages are named {:?}", stage.id));
         }
     }
-    let consumed: BTreeSet<&str> = card
-        .stages
-        .iter()
-        .flat_map(|stage| &stage.inputs)
-        .map(String::as_str)
-        .collect();
+    let consumed: BTreeSet<&str> = card.stages.iter().flat_map(|stage| &stage.inputs).map(String::as_str).collect();
     match seen.difference(&consumed).count() {
         1 => Ok(()),
-        sinks => Err(format!(
-            "card: {sinks} stages give pictures, there must be one"
-        )),
+        sinks => Err(format!("card: {sinks} stages give pictures, there must be one")),
     }
 }
 
@@ -123,19 +91,9 @@ mod tests {
 
     fn plan(image: &str) -> Plan {
         let mut card = testing::card("emoji");
-        card.parameters.push(Parameter {
-            name: "image_blob_id".into(),
-            ..Parameter::default()
-        });
-        let spec = JobSpec {
-            image_blob_id: image.to_owned(),
-            ..testing::spec("emoji")
-        };
-        let context = Context {
-            seed: 1,
-            max_pixels: 1 << 30,
-            missing_blobs: &[],
-        };
+        card.parameters.push(Parameter { name: "image_blob_id".into(), ..Parameter::default() });
+        let spec = JobSpec { image_blob_id: image.to_owned(), ..testing::spec("emoji") };
+        let context = Context { seed: 1, max_pixels: 1 << 30, missing_blobs: &[] };
         Plan::new(&Request::parse(spec, &card, context).unwrap(), &card)
     }
 
@@ -146,19 +104,13 @@ mod tests {
     #[test]
     fn a_job_has_the_stages_whose_condition_it_meets() {
         assert_eq!(ids(&plan("")), ["encode_text", "denoise", "decode"]);
-        assert_eq!(
-            ids(&plan(&"a".repeat(64))),
-            ["encode_text", "encode_image", "denoise", "decode"]
-        );
+        assert_eq!(ids(&plan(&"a".repeat(64))), ["encode_text", "encode_image", "denoise", "decode"]);
     }
 
     #[test]
     fn a_stage_the_job_does_not_have_is_nobodys_input() {
         assert_eq!(plan("").stage("denoise").unwrap().inputs, ["encode_text"]);
-        assert_eq!(
-            plan(&"a".repeat(64)).stage("denoise").unwrap().inputs,
-            ["encode_text", "encode_image"]
-        );
+        assert_eq!(plan(&"a".repeat(64)).stage("denoise").unwrap().inputs, ["encode_text", "encode_image"]);
     }
 
     #[test]

@@ -35,10 +35,7 @@ pub struct Context<'a> {
 impl Request {
     /// Checks `spec` against `card` and fills in what it leaves open.
     pub fn parse(mut spec: JobSpec, card: &ModelCard, context: Context<'_>) -> Result<Self> {
-        let mut check = Check {
-            card,
-            violations: Vec::new(),
-        };
+        let mut check = Check { card, violations: Vec::new() };
         check.prompts(&spec);
         check.taken(&spec);
         check.images(&spec, context.missing_blobs);
@@ -46,11 +43,7 @@ impl Request {
         check.numbers(&spec);
         check.noise_generator(&spec);
         check.pixels(&spec, card.max_pixels.min(context.max_pixels));
-        if check.violations.is_empty() {
-            Ok(Self { spec })
-        } else {
-            Err(Error::InvalidRequest(check.violations))
-        }
+        if check.violations.is_empty() { Ok(Self { spec }) } else { Err(Error::InvalidRequest(check.violations)) }
     }
 
     /// The specification with every default filled in, the seed included.
@@ -79,10 +72,7 @@ pub fn check_request_id(request_id: &str) -> Result<()> {
 
 /// A name that can only be a blob's: 64 lower-case hex digits, so nothing that could be a path.
 pub fn is_blob_id(id: &str) -> bool {
-    id.len() == BLOB_ID_CHARS
-        && id
-            .bytes()
-            .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    id.len() == BLOB_ID_CHARS && id.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
 }
 
 /// The numeric fields of a specification that are set.
@@ -90,20 +80,11 @@ fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 7] {
     [
         ("width", spec.width.map(f64::from)),
         ("height", spec.height.map(f64::from)),
-        (
-            "num_inference_steps",
-            spec.num_inference_steps.map(f64::from),
-        ),
+        ("num_inference_steps", spec.num_inference_steps.map(f64::from)),
         ("guidance_scale", spec.guidance_scale),
         ("true_cfg_scale", spec.true_cfg_scale),
-        (
-            "num_images_per_prompt",
-            spec.num_images_per_prompt.map(f64::from),
-        ),
-        (
-            "max_sequence_length",
-            spec.max_sequence_length.map(f64::from),
-        ),
+        ("num_images_per_prompt", spec.num_images_per_prompt.map(f64::from)),
+        ("max_sequence_length", spec.max_sequence_length.map(f64::from)),
     ]
 }
 
@@ -117,10 +98,12 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
     spec.guidance_scale = spec.guidance_scale.or(default("guidance_scale"));
     spec.true_cfg_scale = spec.true_cfg_scale.or(default("true_cfg_scale"));
     spec.max_sequence_length = spec.max_sequence_length.or(whole("max_sequence_length"));
-    spec.num_images_per_prompt = spec
-        .num_images_per_prompt
-        .or(whole("num_images_per_prompt"))
-        .or(Some(1));
+    spec.num_images_per_prompt = spec.num_images_per_prompt.or(whole("num_images_per_prompt")).or(Some(1));
+    // Without guidance by two passes it would have no effect.
+    if spec.true_cfg_scale.is_some_and(|scale| scale > 1.0) {
+        let text = parameter(card, "negative_prompt").and_then(|parameter| parameter.default_text.clone());
+        spec.negative_prompt = spec.negative_prompt.take().or(text);
+    }
     spec.seed = spec.seed.or(Some(seed));
     if !spec.image_blob_id.is_empty() {
         spec.strength = spec.strength.or(default("strength"));
@@ -131,9 +114,7 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
 }
 
 fn parameter<'a>(card: &'a ModelCard, name: &str) -> Option<&'a Parameter> {
-    card.parameters
-        .iter()
-        .find(|parameter| parameter.name == name)
+    card.parameters.iter().find(|parameter| parameter.name == name)
 }
 
 struct Check<'a> {
@@ -143,8 +124,7 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn refuse(&mut self, field: &str, problem: impl Into<String>) {
-        self.violations
-            .push(Violation::new(format!("spec.{field}"), problem));
+        self.violations.push(Violation::new(format!("spec.{field}"), problem));
     }
 
     fn prompts(&mut self, spec: &JobSpec) {
@@ -161,10 +141,7 @@ impl Check<'_> {
             ("negative_prompt_2", spec.negative_prompt_2.as_ref()),
         ] {
             if text.is_some_and(|text| text.chars().nth(MAX_PROMPT_CHARS).is_some()) {
-                self.refuse(
-                    field,
-                    format!("must be at most {MAX_PROMPT_CHARS} characters"),
-                );
+                self.refuse(field, format!("must be at most {MAX_PROMPT_CHARS} characters"));
             }
         }
     }
@@ -179,16 +156,10 @@ impl Check<'_> {
             ("strength", spec.strength.is_some()),
             ("image_blob_id", !spec.image_blob_id.is_empty()),
             ("mask_image_blob_id", !spec.mask_image_blob_id.is_empty()),
-            (
-                "noise_generator",
-                spec.noise_generator != NoiseGenerator::Unspecified as i32,
-            ),
+            ("noise_generator", spec.noise_generator != NoiseGenerator::Unspecified as i32),
             ("embed_prompt", spec.embed_prompt),
         ];
-        let set = numbers(spec)
-            .map(|(name, value)| (name, value.is_some()))
-            .into_iter()
-            .chain(others);
+        let set = numbers(spec).map(|(name, value)| (name, value.is_some())).into_iter().chain(others);
         for (name, _) in set.filter(|(_, is_set)| *is_set) {
             if !ALWAYS_TAKEN.contains(&name) && parameter(self.card, name).is_none() {
                 self.refuse(name, format!("model {:?} does not take it", self.card.name));
@@ -197,10 +168,7 @@ impl Check<'_> {
     }
 
     fn images(&mut self, spec: &JobSpec, missing: &[String]) {
-        for (field, id) in [
-            ("image_blob_id", &spec.image_blob_id),
-            ("mask_image_blob_id", &spec.mask_image_blob_id),
-        ] {
+        for (field, id) in [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)] {
             if id.is_empty() {
                 continue;
             }
@@ -219,16 +187,11 @@ impl Check<'_> {
     }
 
     fn numbers(&mut self, spec: &JobSpec) {
-        for (name, value) in numbers(spec)
-            .into_iter()
-            .chain([("strength", spec.strength)])
-        {
+        for (name, value) in numbers(spec).into_iter().chain([("strength", spec.strength)]) {
             let Some(value) = value else { continue };
             if !value.is_finite() {
                 self.refuse(name, "must be a finite number");
-            } else if let Some(problem) =
-                parameter(self.card, name).and_then(|limits| outside(value, limits))
-            {
+            } else if let Some(problem) = parameter(self.card, name).and_then(|limits| outside(value, limits)) {
                 self.refuse(name, problem);
             }
         }
@@ -236,21 +199,14 @@ impl Check<'_> {
 
     fn noise_generator(&mut self, spec: &JobSpec) {
         if NoiseGenerator::try_from(spec.noise_generator).is_err() {
-            self.refuse(
-                "noise_generator",
-                "must be one of the generators of NoiseGenerator",
-            );
+            self.refuse("noise_generator", "must be one of the generators of NoiseGenerator");
         }
     }
 
     /// The product is checked before anything is allocated for it: three large factors fit no machine.
     fn pixels(&mut self, spec: &JobSpec, most: u64) {
         let images = spec.num_images_per_prompt.unwrap_or(1);
-        for (field, value) in [
-            ("width", spec.width),
-            ("height", spec.height),
-            ("num_images_per_prompt", Some(images)),
-        ] {
+        for (field, value) in [("width", spec.width), ("height", spec.height), ("num_images_per_prompt", Some(images))] {
             if value == Some(0) {
                 self.refuse(field, "must be at least 1");
             }
@@ -274,17 +230,11 @@ const REMAINDER_TOLERANCE: f64 = 1e-9;
 fn outside(value: f64, limits: &Parameter) -> Option<String> {
     let bounded = limits.minimum != 0.0 || limits.maximum != 0.0;
     if bounded && !(limits.minimum..=limits.maximum).contains(&value) {
-        return Some(format!(
-            "{value}: must be {} to {}",
-            limits.minimum, limits.maximum
-        ));
+        return Some(format!("{value}: must be {} to {}", limits.minimum, limits.maximum));
     }
     let quotient = value / limits.multiple_of;
     if limits.multiple_of > 0.0 && (quotient - quotient.round()).abs() > REMAINDER_TOLERANCE {
-        return Some(format!(
-            "{value}: must be a multiple of {}",
-            limits.multiple_of
-        ));
+        return Some(format!("{value}: must be a multiple of {}", limits.multiple_of));
     }
     None
 }
@@ -294,13 +244,7 @@ mod tests {
     use super::*;
 
     fn number(name: &str, minimum: f64, maximum: f64, multiple_of: f64, default: f64) -> Parameter {
-        Parameter {
-            name: name.into(),
-            minimum,
-            maximum,
-            multiple_of,
-            default_value: Some(default),
-        }
+        Parameter { name: name.into(), minimum, maximum, multiple_of, default_value: Some(default), default_text: None }
     }
 
     fn card() -> ModelCard {
@@ -313,14 +257,8 @@ mod tests {
                 number("guidance_scale", 0.0, 20.0, 0.0, 3.5),
                 number("num_images_per_prompt", 1.0, 10.0, 0.0, 1.0),
                 number("strength", 0.0, 1.0, 0.0, 0.6),
-                Parameter {
-                    name: "image_blob_id".into(),
-                    ..Parameter::default()
-                },
-                Parameter {
-                    name: "mask_image_blob_id".into(),
-                    ..Parameter::default()
-                },
+                Parameter { name: "image_blob_id".into(), ..Parameter::default() },
+                Parameter { name: "mask_image_blob_id".into(), ..Parameter::default() },
             ],
             max_pixels: 1 << 30,
             ..ModelCard::default()
@@ -328,27 +266,17 @@ mod tests {
     }
 
     fn spec() -> JobSpec {
-        JobSpec {
-            model: "emoji".into(),
-            prompt: "a red car".into(),
-            ..JobSpec::default()
-        }
+        JobSpec { model: "emoji".into(), prompt: "a red car".into(), ..JobSpec::default() }
     }
 
     fn parse(spec: JobSpec) -> Result<Request> {
-        let context = Context {
-            seed: 7,
-            max_pixels: 10 * 2048 * 2048,
-            missing_blobs: &[],
-        };
+        let context = Context { seed: 7, max_pixels: 10 * 2048 * 2048, missing_blobs: &[] };
         Request::parse(spec, &card(), context)
     }
 
     fn fields(spec: JobSpec) -> Vec<String> {
         match parse(spec) {
-            Err(Error::InvalidRequest(violations)) => {
-                violations.into_iter().map(|v| v.field).collect()
-            }
+            Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|v| v.field).collect(),
             other => panic!("expected violations, found {other:?}"),
         }
     }
@@ -356,33 +284,15 @@ mod tests {
     #[test]
     fn a_prompt_is_enough_and_every_default_is_filled_in() {
         let spec = parse(spec()).unwrap().into_spec();
-        assert_eq!(
-            (spec.width, spec.height, spec.num_inference_steps),
-            (Some(256), Some(256), Some(20))
-        );
-        assert_eq!(
-            (spec.guidance_scale, spec.seed, spec.num_images_per_prompt),
-            (Some(3.5), Some(7), Some(1))
-        );
+        assert_eq!((spec.width, spec.height, spec.num_inference_steps), (Some(256), Some(256), Some(20)));
+        assert_eq!((spec.guidance_scale, spec.seed, spec.num_images_per_prompt), (Some(3.5), Some(7), Some(1)));
         assert_eq!(spec.noise_generator(), NoiseGenerator::TorchCpu);
-        assert_eq!(
-            spec.strength, None,
-            "strength means nothing without a picture"
-        );
+        assert_eq!(spec.strength, None, "strength means nothing without a picture");
     }
 
     #[test]
     fn the_clients_seed_is_kept() {
-        assert_eq!(
-            parse(JobSpec {
-                seed: Some(u64::MAX),
-                ..spec()
-            })
-            .unwrap()
-            .spec()
-            .seed,
-            Some(u64::MAX)
-        );
+        assert_eq!(parse(JobSpec { seed: Some(u64::MAX), ..spec() }).unwrap().spec().seed, Some(u64::MAX));
     }
 
     #[test]
@@ -395,13 +305,7 @@ mod tests {
             guidance_scale: Some(f64::NAN),
             ..spec()
         };
-        let expected = [
-            "spec.prompt",
-            "spec.true_cfg_scale",
-            "spec.width",
-            "spec.num_inference_steps",
-            "spec.guidance_scale",
-        ];
+        let expected = ["spec.prompt", "spec.true_cfg_scale", "spec.width", "spec.num_inference_steps", "spec.guidance_scale"];
         assert_eq!(fields(wrong), expected);
     }
 
@@ -414,61 +318,29 @@ mod tests {
             ..spec()
         };
         assert!(fields(huge).contains(&"spec.width".to_owned()));
-        let sides = JobSpec {
-            width: Some(32_000),
-            height: Some(32_000),
-            ..spec()
-        };
+        let sides = JobSpec { width: Some(32_000), height: Some(32_000), ..spec() };
         assert_eq!(fields(sides), ["spec.width"]);
     }
 
     #[test]
     fn strength_and_mask_need_a_picture() {
-        let without = JobSpec {
-            strength: Some(0.5),
-            mask_image_blob_id: "a".repeat(64),
-            ..spec()
-        };
-        assert_eq!(
-            fields(without),
-            ["spec.strength", "spec.mask_image_blob_id"]
-        );
-        let with = JobSpec {
-            image_blob_id: "a".repeat(64),
-            ..spec()
-        };
+        let without = JobSpec { strength: Some(0.5), mask_image_blob_id: "a".repeat(64), ..spec() };
+        assert_eq!(fields(without), ["spec.strength", "spec.mask_image_blob_id"]);
+        let with = JobSpec { image_blob_id: "a".repeat(64), ..spec() };
         assert_eq!(parse(with).unwrap().spec().strength, Some(0.6));
     }
 
     #[test]
     fn a_blob_id_is_never_a_path() {
         for id in ["../../etc/passwd", &"A".repeat(64), &"a".repeat(63)] {
-            assert_eq!(
-                fields(JobSpec {
-                    image_blob_id: id.to_owned(),
-                    ..spec()
-                }),
-                ["spec.image_blob_id"]
-            );
+            assert_eq!(fields(JobSpec { image_blob_id: id.to_owned(), ..spec() }), ["spec.image_blob_id"]);
         }
     }
 
     #[test]
     fn a_prompt_has_at_most_32_000_characters_of_any_script() {
-        assert!(
-            parse(JobSpec {
-                prompt: "馬".repeat(32_000),
-                ..spec()
-            })
-            .is_ok()
-        );
-        assert_eq!(
-            fields(JobSpec {
-                prompt: "馬".repeat(32_001),
-                ..spec()
-            }),
-            ["spec.prompt"]
-        );
+        assert!(parse(JobSpec { prompt: "馬".repeat(32_000), ..spec() }).is_ok());
+        assert_eq!(fields(JobSpec { prompt: "馬".repeat(32_001), ..spec() }), ["spec.prompt"]);
     }
 
     #[test]

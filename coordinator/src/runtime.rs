@@ -8,10 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use proto::v1::{
-    ControlRequest, Job, JoinGroup, Registration, control_request::Command,
-    control_response::Report,
-};
+use proto::v1::{ControlRequest, Job, JoinGroup, Registration, control_request::Command, control_response::Report};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
@@ -34,20 +31,10 @@ pub(crate) struct Handle {
 }
 
 enum Message {
-    Client {
-        event: Event,
-        answer: oneshot::Sender<Result<Job>>,
-    },
+    Client { event: Event, answer: oneshot::Sender<Result<Job>> },
     Read(Box<dyn FnOnce(&State) + Send>),
-    Follow {
-        job_id: String,
-        after: u64,
-        reply: oneshot::Sender<Result<Followed>>,
-    },
-    Connected {
-        worker: Registration,
-        link: WorkerLink,
-    },
+    Follow { job_id: String, after: u64, reply: oneshot::Sender<Result<Followed>> },
+    Connected { worker: Registration, link: WorkerLink },
     Happened(Event),
 }
 
@@ -71,13 +58,7 @@ impl Handle {
     /// Starts the task. It ends when `stop` is cancelled; from then on every call is [`Error::Stopping`].
     pub(crate) fn spawn(state: State, health: HealthReporter, stop: CancellationToken) -> Self {
         let (messages, inbox) = mpsc::channel(MAX_MESSAGES);
-        let owner = Owner {
-            state,
-            clock: Clock::start(),
-            links: HashMap::new(),
-            followers: HashMap::new(),
-            health,
-        };
+        let owner = Owner { state, clock: Clock::start(), links: HashMap::new(), followers: HashMap::new(), health };
         tokio::spawn(owner.run(inbox, stop));
         Self { messages }
     }
@@ -93,28 +74,17 @@ impl Handle {
     }
 
     /// Looks at the state.
-    pub(crate) async fn read<T: Send + 'static>(
-        &self,
-        look: impl FnOnce(&State) -> T + Send + 'static,
-    ) -> Result<T> {
+    pub(crate) async fn read<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         // A client that has gone does not want to know.
-        self.send(Message::Read(Box::new(move |state| {
-            drop(reply.send(look(state)))
-        })))
-        .await?;
+        self.send(Message::Read(Box::new(move |state| drop(reply.send(look(state)))))).await?;
         answer.await.map_err(|_| Error::Stopping)
     }
 
     /// Reads a job's events after `after`.
     pub(crate) async fn follow(&self, job_id: String, after: u64) -> Result<Followed> {
         let (reply, answer) = oneshot::channel();
-        self.send(Message::Follow {
-            job_id,
-            after,
-            reply,
-        })
-        .await?;
+        self.send(Message::Follow { job_id, after, reply }).await?;
         answer.await.map_err(|_| Error::Stopping)?
     }
 
@@ -125,14 +95,12 @@ impl Handle {
 
     /// A worker can no longer be commanded.
     pub(crate) async fn disconnected(&self, worker_id: String, cause: String) -> Result<()> {
-        self.send(Message::Happened(Event::WorkerLeft { worker_id, cause }))
-            .await
+        self.send(Message::Happened(Event::WorkerLeft { worker_id, cause })).await
     }
 
     /// A worker said something.
     pub(crate) async fn report(&self, worker_id: String, report: Report) -> Result<()> {
-        self.send(Message::Happened(Event::Report { worker_id, report }))
-            .await
+        self.send(Message::Happened(Event::Report { worker_id, report })).await
     }
 
     async fn answer_to(&self, event: Event) -> Result<Job> {
@@ -142,10 +110,7 @@ impl Handle {
     }
 
     async fn send(&self, message: Message) -> Result<()> {
-        self.messages
-            .send(message)
-            .await
-            .map_err(|_| Error::Stopping)
+        self.messages.send(message).await.map_err(|_| Error::Stopping)
     }
 }
 
@@ -178,17 +143,9 @@ impl Owner {
         match message {
             Message::Client { event, answer } => self.apply(event, Some(answer)).await,
             Message::Read(look) => look(&self.state),
-            Message::Follow {
-                job_id,
-                after,
-                reply,
-            } => drop(reply.send(self.follow(job_id, after))),
+            Message::Follow { job_id, after, reply } => drop(reply.send(self.follow(job_id, after))),
             Message::Connected { worker, link } => {
-                info!(
-                    worker.id = worker.worker_id,
-                    worker.address = worker.address,
-                    "worker connected"
-                );
+                info!(worker.id = worker.worker_id, worker.address = worker.address, "worker connected");
                 self.links.insert(worker.worker_id.clone(), link);
                 self.apply(Event::WorkerJoined(worker), None).await;
             }
@@ -213,17 +170,8 @@ impl Owner {
                 }
                 Effect::JobChanged { job_id, over } => self.wake_followers(&job_id, over),
                 Effect::ModelReady { model, ready } => self.announce(&model, ready).await,
-                Effect::GroupLost {
-                    group_id,
-                    epoch,
-                    cause,
-                } => {
-                    warn!(
-                        group.id = group_id,
-                        group.epoch = epoch,
-                        cause,
-                        "group lost"
-                    );
+                Effect::GroupLost { group_id, epoch, cause } => {
+                    warn!(group.id = group_id, group.epoch = epoch, cause, "group lost");
                 }
             }
         }
@@ -234,27 +182,10 @@ impl Owner {
             return;
         };
         if let Command::JoinGroup(join) = &command {
-            let JoinGroup {
-                group_id,
-                epoch,
-                rank,
-                ..
-            } = join;
-            info!(
-                group.id = group_id,
-                group.epoch = epoch,
-                rank,
-                worker.id = worker_id,
-                "rank asked to join"
-            );
+            let JoinGroup { group_id, epoch, rank, .. } = join;
+            info!(group.id = group_id, group.epoch = epoch, rank, worker.id = worker_id, "rank asked to join");
         }
-        if link
-            .commands
-            .try_send(ControlRequest {
-                command: Some(command),
-            })
-            .is_err()
-        {
+        if link.commands.try_send(ControlRequest { command: Some(command) }).is_err() {
             link.clogged.cancel();
         }
     }
@@ -264,10 +195,7 @@ impl Owner {
         let changed = if page.over {
             watch::channel(()).1
         } else {
-            self.followers
-                .entry(job_id)
-                .or_insert_with(|| watch::channel(()).0)
-                .subscribe()
+            self.followers.entry(job_id).or_insert_with(|| watch::channel(()).0).subscribe()
         };
         Ok(Followed { page, changed })
     }
@@ -284,14 +212,8 @@ impl Owner {
 
     async fn announce(&self, model: &str, ready: bool) {
         info!(model, ready, "model readiness changed");
-        let status = if ready {
-            ServingStatus::Serving
-        } else {
-            ServingStatus::NotServing
-        };
-        self.health
-            .set_service_status(health_service(model), status)
-            .await;
+        let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.health.set_service_status(health_service(model), status).await;
     }
 }
 
@@ -308,13 +230,8 @@ struct Clock {
 
 impl Clock {
     fn start() -> Self {
-        let at_start = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Self {
-            at_start,
-            start: Instant::now(),
-        }
+        let at_start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { at_start, start: Instant::now() }
     }
 
     fn now(&self) -> Millis {

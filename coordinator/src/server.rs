@@ -9,8 +9,8 @@ use std::{
 };
 
 use proto::v1::{
-    blob_service_server::BlobServiceServer, cluster_service_server::ClusterServiceServer,
-    job_service_server::JobServiceServer, membership_service_server::MembershipServiceServer,
+    blob_service_server::BlobServiceServer, cluster_service_server::ClusterServiceServer, job_service_server::JobServiceServer,
+    membership_service_server::MembershipServiceServer,
 };
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -41,23 +41,14 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 
 /// Serves until `shutdown` is done. The caller owns the socket and the stop signal.
-pub async fn run(
-    config: Config,
-    listener: TcpListener,
-    shutdown: impl Future<Output = ()> + Send,
-) -> Result<()> {
-    let local = listener
-        .local_addr()
-        .map_err(Error::io("read the listener's address"))?;
+pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
+    let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
     let blobs = BlobStore::open(&folder.join("blobs"), &config.limits)?;
     let settings = Settings {
         models: config.models.clone(),
         limits: config.limits,
-        blob_address: config
-            .advertise
-            .clone()
-            .unwrap_or_else(|| local.to_string()),
+        blob_address: config.advertise.clone().unwrap_or_else(|| local.to_string()),
         key: random_key(),
         first_epoch: first_epoch(),
     };
@@ -81,10 +72,8 @@ pub async fn run(
     match config.etcd {
         Some(etcd) => drop(tasks.spawn(membership::etcd::watch(etcd, changes, stop.clone()))),
         None => {
-            let embedded =
-                MembershipServiceServer::new(EmbeddedMembership::new(changes, stop.clone()));
-            router =
-                router.add_service(embedded.max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
+            let embedded = MembershipServiceServer::new(EmbeddedMembership::new(changes, stop.clone()));
+            router = router.add_service(embedded.max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
         }
     }
     info!(address = %local, models = config.models.len(), "coordinator serves");
@@ -119,12 +108,9 @@ async fn serve(
 }
 
 fn services(server: &mut Server, handle: Handle, blobs: BlobStore) -> Result<Router> {
-    let jobs = JobServiceServer::new(JobApi {
-        handle: handle.clone(),
-        blobs: blobs.clone(),
-    })
-    .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
-    .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
+    let jobs = JobServiceServer::new(JobApi { handle: handle.clone(), blobs: blobs.clone() })
+        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
     let cluster = ClusterServiceServer::new(ClusterApi { handle })
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
@@ -135,21 +121,13 @@ fn services(server: &mut Server, handle: Handle, blobs: BlobStore) -> Result<Rou
         .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|error| Error::io("read the descriptors")(std::io::Error::other(error)))?;
-    Ok(server
-        .add_service(jobs)
-        .add_service(cluster)
-        .add_service(blobs)
-        .add_service(reflection))
+    Ok(server.add_service(jobs).add_service(cluster).add_service(blobs).add_service(reflection))
 }
 
 async fn announce(health: &HealthReporter, config: &Config) {
-    health
-        .set_service_status("atelier.v1.JobService", ServingStatus::Serving)
-        .await;
+    health.set_service_status("atelier.v1.JobService", ServingStatus::Serving).await;
     for model in &config.models {
-        health
-            .set_service_status(health_service(&model.name), ServingStatus::NotServing)
-            .await;
+        health.set_service_status(health_service(&model.name), ServingStatus::NotServing).await;
     }
 }
 
@@ -172,10 +150,7 @@ fn data_folder(configured: Option<&Path>) -> Result<(Option<tempfile::TempDir>, 
     if let Some(folder) = configured {
         return Ok((None, folder.to_owned()));
     }
-    let temporary = tempfile::Builder::new()
-        .prefix("atelier-")
-        .tempdir()
-        .map_err(Error::io("make a temporary folder"))?;
+    let temporary = tempfile::Builder::new().prefix("atelier-").tempdir().map_err(Error::io("make a temporary folder"))?;
     let folder = temporary.path().to_owned();
     Ok((Some(temporary), folder))
 }
@@ -191,8 +166,6 @@ fn random_key() -> Key {
 /// Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms a
 /// thousand times a second.
 fn first_epoch() -> u64 {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -6,7 +6,8 @@
 //! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job
 //! - `jobs.rs`: all jobs, by id, by request, by age
 //! - `cluster.rs`: workers come and go, groups form and end
-//! - `work.rs`: jobs are accepted, started, cancelled, and come to their end
+//! - `work.rs`: jobs are accepted, started, cancelled
+//! - `tasks.rs`: what leaders report, and how jobs come to their end
 //! - `view.rs`: what can be asked; changes nothing
 
 mod cluster;
@@ -14,6 +15,7 @@ mod group;
 mod job;
 mod jobs;
 mod model;
+mod tasks;
 mod view;
 mod work;
 
@@ -115,13 +117,7 @@ impl Event {
         let Self::Report { report, .. } = self else {
             return true;
         };
-        !matches!(
-            report,
-            Report::Heartbeat(_)
-                | Report::GroupLoading(_)
-                | Report::TaskStarted(_)
-                | Report::TaskProgress(_)
-        )
+        !matches!(report, Report::Heartbeat(_) | Report::GroupLoading(_) | Report::TaskStarted(_) | Report::TaskProgress(_))
     }
 }
 
@@ -255,10 +251,7 @@ impl State {
 
     fn send(&mut self, worker_id: &str, command: Command) {
         if self.workers.contains_key(worker_id) {
-            self.effects.push(Effect::Send {
-                worker_id: worker_id.to_owned(),
-                command,
-            });
+            self.effects.push(Effect::Send { worker_id: worker_id.to_owned(), command });
         }
     }
 }

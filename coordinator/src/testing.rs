@@ -1,9 +1,6 @@
 //! The small model that the crate's tests share.
 
-use proto::v1::{
-    Component, JobSpec, ModelCard, Parameter, Registration, StageCondition, StageKind,
-    StageTemplate,
-};
+use proto::v1::{Component, JobSpec, ModelCard, Parameter, Registration, StageCondition, StageKind, StageTemplate};
 
 fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTemplate {
     StageTemplate {
@@ -16,22 +13,11 @@ fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTe
 }
 
 fn component(name: &str, tp_options: &[u32], max_block_ranges: u32) -> Component {
-    Component {
-        name: name.into(),
-        weight_bytes: 1000,
-        tp_options: tp_options.to_vec(),
-        max_block_ranges,
-    }
+    Component { name: name.into(), weight_bytes: 1000, tp_options: tp_options.to_vec(), max_block_ranges }
 }
 
 fn number(name: &str, minimum: f64, maximum: f64, default: f64) -> Parameter {
-    Parameter {
-        name: name.into(),
-        minimum,
-        maximum,
-        multiple_of: 0.0,
-        default_value: Some(default),
-    }
+    Parameter { name: name.into(), minimum, maximum, multiple_of: 0.0, default_value: Some(default), default_text: None }
 }
 
 /// A model of four stages; `encode_image` only for jobs with a picture.
@@ -49,12 +35,7 @@ pub(crate) fn card(name: &str) -> ModelCard {
         stages: vec![
             stage("encode_text", StageKind::EncodeText, "text_encoder", &[]),
             encode_image,
-            stage(
-                "denoise",
-                StageKind::Denoise,
-                "transformer",
-                &["encode_text", "encode_image"],
-            ),
+            stage("denoise", StageKind::Denoise, "transformer", &["encode_text", "encode_image"]),
             stage("decode", StageKind::Decode, "vae", &["denoise"]),
         ],
         parameters: vec![
@@ -69,11 +50,7 @@ pub(crate) fn card(name: &str) -> ModelCard {
 
 /// A request for one picture of `model`.
 pub(crate) fn spec(model: &str) -> JobSpec {
-    JobSpec {
-        model: model.into(),
-        prompt: "a red car".into(),
-        ..JobSpec::default()
-    }
+    JobSpec { model: model.into(), prompt: "a red car".into(), ..JobSpec::default() }
 }
 
 /// A worker with one label `role`.

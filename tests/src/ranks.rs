@@ -44,24 +44,27 @@ pub fn run_block_model<M: BlockModel>(
         let ranks: Vec<_> = InProcess::group(layout.ranks()).into_iter().map(|link| scope.spawn(move || run(link))).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap_or(Err(Error::Cancelled))).collect()
     });
-    let (ran, mut errors) = (results.iter().all(Result::is_ok), Vec::new());
-    let mut whole = Ran { outputs: Vec::new(), bytes_read: Vec::new(), total_bytes: 0 };
+    let (mut done, mut errors) = (Vec::new(), Vec::new());
     for result in results {
         match result {
-            Ok(rank) => {
-                whole.outputs.extend(rank.output);
-                whole.bytes_read.push(rank.bytes_read);
-                whole.total_bytes = rank.total_bytes;
-            }
+            Ok(rank) => done.push(rank),
             Err(e) => errors.push(e),
         }
     }
     let lost = |e: &Error| matches!(e, Error::Parallel(parallel::Error::PeerLost { .. }));
-    let cause = errors.iter().position(|e| !lost(e)).unwrap_or(0);
-    if ran { Ok(whole) } else { Err(errors.swap_remove(cause)) }
+    if let Some(cause) = errors.iter().position(|e| !lost(e)).or(errors.len().checked_sub(1)) {
+        return Err(errors.swap_remove(cause));
+    }
+    Ok(Ran {
+        bytes_read: done.iter().map(|rank| rank.bytes_read).collect(),
+        total_bytes: done.first().map_or(0, |rank| rank.total_bytes),
+        outputs: done.into_iter().filter_map(|rank| rank.output).collect(),
+    })
 }
 
 struct RanRank {
+    /// Kept until all ranks are done: one that leaves counts as lost, even with nothing left to say.
+    _group: RankGroup,
     output: Option<Tensors>,
     bytes_read: u64,
     total_bytes: u64,
@@ -89,7 +92,10 @@ fn run_rank<M: BlockModel>(
         hidden?;
         None
     };
-    // Nobody leaves before all are done: a rank that ends counts as lost, even with nothing left to say.
-    group.whole().any(false)?;
-    Ok(RanRank { output, bytes_read: weights.bytes_read().load(Ordering::Relaxed), total_bytes: weights.total_bytes() })
+    Ok(RanRank {
+        _group: group,
+        output,
+        bytes_read: weights.bytes_read().load(Ordering::Relaxed),
+        total_bytes: weights.total_bytes(),
+    })
 }

@@ -1,5 +1,6 @@
 //! However a network is cut, it computes the same, every rank reads its share alone, and a checkpoint that does not fit is a
 //! typed error.
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -54,6 +54,7 @@ fn parameter(card: &ParameterCard) -> v1::Parameter {
         maximum: card.maximum,
         multiple_of: card.multiple_of,
         default_value: card.default,
+        default_text: card.default_text.clone(),
     }
 }
 

@@ -2,9 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use proto::v1::{
-    RegisterRequest, RegisterResponse, Registration, membership_service_server::MembershipService,
-};
+use proto::v1::{RegisterRequest, RegisterResponse, Registration, membership_service_server::MembershipService};
 use tokio::{
     sync::{Mutex, mpsc},
     time::timeout,
@@ -43,15 +41,8 @@ struct Members {
 impl EmbeddedMembership {
     /// Tells `changes` who comes and goes, until `stop`.
     pub fn new(changes: mpsc::Sender<Change>, stop: CancellationToken) -> Self {
-        let members = Members {
-            changes,
-            streams: HashMap::new(),
-            last_stream: 0,
-        };
-        Self {
-            members: Arc::new(Mutex::new(members)),
-            stop,
-        }
+        let members = Members { changes, streams: HashMap::new(), last_stream: 0 };
+        Self { members: Arc::new(Mutex::new(members)), stop }
     }
 
     /// Lives as long as the stream. What is wrong with the first message ends it.
@@ -61,11 +52,7 @@ impl EmbeddedMembership {
                 let worker_id = registration.worker_id.clone();
                 let stream = self.members.lock().await.join(registration).await;
                 let cause = self.stay(&mut requests, &responses).await;
-                self.members
-                    .lock()
-                    .await
-                    .leave(worker_id, stream, cause)
-                    .await;
+                self.members.lock().await.leave(worker_id, stream, cause).await;
             }
             // If the worker has gone too, there is nobody to tell.
             Err(error) => drop(responses.send(Err(status(&error))).await),
@@ -73,11 +60,7 @@ impl EmbeddedMembership {
     }
 
     /// Waits for the end of the membership and says why it ended.
-    async fn stay(
-        &self,
-        requests: &mut Streaming<RegisterRequest>,
-        responses: &mpsc::Sender<Reply>,
-    ) -> String {
+    async fn stay(&self, requests: &mut Streaming<RegisterRequest>, responses: &mpsc::Sender<Reply>) -> String {
         let mut beat = tokio::time::interval(HEARTBEAT);
         let mut deadline = tokio::time::Instant::now() + SILENCE;
         loop {
@@ -100,15 +83,9 @@ type Reply = Result<RegisterResponse, Status>;
 
 async fn first_message(requests: &mut Streaming<RegisterRequest>) -> Result<Registration> {
     let refuse = |problem: &str| Error::InvalidRegistration(problem.to_owned());
-    let first = timeout(SILENCE, requests.message())
-        .await
-        .map_err(|_| refuse("none came"))?;
-    let first = first
-        .map_err(|error| refuse(error.message()))?
-        .ok_or_else(|| refuse("the stream was empty"))?;
-    let registration = first
-        .registration
-        .ok_or_else(|| refuse("the first message must hold it"))?;
+    let first = timeout(SILENCE, requests.message()).await.map_err(|_| refuse("none came"))?;
+    let first = first.map_err(|error| refuse(error.message()))?.ok_or_else(|| refuse("the stream was empty"))?;
+    let registration = first.registration.ok_or_else(|| refuse("the first message must hold it"))?;
     check(&registration)?;
     Ok(registration)
 }
@@ -116,8 +93,7 @@ async fn first_message(requests: &mut Streaming<RegisterRequest>) -> Result<Regi
 impl Members {
     async fn join(&mut self, registration: Registration) -> u64 {
         self.last_stream += 1;
-        self.streams
-            .insert(registration.worker_id.clone(), self.last_stream);
+        self.streams.insert(registration.worker_id.clone(), self.last_stream);
         // Nobody listens only while the coordinator shuts down.
         drop(self.changes.send(Change::Joined(registration)).await);
         self.last_stream
@@ -135,10 +111,7 @@ impl Members {
 impl MembershipService for EmbeddedMembership {
     type RegisterStream = ReceiverStream<Reply>;
 
-    async fn register(
-        &self,
-        request: Request<Streaming<RegisterRequest>>,
-    ) -> Result<Response<Self::RegisterStream>, Status> {
+    async fn register(&self, request: Request<Streaming<RegisterRequest>>) -> Result<Response<Self::RegisterStream>, Status> {
         let (responses, stream) = mpsc::channel(4);
         tokio::spawn(self.clone().serve(request.into_inner(), responses));
         Ok(Response::new(ReceiverStream::new(stream)))

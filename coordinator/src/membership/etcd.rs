@@ -15,10 +15,7 @@ use std::{
     time::Duration,
 };
 
-use etcd_client::{
-    Client, ConnectOptions, EventType, GetOptions, KeyValue, WatchOptions, WatchResponse,
-    WatchStream,
-};
+use etcd_client::{Client, ConnectOptions, EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
 use prost::Message;
 use proto::v1::Registration;
 use tokio::{
@@ -53,12 +50,8 @@ pub fn workers_prefix(prefix: &str) -> String {
 
 /// Tells `changes` who comes and goes, until `stop`.
 pub async fn watch(config: EtcdConfig, changes: mpsc::Sender<Change>, stop: CancellationToken) {
-    let mut members = Members {
-        folder: workers_prefix(&config.prefix),
-        changes,
-        known: BTreeMap::new(),
-        missing: BTreeMap::new(),
-    };
+    let mut members =
+        Members { folder: workers_prefix(&config.prefix), changes, known: BTreeMap::new(), missing: BTreeMap::new() };
     let mut healthy = true;
     loop {
         let ended = tokio::select! {
@@ -85,18 +78,11 @@ async fn session(config: &EtcdConfig, members: &mut Members, healthy: &mut bool)
         .with_keep_alive(PROGRESS_INTERVAL, CALL_DEADLINE)
         .with_keep_alive_while_idle(true);
     let mut client = in_time(Client::connect(&config.endpoints, Some(options))).await?;
-    let listed = in_time(client.get(
-        members.folder.clone(),
-        Some(GetOptions::new().with_prefix()),
-    ))
-    .await?;
+    let listed = in_time(client.get(members.folder.clone(), Some(GetOptions::new().with_prefix()))).await?;
     let revision = listed.header().map_or(0, |header| header.revision());
     members.listed(listed.kvs()).await;
 
-    let options = WatchOptions::new()
-        .with_prefix()
-        .with_start_revision(revision + 1)
-        .with_progress_notify();
+    let options = WatchOptions::new().with_prefix().with_start_revision(revision + 1).with_progress_notify();
     let mut watch = in_time(client.watch(members.folder.clone(), Some(options))).await?;
     if !*healthy {
         info!("etcd is back");
@@ -157,10 +143,7 @@ impl Members {
 
     async fn watched(&mut self, response: &WatchResponse) -> Result<()> {
         if response.canceled() || response.compact_revision() > 0 {
-            return Err(Error::WatchEnded(format!(
-                "etcd cancelled it: {}",
-                response.cancel_reason()
-            )));
+            return Err(Error::WatchEnded(format!("etcd cancelled it: {}", response.cancel_reason())));
         }
         for event in response.events() {
             let Some(entry) = event.kv() else { continue };
@@ -172,8 +155,7 @@ impl Members {
                 }
                 EventType::Delete => {
                     let worker_id = self.worker_id(entry).to_owned();
-                    self.remove(&worker_id, "its registration in etcd ended")
-                        .await;
+                    self.remove(&worker_id, "its registration in etcd ended").await;
                 }
             }
         }
@@ -183,8 +165,7 @@ impl Members {
     async fn put(&mut self, registration: Registration) {
         self.missing.remove(&registration.worker_id);
         if self.known.get(&registration.worker_id) != Some(&registration) {
-            self.known
-                .insert(registration.worker_id.clone(), registration.clone());
+            self.known.insert(registration.worker_id.clone(), registration.clone());
             // Nobody listens only while the coordinator shuts down.
             drop(self.changes.send(Change::Joined(registration)).await);
         }
@@ -193,37 +174,20 @@ impl Members {
     async fn remove(&mut self, worker_id: &str, cause: &str) {
         self.missing.remove(worker_id);
         if self.known.remove(worker_id).is_some() {
-            drop(
-                self.changes
-                    .send(Change::Left {
-                        worker_id: worker_id.to_owned(),
-                        cause: cause.to_owned(),
-                    })
-                    .await,
-            );
+            drop(self.changes.send(Change::Left { worker_id: worker_id.to_owned(), cause: cause.to_owned() }).await);
         }
     }
 
     async fn give_up_missing(&mut self) {
         let now = Instant::now();
-        let gone: Vec<String> = self
-            .missing
-            .iter()
-            .filter(|(_, deadline)| **deadline <= now)
-            .map(|(id, _)| id.clone())
-            .collect();
+        let gone: Vec<String> = self.missing.iter().filter(|(_, deadline)| **deadline <= now).map(|(id, _)| id.clone()).collect();
         for worker_id in gone {
-            self.remove(&worker_id, "it was no longer in etcd when etcd came back")
-                .await;
+            self.remove(&worker_id, "it was no longer in etcd when etcd came back").await;
         }
     }
 
     fn worker_id<'a>(&self, entry: &'a KeyValue) -> &'a str {
-        entry
-            .key_str()
-            .ok()
-            .and_then(|key| key.strip_prefix(self.folder.as_str()))
-            .unwrap_or_default()
+        entry.key_str().ok().and_then(|key| key.strip_prefix(self.folder.as_str())).unwrap_or_default()
     }
 
     /// The registration, or nothing if the entry is not one: somebody else wrote it.
@@ -231,10 +195,7 @@ impl Members {
         let registration = Registration::decode(entry.value()).ok()?;
         let fits = registration.worker_id == self.worker_id(entry) && check(&registration).is_ok();
         if !fits {
-            warn!(
-                worker.id = self.worker_id(entry),
-                "registration in etcd makes no sense and is ignored"
-            );
+            warn!(worker.id = self.worker_id(entry), "registration in etcd makes no sense and is ignored");
         }
         fits.then_some(registration)
     }

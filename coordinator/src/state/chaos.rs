@@ -47,13 +47,7 @@ struct Chaos {
 impl Chaos {
     fn new() -> Self {
         let cluster = Cluster::new();
-        Self {
-            cluster,
-            commands: vec![],
-            jobs: vec![],
-            ends: BTreeMap::new(),
-            epochs: BTreeMap::new(),
-        }
+        Self { cluster, commands: vec![], jobs: vec![], ends: BTreeMap::new(), epochs: BTreeMap::new() }
     }
 
     fn act(&mut self, act: &Act) {
@@ -62,8 +56,7 @@ impl Chaos {
             Act::Leave(worker) => self.cluster.leave(WORKERS[*worker]),
             Act::Submit => {
                 let submission = self.cluster.submission();
-                self.jobs
-                    .extend(self.cluster.submit(submission).map(|job| job.id));
+                self.jobs.extend(self.cluster.submit(submission).map(|job| job.id));
             }
             Act::Cancel(job) => {
                 if let Some(job) = self.jobs.get(*job).cloned() {
@@ -72,10 +65,7 @@ impl Chaos {
             }
             Act::Wait(millis) => self.cluster.tick(*millis),
             Act::Answer { command, how } => {
-                let answered = self
-                    .commands
-                    .get(command % self.commands.len().max(1))
-                    .cloned();
+                let answered = self.commands.get(command % self.commands.len().max(1)).cloned();
                 if let Some((worker, command)) = answered {
                     self.answer(&worker, command, *how);
                 }
@@ -92,25 +82,9 @@ impl Chaos {
                 let (group_id, epoch, rank) = (join.group_id, join.epoch, join.rank);
                 if how == 0 {
                     let (reason, message) = ("PEER_LOST".to_owned(), "gone".to_owned());
-                    cluster.report(
-                        worker,
-                        Report::GroupLost(GroupLost {
-                            group_id,
-                            epoch,
-                            rank,
-                            reason,
-                            message,
-                        }),
-                    );
+                    cluster.report(worker, Report::GroupLost(GroupLost { group_id, epoch, rank, reason, message }));
                 } else {
-                    cluster.report(
-                        worker,
-                        Report::GroupReady(GroupReady {
-                            group_id,
-                            epoch,
-                            rank,
-                        }),
-                    );
+                    cluster.report(worker, Report::GroupReady(GroupReady { group_id, epoch, rank }));
                 }
             }
             Command::RunTask(task) => match how {
@@ -119,11 +93,7 @@ impl Chaos {
                 _ => cluster.finish(&(worker.to_owned(), task)),
             },
             Command::CancelTask(cancel) => {
-                let failed = TaskFailed {
-                    task: cancel.task,
-                    reason: "CANCELLED".into(),
-                    ..TaskFailed::default()
-                };
+                let failed = TaskFailed { task: cancel.task, reason: "CANCELLED".into(), ..TaskFailed::default() };
                 cluster.report(worker, Report::TaskFailed(failed));
             }
             Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) => {}
@@ -153,52 +123,26 @@ impl Chaos {
         for job in state.jobs.iter() {
             let sequences: Vec<u64> = job.events_after(0).map(|event| event.sequence).collect();
             prop_assert!(sequences.iter().copied().eq(1..=job.sequence()));
-            prop_assert_eq!(
-                state.queue.contains(&job.number),
-                !job.is_over() && !job.is_placed()
-            );
+            prop_assert_eq!(state.queue.contains(&job.number), !job.is_over() && !job.is_placed());
             prop_assert!(!job.is_over() || !job.is_placed());
-            let running = job
-                .tasks
-                .iter()
-                .filter(|(_, task)| task.phase != TaskPhase::Ended);
-            owed.extend(running.map(|(stage, task)| {
-                (task.group_id.clone(), task.epoch, job.number, stage.clone())
-            }));
+            let running = job.tasks.iter().filter(|(_, task)| task.phase != TaskPhase::Ended);
+            owed.extend(running.map(|(stage, task)| (task.group_id.clone(), task.epoch, job.number, stage.clone())));
             if job.is_over() {
-                let end = self
-                    .ends
-                    .entry(job.id.clone())
-                    .or_insert_with(|| job.view());
+                let end = self.ends.entry(job.id.clone()).or_insert_with(|| job.view());
                 prop_assert_eq!(&job.view(), &*end, "what is over stays as it is");
                 prop_assert_eq!(end.state() == JobState::Succeeded, !end.images.is_empty());
             }
         }
         let mut held = BTreeSet::new();
         for (id, group) in &state.groups {
-            let tasks = group
-                .tasks
-                .iter()
-                .map(|(job, stage)| (id.clone(), group.epoch, *job, stage.clone()));
+            let tasks = group.tasks.iter().map(|(job, stage)| (id.clone(), group.epoch, *job, stage.clone()));
             held.extend(tasks);
-            prop_assert!(
-                group
-                    .members
-                    .iter()
-                    .all(|member| state.workers.contains_key(member))
-            );
+            prop_assert!(group.members.iter().all(|member| state.workers.contains_key(member)));
             prop_assert!(group.tasks.len() <= group.limit);
-            let last = self
-                .epochs
-                .insert(id.clone(), group.epoch)
-                .unwrap_or_default();
+            let last = self.epochs.insert(id.clone(), group.epoch).unwrap_or_default();
             prop_assert!(group.epoch >= last);
         }
-        prop_assert_eq!(
-            owed,
-            held,
-            "groups have exactly the tasks that jobs wait for"
-        );
+        prop_assert_eq!(owed, held, "groups have exactly the tasks that jobs wait for");
         Ok(())
     }
 }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use proto::v1::{
-    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupState, JoinGroup, LeaveGroup,
-    ModelDescribed, Registration, control_request::Command, model_described::Outcome,
+    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupState, JoinGroup, LeaveGroup, ModelDescribed, Registration,
+    control_request::Command, model_described::Outcome,
 };
 use sha2::{Digest, Sha256};
 
@@ -44,10 +44,7 @@ impl State {
         for model in &mut self.models {
             if let Some(worker) = model.ask(self.now, self.workers.keys()) {
                 let path = model.config.path.to_string_lossy().into_owned();
-                let question = DescribeModel {
-                    model: model.config.name.clone(),
-                    path,
-                };
+                let question = DescribeModel { model: model.config.name.clone(), path };
                 questions.push((worker.to_owned(), Command::DescribeModel(question)));
             }
         }
@@ -56,37 +53,20 @@ impl State {
         }
     }
 
-    pub(super) fn model_described(
-        &mut self,
-        worker_id: &str,
-        described: ModelDescribed,
-    ) -> Option<()> {
-        let model = self
-            .models
-            .iter_mut()
-            .find(|model| model.config.name == described.model)?;
+    pub(super) fn model_described(&mut self, worker_id: &str, described: ModelDescribed) -> Option<()> {
+        let model = self.models.iter_mut().find(|model| model.config.name == described.model)?;
         if !model.is_asked(worker_id) {
             return None;
         }
         match described.outcome {
             Some(Outcome::Card(card)) => {
                 let groups = model.described(card, self.settings.first_epoch);
-                self.groups.extend(
-                    groups
-                        .into_iter()
-                        .map(|group| (group.wanted.id.clone(), group)),
-                );
+                self.groups.extend(groups.into_iter().map(|group| (group.wanted.id.clone(), group)));
             }
             Some(Outcome::Error(problem)) => {
-                model.refused(
-                    self.now,
-                    format!("worker {worker_id}: {}", shortened(&problem)),
-                );
+                model.refused(self.now, format!("worker {worker_id}: {}", shortened(&problem)));
             }
-            None => model.refused(
-                self.now,
-                format!("worker {worker_id} sent neither a card nor a reason"),
-            ),
+            None => model.refused(self.now, format!("worker {worker_id} sent neither a card nor a reason")),
         }
         Some(())
     }
@@ -94,9 +74,7 @@ impl State {
     /// Forms every group that waits and for which there are workers.
     pub(super) fn form_groups(&mut self) {
         let may_form = |id: &&String| {
-            self.groups.get(*id).is_some_and(|group| {
-                group.phase == GroupState::Waiting && group.retry_at <= self.now
-            })
+            self.groups.get(*id).is_some_and(|group| group.phase == GroupState::Waiting && group.retry_at <= self.now)
         };
         let waiting: Vec<_> = self
             .models
@@ -123,20 +101,11 @@ impl State {
         let Some(group) = self.groups.get_mut(group_id) else {
             return;
         };
-        let Some(model) = self
-            .models
-            .iter()
-            .find(|model| model.config.name == group.wanted.model)
-        else {
+        let Some(model) = self.models.iter().find(|model| model.config.name == group.wanted.model) else {
             return;
         };
         group.begin(members.clone());
-        let address = |id: &String| {
-            self.workers
-                .get(id)
-                .map(|worker| worker.data_address.clone())
-                .unwrap_or_default()
-        };
+        let address = |id: &String| self.workers.get(id).map(|worker| worker.data_address.clone()).unwrap_or_default();
         let join = JoinGroup {
             group_id: group_id.to_owned(),
             epoch: group.epoch,
@@ -151,13 +120,7 @@ impl State {
             max_jobs: model.config.max_jobs,
         };
         for (rank, member) in (0..).zip(&members) {
-            self.send(
-                member,
-                Command::JoinGroup(JoinGroup {
-                    rank,
-                    ..join.clone()
-                }),
-            );
+            self.send(member, Command::JoinGroup(JoinGroup { rank, ..join.clone() }));
         }
     }
 
@@ -188,10 +151,7 @@ impl State {
         group.pause(self.now, was_ready);
         let rank = report.rank;
         let (reason, message) = (shortened(&report.reason), shortened(&report.message));
-        self.end_epoch(
-            &report.group_id,
-            format!("rank {rank} on worker {worker_id}: {reason}: {message}"),
-        );
+        self.end_epoch(&report.group_id, format!("rank {rank} on worker {worker_id}: {reason}: {message}"));
         Some(())
     }
 
@@ -203,26 +163,12 @@ impl State {
         let epoch = group.epoch;
         let (members, tasks) = group.end(cause.clone());
         for member in members {
-            self.send(
-                &member,
-                Command::LeaveGroup(LeaveGroup {
-                    group_id: group_id.to_owned(),
-                    epoch,
-                }),
-            );
+            self.send(&member, Command::LeaveGroup(LeaveGroup { group_id: group_id.to_owned(), epoch }));
         }
         for (number, stage) in tasks {
-            self.task_lost(
-                number,
-                &stage,
-                format!("group {group_id} was lost: {cause}"),
-            );
+            self.task_lost(number, &stage, format!("group {group_id} was lost: {cause}"));
         }
-        self.effects.push(Effect::GroupLost {
-            group_id: group_id.to_owned(),
-            epoch,
-            cause,
-        });
+        self.effects.push(Effect::GroupLost { group_id: group_id.to_owned(), epoch, cause });
     }
 
     pub(super) fn announce_models(&mut self) {
@@ -230,10 +176,7 @@ impl State {
             let model = &self.models[index];
             let ready = self.is_ready(model);
             if ready != model.announced {
-                self.effects.push(Effect::ModelReady {
-                    model: model.config.name.clone(),
-                    ready,
-                });
+                self.effects.push(Effect::ModelReady { model: model.config.name.clone(), ready });
                 self.models[index].announced = ready;
             }
         }
@@ -242,13 +185,6 @@ impl State {
 
 /// Known to the members of this epoch and to nobody who knows the secret of another.
 fn secret(key: &Key, group_id: &str, epoch: u64) -> Vec<u8> {
-    let purpose = Sha256::new()
-        .chain_update(epoch.to_le_bytes())
-        .chain_update(group_id)
-        .finalize();
-    Sha256::new()
-        .chain_update(key.0)
-        .chain_update(purpose)
-        .finalize()
-        .to_vec()
+    let purpose = Sha256::new().chain_update(epoch.to_le_bytes()).chain_update(group_id).finalize();
+    Sha256::new().chain_update(key.0).chain_update(purpose).finalize().to_vec()
 }

@@ -65,10 +65,7 @@ impl Group {
         self.phase = GroupState::Waiting;
         self.problem = problem;
         self.ranks.clear();
-        (
-            std::mem::take(&mut self.members).into_iter().collect(),
-            std::mem::take(&mut self.tasks),
-        )
+        (std::mem::take(&mut self.members).into_iter().collect(), std::mem::take(&mut self.tasks))
     }
 
     /// Waits before it forms again: shortly if it had worked, ever longer if it keeps failing.
@@ -77,9 +74,7 @@ impl Group {
             self.retry_at = now + REFORM_PAUSE;
             return;
         }
-        let pause = FIRST_RETRY
-            .saturating_mul(1 << self.failures.min(16))
-            .min(LAST_RETRY);
+        let pause = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
         self.failures = self.failures.saturating_add(1);
         self.retry_at = now + pause;
     }
@@ -88,10 +83,7 @@ impl Group {
     pub(super) fn is_rank(&self, worker_id: &str, rank: u32, epoch: u64) -> bool {
         self.phase != GroupState::Waiting
             && self.epoch == epoch
-            && self
-                .members
-                .get(rank as usize)
-                .is_some_and(|member| member == worker_id)
+            && self.members.get(rank as usize).is_some_and(|member| member == worker_id)
     }
 
     /// A rank has its weights and its peers; with the last of them the group is ready.
@@ -124,8 +116,7 @@ impl Group {
     }
 
     pub(super) fn status(&self) -> GroupStatus {
-        let sum =
-            |bytes: fn(&Rank) -> u64| self.ranks.iter().map(bytes).fold(0, u64::saturating_add);
+        let sum = |bytes: fn(&Rank) -> u64| self.ranks.iter().map(bytes).fold(0, u64::saturating_add);
         GroupStatus {
             group_id: self.wanted.id.clone(),
             epoch: self.epoch,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use proto::v1::{
-    ImageResult, Job as JobView, JobEvent, JobFailure, JobSpec, JobState, StageFinished,
-    StageProgress, StageStarted, TaskRef, job_event::Kind,
+    ImageResult, Job as JobView, JobEvent, JobFailure, JobSpec, JobState, StageFinished, StageProgress, StageStarted, TaskRef,
+    job_event::Kind,
 };
 
 use super::Millis;
@@ -61,14 +61,7 @@ pub(super) enum TaskPhase {
 
 impl Task {
     pub(super) fn new(group_id: String, epoch: u64, leader: String) -> Self {
-        Self {
-            group_id,
-            epoch,
-            leader,
-            phase: TaskPhase::Sent,
-            step: 0,
-            progress_events: 0,
-        }
+        Self { group_id, epoch, leader, phase: TaskPhase::Sent, step: 0, progress_events: 0 }
     }
 }
 
@@ -126,17 +119,11 @@ impl Job {
         if self.is_over() {
             self.finished = Some(now);
         }
-        self.log.push(Entry {
-            time: now,
-            what: What::State(state),
-        });
+        self.log.push(Entry { time: now, what: What::State(state) });
     }
 
     pub(super) fn is_over(&self) -> bool {
-        matches!(
-            self.state,
-            JobState::Succeeded | JobState::Failed | JobState::Cancelled
-        )
+        matches!(self.state, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
     }
 
     pub(super) fn is_placed(&self) -> bool {
@@ -156,13 +143,7 @@ impl Job {
     }
 
     /// Records a step. Steps only count up; of very many only every n-th is kept. Says whether it was recorded.
-    pub(super) fn stage_progressed(
-        &mut self,
-        stage: &str,
-        step: u32,
-        steps: u32,
-        now: Millis,
-    ) -> bool {
+    pub(super) fn stage_progressed(&mut self, stage: &str, step: u32, steps: u32, now: Millis) -> bool {
         let Some(task) = self.tasks.get_mut(stage) else {
             return false;
         };
@@ -201,10 +182,7 @@ impl Job {
 
     fn record(&mut self, stage: &str, time: Millis, what: impl FnOnce(usize) -> What) {
         if let Some(stage) = self.plan.stages.iter().position(|other| other.id == stage) {
-            self.log.push(Entry {
-                time,
-                what: what(stage),
-            });
+            self.log.push(Entry { time, what: what(stage) });
         }
     }
 
@@ -224,11 +202,7 @@ impl Job {
             create_time: self.log.first().map(|entry| timestamp(entry.time)),
             finish_time: self.finished.filter(|_| over).map(timestamp),
             failure: self.failure.clone().filter(|_| over),
-            images: if over && state == JobState::Succeeded {
-                self.images.clone()
-            } else {
-                Vec::new()
-            },
+            images: if over && state == JobState::Succeeded { self.images.clone() } else { Vec::new() },
             sequence: sequence as u64,
         }
     }
@@ -241,52 +215,24 @@ impl Job {
     /// Events after `sequence`, oldest first.
     pub(super) fn events_after(&self, sequence: u64) -> impl Iterator<Item = JobEvent> {
         let skip = usize::try_from(sequence).unwrap_or(usize::MAX);
-        self.log
-            .iter()
-            .enumerate()
-            .skip(skip)
-            .map(|(index, entry)| self.event(index + 1, entry))
+        self.log.iter().enumerate().skip(skip).map(|(index, entry)| self.event(index + 1, entry))
     }
 
     fn event(&self, sequence: usize, entry: &Entry) -> JobEvent {
-        let stage = |index: usize| {
-            self.plan
-                .stages
-                .get(index)
-                .map(|stage| stage.id.clone())
-                .unwrap_or_default()
-        };
+        let stage = |index: usize| self.plan.stages.get(index).map(|stage| stage.id.clone()).unwrap_or_default();
         let kind = match &entry.what {
             What::State(state) => Kind::StateChanged(self.view_at(sequence, *state)),
-            What::Started {
-                stage: index,
-                group_id,
-            } => Kind::StageStarted(StageStarted {
-                stage: stage(*index),
-                group_id: group_id.clone(),
-            }),
-            What::Progress {
-                stage: index,
-                step,
-                steps,
-            } => Kind::StageProgress(StageProgress {
-                stage: stage(*index),
-                step: *step,
-                steps: *steps,
-            }),
-            What::Finished {
-                stage: index,
-                seconds,
-            } => Kind::StageFinished(StageFinished {
-                stage: stage(*index),
-                seconds: *seconds,
-            }),
+            What::Started { stage: index, group_id } => {
+                Kind::StageStarted(StageStarted { stage: stage(*index), group_id: group_id.clone() })
+            }
+            What::Progress { stage: index, step, steps } => {
+                Kind::StageProgress(StageProgress { stage: stage(*index), step: *step, steps: *steps })
+            }
+            What::Finished { stage: index, seconds } => {
+                Kind::StageFinished(StageFinished { stage: stage(*index), seconds: *seconds })
+            }
         };
-        JobEvent {
-            sequence: sequence as u64,
-            time: Some(timestamp(entry.time)),
-            kind: Some(kind),
-        }
+        JobEvent { sequence: sequence as u64, time: Some(timestamp(entry.time)), kind: Some(kind) }
     }
 }
 
@@ -305,24 +251,16 @@ mod tests {
     use crate::plan::Stage;
 
     fn job() -> Job {
-        let stage = Stage {
-            id: "denoise".into(),
-            kind: StageKind::Denoise,
-            component: "transformer".into(),
-            inputs: vec![],
-        };
+        let stage = Stage { id: "denoise".into(), kind: StageKind::Denoise, component: "transformer".into(), inputs: vec![] };
         let new = NewJob {
             id: "j".into(),
             request_id: "r".into(),
             fingerprint: [0; 32],
             spec: JobSpec::default(),
-            plan: Plan {
-                stages: vec![stage],
-            },
+            plan: Plan { stages: vec![stage] },
         };
         let mut job = Job::new(1, new, 1000);
-        job.tasks
-            .insert("denoise".into(), Task::new("g".into(), 1, "w".into()));
+        job.tasks.insert("denoise".into(), Task::new("g".into(), 1, "w".into()));
         job
     }
 
@@ -351,17 +289,11 @@ mod tests {
         let states: Vec<_> = job
             .events_after(0)
             .filter_map(|event| match event.kind {
-                Some(Kind::StateChanged(job)) => {
-                    Some((job.state(), job.images.len(), job.finish_time.is_some()))
-                }
+                Some(Kind::StateChanged(job)) => Some((job.state(), job.images.len(), job.finish_time.is_some())),
                 _ => None,
             })
             .collect();
-        let expected = [
-            (JobState::Queued, 0, false),
-            (JobState::Running, 0, false),
-            (JobState::Succeeded, 1, true),
-        ];
+        let expected = [(JobState::Queued, 0, false), (JobState::Running, 0, false), (JobState::Succeeded, 1, true)];
         assert_eq!(states, expected);
     }
 
@@ -373,9 +305,6 @@ mod tests {
             job.stage_progressed("denoise", step, 10_000, 1002);
         }
         assert_eq!(job.sequence() - before, u64::from(MAX_PROGRESS_EVENTS));
-        assert!(
-            !job.stage_progressed("denoise", 5, 10_000, 1003),
-            "steps only count up"
-        );
+        assert!(!job.stage_progressed("denoise", 5, 10_000, 1003), "steps only count up");
     }
 }

@@ -26,9 +26,7 @@ impl Jobs {
         let number = self.last_number;
         self.by_id.insert(new.id.clone(), number);
         self.by_request.insert(new.request_id.clone(), number);
-        self.by_number
-            .entry(number)
-            .or_insert_with(|| Job::new(number, new, now))
+        self.by_number.entry(number).or_insert_with(|| Job::new(number, new, now))
     }
 
     pub(super) fn get(&self, number: u64) -> Option<&Job> {
@@ -40,15 +38,11 @@ impl Jobs {
     }
 
     pub(super) fn by_id(&self, id: &str) -> Option<&Job> {
-        self.by_id
-            .get(id)
-            .and_then(|number| self.by_number.get(number))
+        self.by_id.get(id).and_then(|number| self.by_number.get(number))
     }
 
     pub(super) fn by_request(&self, request_id: &str) -> Option<&Job> {
-        self.by_request
-            .get(request_id)
-            .and_then(|number| self.by_number.get(number))
+        self.by_request.get(request_id).and_then(|number| self.by_number.get(number))
     }
 
     /// Newest first, beginning below `number`.
@@ -68,11 +62,7 @@ impl Jobs {
 
     /// Forgets finished jobs that are too old, too many, or whose pictures take more than `max_result_bytes`.
     pub(super) fn forget_old(&mut self, now: Millis, max_result_bytes: u64) {
-        while let Some(job) = self
-            .finished
-            .front()
-            .and_then(|number| self.by_number.get(number))
-        {
+        while let Some(job) = self.finished.front().and_then(|number| self.by_number.get(number)) {
             let age = now.saturating_sub(job.finished.unwrap_or(now));
             // The newest is kept whatever it weighs: its client has not read it yet.
             let too_large = self.result_bytes > max_result_bytes && self.finished.len() > 1;
@@ -91,8 +81,5 @@ impl Jobs {
 }
 
 fn result_bytes(job: &Job) -> u64 {
-    job.images
-        .iter()
-        .map(|image| image.byte_size)
-        .fold(0, u64::saturating_add)
+    job.images.iter().map(|image| image.byte_size).fold(0, u64::saturating_add)
 }

@@ -56,19 +56,12 @@ impl Model {
         match &self.card {
             Some(card) => Ok(card),
             None if self.problem.is_empty() => Err(Error::ModelNotReady(model)),
-            None => Err(Error::ModelBroken {
-                model,
-                problem: self.problem.clone(),
-            }),
+            None => Err(Error::ModelBroken { model, problem: self.problem.clone() }),
         }
     }
 
     /// The worker to ask for the card now, if one has to be asked.
-    pub(super) fn ask<'a>(
-        &mut self,
-        now: Millis,
-        mut workers: impl Iterator<Item = &'a String>,
-    ) -> Option<&'a str> {
+    pub(super) fn ask<'a>(&mut self, now: Millis, mut workers: impl Iterator<Item = &'a String>) -> Option<&'a str> {
         if self.card.is_some() || self.broken || self.asked.is_some() {
             return None;
         }
@@ -102,8 +95,7 @@ impl Model {
     pub(super) fn described(&mut self, mut card: ModelCard, first_epoch: u64) -> Vec<Group> {
         self.asked = None;
         card.name.clone_from(&self.config.name);
-        let wanted =
-            plan::check_stages(&card).and_then(|()| placement::wanted_groups(&self.config, &card));
+        let wanted = plan::check_stages(&card).and_then(|()| placement::wanted_groups(&self.config, &card));
         match wanted {
             Ok(wanted) => {
                 self.problem.clear();
@@ -129,12 +121,7 @@ impl Model {
 
     fn task_limit(&self, card: &ModelCard, component: &str) -> usize {
         let denoises = |stage: &&proto::v1::StageTemplate| stage.kind() == StageKind::Denoise;
-        if card
-            .stages
-            .iter()
-            .filter(denoises)
-            .any(|stage| stage.component == component)
-        {
+        if card.stages.iter().filter(denoises).any(|stage| stage.component == component) {
             self.config.max_jobs as usize
         } else {
             MAX_WAITING_TASKS

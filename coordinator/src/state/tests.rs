@@ -3,9 +3,8 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
 use proto::v1::{
-    CancelTask, ForgetJob, GroupLost, GroupReady, GroupState, ImageResult, Job, JobState,
-    JoinGroup, ModelDescribed, RunTask, TaskDone, TaskFailed, TaskProgress, TaskRef, TaskStarted,
-    job_event::Kind, model_described::Outcome,
+    CancelTask, ForgetJob, GroupLost, GroupReady, GroupState, ImageResult, Job, JobState, JoinGroup, ModelDescribed, RunTask,
+    TaskDone, TaskFailed, TaskProgress, TaskRef, TaskStarted, job_event::Kind, model_described::Outcome,
 };
 
 use super::*;
@@ -27,10 +26,7 @@ impl Cluster {
     }
 
     fn with(change: impl FnOnce(&mut ModelConfig), limits: Limits) -> Self {
-        let transformer = ComponentConfig {
-            tp: 2,
-            ..ComponentConfig::default()
-        };
+        let transformer = ComponentConfig { tp: 2, ..ComponentConfig::default() };
         let mut model = ModelConfig {
             name: "emoji".into(),
             path: PathBuf::from("/models/emoji"),
@@ -39,20 +35,9 @@ impl Cluster {
             components: BTreeMap::from([("transformer".to_owned(), transformer)]),
         };
         change(&mut model);
-        let settings = Settings {
-            models: vec![model],
-            limits,
-            blob_address: "coordinator:7700".into(),
-            key: Key([7; 32]),
-            first_epoch: 1,
-        };
-        Self {
-            state: State::new(settings),
-            now: 1000,
-            sent: vec![],
-            effects: vec![],
-            jobs: 0,
-        }
+        let settings =
+            Settings { models: vec![model], limits, blob_address: "coordinator:7700".into(), key: Key([7; 32]), first_epoch: 1 };
+        Self { state: State::new(settings), now: 1000, sent: vec![], effects: vec![], jobs: 0 }
     }
 
     /// The same with two workers there, the card known, and every group ready.
@@ -82,47 +67,23 @@ impl Cluster {
     }
 
     pub(super) fn leave(&mut self, worker: &str) {
-        self.apply(Event::WorkerLeft {
-            worker_id: worker.into(),
-            cause: "connection closed".into(),
-        });
+        self.apply(Event::WorkerLeft { worker_id: worker.into(), cause: "connection closed".into() });
     }
 
     pub(super) fn report(&mut self, worker: &str, report: Report) {
-        self.apply(Event::Report {
-            worker_id: worker.into(),
-            report,
-        });
+        self.apply(Event::Report { worker_id: worker.into(), report });
     }
 
     pub(super) fn describe(&mut self, worker: &str) {
         let outcome = Some(Outcome::Card(testing::card("emoji")));
-        self.report(
-            worker,
-            Report::ModelDescribed(ModelDescribed {
-                model: "emoji".into(),
-                outcome,
-            }),
-        );
+        self.report(worker, Report::ModelDescribed(ModelDescribed { model: "emoji".into(), outcome }));
     }
 
     /// Every rank that was asked to join says that it is ready.
     fn all_ready(&mut self) {
         for (worker, join) in self.joins() {
-            let JoinGroup {
-                group_id,
-                epoch,
-                rank,
-                ..
-            } = join;
-            self.report(
-                &worker,
-                Report::GroupReady(GroupReady {
-                    group_id,
-                    epoch,
-                    rank,
-                }),
-            );
+            let JoinGroup { group_id, epoch, rank, .. } = join;
+            self.report(&worker, Report::GroupReady(GroupReady { group_id, epoch, rank }));
         }
     }
 
@@ -143,8 +104,7 @@ impl Cluster {
     }
 
     pub(super) fn submit(&mut self, submission: Submission) -> Result<Job> {
-        self.apply(Event::Submit(Box::new(submission)))
-            .expect("every submission is answered")
+        self.apply(Event::Submit(Box::new(submission))).expect("every submission is answered")
     }
 
     fn new_job(&mut self) -> String {
@@ -153,9 +113,7 @@ impl Cluster {
     }
 
     pub(super) fn cancel(&mut self, job: &str) -> Job {
-        self.apply(Event::Cancel { job_id: job.into() })
-            .expect("every cancel is answered")
-            .unwrap()
+        self.apply(Event::Cancel { job_id: job.into() }).expect("every cancel is answered").unwrap()
     }
 
     /// Takes out the commands of one kind that were sent since the last time.
@@ -172,43 +130,19 @@ impl Cluster {
     }
 
     fn joins(&mut self) -> Vec<(String, JoinGroup)> {
-        self.take(|command| {
-            if let Command::JoinGroup(join) = command {
-                Some(join.clone())
-            } else {
-                None
-            }
-        })
+        self.take(|command| if let Command::JoinGroup(join) = command { Some(join.clone()) } else { None })
     }
 
     fn tasks(&mut self) -> Vec<(String, RunTask)> {
-        self.take(|command| {
-            if let Command::RunTask(task) = command {
-                Some(task.clone())
-            } else {
-                None
-            }
-        })
+        self.take(|command| if let Command::RunTask(task) = command { Some(task.clone()) } else { None })
     }
 
     fn cancels(&mut self) -> Vec<(String, CancelTask)> {
-        self.take(|command| {
-            if let Command::CancelTask(task) = command {
-                Some(task.clone())
-            } else {
-                None
-            }
-        })
+        self.take(|command| if let Command::CancelTask(task) = command { Some(task.clone()) } else { None })
     }
 
     fn forgets(&mut self) -> Vec<(String, ForgetJob)> {
-        self.take(|command| {
-            if let Command::ForgetJob(job) = command {
-                Some(job.clone())
-            } else {
-                None
-            }
-        })
+        self.take(|command| if let Command::ForgetJob(job) = command { Some(job.clone()) } else { None })
     }
 
     fn job(&self, id: &str) -> Job {
@@ -220,49 +154,23 @@ impl Cluster {
     }
 
     pub(super) fn start(&mut self, (worker, task): &(String, RunTask)) {
-        self.report(
-            worker,
-            Report::TaskStarted(TaskStarted {
-                task: task.task.clone(),
-            }),
-        );
+        self.report(worker, Report::TaskStarted(TaskStarted { task: task.task.clone() }));
     }
 
     pub(super) fn finish(&mut self, (worker, task): &(String, RunTask)) {
-        let images = if task.outputs.is_empty() {
-            vec![image()]
-        } else {
-            vec![]
-        };
-        self.report(
-            worker,
-            Report::TaskDone(TaskDone {
-                task: task.task.clone(),
-                seconds: 0.5,
-                images,
-            }),
-        );
+        let images = if task.outputs.is_empty() { vec![image()] } else { vec![] };
+        self.report(worker, Report::TaskDone(TaskDone { task: task.task.clone(), seconds: 0.5, images }));
     }
 
     pub(super) fn fail(&mut self, (worker, task): &(String, RunTask), reason: &str) {
         let (reason, message) = (reason.to_owned(), "because".to_owned());
-        let failed = TaskFailed {
-            task: task.task.clone(),
-            reason,
-            message,
-            step: 1,
-        };
+        let failed = TaskFailed { task: task.task.clone(), reason, message, step: 1 };
         self.report(worker, Report::TaskFailed(failed));
     }
 }
 
 fn image() -> ImageResult {
-    ImageResult {
-        blob_id: "b".repeat(64),
-        sha256: "b".repeat(64),
-        byte_size: 10,
-        ..ImageResult::default()
-    }
+    ImageResult { blob_id: "b".repeat(64), sha256: "b".repeat(64), byte_size: 10, ..ImageResult::default() }
 }
 
 fn reference(task: &RunTask) -> &TaskRef {
@@ -270,10 +178,7 @@ fn reference(task: &RunTask) -> &TaskRef {
 }
 
 fn stage<'a>(tasks: &'a [(String, RunTask)], id: &str) -> &'a (String, RunTask) {
-    tasks
-        .iter()
-        .find(|(_, task)| reference(task).stage == id)
-        .unwrap()
+    tasks.iter().find(|(_, task)| reference(task).stage == id).unwrap()
 }
 
 #[test]
@@ -281,22 +186,11 @@ fn a_job_runs_from_acceptance_to_its_picture() {
     let mut cluster = Cluster::ready();
     let job = cluster.new_job();
     let tasks = cluster.tasks();
-    let stages: Vec<_> = tasks
-        .iter()
-        .map(|(_, task)| reference(task).stage.as_str())
-        .collect();
-    assert_eq!(
-        stages,
-        ["decode", "denoise", "encode_text"],
-        "downstream first"
-    );
+    let stages: Vec<_> = tasks.iter().map(|(_, task)| reference(task).stage.as_str()).collect();
+    assert_eq!(stages, ["decode", "denoise", "encode_text"], "downstream first");
     for task in tasks.iter().rev() {
         cluster.start(task);
-        let progress = TaskProgress {
-            task: task.1.task.clone(),
-            step: 1,
-            steps: 1,
-        };
+        let progress = TaskProgress { task: task.1.task.clone(), step: 1, steps: 1 };
         cluster.report(&task.0, Report::TaskProgress(progress));
         cluster.finish(task);
     }
@@ -305,19 +199,9 @@ fn a_job_runs_from_acceptance_to_its_picture() {
     let events = cluster.state.events_after(&job, 0).unwrap();
     assert!(events.over);
     let sequences: Vec<u64> = events.events.iter().map(|event| event.sequence).collect();
-    assert_eq!(
-        sequences,
-        (1..=12).collect::<Vec<_>>(),
-        "queued, running, three of each stage, succeeded"
-    );
+    assert_eq!(sequences, (1..=12).collect::<Vec<_>>(), "queued, running, three of each stage, succeeded");
     assert_eq!(cluster.forgets().len(), 2, "each leader forgets it once");
-    assert!(
-        cluster
-            .state
-            .groups
-            .values()
-            .all(|group| group.tasks.is_empty())
-    );
+    assert!(cluster.state.groups.values().all(|group| group.tasks.is_empty()));
 }
 
 #[test]
@@ -330,10 +214,7 @@ fn tasks_are_wired_to_the_leaders_of_the_next_stage() {
     assert_eq!(encode.outputs[0].task, denoise.task);
     assert_eq!(encode.outputs[0].address, format!("{leader}:1"));
     assert_eq!(denoise.inputs, ["encode_text"]);
-    assert_eq!(
-        denoise.layout,
-        "text_encoder=tp1x1,transformer=tp2x1,vae=tp1x1"
-    );
+    assert_eq!(denoise.layout, "text_encoder=tp1x1,transformer=tp2x1,vae=tp1x1");
     assert_eq!(denoise.spec.as_ref().unwrap().seed, Some(42));
     assert!(stage(&tasks, "decode").1.outputs.is_empty());
 }
@@ -345,28 +226,13 @@ fn ranks_join_with_addresses_in_rank_order_and_a_secret_of_their_own() {
     cluster.join("w2");
     cluster.describe("w1");
     let joins = cluster.joins();
-    let transformer: Vec<_> = joins
-        .iter()
-        .filter(|(_, join)| join.component == "transformer")
-        .collect();
-    assert_eq!(
-        transformer
-            .iter()
-            .map(|(_, join)| join.rank)
-            .collect::<Vec<_>>(),
-        [0, 1]
-    );
+    let transformer: Vec<_> = joins.iter().filter(|(_, join)| join.component == "transformer").collect();
+    assert_eq!(transformer.iter().map(|(_, join)| join.rank).collect::<Vec<_>>(), [0, 1]);
     for (worker, join) in &transformer {
-        assert_eq!(
-            join.data_addresses[join.rank as usize],
-            format!("{worker}:2")
-        );
+        assert_eq!(join.data_addresses[join.rank as usize], format!("{worker}:2"));
         assert_eq!(join.secret, transformer[0].1.secret);
     }
-    let other = joins
-        .iter()
-        .find(|(_, join)| join.component == "vae")
-        .unwrap();
+    let other = joins.iter().find(|(_, join)| join.component == "vae").unwrap();
     assert_ne!(other.1.secret, transformer[0].1.secret);
 }
 
@@ -381,47 +247,24 @@ fn a_lost_worker_fails_its_jobs_and_its_groups_form_again_in_the_next_epoch() {
     cluster.leave("w2");
 
     let failure = cluster.job(&job).failure.unwrap();
-    assert_eq!(
-        (failure.reason.as_str(), failure.stage.as_str()),
-        ("GROUP_LOST", "denoise")
-    );
-    assert!(
-        failure.message.contains("emoji/transformer/0"),
-        "{}",
-        failure.message
-    );
-    assert!(
-        failure
-            .message
-            .contains("worker w2 left: connection closed"),
-        "{}",
-        failure.message
-    );
-    assert!(
-        !cluster.cancels().is_empty(),
-        "the other tasks of the job are stopped"
-    );
+    assert_eq!((failure.reason.as_str(), failure.stage.as_str()), ("GROUP_LOST", "denoise"));
+    assert!(failure.message.contains("emoji/transformer/0"), "{}", failure.message);
+    assert!(failure.message.contains("worker w2 left: connection closed"), "{}", failure.message);
+    assert!(!cluster.cancels().is_empty(), "the other tasks of the job are stopped");
     let joins = cluster.joins();
     let members: Vec<_> = joins
         .iter()
         .filter(|(_, join)| join.group_id == "emoji/transformer/0" && join.epoch == old + 1)
         .map(|(worker, _)| worker.as_str())
         .collect();
-    assert!(
-        !members.contains(&"w2") && members.len() == 2,
-        "{members:?}"
-    );
+    assert!(!members.contains(&"w2") && members.len() == 2, "{members:?}");
 }
 
 #[test]
 fn a_group_without_workers_enough_waits_for_a_new_one() {
     let mut cluster = Cluster::ready();
     cluster.leave("w2");
-    assert!(
-        cluster.state.models()[0]
-            .problem
-            .contains("needs 2 workers, 1 are there")
-    );
+    assert!(cluster.state.models()[0].problem.contains("needs 2 workers, 1 are there"));
     cluster.join("w2-restarted");
     cluster.all_ready();
     assert!(cluster.state.models()[0].ready);
@@ -433,48 +276,33 @@ fn reports_of_an_old_epoch_change_nothing() {
     let mut cluster = Cluster::ready();
     let group_id = "emoji/transformer/0".to_owned();
     let epoch = cluster.epoch(&group_id);
-    cluster.report(
-        "w2",
-        Report::GroupLost(lost(&group_id, epoch - 1, "PEER_LOST")),
-    );
-    cluster.report(
-        "w2",
-        Report::GroupReady(GroupReady {
-            group_id: group_id.clone(),
-            epoch: epoch + 1,
-            rank: 0,
-        }),
-    );
+    cluster.report("w2", Report::GroupLost(lost(&group_id, epoch - 1, "PEER_LOST")));
+    cluster.report("w2", Report::GroupReady(GroupReady { group_id: group_id.clone(), epoch: epoch + 1, rank: 0 }));
     cluster.report("w1", Report::GroupLost(lost(&group_id, epoch, "PEER_LOST")));
-    assert!(
-        cluster.state.groups[&group_id].is_ready(),
-        "rank 0 is on w2, not on w1"
-    );
+    assert!(cluster.state.groups[&group_id].is_ready(), "rank 0 is on w2, not on w1");
     assert_eq!(cluster.state.stale_reports(), 3);
 }
 
 fn lost(group_id: &str, epoch: u64, reason: &str) -> GroupLost {
-    GroupLost {
-        group_id: group_id.into(),
-        epoch,
-        rank: 0,
-        reason: reason.into(),
-        message: "no such file".into(),
-    }
+    GroupLost { group_id: group_id.into(), epoch, rank: 0, reason: reason.into(), message: "no such file".into() }
 }
 
 #[test]
-fn reports_of_another_attempt_or_worker_change_nothing() {
+fn reports_of_another_attempt_epoch_group_or_worker_change_nothing() {
     let mut cluster = Cluster::ready();
     let job = cluster.new_job();
     let tasks = cluster.tasks();
     let (worker, decode) = stage(&tasks, "decode").clone();
-    let mut other = decode.clone();
-    other.task.as_mut().unwrap().attempt = 2;
-    cluster.finish(&(worker, other));
+    let changes: [fn(&mut TaskRef); 3] =
+        [|task| task.attempt = 2, |task| task.epoch += 1, |task| task.group_id = "emoji/transformer/0".into()];
+    for change in changes {
+        let mut other = decode.clone();
+        change(other.task.as_mut().unwrap());
+        cluster.finish(&(worker.clone(), other));
+    }
     cluster.finish(&("w9".to_owned(), decode));
     assert_eq!(cluster.job(&job).state(), JobState::Queued);
-    assert_eq!(cluster.state.stale_reports(), 2);
+    assert_eq!(cluster.state.stale_reports(), 4);
 }
 
 #[test]
@@ -482,23 +310,13 @@ fn a_group_that_cannot_load_is_tried_again_ever_later() {
     let mut cluster = Cluster::ready();
     let group_id = "emoji/vae/0";
     let leader = cluster.state.groups[group_id].members[0].clone();
-    cluster.report(
-        &leader,
-        Report::GroupLost(lost(group_id, cluster.epoch(group_id), "INTERNAL")),
-    );
+    cluster.report(&leader, Report::GroupLost(lost(group_id, cluster.epoch(group_id), "INTERNAL")));
     cluster.tick(REFORM_PAUSE);
     for pause in [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000] {
         let epoch = cluster.epoch(group_id);
         assert_eq!(cluster.state.groups[group_id].phase, GroupState::Loading);
-        cluster.report(
-            &leader,
-            Report::GroupLost(lost(group_id, epoch, "LOAD_FAILED")),
-        );
-        assert!(
-            cluster.state.models()[0]
-                .problem
-                .contains("LOAD_FAILED: no such file")
-        );
+        cluster.report(&leader, Report::GroupLost(lost(group_id, epoch, "LOAD_FAILED")));
+        assert!(cluster.state.models()[0].problem.contains("LOAD_FAILED: no such file"));
         cluster.tick(pause - 1);
         assert_eq!(cluster.epoch(group_id), epoch, "not before {pause} ms");
         cluster.tick(1);
@@ -514,11 +332,7 @@ fn a_queued_job_is_cancelled_at_once() {
     let job = cluster.new_job();
     assert_eq!(cluster.cancel(&job).state(), JobState::Cancelled);
     assert!(cluster.state.queue.is_empty());
-    assert_eq!(
-        cluster.cancel(&job).state(),
-        JobState::Cancelled,
-        "twice is once"
-    );
+    assert_eq!(cluster.cancel(&job).state(), JobState::Cancelled, "twice is once");
 }
 
 #[test]
@@ -530,18 +344,10 @@ fn a_running_job_is_cancelled_when_its_running_task_has_stopped() {
     cluster.finish(stage(&tasks, "encode_text"));
     cluster.start(stage(&tasks, "denoise"));
     assert_eq!(cluster.cancel(&job).state(), JobState::Running);
-    let told: Vec<_> = cluster
-        .cancels()
-        .into_iter()
-        .map(|(_, cancel)| cancel.task.unwrap().stage)
-        .collect();
+    let told: Vec<_> = cluster.cancels().into_iter().map(|(_, cancel)| cancel.task.unwrap().stage).collect();
     assert_eq!(told, ["decode", "denoise"]);
     cluster.fail(stage(&tasks, "decode"), "CANCELLED");
-    assert_eq!(
-        cluster.job(&job).state(),
-        JobState::Running,
-        "denoise still runs"
-    );
+    assert_eq!(cluster.job(&job).state(), JobState::Running, "denoise still runs");
     cluster.fail(stage(&tasks, "denoise"), "CANCELLED");
     assert_eq!(cluster.job(&job).state(), JobState::Cancelled);
     assert!(cluster.job(&job).failure.is_none());
@@ -578,17 +384,10 @@ fn a_failed_task_fails_the_job_with_its_reason_and_stops_the_others() {
     cluster.start(stage(&tasks, "encode_text"));
     cluster.fail(stage(&tasks, "encode_text"), "INVALID_IMAGE");
     let failure = cluster.job(&job).failure.unwrap();
-    assert_eq!(
-        (failure.reason.as_str(), failure.stage.as_str()),
-        ("INVALID_IMAGE", "encode_text")
-    );
+    assert_eq!((failure.reason.as_str(), failure.stage.as_str()), ("INVALID_IMAGE", "encode_text"));
     assert_eq!(cluster.cancels().len(), 2);
     cluster.finish(stage(&tasks, "decode"));
-    assert_eq!(
-        cluster.job(&job).state(),
-        JobState::Failed,
-        "a late result changes nothing"
-    );
+    assert_eq!(cluster.job(&job).state(), JobState::Failed, "a late result changes nothing");
 }
 
 #[test]
@@ -598,11 +397,7 @@ fn reports_that_overtake_each_other_on_two_streams_end_the_job_once_and_whole() 
     let tasks = cluster.tasks();
     cluster.finish(stage(&tasks, "encode_text"));
     cluster.finish(stage(&tasks, "decode"));
-    assert_eq!(
-        cluster.job(&job).state(),
-        JobState::Running,
-        "denoise has not reported yet"
-    );
+    assert_eq!(cluster.job(&job).state(), JobState::Running, "denoise has not reported yet");
     cluster.finish(stage(&tasks, "denoise"));
     assert_eq!(cluster.job(&job).state(), JobState::Succeeded);
 }
@@ -622,31 +417,16 @@ fn the_same_request_is_the_same_job_and_another_body_is_refused() {
     let mut cluster = Cluster::ready();
     let submission = cluster.submission();
     let first = cluster.submit(submission.clone()).unwrap();
-    let again = cluster
-        .submit(Submission {
-            job_id: "other".into(),
-            seed: 43,
-            ..submission.clone()
-        })
-        .unwrap();
+    let again = cluster.submit(Submission { job_id: "other".into(), seed: 43, ..submission.clone() }).unwrap();
     assert_eq!(again.id, first.id);
     let mut changed = submission;
     changed.spec.prompt = "a blue car".into();
-    assert!(matches!(
-        cluster.submit(changed),
-        Err(Error::RequestIdReused(_))
-    ));
+    assert!(matches!(cluster.submit(changed), Err(Error::RequestIdReused(_))));
 }
 
 #[test]
 fn the_queue_is_bounded() {
-    let mut cluster = Cluster::with(
-        |_| {},
-        Limits {
-            queued_jobs: 2,
-            ..Limits::default()
-        },
-    );
+    let mut cluster = Cluster::with(|_| {}, Limits { queued_jobs: 2, ..Limits::default() });
     cluster.join("w1");
     cluster.describe("w1");
     cluster.new_job();
@@ -663,27 +443,17 @@ fn a_group_takes_no_more_jobs_than_its_engine_holds() {
     assert_eq!(tasks.len(), 6, "max_jobs is 2");
     cluster.finish(stage(&tasks, "denoise"));
     let next = cluster.tasks();
-    assert_eq!(
-        reference(&next[0].1).job_id,
-        jobs[2],
-        "room in the engine, though the first job still decodes"
-    );
+    assert_eq!(reference(&next[0].1).job_id, jobs[2], "room in the engine, though the first job still decodes");
 }
 
 #[test]
 fn a_job_for_a_model_that_is_not_known_yet_is_turned_away() {
     let mut cluster = Cluster::new();
     let early = cluster.submission();
-    assert!(matches!(
-        cluster.submit(early.clone()),
-        Err(Error::ModelNotReady(_))
-    ));
+    assert!(matches!(cluster.submit(early.clone()), Err(Error::ModelNotReady(_))));
     let mut unknown = early;
     unknown.spec.model = "other".into();
-    assert!(matches!(
-        cluster.submit(unknown),
-        Err(Error::ModelNotFound(_))
-    ));
+    assert!(matches!(cluster.submit(unknown), Err(Error::ModelNotFound(_))));
 }
 
 #[test]
@@ -691,22 +461,10 @@ fn a_model_that_one_worker_cannot_read_is_asked_of_another() {
     let mut cluster = Cluster::new();
     cluster.join("w1");
     let outcome = Some(Outcome::Error("no such directory".into()));
-    cluster.report(
-        "w1",
-        Report::ModelDescribed(ModelDescribed {
-            model: "emoji".into(),
-            outcome,
-        }),
-    );
+    cluster.report("w1", Report::ModelDescribed(ModelDescribed { model: "emoji".into(), outcome }));
     let refused = cluster.submission();
-    assert!(matches!(
-        cluster.submit(refused),
-        Err(Error::ModelBroken { .. })
-    ));
-    assert_eq!(
-        cluster.state.models()[0].problem,
-        "worker w1: no such directory"
-    );
+    assert!(matches!(cluster.submit(refused), Err(Error::ModelBroken { .. })));
+    assert_eq!(cluster.state.models()[0].problem, "worker w1: no such directory");
     cluster.join("w2");
     cluster.describe("w2");
     cluster.all_ready();
@@ -725,10 +483,7 @@ fn a_worker_that_leaves_while_it_reads_a_model_is_replaced() {
 
 #[test]
 fn a_cut_that_does_not_fit_the_card_is_the_models_problem() {
-    let wrong = ComponentConfig {
-        tp: 2,
-        ..ComponentConfig::default()
-    };
+    let wrong = ComponentConfig { tp: 2, ..ComponentConfig::default() };
     let change = |model: &mut ModelConfig| {
         model.components.insert("vae".into(), wrong);
     };
@@ -738,10 +493,7 @@ fn a_cut_that_does_not_fit_the_card_is_the_models_problem() {
     let expected = "model \"emoji\": components.vae.tp = 2: must be one of 1";
     assert_eq!(cluster.state.models()[0].problem, expected);
     let job = cluster.submission();
-    assert!(matches!(
-        cluster.submit(job),
-        Err(Error::ModelBroken { .. })
-    ));
+    assert!(matches!(cluster.submit(job), Err(Error::ModelBroken { .. })));
 }
 
 #[test]
@@ -755,10 +507,7 @@ fn finished_jobs_are_forgotten_after_an_hour_with_their_pictures() {
     cluster.tick(FINISHED_JOB_TTL - 1);
     assert!(cluster.state.job(&job).is_ok());
     cluster.tick(1);
-    assert!(matches!(
-        cluster.state.job(&job),
-        Err(Error::JobNotFound(_))
-    ));
+    assert!(matches!(cluster.state.job(&job), Err(Error::JobNotFound(_))));
     assert!(cluster.state.blobs_in_use().is_empty());
 }
 
@@ -770,13 +519,7 @@ fn readiness_is_announced_once_each_way() {
     let said: Vec<bool> = cluster
         .effects
         .iter()
-        .filter_map(|effect| {
-            if let Effect::ModelReady { ready, .. } = effect {
-                Some(*ready)
-            } else {
-                None
-            }
-        })
+        .filter_map(|effect| if let Effect::ModelReady { ready, .. } = effect { Some(*ready) } else { None })
         .collect();
     assert_eq!(said, [true, false]);
 }
@@ -830,9 +573,7 @@ fn a_watcher_that_resumes_at_any_event_misses_none_and_sees_none_twice() {
     let whole = cluster.state.events_after(&job, 0).unwrap().events;
     assert_eq!(seen, whole);
     let last = whole.last().unwrap();
-    assert!(
-        matches!(&last.kind, Some(Kind::StateChanged(job)) if job.state() == JobState::Succeeded)
-    );
+    assert!(matches!(&last.kind, Some(Kind::StateChanged(job)) if job.state() == JobState::Succeeded));
 }
 
 #[test]

@@ -36,15 +36,9 @@ impl State {
     pub fn jobs(&self, page_size: u32, page_token: &str) -> Result<(Vec<v1::Job>, String)> {
         let below = match page_token {
             "" => u64::MAX,
-            token => token
-                .parse()
-                .map_err(|_| Error::invalid("page_token", "must be a next_page_token"))?,
+            token => token.parse().map_err(|_| Error::invalid("page_token", "must be a next_page_token"))?,
         };
-        let most = if page_size == 0 {
-            DEFAULT_PAGE
-        } else {
-            page_size.min(MAX_PAGE)
-        } as usize;
+        let most = if page_size == 0 { DEFAULT_PAGE } else { page_size.min(MAX_PAGE) } as usize;
         let mut page: Vec<v1::Job> = Vec::new();
         let mut bytes = 0;
         let mut last = below;
@@ -65,10 +59,7 @@ impl State {
         let job = self.find(job_id)?;
         let events: Vec<JobEvent> = job.events_after(sequence).take(EVENTS_PER_PAGE).collect();
         let reached = events.last().map_or(sequence, |event| event.sequence);
-        Ok(EventPage {
-            over: job.is_over() && reached >= job.sequence(),
-            events,
-        })
+        Ok(EventPage { over: job.is_over() && reached >= job.sequence(), events })
     }
 
     /// The models, in the order of models.toml.
@@ -80,6 +71,7 @@ impl State {
                 card: model.card.clone(),
                 ready: self.is_ready(model),
                 problem: self.problem(model),
+                broken: !model.problem.is_empty(),
                 groups: self.groups_of(model).map(Group::status).collect(),
             })
             .collect()
@@ -90,10 +82,7 @@ impl State {
         let mut ranks: BTreeMap<&str, Vec<String>> = BTreeMap::new();
         for (id, group) in &self.groups {
             for (rank, member) in group.members.iter().enumerate() {
-                ranks
-                    .entry(member)
-                    .or_default()
-                    .push(format!("{id}/{rank}"));
+                ranks.entry(member).or_default().push(format!("{id}/{rank}"));
             }
         }
         self.workers
@@ -111,22 +100,11 @@ impl State {
     /// Blobs that a job which can be asked for has taken or given.
     pub fn blobs_in_use(&self) -> BTreeSet<String> {
         let of_job = |job: &Job| {
-            let inputs = [
-                job.spec.image_blob_id.clone(),
-                job.spec.mask_image_blob_id.clone(),
-            ];
-            let results: Vec<String> = job
-                .images
-                .iter()
-                .map(|image| image.blob_id.clone())
-                .collect();
+            let inputs = [job.spec.image_blob_id.clone(), job.spec.mask_image_blob_id.clone()];
+            let results: Vec<String> = job.images.iter().map(|image| image.blob_id.clone()).collect();
             inputs.into_iter().chain(results)
         };
-        self.jobs
-            .iter()
-            .flat_map(of_job)
-            .filter(|id| !id.is_empty())
-            .collect()
+        self.jobs.iter().flat_map(of_job).filter(|id| !id.is_empty()).collect()
     }
 
     /// Reports of an epoch or an attempt that is over, since the start.
@@ -139,10 +117,9 @@ impl State {
         let Some(card) = &model.card else {
             return false;
         };
-        card.components.iter().all(|component| {
-            self.groups_of(model)
-                .any(|group| group.is_ready() && group.wanted.component == component.name)
-        })
+        card.components
+            .iter()
+            .all(|component| self.groups_of(model).any(|group| group.is_ready() && group.wanted.component == component.name))
     }
 
     fn problem(&self, model: &Model) -> String {
@@ -150,44 +127,20 @@ impl State {
             return model.problem.clone();
         }
         if model.card.is_none() {
-            return if self.workers.is_empty() {
-                "no worker is there"
-            } else {
-                "a worker reads its directory"
-            }
-            .into();
+            return if self.workers.is_empty() { "no worker is there" } else { "a worker reads its directory" }.into();
         }
         let unready = self.groups_of(model).find(|group| !group.is_ready());
-        unready
-            .map(|group| self.group_problem(group))
-            .unwrap_or_default()
+        unready.map(|group| self.group_problem(group)).unwrap_or_default()
     }
 
     fn group_problem(&self, group: &Group) -> String {
         let id = &group.wanted.id;
-        let eligible = self
-            .workers
-            .values()
-            .filter(|worker| group.wanted.accepts(worker))
-            .count();
-        let needed = if group.wanted.colocate {
-            1
-        } else {
-            group.wanted.size()
-        };
+        let eligible = self.workers.values().filter(|worker| group.wanted.accepts(worker)).count();
+        let needed = if group.wanted.colocate { 1 } else { group.wanted.size() };
         match group.phase {
             GroupState::Waiting if eligible < needed => {
-                let labels: Vec<String> = group
-                    .wanted
-                    .selector
-                    .iter()
-                    .map(|(label, value)| format!("{label}={value}"))
-                    .collect();
-                let matching = if labels.is_empty() {
-                    String::new()
-                } else {
-                    format!(" with {}", labels.join(","))
-                };
+                let labels: Vec<String> = group.wanted.selector.iter().map(|(label, value)| format!("{label}={value}")).collect();
+                let matching = if labels.is_empty() { String::new() } else { format!(" with {}", labels.join(",")) };
                 format!("{id}: needs {needed} workers{matching}, {eligible} are there")
             }
             _ if !group.problem.is_empty() => format!("{id}: {}", group.problem),
@@ -200,8 +153,6 @@ impl State {
     }
 
     fn find(&self, job_id: &str) -> Result<&Job> {
-        self.jobs
-            .by_id(job_id)
-            .ok_or_else(|| Error::JobNotFound(name(job_id)))
+        self.jobs.by_id(job_id).ok_or_else(|| Error::JobNotFound(name(job_id)))
     }
 }

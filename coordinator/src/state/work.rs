@@ -1,17 +1,15 @@
-//! Jobs are accepted, placed, sent to their groups, cancelled, and come to their end.
+//! Jobs are accepted, placed, sent to their groups, and asked to stop.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use prost::Message;
-use proto::v1::{
-    self, CancelTask, Destination, ForgetJob, JobFailure, JobState, Layout, RunTask, TaskDone,
-    TaskFailed, TaskProgress, TaskRef, control_request::Command,
-};
+use proto::v1::{self, Destination, Layout, RunTask, control_request::Command};
 use sha2::{Digest, Sha256};
 
 use super::{
-    CANCEL_DEADLINE, Effect, LATE_REPORT_DEADLINE, State, Submission,
-    job::{Job, NewJob, Task, TaskPhase},
+    CANCEL_DEADLINE, State, Submission,
+    job::{Job, NewJob, Task},
+    tasks::End,
 };
 use crate::{
     error::{Error, Result},
@@ -28,48 +26,23 @@ const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
-        let Submission {
-            job_id,
-            request_id,
-            spec,
-            seed,
-            missing_blobs,
-        } = submission;
+        let Submission { job_id, request_id, spec, seed, missing_blobs } = submission;
         request::check_request_id(&request_id)?;
         let fingerprint: [u8; 32] = Sha256::digest(spec.encode_to_vec()).into();
         if let Some(job) = self.jobs.by_request(&request_id) {
             let same = job.fingerprint == fingerprint;
-            return if same {
-                Ok(job.view())
-            } else {
-                Err(Error::RequestIdReused(request_id))
-            };
+            return if same { Ok(job.view()) } else { Err(Error::RequestIdReused(request_id)) };
         }
-        let model = self
-            .models
-            .iter()
-            .find(|model| model.config.name == spec.model);
-        let card = model
-            .ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?
-            .card()?;
-        let context = Context {
-            seed,
-            max_pixels: self.settings.limits.pixels,
-            missing_blobs: &missing_blobs,
-        };
+        let model = self.models.iter().find(|model| model.config.name == spec.model);
+        let card = model.ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?.card()?;
+        let context = Context { seed, max_pixels: self.settings.limits.pixels, missing_blobs: &missing_blobs };
         let request = Request::parse(spec, card, context)?;
         let limit = self.settings.limits.queued_jobs;
         if self.queue.len() >= limit {
             return Err(Error::QueueFull(limit));
         }
         let plan = Plan::new(&request, card);
-        let new = NewJob {
-            id: job_id,
-            request_id,
-            fingerprint,
-            spec: request.into_spec(),
-            plan,
-        };
+        let new = NewJob { id: job_id, request_id, fingerprint, spec: request.into_spec(), plan };
         let job = self.jobs.add(new, self.now);
         self.queue.push_back(job.number);
         Ok(job.view())
@@ -121,8 +94,7 @@ impl State {
             };
             let leader = group.leader().unwrap_or_default().to_owned();
             group.tasks.insert((number, stage.clone()));
-            job.tasks
-                .insert(stage, Task::new(group_id, group.epoch, leader));
+            job.tasks.insert(stage, Task::new(group_id, group.epoch, leader));
         }
         self.send_tasks(number);
         true
@@ -130,10 +102,7 @@ impl State {
 
     fn place(&self, number: u64) -> Option<Placement> {
         let job = self.jobs.get(number)?;
-        let model = self
-            .models
-            .iter()
-            .find(|model| model.config.name == job.spec.model)?;
+        let model = self.models.iter().find(|model| model.config.name == job.spec.model)?;
         let groups = model.groups.iter().filter_map(|id| self.groups.get(id));
         let ready: Vec<_> = groups
             .filter(|group| group.is_ready())
@@ -153,13 +122,7 @@ impl State {
             return;
         };
         let layout = self.layout(job);
-        let commands: Vec<_> = job
-            .plan
-            .stages
-            .iter()
-            .rev()
-            .filter_map(|stage| self.run_task(job, stage, &layout))
-            .collect();
+        let commands: Vec<_> = job.plan.stages.iter().rev().filter_map(|stage| self.run_task(job, stage, &layout)).collect();
         for (leader, task) in commands {
             self.send(&leader, Command::RunTask(task));
         }
@@ -170,27 +133,15 @@ impl State {
         let destination = |consumer: &Stage| {
             let task = job.tasks.get(&consumer.id)?;
             let address = self.workers.get(&task.leader)?.address.clone();
-            Some(Destination {
-                task: Some(job.task_ref(&consumer.id, task)),
-                address,
-            })
+            Some(Destination { task: Some(job.task_ref(&consumer.id, task)), address })
         };
-        let card = self
-            .models
-            .iter()
-            .find(|model| model.config.name == job.spec.model)?
-            .card
-            .as_ref()?;
+        let card = self.models.iter().find(|model| model.config.name == job.spec.model)?.card.as_ref()?;
         let command = RunTask {
             task: Some(job.task_ref(&stage.id, task)),
             kind: stage.kind as i32,
             spec: Some(job.spec.clone()),
             inputs: stage.inputs.clone(),
-            outputs: job
-                .plan
-                .consumers(&stage.id)
-                .filter_map(destination)
-                .collect(),
+            outputs: job.plan.consumers(&stage.id).filter_map(destination).collect(),
             layout: layout.to_owned(),
             blob_address: self.settings.blob_address.clone(),
             model_digest: card.digest.clone(),
@@ -206,247 +157,9 @@ impl State {
             .filter_map(|task| self.groups.get(&task.group_id))
             .map(|group| (group.wanted.component.as_str(), group.wanted.layout))
             .collect();
-        let parts: Vec<String> = layouts
-            .iter()
-            .map(|(name, cut)| format!("{name}=tp{}x{}", cut.tp, cut.block_ranges))
-            .collect();
+        let parts: Vec<String> = layouts.iter().map(|(name, cut)| format!("{name}=tp{}x{}", cut.tp, cut.block_ranges)).collect();
         parts.join(",")
     }
-
-    pub(super) fn task_started(&mut self, worker_id: &str, task: Option<&TaskRef>) -> Option<()> {
-        let (number, stage) = self.current_task(worker_id, task)?;
-        let job = self.jobs.get_mut(number)?;
-        if job.tasks.get(&stage)?.phase == TaskPhase::Sent {
-            job.stage_started(&stage, self.now);
-            self.job_changed(number);
-        }
-        Some(())
-    }
-
-    pub(super) fn task_progress(&mut self, worker_id: &str, report: &TaskProgress) -> Option<()> {
-        let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
-        let job = self.jobs.get_mut(number)?;
-        if job.stage_progressed(&stage, report.step, report.steps, self.now) {
-            self.job_changed(number);
-        }
-        Some(())
-    }
-
-    pub(super) fn task_done(&mut self, worker_id: &str, report: TaskDone) -> Option<()> {
-        self.task_started(worker_id, report.task.as_ref())?;
-        let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
-        let job = self.jobs.get_mut(number)?;
-        job.stage_finished(&stage, report.seconds, self.now);
-        let is_sink = job.plan.consumers(&stage).next().is_none();
-        if is_sink && report.images.is_empty() {
-            let message = "the last stage ended without pictures".to_owned();
-            self.end_job(
-                number,
-                End::Failed(JobFailure {
-                    reason: "INTERNAL".into(),
-                    message,
-                    stage,
-                }),
-            );
-            return Some(());
-        }
-        if is_sink {
-            job.images = report.images;
-            job.deadline = Some(self.now + LATE_REPORT_DEADLINE);
-        }
-        self.release(number, &stage);
-        self.job_changed(number);
-        self.conclude(number);
-        Some(())
-    }
-
-    pub(super) fn task_failed(&mut self, worker_id: &str, report: TaskFailed) -> Option<()> {
-        let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
-        self.release(number, &stage);
-        let job = self.jobs.get_mut(number)?;
-        job.end_task(&stage);
-        if !job.images.is_empty() || job.cancelling {
-            self.conclude(number);
-            return Some(());
-        }
-        let message = shortened(&report.message);
-        let failure = match report.reason.as_str() {
-            // The group knows before its loss is reported; to clients it is one reason, whoever says it first.
-            "PEER_LOST" | "STALE_EPOCH" => {
-                let group_id = report.task.map(|task| task.group_id).unwrap_or_default();
-                let message = format!("group {group_id} was lost: {message}");
-                JobFailure {
-                    reason: "GROUP_LOST".into(),
-                    message,
-                    stage,
-                }
-            }
-            reason => JobFailure {
-                reason: shortened(reason),
-                message,
-                stage,
-            },
-        };
-        self.end_job(number, End::Failed(failure));
-        Some(())
-    }
-
-    /// A task went down with its group, and its job with it.
-    pub(super) fn task_lost(&mut self, number: u64, stage: &str, message: String) {
-        let Some(job) = self.jobs.get(number).filter(|job| !job.is_over()) else {
-            return;
-        };
-        let end = match (job.images.is_empty(), job.cancelling) {
-            (false, _) => End::Succeeded,
-            (true, true) => End::Cancelled,
-            (true, false) => End::Failed(JobFailure {
-                reason: "GROUP_LOST".into(),
-                message,
-                stage: stage.to_owned(),
-            }),
-        };
-        self.end_job(number, end);
-    }
-
-    /// Ends the jobs whose workers owe a report for too long, and forgets those that ended long ago.
-    pub(super) fn end_overdue_jobs(&mut self) {
-        let overdue: Vec<u64> = self
-            .jobs
-            .iter()
-            .filter(|job| job.deadline.is_some_and(|deadline| deadline <= self.now))
-            .map(|job| job.number)
-            .collect();
-        for number in overdue {
-            let has_images = self
-                .jobs
-                .get(number)
-                .is_some_and(|job| !job.images.is_empty());
-            self.end_job(
-                number,
-                if has_images {
-                    End::Succeeded
-                } else {
-                    End::Cancelled
-                },
-            );
-        }
-        self.forget_old_jobs();
-    }
-
-    /// The task a report is about, unless the report is of another attempt, epoch, or worker.
-    fn current_task(&self, worker_id: &str, task: Option<&TaskRef>) -> Option<(u64, String)> {
-        let report = task?;
-        let job = self.jobs.by_id(&report.job_id)?;
-        let task = job.tasks.get(&report.stage)?;
-        let current = job.attempt == report.attempt
-            && task.group_id == report.group_id
-            && task.epoch == report.epoch
-            && task.leader == worker_id
-            && task.phase != TaskPhase::Ended;
-        current.then(|| (job.number, report.stage.clone()))
-    }
-
-    /// Ends a job that has its pictures and all reports, or that was cancelled and of which nothing runs.
-    fn conclude(&mut self, number: u64) {
-        let Some(job) = self.jobs.get(number) else {
-            return;
-        };
-        let has_task = |phase| job.tasks.values().any(|task| task.phase == phase);
-        if !job.images.is_empty() {
-            if !has_task(TaskPhase::Sent) && !has_task(TaskPhase::Running) {
-                self.end_job(number, End::Succeeded);
-            }
-        } else if job.cancelling && !has_task(TaskPhase::Running) {
-            self.end_job(number, End::Cancelled);
-        }
-    }
-
-    /// The group has room for another task.
-    fn release(&mut self, number: u64, stage: &str) {
-        let task = self.jobs.get(number).and_then(|job| job.tasks.get(stage));
-        if let Some(group) = task.and_then(|task| self.groups.get_mut(&task.group_id)) {
-            group.tasks.remove(&(number, stage.to_owned()));
-        }
-    }
-
-    fn cancel_tasks(&mut self, number: u64) {
-        let Some(job) = self.jobs.get(number) else {
-            return;
-        };
-        let unfinished = job
-            .tasks
-            .iter()
-            .filter(|(_, task)| task.phase != TaskPhase::Ended);
-        let commands: Vec<_> = unfinished
-            .map(|(stage, task)| (task.leader.clone(), job.task_ref(stage, task)))
-            .collect();
-        for (leader, task) in commands {
-            self.send(
-                &leader,
-                Command::CancelTask(CancelTask { task: Some(task) }),
-            );
-        }
-    }
-
-    fn end_job(&mut self, number: u64, end: End) {
-        if matches!(end, End::Failed(_)) {
-            self.cancel_tasks(number);
-        }
-        let Some(job) = self.jobs.get_mut(number).filter(|job| !job.is_over()) else {
-            return;
-        };
-        let tasks = std::mem::take(&mut job.tasks);
-        let job_id = job.id.clone();
-        job.deadline = None;
-        match end {
-            End::Succeeded => job.enter(JobState::Succeeded, self.now),
-            End::Cancelled => job.enter(JobState::Cancelled, self.now),
-            End::Failed(failure) => {
-                job.failure = Some(failure);
-                job.enter(JobState::Failed, self.now);
-            }
-        }
-        self.jobs.finished(number);
-        for (stage, task) in &tasks {
-            if let Some(group) = self.groups.get_mut(&task.group_id) {
-                group.tasks.remove(&(number, stage.clone()));
-            }
-        }
-        let leaders: BTreeSet<&str> = tasks.values().map(|task| task.leader.as_str()).collect();
-        for leader in leaders {
-            self.send(
-                leader,
-                Command::ForgetJob(ForgetJob {
-                    job_id: job_id.clone(),
-                }),
-            );
-        }
-        self.queue.retain(|queued| *queued != number);
-        self.job_changed(number);
-        self.forget_old_jobs();
-    }
-
-    fn job_changed(&mut self, number: u64) {
-        if let Some(job) = self.jobs.get(number) {
-            self.effects.push(Effect::JobChanged {
-                job_id: job.id.clone(),
-                over: job.is_over(),
-            });
-        }
-    }
-
-    /// Results may take half of the blob store: the other half is for what is on its way in.
-    fn forget_old_jobs(&mut self) {
-        self.jobs
-            .forget_old(self.now, self.settings.limits.total_blob_bytes / 2);
-    }
-}
-
-/// How a job ends.
-enum End {
-    Succeeded,
-    Failed(JobFailure),
-    Cancelled,
 }
 
 /// Text from outside, cut to a length that can be kept and shown.

@@ -40,12 +40,7 @@ impl Etcd {
         let folder = tempfile::tempdir().unwrap();
         let [client_port, peer_port] = free_ports();
         let child = spawn(folder.path(), client_port, peer_port);
-        let etcd = Self {
-            folder,
-            client_port,
-            peer_port,
-            child,
-        };
+        let etcd = Self { folder, client_port, peer_port, child };
         etcd.until_it_answers().await;
         etcd
     }
@@ -55,10 +50,7 @@ impl Etcd {
     }
 
     fn config(&self) -> EtcdConfig {
-        EtcdConfig {
-            endpoints: vec![self.url()],
-            prefix: "/atelier".into(),
-        }
+        EtcdConfig { endpoints: vec![self.url()], prefix: "/atelier".into() }
     }
 
     async fn client(&self) -> Client {
@@ -68,20 +60,11 @@ impl Etcd {
     async fn until_it_answers(&self) {
         let start = Instant::now();
         loop {
-            let answer = async {
-                Client::connect([self.url()], None)
-                    .await?
-                    .get("x", None)
-                    .await
-            };
+            let answer = async { Client::connect([self.url()], None).await?.get("x", None).await };
             if let Ok(Ok(_)) = timeout(Duration::from_secs(2), answer).await {
                 return;
             }
-            assert!(
-                start.elapsed() < DEADLINE,
-                "etcd does not come up at {}",
-                self.url()
-            );
+            assert!(start.elapsed() < DEADLINE, "etcd does not come up at {}", self.url());
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
@@ -89,18 +72,11 @@ impl Etcd {
     async fn register(&self, worker: &Registration, lease: Option<i64>) {
         let key = format!("{}{}", etcd::workers_prefix("/atelier"), worker.worker_id);
         let options = lease.map(|lease| PutOptions::new().with_lease(lease));
-        self.client()
-            .await
-            .put(key, worker.encode_to_vec(), options)
-            .await
-            .unwrap();
+        self.client().await.put(key, worker.encode_to_vec(), options).await.unwrap();
     }
 
     fn signal(&self, signal: &str) {
-        let sent = Command::new("kill")
-            .args([signal, &self.child.id().to_string()])
-            .status()
-            .unwrap();
+        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success(), "kill {signal} failed");
     }
 
@@ -133,25 +109,12 @@ fn free_ports() -> [u16; 2] {
 }
 
 fn spawn(folder: &Path, client_port: u16, peer_port: u16) -> Child {
-    let (client, peer) = (
-        format!("http://127.0.0.1:{client_port}"),
-        format!("http://127.0.0.1:{peer_port}"),
-    );
+    let (client, peer) = (format!("http://127.0.0.1:{client_port}"), format!("http://127.0.0.1:{peer_port}"));
     Command::new("etcd")
         .args(["--name", "test", "--data-dir"])
         .arg(folder.join("data"))
-        .args([
-            "--listen-client-urls",
-            &client,
-            "--advertise-client-urls",
-            &client,
-        ])
-        .args([
-            "--listen-peer-urls",
-            &peer,
-            "--initial-advertise-peer-urls",
-            &peer,
-        ])
+        .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+        .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
         .args(["--initial-cluster", &format!("test={peer}")])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -178,10 +141,7 @@ fn watch(etcd: &Etcd) -> (mpsc::Receiver<Change>, DropGuard) {
 }
 
 async fn next(changed: &mut mpsc::Receiver<Change>) -> Change {
-    timeout(DEADLINE, changed.recv())
-        .await
-        .expect("a change comes")
-        .unwrap()
+    timeout(DEADLINE, changed.recv()).await.expect("a change comes").unwrap()
 }
 
 fn left(change: Change) -> String {
@@ -198,47 +158,19 @@ async fn workers_are_found_and_leave_when_their_lease_expires() {
     let etcd = Etcd::start().await;
     etcd.register(&worker("early"), None).await;
     let (mut changed, _watch) = watch(&etcd);
-    assert_eq!(
-        next(&mut changed).await,
-        Change::Joined(worker("early")),
-        "who is there already is listed"
-    );
-    let lease = etcd
-        .client()
-        .await
-        .lease_grant(LEASE_SECONDS, None)
-        .await
-        .unwrap()
-        .id();
+    assert_eq!(next(&mut changed).await, Change::Joined(worker("early")), "who is there already is listed");
+    let lease = etcd.client().await.lease_grant(LEASE_SECONDS, None).await.unwrap().id();
     etcd.register(&worker("late"), Some(lease)).await;
-    assert_eq!(
-        next(&mut changed).await,
-        Change::Joined(worker("late")),
-        "who comes later is seen"
-    );
-    assert_eq!(
-        left(next(&mut changed).await),
-        "late",
-        "nobody renewed the lease"
-    );
+    assert_eq!(next(&mut changed).await, Change::Joined(worker("late")), "who comes later is seen");
+    assert_eq!(left(next(&mut changed).await), "late", "nobody renewed the lease");
 }
 
 #[tokio::test]
 async fn what_is_no_registration_is_ignored() {
     let etcd = Etcd::start().await;
     let mut client = etcd.client().await;
-    client
-        .put("/atelier/workers/garbage", "not protobuf", None)
-        .await
-        .unwrap();
-    client
-        .put(
-            "/atelier/workers/liar",
-            worker("other").encode_to_vec(),
-            None,
-        )
-        .await
-        .unwrap();
+    client.put("/atelier/workers/garbage", "not protobuf", None).await.unwrap();
+    client.put("/atelier/workers/liar", worker("other").encode_to_vec(), None).await.unwrap();
     etcd.register(&worker("honest"), None).await;
     let (mut changed, _watch) = watch(&etcd);
     assert_eq!(next(&mut changed).await, Change::Joined(worker("honest")));
@@ -251,10 +183,7 @@ async fn nobody_leaves_while_etcd_is_frozen_and_changes_are_seen_when_it_goes_on
     let (mut changed, _watch) = watch(&etcd);
     assert_eq!(next(&mut changed).await, Change::Joined(worker("first")));
     etcd.signal("-STOP");
-    assert!(
-        timeout(OUTAGE, changed.recv()).await.is_err(),
-        "membership stays as it was"
-    );
+    assert!(timeout(OUTAGE, changed.recv()).await.is_err(), "membership stays as it was");
     etcd.signal("-CONT");
     etcd.register(&worker("second"), None).await;
     assert_eq!(next(&mut changed).await, Change::Joined(worker("second")));
@@ -285,11 +214,7 @@ async fn a_worker_that_is_missing_after_an_outage_may_register_again_before_it_c
     etcd.register(&worker("stays"), None).await;
     assert_eq!(left(next(&mut changed).await), "gone");
     etcd.register(&worker("new"), None).await;
-    assert_eq!(
-        next(&mut changed).await,
-        Change::Joined(worker("new")),
-        "and the other one never left"
-    );
+    assert_eq!(next(&mut changed).await, Change::Joined(worker("new")), "and the other one never left");
 }
 
 #[tokio::test]
@@ -302,8 +227,5 @@ async fn a_cluster_that_finds_its_workers_in_etcd_draws_pictures() {
     }
     coordinator.until_ready().await;
     let job = coordinator.create(spec()).await;
-    assert_eq!(
-        terminal(&coordinator.watch(&job.id, 0).await).state(),
-        JobState::Succeeded
-    );
+    assert_eq!(terminal(&coordinator.watch(&job.id, 0).await).state(), JobState::Succeeded);
 }

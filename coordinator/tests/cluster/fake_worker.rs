@@ -10,10 +10,9 @@ use std::{
 
 use futures::StreamExt;
 use proto::v1::{
-    BlobHeader, Component, ControlRequest, ControlResponse, GroupReady, Heartbeat, ImageResult,
-    ModelCard, ModelDescribed, Parameter, PayloadHeader, PutPayloadRequest, PutPayloadResponse,
-    RegisterRequest, Registration, RunTask, StageKind, StageTemplate, TaskDone, TaskFailed,
-    TaskProgress, TaskStarted, UploadBlobRequest,
+    BlobHeader, Component, ControlRequest, ControlResponse, GroupReady, Heartbeat, ImageResult, ModelCard, ModelDescribed,
+    Parameter, PayloadHeader, PutPayloadRequest, PutPayloadResponse, RegisterRequest, Registration, RunTask, StageKind,
+    StageTemplate, TaskDone, TaskFailed, TaskProgress, TaskStarted, UploadBlobRequest,
     blob_service_client::BlobServiceClient,
     control_request::Command,
     control_response::Report,
@@ -55,11 +54,7 @@ impl FakeWorker {
 
     /// Serves, and leaves it to the caller to be found.
     pub(crate) fn serve(id: &str, pace: Pace) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let registration = Registration {
@@ -69,24 +64,13 @@ impl FakeWorker {
             device: "cpu".into(),
             labels: HashMap::new(),
         };
-        let fake = Fake {
-            registration: registration.clone(),
-            shared: Arc::new(Mutex::new(Shared::new(pace))),
-        };
+        let fake = Fake { registration: registration.clone(), shared: Arc::new(Mutex::new(Shared::new(pace))) };
         let service = WorkerServiceServer::new(fake.clone());
         runtime.spawn(async move {
             let incoming = TcpListenerStream::new(TcpListener::from_std(listener).unwrap());
-            Server::builder()
-                .add_service(service)
-                .serve_with_incoming(incoming)
-                .await
-                .unwrap();
+            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
         });
-        Self {
-            fake,
-            registration,
-            runtime: Some(runtime),
-        }
+        Self { fake, registration, runtime: Some(runtime) }
     }
 
     pub(crate) fn set_pace(&self, pace: Pace) {
@@ -103,26 +87,12 @@ impl Drop for FakeWorker {
 }
 
 async fn register(coordinator: String, registration: Registration) {
-    let mut client = MembershipServiceClient::connect(format!("http://{coordinator}"))
-        .await
-        .unwrap();
+    let mut client = MembershipServiceClient::connect(format!("http://{coordinator}")).await.unwrap();
     let (sender, requests) = mpsc::channel(4);
-    sender
-        .send(RegisterRequest {
-            registration: Some(registration),
-        })
-        .await
-        .unwrap();
-    let _responses = client
-        .register(ReceiverStream::new(requests))
-        .await
-        .unwrap();
+    sender.send(RegisterRequest { registration: Some(registration) }).await.unwrap();
+    let _responses = client.register(ReceiverStream::new(requests)).await.unwrap();
     let mut beat = tokio::time::interval(HEARTBEAT);
-    while sender
-        .send(RegisterRequest { registration: None })
-        .await
-        .is_ok()
-    {
+    while sender.send(RegisterRequest { registration: None }).await.is_ok() {
         beat.tick().await;
     }
 }
@@ -142,11 +112,7 @@ struct Shared {
 
 impl Shared {
     fn new(pace: Pace) -> Self {
-        Self {
-            pace,
-            reports: None,
-            waiting: HashMap::new(),
-        }
+        Self { pace, reports: None, waiting: HashMap::new() }
     }
 }
 
@@ -154,13 +120,7 @@ impl Fake {
     async fn report(&self, report: Report) {
         let reports = self.shared.lock().unwrap().reports.clone();
         if let Some(reports) = reports {
-            drop(
-                reports
-                    .send(Ok(ControlResponse {
-                        report: Some(report),
-                    }))
-                    .await,
-            );
+            drop(reports.send(Ok(ControlResponse { report: Some(report) })).await);
         }
     }
 
@@ -183,29 +143,16 @@ impl Fake {
         match command {
             Command::DescribeModel(question) => {
                 let outcome = Some(Outcome::Card(card()));
-                self.report(Report::ModelDescribed(ModelDescribed {
-                    model: question.model,
-                    outcome,
-                }))
-                .await;
+                self.report(Report::ModelDescribed(ModelDescribed { model: question.model, outcome })).await;
             }
             Command::JoinGroup(join) => {
-                let ready = GroupReady {
-                    group_id: join.group_id,
-                    epoch: join.epoch,
-                    rank: join.rank,
-                };
+                let ready = GroupReady { group_id: join.group_id, epoch: join.epoch, rank: join.rank };
                 self.report(Report::GroupReady(ready)).await;
             }
             Command::RunTask(task) => self.accept(task),
             Command::CancelTask(cancel) => {
                 let (task, reason) = (cancel.task, "CANCELLED".to_owned());
-                let failed = TaskFailed {
-                    task,
-                    reason,
-                    message: "cancelled".into(),
-                    step: 1,
-                };
+                let failed = TaskFailed { task, reason, message: "cancelled".into(), step: 1 };
                 self.report(Report::TaskFailed(failed)).await;
             }
             Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) => {}
@@ -218,11 +165,7 @@ impl Fake {
         } else {
             let reference = task.task.clone().unwrap();
             let inputs = task.inputs.clone();
-            self.shared
-                .lock()
-                .unwrap()
-                .waiting
-                .insert((reference.job_id, reference.stage), (task, inputs));
+            self.shared.lock().unwrap().waiting.insert((reference.job_id, reference.stage), (task, inputs));
         }
     }
 
@@ -234,30 +177,18 @@ impl Fake {
         let (_, missing) = shared.waiting.get_mut(&key)?;
         missing.retain(|stage| *stage != header.from_stage);
         let is_last = missing.is_empty();
-        Some(if is_last {
-            shared.waiting.remove(&key).map(|(task, _)| task)
-        } else {
-            None
-        })
+        Some(if is_last { shared.waiting.remove(&key).map(|(task, _)| task) } else { None })
     }
 
     async fn run(self, task: RunTask) {
-        self.report(Report::TaskStarted(TaskStarted {
-            task: task.task.clone(),
-        }))
-        .await;
+        self.report(Report::TaskStarted(TaskStarted { task: task.task.clone() })).await;
         if task.kind() == StageKind::Denoise {
             if self.shared.lock().unwrap().pace == Pace::HoldDenoise {
                 return;
             }
             let steps = task.spec.as_ref().unwrap().num_inference_steps();
             for step in 1..=steps {
-                self.report(Report::TaskProgress(TaskProgress {
-                    task: task.task.clone(),
-                    step,
-                    steps,
-                }))
-                .await;
+                self.report(Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps })).await;
             }
         }
         for destination in &task.outputs {
@@ -267,24 +198,11 @@ impl Fake {
                 ..PayloadHeader::default()
             };
             let part = Some(put_payload_request::Part::Header(header));
-            let mut next = WorkerServiceClient::connect(format!("http://{}", destination.address))
-                .await
-                .unwrap();
-            next.put_payload(tokio_stream::once(PutPayloadRequest { part }))
-                .await
-                .unwrap();
+            let mut next = WorkerServiceClient::connect(format!("http://{}", destination.address)).await.unwrap();
+            next.put_payload(tokio_stream::once(PutPayloadRequest { part })).await.unwrap();
         }
-        let images = if task.outputs.is_empty() {
-            vec![upload(&task.blob_address).await]
-        } else {
-            vec![]
-        };
-        self.report(Report::TaskDone(TaskDone {
-            task: task.task,
-            seconds: 0.1,
-            images,
-        }))
-        .await;
+        let images = if task.outputs.is_empty() { vec![upload(&task.blob_address).await] } else { vec![] };
+        self.report(Report::TaskDone(TaskDone { task: task.task, seconds: 0.1, images })).await;
     }
 }
 
@@ -292,20 +210,14 @@ impl Fake {
 impl WorkerService for Fake {
     type ControlStream = ReceiverStream<Result<ControlResponse, Status>>;
 
-    async fn control(
-        &self,
-        request: Request<Streaming<ControlRequest>>,
-    ) -> Result<Response<Self::ControlStream>, Status> {
+    async fn control(&self, request: Request<Streaming<ControlRequest>>) -> Result<Response<Self::ControlStream>, Status> {
         let (sender, reports) = mpsc::channel(64);
         self.shared.lock().unwrap().reports = Some(sender);
         tokio::spawn(self.clone().obey(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(reports)))
     }
 
-    async fn put_payload(
-        &self,
-        request: Request<Streaming<PutPayloadRequest>>,
-    ) -> Result<Response<PutPayloadResponse>, Status> {
+    async fn put_payload(&self, request: Request<Streaming<PutPayloadRequest>>) -> Result<Response<PutPayloadResponse>, Status> {
         let Some(Ok(first)) = request.into_inner().next().await else {
             return Err(Status::invalid_argument("empty"));
         };
@@ -337,27 +249,14 @@ pub(crate) fn picture() -> Vec<u8> {
 
 async fn upload(address: &str) -> ImageResult {
     let bytes = picture();
-    let header = BlobHeader {
-        byte_size: bytes.len() as u64,
-        sha256: String::new(),
-        media_type: "image/png".into(),
-    };
-    let chunks = bytes
-        .chunks(proto::CHUNK_BYTES)
-        .map(|chunk| upload_blob_request::Part::Chunk(chunk.to_vec().into()));
+    let header = BlobHeader { byte_size: bytes.len() as u64, sha256: String::new(), media_type: "image/png".into() };
+    let chunks = bytes.chunks(proto::CHUNK_BYTES).map(|chunk| upload_blob_request::Part::Chunk(chunk.to_vec().into()));
     let parts: Vec<_> = std::iter::once(upload_blob_request::Part::Header(header))
         .chain(chunks)
         .map(|part| UploadBlobRequest { part: Some(part) })
         .collect();
-    let mut blobs = BlobServiceClient::connect(format!("http://{address}"))
-        .await
-        .unwrap();
-    let blob_id = blobs
-        .upload_blob(tokio_stream::iter(parts))
-        .await
-        .unwrap()
-        .into_inner()
-        .blob_id;
+    let mut blobs = BlobServiceClient::connect(format!("http://{address}")).await.unwrap();
+    let blob_id = blobs.upload_blob(tokio_stream::iter(parts)).await.unwrap().into_inner().blob_id;
     ImageResult {
         sha256: blob_id.clone(),
         blob_id,
@@ -388,23 +287,15 @@ fn card() -> ModelCard {
         maximum,
         multiple_of: 0.0,
         default_value: Some(default),
+        default_text: None,
     };
     ModelCard {
         name: "emoji".into(),
         digest: "d".repeat(64),
-        components: vec![
-            component("text_encoder", &[1]),
-            component("transformer", &[1, 2]),
-            component("vae", &[1]),
-        ],
+        components: vec![component("text_encoder", &[1]), component("transformer", &[1, 2]), component("vae", &[1])],
         stages: vec![
             stage("encode_text", StageKind::EncodeText, "text_encoder", &[]),
-            stage(
-                "denoise",
-                StageKind::Denoise,
-                "transformer",
-                &["encode_text"],
-            ),
+            stage("denoise", StageKind::Denoise, "transformer", &["encode_text"]),
             stage("decode", StageKind::Decode, "vae", &["denoise"]),
         ],
         parameters: vec![

@@ -4,10 +4,9 @@ use std::time::{Duration, Instant};
 
 use coordinator::{Config, config::EtcdConfig};
 use proto::v1::{
-    CreateJobRequest, DownloadBlobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ModelStatus,
-    WatchJobRequest, WatchJobResponse, blob_service_client::BlobServiceClient,
-    cluster_service_client::ClusterServiceClient, download_blob_response::Part, job_event::Kind,
-    job_service_client::JobServiceClient,
+    CreateJobRequest, DownloadBlobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ModelStatus, WatchJobRequest,
+    WatchJobResponse, blob_service_client::BlobServiceClient, cluster_service_client::ClusterServiceClient,
+    download_blob_response::Part, job_event::Kind, job_service_client::JobServiceClient,
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
@@ -18,8 +17,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// Pause between two looks at a condition.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
 
-const MODELS: &str =
-    "[[model]]\nname = \"emoji\"\npath = \"emoji\"\n[model.components.transformer]\ntp = 2\n";
+const MODELS: &str = "[[model]]\nname = \"emoji\"\npath = \"emoji\"\n[model.components.transformer]\ntp = 2\n";
 
 pub(crate) struct Coordinator {
     pub(crate) address: String,
@@ -37,38 +35,18 @@ impl Coordinator {
         let folder = tempfile::tempdir().unwrap();
         let models = folder.path().join("models.toml");
         std::fs::write(&models, MODELS).unwrap();
-        let config = Config {
-            etcd,
-            ..Config::for_models(&models).unwrap()
-        };
+        let config = Config { etcd, ..Config::for_models(&models).unwrap() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let stop = CancellationToken::new();
-        let serving = tokio::spawn(coordinator::run(
-            config,
-            listener,
-            stop.clone().cancelled_owned(),
-        ));
-        let channel = Channel::from_shared(format!("http://{address}"))
-            .unwrap()
-            .connect()
-            .await
-            .unwrap();
-        Self {
-            address,
-            channel,
-            stop,
-            serving,
-        }
+        let serving = tokio::spawn(coordinator::run(config, listener, stop.clone().cancelled_owned()));
+        let channel = Channel::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
+        Self { address, channel, stop, serving }
     }
 
     pub(crate) async fn stop(self) {
         self.stop.cancel();
-        tokio::time::timeout(DEADLINE, self.serving)
-            .await
-            .expect("it returns")
-            .unwrap()
-            .unwrap();
+        tokio::time::timeout(DEADLINE, self.serving).await.expect("it returns").unwrap().unwrap();
     }
 
     pub(crate) fn channel(&self) -> Channel {
@@ -84,54 +62,28 @@ impl Coordinator {
     }
 
     pub(crate) async fn models(&self) -> Vec<ModelStatus> {
-        self.cluster()
-            .list_models(ListModelsRequest {})
-            .await
-            .unwrap()
-            .into_inner()
-            .models
+        self.cluster().list_models(ListModelsRequest {}).await.unwrap().into_inner().models
     }
 
     pub(crate) async fn until(&self, what: &str, condition: impl AsyncFn() -> bool) {
         let start = Instant::now();
         while !condition().await {
-            assert!(
-                start.elapsed() < DEADLINE,
-                "never came: {what}; {:?}",
-                self.models().await
-            );
+            assert!(start.elapsed() < DEADLINE, "never came: {what}; {:?}", self.models().await);
             tokio::time::sleep(POLL).await;
         }
     }
 
     pub(crate) async fn until_ready(&self) {
-        self.until("the model is ready", async || self.models().await[0].ready)
-            .await;
+        self.until("the model is ready", async || self.models().await[0].ready).await;
     }
 
     pub(crate) async fn create(&self, spec: JobSpec) -> Job {
-        let request = CreateJobRequest {
-            request_id: String::new(),
-            spec: Some(spec),
-        };
-        self.jobs()
-            .create_job(request)
-            .await
-            .unwrap()
-            .into_inner()
-            .job
-            .unwrap()
+        let request = CreateJobRequest { request_id: String::new(), spec: Some(spec) };
+        self.jobs().create_job(request).await.unwrap().into_inner().job.unwrap()
     }
 
-    pub(crate) async fn open_watch(
-        &self,
-        job_id: &str,
-        after_sequence: u64,
-    ) -> Streaming<WatchJobResponse> {
-        let request = WatchJobRequest {
-            job_id: job_id.to_owned(),
-            after_sequence,
-        };
+    pub(crate) async fn open_watch(&self, job_id: &str, after_sequence: u64) -> Streaming<WatchJobResponse> {
+        let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence };
         self.jobs().watch_job(request).await.unwrap().into_inner()
     }
 
@@ -144,9 +96,7 @@ impl Coordinator {
                 events.push(response.event.unwrap());
             }
         };
-        tokio::time::timeout(DEADLINE, all)
-            .await
-            .expect("the job comes to its end");
+        tokio::time::timeout(DEADLINE, all).await.expect("the job comes to its end");
         events
     }
 
@@ -161,20 +111,12 @@ impl Coordinator {
             }
             panic!("the job ended before {stage}");
         };
-        tokio::time::timeout(DEADLINE, begun)
-            .await
-            .expect("the stage begins");
+        tokio::time::timeout(DEADLINE, begun).await.expect("the stage begins");
     }
 
     pub(crate) async fn download(&self, blob_id: &str) -> Vec<u8> {
-        let request = DownloadBlobRequest {
-            blob_id: blob_id.to_owned(),
-        };
-        let mut parts = BlobServiceClient::new(self.channel())
-            .download_blob(request)
-            .await
-            .unwrap()
-            .into_inner();
+        let request = DownloadBlobRequest { blob_id: blob_id.to_owned() };
+        let mut parts = BlobServiceClient::new(self.channel()).download_blob(request).await.unwrap().into_inner();
         let mut bytes = vec![];
         while let Some(response) = parts.message().await.unwrap() {
             if let Some(Part::Chunk(chunk)) = response.part {
@@ -186,11 +128,7 @@ impl Coordinator {
 }
 
 pub(crate) fn spec() -> JobSpec {
-    JobSpec {
-        model: "emoji".into(),
-        prompt: "a red car".into(),
-        ..JobSpec::default()
-    }
+    JobSpec { model: "emoji".into(), prompt: "a red car".into(), ..JobSpec::default() }
 }
 
 pub(crate) fn sequences(events: &[JobEvent]) -> Vec<u64> {

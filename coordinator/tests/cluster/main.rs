@@ -5,14 +5,9 @@ mod etcd;
 mod fake_worker;
 mod harness;
 
-use proto::v1::{
-    CancelJobRequest, CreateJobRequest, JobSpec, JobState, ListModelsRequest, ListWorkersRequest,
-    job_event::Kind,
-};
+use proto::v1::{CancelJobRequest, CreateJobRequest, JobSpec, JobState, ListModelsRequest, ListWorkersRequest, job_event::Kind};
 use tonic::Code;
-use tonic_health::pb::{
-    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
-};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::{
@@ -23,24 +18,15 @@ use crate::{
 #[tokio::test]
 async fn a_job_goes_from_its_prompt_to_its_picture() {
     let coordinator = Coordinator::start().await;
-    let _workers = [
-        FakeWorker::start(&coordinator, "w1", Pace::Run),
-        FakeWorker::start(&coordinator, "w2", Pace::Run),
-    ];
+    let _workers = [FakeWorker::start(&coordinator, "w1", Pace::Run), FakeWorker::start(&coordinator, "w2", Pace::Run)];
     coordinator.until_ready().await;
     let job = coordinator.create(spec()).await;
     assert_eq!(job.state(), JobState::Queued);
     let events = coordinator.watch(&job.id, 0).await;
-    assert_eq!(
-        sequences(&events),
-        (1..=events.len() as u64).collect::<Vec<_>>()
-    );
+    assert_eq!(sequences(&events), (1..=events.len() as u64).collect::<Vec<_>>());
     let done = terminal(&events);
     assert_eq!(done.state(), JobState::Succeeded);
-    assert_eq!(
-        coordinator.download(&done.images[0].blob_id).await,
-        picture()
-    );
+    assert_eq!(coordinator.download(&done.images[0].blob_id).await, picture());
     let stages: Vec<_> = events
         .iter()
         .filter_map(|event| match &event.kind {
@@ -49,20 +35,14 @@ async fn a_job_goes_from_its_prompt_to_its_picture() {
         })
         .collect();
     assert_eq!(stages, ["encode_text", "denoise", "decode"]);
-    let steps = events
-        .iter()
-        .filter(|event| matches!(event.kind, Some(Kind::StageProgress(_))))
-        .count();
+    let steps = events.iter().filter(|event| matches!(event.kind, Some(Kind::StageProgress(_)))).count();
     assert_eq!(steps, 4);
 }
 
 #[tokio::test]
 async fn a_watch_resumes_after_any_event_without_gap_or_duplicate() {
     let coordinator = Coordinator::start().await;
-    let _workers = [
-        FakeWorker::start(&coordinator, "w1", Pace::Run),
-        FakeWorker::start(&coordinator, "w2", Pace::Run),
-    ];
+    let _workers = [FakeWorker::start(&coordinator, "w1", Pace::Run), FakeWorker::start(&coordinator, "w2", Pace::Run)];
     coordinator.until_ready().await;
     let job = coordinator.create(spec()).await;
     let whole = coordinator.watch(&job.id, 0).await;
@@ -83,30 +63,16 @@ async fn a_killed_worker_fails_its_job_at_once_and_a_new_one_takes_its_place() {
     let killed = std::time::Instant::now();
     drop(second);
     let failed = terminal(&coordinator.watch(&job.id, 0).await);
-    assert!(
-        killed.elapsed().as_secs() < 4,
-        "the end of a stream is seen, not waited for: {:?}",
-        killed.elapsed()
-    );
+    assert!(killed.elapsed().as_secs() < 4, "the end of a stream is seen, not waited for: {:?}", killed.elapsed());
     let failure = failed.failure.unwrap();
-    assert_eq!(
-        (failed.state, failure.reason.as_str()),
-        (JobState::Failed as i32, "GROUP_LOST")
-    );
-    assert!(
-        failure.message.contains("emoji/transformer/0") && failure.message.contains("w2"),
-        "{}",
-        failure.message
-    );
+    assert_eq!((failed.state, failure.reason.as_str()), (JobState::Failed as i32, "GROUP_LOST"));
+    assert!(failure.message.contains("emoji/transformer/0") && failure.message.contains("w2"), "{}", failure.message);
 
     first.set_pace(Pace::Run);
     let _third = FakeWorker::start(&coordinator, "w3", Pace::Run);
     coordinator.until_ready().await;
     let job = coordinator.create(spec()).await;
-    assert_eq!(
-        terminal(&coordinator.watch(&job.id, 0).await).state(),
-        JobState::Succeeded
-    );
+    assert_eq!(terminal(&coordinator.watch(&job.id, 0).await).state(), JobState::Succeeded);
 }
 
 #[tokio::test]
@@ -116,79 +82,29 @@ async fn a_running_job_stops_when_it_is_cancelled() {
     coordinator.until_ready().await;
     let job = coordinator.create(spec()).await;
     coordinator.until_stage(&job.id, "denoise").await;
-    coordinator
-        .jobs()
-        .cancel_job(CancelJobRequest {
-            job_id: job.id.clone(),
-        })
-        .await
-        .unwrap();
-    assert_eq!(
-        terminal(&coordinator.watch(&job.id, 0).await).state(),
-        JobState::Cancelled
-    );
+    coordinator.jobs().cancel_job(CancelJobRequest { job_id: job.id.clone() }).await.unwrap();
+    assert_eq!(terminal(&coordinator.watch(&job.id, 0).await).state(), JobState::Cancelled);
 }
 
 #[tokio::test]
 async fn refusals_say_what_is_wrong_in_a_way_programs_understand() {
     let coordinator = Coordinator::start().await;
     let refusal = async |spec: JobSpec, request_id: &str| {
-        let request = CreateJobRequest {
-            request_id: request_id.into(),
-            spec: Some(spec),
-        };
+        let request = CreateJobRequest { request_id: request_id.into(), spec: Some(spec) };
         let status = coordinator.jobs().create_job(request).await.unwrap_err();
         let details = status.get_error_details();
-        let fields = details
-            .bad_request()
-            .map(|bad| bad.field_violations.clone())
-            .unwrap_or_default();
-        let fields: Vec<String> = fields
-            .into_iter()
-            .map(|violation| violation.field)
-            .collect();
-        (
-            status.code(),
-            details.error_info().unwrap().reason.clone(),
-            fields,
-        )
+        let fields = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
+        let fields: Vec<String> = fields.into_iter().map(|violation| violation.field).collect();
+        (status.code(), details.error_info().unwrap().reason.clone(), fields)
     };
-    assert_eq!(
-        refusal(spec(), "").await,
-        (Code::Unavailable, "MODEL_NOT_READY".into(), vec![])
-    );
+    assert_eq!(refusal(spec(), "").await, (Code::Unavailable, "MODEL_NOT_READY".into(), vec![]));
     let _worker = FakeWorker::start(&coordinator, "w1", Pace::Run);
-    coordinator
-        .until("the card is known", async || {
-            coordinator.models().await[0].card.is_some()
-        })
-        .await;
-    let unknown = JobSpec {
-        model: "other".into(),
-        ..spec()
-    };
-    assert_eq!(
-        refusal(unknown, "").await,
-        (Code::NotFound, "MODEL_NOT_FOUND".into(), vec![])
-    );
-    let wrong = JobSpec {
-        width: Some(1),
-        strength: Some(0.5),
-        image_blob_id: "0".repeat(64),
-        ..spec()
-    };
-    let fields = [
-        "spec.strength",
-        "spec.image_blob_id",
-        "spec.image_blob_id",
-        "spec.width",
-    ]
-    .map(String::from)
-    .to_vec();
-    assert_eq!(
-        refusal(wrong, "").await,
-        (Code::InvalidArgument, "INVALID_REQUEST".into(), fields)
-    );
+    coordinator.until("the card is known", async || coordinator.models().await[0].card.is_some()).await;
+    let unknown = JobSpec { model: "other".into(), ..spec() };
+    assert_eq!(refusal(unknown, "").await, (Code::NotFound, "MODEL_NOT_FOUND".into(), vec![]));
+    let wrong = JobSpec { width: Some(1), strength: Some(0.5), image_blob_id: "0".repeat(64), ..spec() };
+    let fields = ["spec.strength", "spec.image_blob_id", "spec.image_blob_id", "spec.width"].map(String::from).to_vec();
+    assert_eq!(refusal(wrong, "").await, (Code::InvalidArgument, "INVALID_REQUEST".into(), fields));
     assert_eq!(refusal(spec(), "no uuid").await.2, ["request_id"]);
 }
 
@@ -196,38 +112,14 @@ async fn refusals_say_what_is_wrong_in_a_way_programs_understand() {
 async fn a_retried_request_is_the_same_job() {
     let coordinator = Coordinator::start().await;
     let _worker = FakeWorker::start(&coordinator, "w1", Pace::Run);
-    coordinator
-        .until("the card is known", async || {
-            coordinator.models().await[0].card.is_some()
-        })
-        .await;
+    coordinator.until("the card is known", async || coordinator.models().await[0].card.is_some()).await;
     let id = "6fa459ea-ee8a-4ca4-894e-db77e160355e";
-    let request = |spec| CreateJobRequest {
-        request_id: id.to_owned(),
-        spec: Some(spec),
-    };
-    let first = coordinator
-        .jobs()
-        .create_job(request(spec()))
-        .await
-        .unwrap()
-        .into_inner();
-    let again = coordinator
-        .jobs()
-        .create_job(request(spec()))
-        .await
-        .unwrap()
-        .into_inner();
+    let request = |spec| CreateJobRequest { request_id: id.to_owned(), spec: Some(spec) };
+    let first = coordinator.jobs().create_job(request(spec())).await.unwrap().into_inner();
+    let again = coordinator.jobs().create_job(request(spec())).await.unwrap().into_inner();
     assert_eq!(first.job.unwrap().id, again.job.unwrap().id);
-    let other = JobSpec {
-        seed: Some(1),
-        ..spec()
-    };
-    let status = coordinator
-        .jobs()
-        .create_job(request(other))
-        .await
-        .unwrap_err();
+    let other = JobSpec { seed: Some(1), ..spec() };
+    let status = coordinator.jobs().create_job(request(other)).await.unwrap_err();
     assert_eq!(status.code(), Code::AlreadyExists);
 }
 
@@ -236,35 +128,16 @@ async fn health_tells_when_a_model_is_ready() {
     let coordinator = Coordinator::start().await;
     let health = HealthClient::new(coordinator.channel());
     let serving = async |service: &str| {
-        let request = HealthCheckRequest {
-            service: service.to_owned(),
-        };
-        health
-            .clone()
-            .check(request)
-            .await
-            .unwrap()
-            .into_inner()
-            .status()
+        let request = HealthCheckRequest { service: service.to_owned() };
+        health.clone().check(request).await.unwrap().into_inner().status()
     };
     assert_eq!(serving("").await, ServingStatus::Serving);
-    assert_eq!(
-        serving("atelier.v1.JobService").await,
-        ServingStatus::Serving
-    );
+    assert_eq!(serving("atelier.v1.JobService").await, ServingStatus::Serving);
     assert_eq!(serving("model/emoji").await, ServingStatus::NotServing);
     let workers = ["w1", "w2"].map(|id| FakeWorker::start(&coordinator, id, Pace::Run));
-    coordinator
-        .until("the model is served", async || {
-            serving("model/emoji").await == ServingStatus::Serving
-        })
-        .await;
+    coordinator.until("the model is served", async || serving("model/emoji").await == ServingStatus::Serving).await;
     drop(workers);
-    coordinator
-        .until("the model is gone", async || {
-            serving("model/emoji").await == ServingStatus::NotServing
-        })
-        .await;
+    coordinator.until("the model is gone", async || serving("model/emoji").await == ServingStatus::NotServing).await;
 }
 
 #[tokio::test]
@@ -273,38 +146,11 @@ async fn operators_see_models_groups_and_workers() {
     let _workers = ["w1", "w2"].map(|id| FakeWorker::start(&coordinator, id, Pace::Run));
     coordinator.until_ready().await;
     let mut cluster = coordinator.cluster();
-    let models = cluster
-        .list_models(ListModelsRequest {})
-        .await
-        .unwrap()
-        .into_inner()
-        .models;
-    let groups: Vec<_> = models[0]
-        .groups
-        .iter()
-        .map(|group| (group.group_id.as_str(), group.worker_ids.len()))
-        .collect();
-    assert_eq!(
-        groups,
-        [
-            ("emoji/text_encoder/0", 1),
-            ("emoji/transformer/0", 2),
-            ("emoji/vae/0", 1)
-        ]
-    );
-    let workers = cluster
-        .list_workers(ListWorkersRequest {})
-        .await
-        .unwrap()
-        .into_inner()
-        .workers;
-    assert_eq!(
-        workers
-            .iter()
-            .map(|worker| worker.ranks.len())
-            .sum::<usize>(),
-        4
-    );
+    let models = cluster.list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
+    let groups: Vec<_> = models[0].groups.iter().map(|group| (group.group_id.as_str(), group.worker_ids.len())).collect();
+    assert_eq!(groups, [("emoji/text_encoder/0", 1), ("emoji/transformer/0", 2), ("emoji/vae/0", 1)]);
+    let workers = cluster.list_workers(ListWorkersRequest {}).await.unwrap().into_inner().workers;
+    assert_eq!(workers.iter().map(|worker| worker.ranks.len()).sum::<usize>(), 4);
 }
 
 #[tokio::test]

@@ -1,6 +1,14 @@
 //! What a model says of itself: its components, the stages of its jobs, and what a job may set.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::model_dir::ModelDir;
+use crate::{Error, Result};
+
+/// A file a model's directory may have: what this checkpoint wants where the family's defaults do not suit it, as a JSON object
+/// of parameters.
+pub const DEFAULTS_FILE: &str = "atelier.json";
 
 /// A model as read from its directory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,6 +59,34 @@ pub struct StageCard {
     pub with_image: bool,
 }
 
+impl Card {
+    /// Takes the defaults that the model's directory names.
+    ///
+    /// # Errors
+    /// When a name is none of the parameters, or a value is outside its bounds.
+    pub fn with_defaults_of(mut self, dir: &ModelDir) -> Result<Self> {
+        let path = dir.root().join(DEFAULTS_FILE);
+        if !path.is_file() {
+            return Ok(self);
+        }
+        let defaults: serde_json::Map<String, Value> = crate::model_dir::read_json(&path)?;
+        for (name, value) in defaults {
+            let bad = |reason: &str| Error::ModelDir { path: path.clone(), reason: format!("`{name}`: {reason}") };
+            let parameter =
+                self.parameters.iter_mut().find(|p| p.name == name).ok_or_else(|| bad("is none of the model's parameters"))?;
+            match (value, parameter.is_number()) {
+                (Value::Number(n), true) => {
+                    let value = n.as_f64().filter(|v| (parameter.minimum..=parameter.maximum).contains(v));
+                    parameter.default = Some(value.ok_or_else(|| bad("is outside its bounds"))?);
+                }
+                (Value::String(text), false) => parameter.default_text = Some(text),
+                _ => return Err(bad("has another type")),
+            }
+        }
+        Ok(self)
+    }
+}
+
 /// What kind of work a stage is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StageKind {
@@ -77,12 +113,19 @@ pub struct ParameterCard {
     pub multiple_of: f64,
     /// Taken when the job does not say.
     pub default: Option<f64>,
+    /// The same for text.
+    pub default_text: Option<String>,
 }
 
 impl ParameterCard {
     /// A number between two bounds, with a default.
     pub fn number(name: &str, minimum: f64, maximum: f64, default: f64) -> Self {
-        Self { name: name.into(), minimum, maximum, multiple_of: 0.0, default: Some(default) }
+        Self { name: name.into(), minimum, maximum, multiple_of: 0.0, default: Some(default), default_text: None }
+    }
+
+    /// Whether it is a number.
+    pub fn is_number(&self) -> bool {
+        self.minimum < self.maximum
     }
 
     /// The same, a multiple of `step`.
@@ -92,6 +135,6 @@ impl ParameterCard {
 
     /// A field that is not a number, such as a prompt or a picture.
     pub fn field(name: &str) -> Self {
-        Self { name: name.into(), minimum: 0.0, maximum: 0.0, multiple_of: 0.0, default: None }
+        Self { name: name.into(), minimum: 0.0, maximum: 0.0, multiple_of: 0.0, default: None, default_text: None }
     }
 }

@@ -55,7 +55,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         Ok(ComponentCard { name: name.into(), weight_bytes: dir.weight_bytes(name)?, tp_options, max_block_ranges })
     };
     let blocks = transformer.num_layers + transformer.num_single_layers;
-    Ok(Card {
+    let card = Card {
         family: "flux".into(),
         pipeline_class: dir.pipeline_class().into(),
         scheduler: "FlowMatchEulerDiscreteScheduler".into(),
@@ -70,7 +70,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages: stages(),
         parameters: parameters(&transformer, &scheduler, &vae),
         max_pixels: MAX_PIXELS,
-    })
+    };
+    card.with_defaults_of(dir)
 }
 
 fn stages() -> Vec<StageCard> {

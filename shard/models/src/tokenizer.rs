@@ -1,8 +1,8 @@
 //! Text to token ids, as the reference's tokenizers give them.
 //!
 //! The algorithms are the `tokenizers` crate's. A folder holds either its `tokenizer.json`, or a vocabulary from which the
-//! pipeline is put together here as `transformers` does: `vocab.json` + `merges.txt` ([`bpe`]: CLIP, Qwen2), or a bare
-//! `spiece.model` ([`sentencepiece`]: T5, mT5). Where the two differ on mT5, sentencepiece is followed: characters that no
+//! pipeline is put together here as `transformers` does: `vocab.json` + `merges.txt` (`bpe.rs`: CLIP, Qwen2), or a bare
+//! `spiece.model` (`sentencepiece.rs`: T5, mT5). Where the two differ on mT5, sentencepiece is followed: characters that no
 //! piece covers become bytes, not `<unk>`.
 
 mod bpe;

@@ -17,7 +17,7 @@ const LAYOUTS: [Layout; 5] = [
     Layout { tp: 1, block_ranges: 3 },
 ];
 
-pub fn component(case: &mut Case) -> Outcome {
+pub(crate) fn component(case: &mut Case) -> Outcome {
     let dir = case.folder("weights")?;
     let text = std::fs::read(dir.join("config.json")).map_err(|e| format!("config.json: {e}"))?;
     let config: FluxTransformerConfig = serde_json::from_slice(&text).map_err(|e| format!("config.json: {e}"))?;
