@@ -207,7 +207,12 @@ impl Tasks {
     }
 
     async fn picture(&self, run: &RunTask, blob_id: &str) -> Result<Vec<u8>, Failure> {
-        let failed = |error: Error| Failure::new("INVALID_IMAGE", error.to_string());
+        let failed = |error: Error| match &error {
+            Error::Blob { .. } | Error::Call { code: tonic::Code::NotFound, .. } => {
+                Failure::new("INVALID_IMAGE", error.to_string())
+            }
+            _ => Failure::new("INTERNAL", error.to_string()),
+        };
         Blobs::at(&run.blob_address, &self.dial).map_err(failed)?.download(blob_id).await.map_err(failed)
     }
 

@@ -1,5 +1,7 @@
 //! A worker as its coordinator sees it: real gRPC and real TCP between ranks, with a model that only counts.
 
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
+
 mod coordinator;
 mod etcd;
 mod model;
@@ -43,6 +45,7 @@ fn task(stage: &str, group_id: &str, epoch: u64) -> TaskRef {
 fn run(task: TaskRef, steps: u32) -> RunTask {
     let kind = match task.stage.as_str() {
         "encode_text" => StageKind::EncodeText,
+        "encode_image" => StageKind::EncodeImage,
         "denoise" => StageKind::Denoise,
         _ => StageKind::Decode,
     };
@@ -244,6 +247,38 @@ async fn a_component_that_cannot_be_loaded_is_told() {
     control.send(Command::RunTask(RunTask { spec: Some(spec), ..run(incomplete.clone(), 1) })).await;
     let failed = control.failed(&incomplete).await;
     assert_eq!((failed.reason.as_str(), failed.message.as_str()), ("INVALID_REQUEST", "seed: is missing"));
+    worker.stop().await;
+}
+
+#[tokio::test]
+async fn a_picture_is_taken_in_only_if_it_is_what_its_id_says() {
+    let coordinator = Coordinator::start().await;
+    let worker = Running::start(&coordinator).await;
+    let mut control = worker.control().await;
+    control.send(Command::JoinGroup(join("g", 1, "vae", &[&worker]))).await;
+    control.ready("g", 1).await;
+    // sha256 of "abc".
+    let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+    let encode = |attempt: u32, blob_id: &str| {
+        let task = TaskRef { attempt, ..task("encode_image", "g", 1) };
+        // Nobody starts the task it goes to; that it is held is enough.
+        let outputs = vec![Destination { task: Some(task.clone()), address: worker.address() }];
+        let spec = JobSpec { image_blob_id: blob_id.into(), ..spec(1) };
+        let run = RunTask { spec: Some(spec), outputs, blob_address: coordinator.address(), ..run(task.clone(), 1) };
+        (task, Command::RunTask(run))
+    };
+    let (missing, command) = encode(1, abc);
+    control.send(command).await;
+    assert_eq!(control.failed(&missing).await.reason, "INVALID_IMAGE");
+    coordinator.store(abc, b"abd");
+    let (other, command) = encode(2, abc);
+    control.send(command).await;
+    let failed = control.failed(&other).await;
+    assert!(failed.reason == "INVALID_IMAGE" && failed.message.contains("sha256"), "{failed:?}");
+    coordinator.store(abc, b"abc");
+    let (right, command) = encode(3, abc);
+    control.send(command).await;
+    control.done(&right).await;
     worker.stop().await;
 }
 

@@ -129,6 +129,10 @@ impl Steps {
                 Payload::Conditioning(Tensors::new().with("prompt_embeds", Tensor::ones((1, 4), DType::F32, &Device::Cpu)?))
             }
             "transformer" => Payload::Latents(Tensors::new().with("latents", zeros((pictures, 4, height / 8, width / 8))?)),
+            "vae" if task.inputs.pictures.image.is_some() => {
+                let image = task.inputs.pictures.image.clone().unwrap_or_default();
+                Payload::ImageLatents(Tensors::new().with("image.mean", Tensor::new(image, &Device::Cpu)?))
+            }
             _ => {
                 let (b, ..) = task.inputs.latents()?.dims4()?;
                 Payload::Image(Tensors::new().with("image", zeros((b, 3, height, width))?))
