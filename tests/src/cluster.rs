@@ -166,11 +166,11 @@ impl Client {
     /// Follows a job to its end.
     pub async fn finish(&mut self, job_id: &str) -> Job {
         let events = self.watch(job_id, 0, |_| false).await;
-        let jobs = events.into_iter().filter_map(|e| match e.kind {
+        let mut jobs = events.into_iter().rev().filter_map(|e| match e.kind {
             Some(Kind::StateChanged(job)) => Some(job),
             _ => None,
         });
-        jobs.last().expect("a job has states")
+        jobs.next().expect("a job has states")
     }
 
     /// Asks for a job and follows it to its end.

@@ -108,7 +108,7 @@ impl Case {
         let comparison = Comparison { name: name.to_owned(), error, tolerance };
         let ratio = if error == 0.0 { 0.0 } else { error / tolerance };
         if self.worst.as_ref().is_none_or(|(worst, _)| ratio > *worst || ratio.is_nan()) {
-            self.worst = Some((ratio, comparison.clone()));
+            self.worst = Some((ratio, comparison));
         }
         if error <= tolerance { Ok(()) } else { Err(format!("{name}: error {error:.3e} > {tolerance:.3e}")) }
     }

@@ -1,5 +1,7 @@
 //! The main job through real processes: the same picture on every arrangement, lost ranks, cancelled jobs, wrong input.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 use std::time::{Duration, Instant};
 
 use proto::v1::job_event::Kind;

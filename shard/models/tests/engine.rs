@@ -1,5 +1,7 @@
 //! The denoise engine over a made-up network: joining, batching, block ranges, cancelling.
 
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;

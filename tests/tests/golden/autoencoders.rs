@@ -8,7 +8,7 @@ use models::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig, Moments};
 use parallel::{Solo, Weights};
 use tests::golden::{Case, Outcome};
 
-pub fn run(case: &mut Case) -> Outcome {
+pub(crate) fn run(case: &mut Case) -> Outcome {
     let folder = case.folder("weights")?;
     let text = std::fs::read(folder.join("config.json")).map_err(err)?;
     let config: AutoencoderKlConfig = serde_json::from_slice(&text).map_err(err)?;

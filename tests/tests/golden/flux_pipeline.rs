@@ -17,7 +17,7 @@ use tests::golden::{Case, Outcome};
 /// Normals may differ from torch's in the last bits of the logarithm; the case `rng_cpu` says by how much.
 const NOISE_TOLERANCE: f64 = 2e-6;
 
-pub fn run(case: &mut Case) -> Outcome {
+pub(crate) fn run(case: &mut Case) -> Outcome {
     let dir = ModelDir::open(&case.folder("weights")?).map_err(text)?;
     let jobs = jobs(case)?;
     check_ids(case, &dir, &jobs)?;

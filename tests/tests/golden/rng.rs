@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use parallel::rng::{TorchCpu, TorchCuda};
 use tests::golden::{Case, Outcome};
 
-pub fn run(case: &mut Case) -> Outcome {
+pub(crate) fn run(case: &mut Case) -> Outcome {
     let names: Vec<String> = case.below("").map(|(name, _)| name.to_owned()).collect();
     let (philox, mut sequences) = (case.name.contains("philox"), BTreeMap::<u64, BTreeMap<u32, String>>::new());
     for name in names {

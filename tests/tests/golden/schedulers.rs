@@ -8,7 +8,7 @@ use models::scheduler::{
 use serde_json::Value;
 use tests::golden::{Case, Outcome};
 
-pub fn run(case: &mut Case) -> Outcome {
+pub(crate) fn run(case: &mut Case) -> Outcome {
     let runs = case.json["runs"].as_object().ok_or("case.json has no `runs`")?.clone();
     runs.iter().try_for_each(|(name, run)| one(case, name, run).map_err(|e| format!("{name}: {e}")))
 }

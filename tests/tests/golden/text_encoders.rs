@@ -9,7 +9,7 @@ use models::t5::{T5Config, T5Encoder};
 use parallel::{DType, Device, Solo, Tensors, Weights};
 use tests::golden::{Case, Outcome};
 
-pub fn run(case: &mut Case) -> Outcome {
+pub(crate) fn run(case: &mut Case) -> Outcome {
     if case.json["model_class"].as_str().is_some_and(|class| class.starts_with("CLIP")) {
         clip(case)
     } else {

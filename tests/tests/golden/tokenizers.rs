@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use models::tokenizer::Tokenizer;
 use tests::golden::{Case, Outcome};
 
-pub fn run(case: &mut Case) -> Outcome {
+pub(crate) fn run(case: &mut Case) -> Outcome {
     let texts: Vec<String> = serde_json::from_value(case.json["texts"].clone()).map_err(text)?;
     let known = case.json["tokenizers"].as_object().cloned().unwrap_or_default();
     for (name, recorded) in known {
