@@ -79,6 +79,8 @@ async fn keep(mut keeper: LeaseKeeper, mut answers: LeaseKeepAliveStream) -> Res
     let mut deadline = Instant::now() + SILENCE;
     loop {
         tokio::select! {
+            // First: when this process itself was stopped, an answer that waits is too late.
+            biased;
             () = sleep_until(deadline) => return Err(Error::LeaseLost("etcd is silent")),
             _ = tick.tick() => keeper.keep_alive().await?,
             answer = answers.message() => match answer? {
