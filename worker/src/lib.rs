@@ -2,11 +2,11 @@
 //!
 //! It may not decide. Which rank to hold, which task to run, where its output goes and whether to try again is said by the
 //! coordinator over `service`; a worker only reports. It knows no model either: what a component is made of is behind
-//! [`Backend`].
+//! `Backend`.
 //!
 //! Two worlds meet here and touch in `groups` only: tokio tasks, which wait for sockets and never for a tensor, and one
 //! thread per rank (`rank`), which computes and waits for no socket but those of its group's collective. Start reading at
-//! [`worker`], then `service`, then `tasks`.
+//! `worker`, then `service`, then `tasks`.
 
 pub mod error;
 

@@ -18,6 +18,8 @@ use crate::{Error, Result};
 
 /// A peer that says nothing for this long is lost. Five heartbeats and some.
 pub const SILENCE: Duration = Duration::from_secs(3);
+/// The first word may take as long as the peer waits for its own peers.
+const FIRST_WORD: Duration = Duration::from_secs(60);
 const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Longest frame: a whole activation of the largest model served (4608 x 21504 f32) is 0.4 GB.
 const MAX_FRAME_BYTES: u64 = 1 << 30;
@@ -158,7 +160,7 @@ impl Drop for Tcp {
 impl Peer {
     fn start(rank: usize, stream: TcpStream) -> io::Result<Arc<Self>> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(SILENCE))?;
+        stream.set_read_timeout(Some(FIRST_WORD))?;
         stream.set_write_timeout(Some(SILENCE))?;
         let peer =
             Arc::new(Self { writer: Mutex::new(stream.try_clone()?), stream, inbox: Mutex::default(), arrived: Condvar::new() });
@@ -170,15 +172,20 @@ impl Peer {
     fn read_frames(&self) {
         let Ok(stream) = self.stream.try_clone() else { return self.lose("its socket is closed") };
         let mut stream = BufReader::with_capacity(64 << 10, stream);
+        let mut silent_so_far = true;
         loop {
-            match decode(&mut stream) {
+            let frame = decode(&mut stream);
+            if std::mem::take(&mut silent_so_far) && frame.is_ok() {
+                let _ = self.stream.set_read_timeout(Some(SILENCE));
+            }
+            match frame {
                 Ok(Some(x)) => {
                     self.inbox().frames.push_back(x);
                     self.arrived.notify_all();
                 }
                 Ok(None) => {}
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    return self.lose(&format!("it was silent for {} s", SILENCE.as_secs()));
+                    return self.lose("it was silent for too long");
                 }
                 Err(e) if e.kind() == ErrorKind::UnexpectedEof => return self.lose("its connection was closed"),
                 Err(e) => return self.lose(&e.to_string()),
@@ -436,13 +443,14 @@ mod tests {
 
     #[test]
     fn a_stopped_writer_does_not_block_for_ever() {
-        // A peer that accepts and then neither reads nor writes is lost by silence.
+        // A peer that says one word and then neither reads nor writes is lost by silence.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (_route, accepted) = mpsc::channel();
         let link = Tcp::connect(&rendezvous(1), 1, &[address, String::new()], &accepted, Instant::now() + Duration::from_secs(5))
             .unwrap();
-        let _silent = listener.accept().unwrap();
+        let (mut silent, _) = listener.accept().unwrap();
+        silent.write_all(&[BEAT]).unwrap();
         assert!(matches!(link.recv(0), Err(Error::PeerLost { rank: 0, .. })));
     }
 }
