@@ -1,4 +1,4 @@
-//! Norms and softmax over rows. Sums run in [`LANES`] fixed lanes that are added as a tree, whatever the machine.
+//! Norms and softmax over rows. Sums run in sixteen fixed lanes that are added as a tree, whatever the machine.
 
 const LANES: usize = 16;
 
