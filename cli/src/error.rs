@@ -19,7 +19,7 @@ pub(crate) enum Error {
     #[error("the job {}", .0)]
     Job(String),
     /// A file.
-    #[error("{path}: {source}")]
+    #[error("{path}")]
     File { path: String, source: std::io::Error },
     /// The system.
     #[error(transparent)]

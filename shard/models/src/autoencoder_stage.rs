@@ -64,16 +64,9 @@ impl Stage for AutoencoderStage {
     }
 
     fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
-        self.waiting.tell_cancelled(on_event);
-        let Some((key, request, inputs)) = self.waiting.pop() else { return Ok(false) };
-        on_event(StageEvent::Started { key });
-        match self.run(&request, &inputs) {
-            Ok(payload) => {
-                on_event(StageEvent::Step { key, step: 1, steps: 1, state: None });
-                on_event(StageEvent::Done { key, payload });
-            }
-            Err(error) => on_event(StageEvent::Failed { key, error, step: 0 }),
-        }
-        Ok(true)
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let more = waiting.turn(on_event, |request, inputs| self.run(request, inputs));
+        self.waiting = waiting;
+        more
     }
 }

@@ -110,7 +110,8 @@ fn parameters(
         ParameterCard::number("num_inference_steps", 1.0, MAX_STEPS as f64, if few_steps { 4.0 } else { 28.0 }).multiple(1.0),
         ParameterCard::number("true_cfg_scale", 1.0, 20.0, 1.0),
         ParameterCard::number("num_images_per_prompt", 1.0, 10.0, 1.0).multiple(1.0),
-        ParameterCard::number("strength", 0.0, 1.0, 0.6),
+        // Above nothing: the least strength still makes one step.
+        ParameterCard::number("strength", 0.001, 1.0, 0.6),
         ParameterCard::field("image_blob_id"),
         ParameterCard::field("mask_image_blob_id"),
         ParameterCard::number("max_sequence_length", 1.0, 512.0, if few_steps { 256.0 } else { 512.0 }).multiple(1.0),
@@ -216,10 +217,6 @@ impl FluxDenoiser {
             Some(strength) => {
                 // int(n - min(n strength, n)), as the reference rounds.
                 let begin = (n as f64 - (n as f64 * strength).min(n as f64)).max(0.0) as usize;
-                if begin >= n {
-                    let reason = format!("{strength} leaves none of {n} steps");
-                    return Err(Error::Invalid { field: "strength", reason });
-                }
                 scheduler.with_begin(begin)
             }
         }

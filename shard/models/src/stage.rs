@@ -137,6 +137,26 @@ impl Waiting {
         }
     }
 
+    /// One turn of a stage that does a whole task at a time: the next task, from beginning to end.
+    pub(crate) fn turn(
+        &mut self,
+        on_event: &mut dyn FnMut(StageEvent<'_>),
+        run: impl FnOnce(&Request, &Inputs) -> Result<Payload>,
+    ) -> Result<bool> {
+        self.tell_cancelled(on_event);
+        let Some((key, request, inputs)) = self.pop() else { return Ok(false) };
+        on_event(StageEvent::Started { key });
+        match run(&request, &inputs) {
+            Ok(payload) => {
+                on_event(StageEvent::Step { key, step: 1, steps: 1, state: None });
+                on_event(StageEvent::Done { key, payload });
+            }
+            Err(error) if error.loses_group() => return Err(error),
+            Err(error) => on_event(StageEvent::Failed { key, error, step: 0 }),
+        }
+        Ok(true)
+    }
+
     pub(crate) fn pop(&mut self) -> Option<(TaskKey, Request, Inputs)> {
         self.order.pop_first().map(|(_, task)| task)
     }

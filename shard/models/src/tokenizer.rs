@@ -2,11 +2,12 @@
 //!
 //! The algorithms are the `tokenizers` crate's. A folder holds either its `tokenizer.json`, or a vocabulary from which the
 //! pipeline is put together here as `transformers` does: `vocab.json` + `merges.txt` (`bpe.rs`: CLIP, Qwen2), or a bare
-//! `spiece.model` (`sentencepiece.rs`: T5, mT5). Where the two differ on mT5, sentencepiece is followed: characters that no
+//! `spiece.model` (`sentencepiece.rs`: T5, mT5), or `vocab.txt` (`wordpiece.rs`: BERT). Where the two differ on mT5, sentencepiece is followed: characters that no
 //! piece covers become bytes, not `<unk>`.
 
 mod bpe;
 mod sentencepiece;
+mod wordpiece;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -52,8 +53,10 @@ impl Tokenizer {
             bpe::load(dir, &special)?
         } else if dir.join("spiece.model").is_file() {
             sentencepiece::load(&dir.join("spiece.model"), &special)?
+        } else if dir.join("vocab.txt").is_file() {
+            wordpiece::load(dir, &special)?
         } else {
-            return Err(malformed(dir, "there is no tokenizer.json, vocab.json or spiece.model"));
+            return Err(malformed(dir, "there is no tokenizer.json, vocab.json, spiece.model or vocab.txt"));
         };
         // Length is the caller's business.
         inner.with_padding(None);
@@ -116,7 +119,7 @@ impl fmt::Debug for Tokenizer {
 /// What `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` say.
 struct SpecialTokens {
     class: Option<String>,
-    /// `bos_token`, `eos_token`, `unk_token`, `pad_token`.
+    /// `bos_token`, `eos_token`, `unk_token`, `pad_token`, `cls_token`, `sep_token`, `mask_token`.
     named: BTreeMap<String, TokenEntry>,
     /// Without a name of their own.
     additional: Vec<TokenEntry>,
@@ -187,6 +190,9 @@ struct TokensFile {
     eos_token: Option<TokenEntry>,
     unk_token: Option<TokenEntry>,
     pad_token: Option<TokenEntry>,
+    cls_token: Option<TokenEntry>,
+    sep_token: Option<TokenEntry>,
+    mask_token: Option<TokenEntry>,
     additional_special_tokens: Option<Vec<TokenEntry>>,
     added_tokens_decoder: Option<BTreeMap<u32, TokenEntry>>,
     extra_ids: Option<usize>,
@@ -201,6 +207,9 @@ impl SpecialTokens {
             ("eos_token", map.eos_token.or(config.eos_token)),
             ("unk_token", map.unk_token.or(config.unk_token)),
             ("pad_token", map.pad_token.or(config.pad_token)),
+            ("cls_token", map.cls_token.or(config.cls_token)),
+            ("sep_token", map.sep_token.or(config.sep_token)),
+            ("mask_token", map.mask_token.or(config.mask_token)),
         ];
         let mut by_id = config.added_tokens_decoder.unwrap_or_default();
         if by_id.is_empty() {

@@ -10,8 +10,9 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
     let texts: Vec<String> = serde_json::from_value(case.json["texts"].clone()).map_err(text)?;
     let known = case.json["tokenizers"].as_object().cloned().unwrap_or_default();
     for (name, recorded) in known {
-        if recorded["class"].as_str().is_some_and(|class| class.starts_with("Bert")) {
-            println!("tokenizers: {name}: WordPiece belongs to Hunyuan-DiT, not implemented yet");
+        // Its vocabulary's licence is unclear, so this repository's copy of the case is without it.
+        if name == "bert_hunyuan" && !case.dir.join(&name).is_dir() {
+            println!("tokenizers: the folder {name} is not part of this copy");
             continue;
         }
         let max_length = recorded["call"]["max_length"].as_u64().ok_or("no max_length")? as usize;
