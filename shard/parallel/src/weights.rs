@@ -350,3 +350,89 @@ fn dtype(dtype: Dtype) -> Option<DType> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::Solo;
+    use crate::collective::Placeholder;
+
+    /// A checkpoint of `packed: [6, 4]` (two parts of 2 and 4 rows) and `bias: [4]`.
+    fn checkpoint() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let packed = Tensor::arange(0f32, 24.0, &Device::Cpu).unwrap().reshape((6, 4)).unwrap();
+        let bias = Tensor::ones(4, DType::F32, &Device::Cpu).unwrap();
+        let tensors = HashMap::from([("a.packed".to_owned(), packed), ("a.bias".to_owned(), bias)]);
+        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+        dir
+    }
+
+    fn open(dir: &Path, rank: usize, size: usize) -> Weights {
+        Weights::open(dir, Arc::new(Placeholder { rank, size }), DType::F32, &Device::Cpu).unwrap().pp("a")
+    }
+
+    #[test]
+    fn a_rank_reads_its_slice_of_every_packed_part_and_no_more() {
+        let dir = checkpoint();
+        let w = open(dir.path(), 1, 2);
+        let slice = w.get("packed", &[6, 4], Shard::Split { dim: 0, blocks: vec![2, 4] }).unwrap();
+        let first: Vec<f32> = slice.to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
+        assert_eq!(first, [4.0, 16.0, 20.0], "row 1 of the first part, rows 2 and 3 of the second");
+        assert_eq!(w.bytes_read().load(Ordering::Relaxed), 3 * 4 * 4);
+        let columns = w.get("packed", &[6, 4], Shard::split(1, 4)).unwrap();
+        assert_eq!(columns.to_vec2::<f32>().unwrap()[5], [22.0, 23.0]);
+    }
+
+    #[test]
+    fn measuring_counts_what_reading_would_read() {
+        let dir = checkpoint();
+        let (read, measured) = (open(dir.path(), 0, 2), open(dir.path(), 0, 2).measuring());
+        for w in [&read, &measured] {
+            let shape = w.get("packed", &[6, 4], Shard::split(0, 6)).unwrap().dims().to_vec();
+            assert_eq!(shape, [3, 4]);
+        }
+        assert_eq!(read.bytes_read().load(Ordering::Relaxed), measured.bytes_read().load(Ordering::Relaxed));
+        assert_eq!((read.bytes_held(), measured.bytes_held()), (48, 48));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let dir = checkpoint();
+        let w = open(dir.path(), 0, 4);
+        assert!(matches!(w.get("no", &[1], Shard::Replicated), Err(Error::MissingTensor { name }) if name == "a.no"));
+        assert!(matches!(w.get("packed", &[4, 6], Shard::Replicated), Err(Error::Shape { .. })));
+        assert!(matches!(w.get("packed", &[6, 4], Shard::split(0, 6)), Err(Error::Indivisible { size: 6, tp: 4, .. })));
+        w.get("packed", &[6, 4], Shard::Replicated).unwrap();
+        assert!(matches!(w.finish(), Err(Error::UnusedTensors { names }) if names == ["a.bias"]));
+        w.skip("bias");
+        w.finish().unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_not_whole_or_claims_too_much_is_refused() {
+        let whole = std::fs::read(checkpoint().path().join("model.safetensors")).unwrap();
+        let check = |bytes: &[u8], part: &str| {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("model.safetensors"), bytes).unwrap();
+            let error = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap_err();
+            assert!(matches!(&error, Error::Checkpoint { reason, .. } if reason.contains(part)), "{error}");
+        };
+        for cut in [8, 20, whole.len() / 2, whole.len() - 1] {
+            check(&whole[..cut], "truncated");
+        }
+        check(&whole[..5], "shorter than 8 bytes");
+        check(&[&(100u64 << 20).to_le_bytes()[..], &whole[8..]].concat(), "header claims");
+        check(&[&whole[..], b"more"].concat(), "");
+    }
+
+    #[test]
+    fn an_index_may_not_leave_its_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("model.safetensors.index.json"), r#"{"weight_map": {"a": "../secret.safetensors"}}"#)
+            .unwrap();
+        let error = checkpoint_files(dir.path()).unwrap_err();
+        assert!(error.to_string().contains("../secret.safetensors"), "{error}");
+    }
+}
