@@ -18,7 +18,7 @@ pub(crate) enum Error {
     /// The job came to its end without pictures.
     #[error("the job {}", .0)]
     Job(String),
-    /// A file.
+    /// A file, or an address to listen at.
     #[error("{path}")]
     File { path: String, source: std::io::Error },
     /// The system.

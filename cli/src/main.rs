@@ -67,7 +67,8 @@ fn run(command: Command) -> Result<(), Error> {
             Command::Workers(args) => list::workers(args).await,
             Command::Plan(args) => plan::run(&args),
             Command::Coordinator(args) => {
-                let listener = tokio::net::TcpListener::bind(args.listen).await?;
+                let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
+                let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;
                 Ok(coordinator::run(args.try_into()?, listener, stop_signal()).await?)
             }
             Command::Worker(args) => Ok(worker::run(args.try_into()?, stop_signal()).await?),

@@ -65,7 +65,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
         config.etcd = Some(coordinator::config::EtcdConfig { endpoints: args.etcd.clone(), prefix });
     }
     let fleet = fleet(&config.models);
-    let listener = TcpListener::bind(args.listen).await?;
+    let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
+    let listener = TcpListener::bind(args.listen).await.map_err(taken)?;
     let server = ServerArgs { server: format!("http://{}", listener.local_addr()?) };
 
     let stop = CancellationToken::new();
