@@ -32,11 +32,6 @@ impl BlockRunner {
         self.group.range.count
     }
 
-    /// How many forwards are under way.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
     /// Begins a forward: the first range's part is done when this returns.
     ///
     /// # Errors

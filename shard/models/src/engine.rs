@@ -52,11 +52,6 @@ impl Engine {
         Self { denoiser, runner, limits, waiting: Waiting::default(), active: Vec::new(), in_flight: VecDeque::new() }
     }
 
-    /// Jobs that are being denoised now.
-    pub fn active(&self) -> usize {
-        self.active.len()
-    }
-
     fn admit(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
         while self.active.len() < self.limits.max_jobs.max(1) {
             let Some((key, request, inputs)) = self.waiting.pop() else { return };

@@ -137,11 +137,6 @@ impl Weights {
         self.checkpoint.entries.contains_key(&self.full_name(name))
     }
 
-    /// The shape of a tensor as stored.
-    pub fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.checkpoint.entries.get(&self.full_name(name)).map(|e| e.shape.as_slice())
-    }
-
     /// This rank's slice of `name`.
     ///
     /// # Errors
@@ -195,11 +190,6 @@ impl Weights {
     /// Bytes of weights in the whole checkpoint, as stored.
     pub fn total_bytes(&self) -> u64 {
         self.checkpoint.entries.values().map(|e| (e.end - e.start) as u64).sum()
-    }
-
-    /// The names of all tensors in the checkpoint.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.checkpoint.entries.keys().map(String::as_str)
     }
 
     fn full_name(&self, name: &str) -> String {
