@@ -104,6 +104,7 @@ async fn a_killed_rank_fails_its_job_within_five_seconds_and_the_group_serves_ag
     assert_eq!(failed.state(), JobState::Failed);
     assert_eq!(failed.failure.as_ref().unwrap().reason, "GROUP_LOST", "{:?}", failed.failure);
 
+    eventually("the killed worker is gone", async || (client.workers().await.len() == 3).then_some(())).await;
     cluster.add_worker("");
     client.wait_ready().await;
     assert_eq!(sha256(&client.run(job(4)).await), undisturbed);
@@ -118,6 +119,8 @@ async fn a_stopped_rank_is_found_by_its_silence() {
     cluster.workers[1].signal("STOP");
     let failed = client.finish(&running.id).await;
     assert_eq!(failed.failure.as_ref().unwrap().reason, "GROUP_LOST", "{:?}", failed.failure);
+    // Its other groups are believed until its own silence has lasted five seconds.
+    eventually("the stopped worker is gone", async || (client.workers().await.len() == 1).then_some(())).await;
     cluster.add_worker("");
     client.wait_ready().await;
     sha256(&client.run(job(4)).await);
