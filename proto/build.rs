@@ -4,7 +4,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let files = ["job", "model_card", "cluster", "worker"].map(|name| format!("proto/atelier/v1/{name}.proto"));
+    let files = ["job", "model_card", "cluster", "worker", "journal"].map(|name| format!("proto/atelier/v1/{name}.proto"));
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");

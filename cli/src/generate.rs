@@ -82,7 +82,11 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), Error> {
 pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Error> {
     let spec = spec(client, args).await?;
     let request_id = uuid::Uuid::new_v4().to_string();
-    let created = client.jobs.create_job(CreateJobRequest { request_id, spec: Some(spec) }).await?.into_inner();
+    let created = client
+        .jobs
+        .create_job(CreateJobRequest { request_id, spec: Some(spec), ..CreateJobRequest::default() })
+        .await?
+        .into_inner();
     let job = created.job.ok_or(Error::Protocol("no job"))?;
     let (job, times) = watch(client, &job.id, args.quiet).await?;
     for (i, image) in job.images.iter().enumerate() {

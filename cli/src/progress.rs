@@ -42,6 +42,7 @@ impl Progress {
                 self.groups.insert(stage.stage.clone(), stage.group_id.clone());
                 self.bar(&stage.stage);
             }
+            Kind::Requeued(again) => self.say(format!("waiting for a group again: {}", again.message)),
             Kind::StageProgress(stage) => {
                 let bar = self.bar(&stage.stage);
                 bar.set_length(stage.steps.into());

@@ -242,7 +242,9 @@ impl State {
             Report::TaskProgress(progress) => self.task_progress(worker_id, &progress),
             Report::TaskDone(done) => self.task_done(worker_id, done),
             Report::TaskFailed(failed) => self.task_failed(worker_id, failed),
-            Report::Hello(_) | Report::Heartbeat(_) => Some(()),
+            Report::Hello(_) | Report::Heartbeat(_) | Report::Holding(_) | Report::Draining(_) | Report::TaskParked(_) => {
+                Some(())
+            }
         };
         if known.is_none() {
             self.stale_reports += 1;

@@ -141,7 +141,7 @@ impl Client {
 
     /// Asks for a job.
     pub async fn create(&mut self, spec: JobSpec) -> Result<Job, tonic::Status> {
-        let response = self.jobs.create_job(CreateJobRequest { request_id: String::new(), spec: Some(spec) }).await?;
+        let response = self.jobs.create_job(CreateJobRequest { spec: Some(spec), ..CreateJobRequest::default() }).await?;
         Ok(response.into_inner().job.expect("a job"))
     }
 

@@ -103,7 +103,7 @@ impl Sessions {
             Command::RunTask(run) => self.tasks.run(run, reports).await,
             Command::CancelTask(cancel) => self.tasks.cancel(cancel.task.unwrap_or_default()),
             Command::ForgetJob(job) => self.tasks.forget_job(&job.job_id),
-            Command::Heartbeat(_) => {}
+            Command::Heartbeat(_) | Command::Lead(_) | Command::ParkTask(_) => {}
         }
     }
 

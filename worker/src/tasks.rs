@@ -325,7 +325,7 @@ impl Attempt<'_> {
         {
             told.step = step;
             let (step, steps) = (step as u32, steps as u32);
-            self.reports.send(Report::TaskProgress(TaskProgress { task: task(), step, steps })).await;
+            self.reports.send(Report::TaskProgress(TaskProgress { task: task(), step, steps, saved_step: 0 })).await;
         }
     }
 }
@@ -371,7 +371,7 @@ impl Failure {
 
 fn conclude(outcome: Result<(f64, Vec<ImageResult>), Failure>, id: TaskId) -> Report {
     match outcome {
-        Ok((seconds, images)) => Report::TaskDone(TaskDone { task: Some(id.into()), seconds, images }),
+        Ok((seconds, images)) => Report::TaskDone(TaskDone { task: Some(id.into()), seconds, images, stored: false }),
         Err(failure) => {
             let Failure { reason, message, .. } = &failure;
             tracing::info!(job.id = id.job_id, stage = id.stage, group.id = id.group_id, reason, message, "a task failed");

@@ -96,7 +96,7 @@ impl Chaos {
                 let failed = TaskFailed { task: cancel.task, reason: "CANCELLED".into(), ..TaskFailed::default() };
                 cluster.report(worker, Report::TaskFailed(failed));
             }
-            Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) => {}
+            Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) | Command::Lead(_) | Command::ParkTask(_) => {}
         }
     }
 
@@ -171,7 +171,7 @@ proptest! {
         let group_id = "emoji/vae/0".to_owned();
         let task = Some(TaskRef { job_id, stage, attempt, group_id: group_id.clone(), epoch });
         cluster.report("w1", Report::TaskStarted(TaskStarted { task: task.clone() }));
-        cluster.report("w1", Report::TaskDone(TaskDone { task, seconds: f64::NAN, images: vec![] }));
+        cluster.report("w1", Report::TaskDone(TaskDone { task, seconds: f64::NAN, images: vec![], stored: false }));
         cluster.report("w9", Report::GroupReady(GroupReady { group_id, epoch, rank }));
         prop_assert_eq!(cluster.state.stale_reports(), 3);
         prop_assert!(cluster.state.models()[0].ready);

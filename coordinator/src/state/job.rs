@@ -204,6 +204,9 @@ impl Job {
             failure: self.failure.clone().filter(|_| over),
             images: if over && state == JobState::Succeeded { self.images.clone() } else { Vec::new() },
             sequence: sequence as u64,
+            priority: 0,
+            deadline: None,
+            attempt: self.attempt,
         }
     }
 
@@ -223,7 +226,7 @@ impl Job {
         let kind = match &entry.what {
             What::State(state) => Kind::StateChanged(self.view_at(sequence, *state)),
             What::Started { stage: index, group_id } => {
-                Kind::StageStarted(StageStarted { stage: stage(*index), group_id: group_id.clone() })
+                Kind::StageStarted(StageStarted { stage: stage(*index), group_id: group_id.clone(), resumed_step: 0 })
             }
             What::Progress { stage: index, step, steps } => {
                 Kind::StageProgress(StageProgress { stage: stage(*index), step: *step, steps: *steps })

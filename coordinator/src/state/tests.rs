@@ -159,7 +159,7 @@ impl Cluster {
 
     pub(super) fn finish(&mut self, (worker, task): &(String, RunTask)) {
         let images = if task.outputs.is_empty() { vec![image()] } else { vec![] };
-        self.report(worker, Report::TaskDone(TaskDone { task: task.task.clone(), seconds: 0.5, images }));
+        self.report(worker, Report::TaskDone(TaskDone { task: task.task.clone(), seconds: 0.5, images, stored: false }));
     }
 
     pub(super) fn fail(&mut self, (worker, task): &(String, RunTask), reason: &str) {
@@ -190,7 +190,7 @@ fn a_job_runs_from_acceptance_to_its_picture() {
     assert_eq!(stages, ["decode", "denoise", "encode_text"], "downstream first");
     for task in tasks.iter().rev() {
         cluster.start(task);
-        let progress = TaskProgress { task: task.1.task.clone(), step: 1, steps: 1 };
+        let progress = TaskProgress { task: task.1.task.clone(), step: 1, steps: 1, saved_step: 0 };
         cluster.report(&task.0, Report::TaskProgress(progress));
         cluster.finish(task);
     }

@@ -145,6 +145,8 @@ impl State {
             layout: layout.to_owned(),
             blob_address: self.settings.blob_address.clone(),
             model_digest: card.digest.clone(),
+            stored_inputs: Vec::new(),
+            resume_step: 0,
         };
         Some((task.leader.clone(), command))
     }

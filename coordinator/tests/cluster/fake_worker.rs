@@ -155,7 +155,7 @@ impl Fake {
                 let failed = TaskFailed { task, reason, message: "cancelled".into(), step: 1 };
                 self.report(Report::TaskFailed(failed)).await;
             }
-            Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) => {}
+            Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) | Command::Lead(_) | Command::ParkTask(_) => {}
         }
     }
 
@@ -188,7 +188,7 @@ impl Fake {
             }
             let steps = task.spec.as_ref().unwrap().num_inference_steps();
             for step in 1..=steps {
-                self.report(Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps })).await;
+                self.report(Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps, saved_step: 0 })).await;
             }
         }
         for destination in &task.outputs {
@@ -202,7 +202,7 @@ impl Fake {
             next.put_payload(tokio_stream::once(PutPayloadRequest { part })).await.unwrap();
         }
         let images = if task.outputs.is_empty() { vec![upload(&task.blob_address).await] } else { vec![] };
-        self.report(Report::TaskDone(TaskDone { task: task.task, seconds: 0.1, images })).await;
+        self.report(Report::TaskDone(TaskDone { task: task.task, seconds: 0.1, images, stored: false })).await;
     }
 }
 

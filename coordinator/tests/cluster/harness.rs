@@ -78,7 +78,7 @@ impl Coordinator {
     }
 
     pub(crate) async fn create(&self, spec: JobSpec) -> Job {
-        let request = CreateJobRequest { request_id: String::new(), spec: Some(spec) };
+        let request = CreateJobRequest { spec: Some(spec), ..CreateJobRequest::default() };
         self.jobs().create_job(request).await.unwrap().into_inner().job.unwrap()
     }
 

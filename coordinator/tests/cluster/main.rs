@@ -90,7 +90,7 @@ async fn a_running_job_stops_when_it_is_cancelled() {
 async fn refusals_say_what_is_wrong_in_a_way_programs_understand() {
     let coordinator = Coordinator::start().await;
     let refusal = async |spec: JobSpec, request_id: &str| {
-        let request = CreateJobRequest { request_id: request_id.into(), spec: Some(spec) };
+        let request = CreateJobRequest { request_id: request_id.into(), spec: Some(spec), ..CreateJobRequest::default() };
         let status = coordinator.jobs().create_job(request).await.unwrap_err();
         let details = status.get_error_details();
         let fields = details.bad_request().map(|bad| bad.field_violations.clone()).unwrap_or_default();
@@ -114,7 +114,7 @@ async fn a_retried_request_is_the_same_job() {
     let _worker = FakeWorker::start(&coordinator, "w1", Pace::Run);
     coordinator.until("the card is known", async || coordinator.models().await[0].card.is_some()).await;
     let id = "6fa459ea-ee8a-4ca4-894e-db77e160355e";
-    let request = |spec| CreateJobRequest { request_id: id.to_owned(), spec: Some(spec) };
+    let request = |spec| CreateJobRequest { request_id: id.to_owned(), spec: Some(spec), ..CreateJobRequest::default() };
     let first = coordinator.jobs().create_job(request(spec())).await.unwrap().into_inner();
     let again = coordinator.jobs().create_job(request(spec())).await.unwrap().into_inner();
     assert_eq!(first.job.unwrap().id, again.job.unwrap().id);
