@@ -1,14 +1,22 @@
 //! `atelier generate`: a prompt in, a picture out.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use proto::v1::job_event::Kind;
 use proto::v1::{CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, NoiseGenerator, WatchJobRequest};
 
+use tonic::Code;
+
 use crate::client::{Client, ServerArgs};
 use crate::error::Error;
 use crate::progress::Progress;
+
+/// How long a coordinator that is away is waited for: a restart, or a new leader.
+const AWAY: Duration = Duration::from_secs(60);
+/// Pause between two tries.
+const AWAY_PAUSE: Duration = Duration::from_millis(300);
 
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
@@ -68,6 +76,12 @@ pub(crate) struct JobArgs {
     /// Write the prompt into the picture's metadata.
     #[arg(long)]
     embed_prompt: bool,
+    /// Go before jobs of a lower priority, and take the place of a running one. -100 to 100.
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
+    /// Seconds in which the picture is wanted: refused when that cannot be, ended when it was not.
+    #[arg(long, value_parser = seconds)]
+    timeout: Option<Duration>,
     /// No progress bars.
     #[arg(long, short)]
     quiet: bool,
@@ -81,13 +95,7 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), Error> {
 /// Asks for a job, shows it while it runs and writes its pictures.
 pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Error> {
     let spec = spec(client, args).await?;
-    let request_id = uuid::Uuid::new_v4().to_string();
-    let created = client
-        .jobs
-        .create_job(CreateJobRequest { request_id, spec: Some(spec), ..CreateJobRequest::default() })
-        .await?
-        .into_inner();
-    let job = created.job.ok_or(Error::Protocol("no job"))?;
+    let job = create(client, args, spec).await?;
     let (job, times) = watch(client, &job.id, args.quiet).await?;
     for (i, image) in job.images.iter().enumerate() {
         let bytes = client.download(&image.blob_id).await?;
@@ -100,26 +108,62 @@ pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Erro
     Ok(())
 }
 
-/// Follows a job to its end. Cancels it on ctrl-c.
+/// Asks for the job. The request's id makes it safe to ask again when the answer was lost with the coordinator.
+async fn create(client: &mut Client, args: &JobArgs, spec: JobSpec) -> Result<Job, Error> {
+    let request = CreateJobRequest {
+        request_id: uuid::Uuid::new_v4().to_string(),
+        spec: Some(spec),
+        priority: args.priority,
+        timeout: args.timeout.and_then(|timeout| timeout.try_into().ok()),
+    };
+    let mut patience = Patience::default();
+    loop {
+        match client.jobs.create_job(request.clone()).await {
+            Ok(created) => return created.into_inner().job.ok_or(Error::Protocol("no job")),
+            Err(status) => patience.wait(status).await?,
+        }
+    }
+}
+
+/// Follows a job to its end, across restarts of the coordinator. Cancels it on ctrl-c.
 async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, String), Error> {
     let mut progress = Progress::new(quiet);
-    let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence: 0 };
-    let mut events = client.jobs.watch_job(request).await?.into_inner();
-    let mut last = None;
-    loop {
-        let message = tokio::select! {
-            message = events.message() => message?,
-            _ = tokio::signal::ctrl_c() => {
-                progress.say("cancelling");
-                client.jobs.cancel_job(proto::v1::CancelJobRequest { job_id: job_id.to_owned() }).await?;
+    let (mut after_sequence, mut last) = (0, None);
+    let mut patience = Patience::default();
+    while last.as_ref().is_none_or(|job: &Job| !is_over(job)) {
+        let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence };
+        let mut events = match client.jobs.watch_job(request).await {
+            Ok(events) => events.into_inner(),
+            Err(status) => {
+                progress.say(format!("the coordinator is away: {}", status.message()));
+                patience.wait(status).await?;
                 continue;
             }
         };
-        let Some(message) = message else { break };
-        let Some(kind) = message.event.and_then(|event| event.kind) else { continue };
-        progress.on_event(&kind);
-        if let Kind::StateChanged(job) = kind {
-            last = Some(job);
+        loop {
+            let message = tokio::select! {
+                message = events.message() => message,
+                _ = tokio::signal::ctrl_c() => {
+                    progress.say("cancelling");
+                    client.jobs.cancel_job(proto::v1::CancelJobRequest { job_id: job_id.to_owned() }).await?;
+                    continue;
+                }
+            };
+            let event = match message {
+                Ok(Some(message)) => message.event,
+                Ok(None) => break,
+                Err(status) => {
+                    patience.wait(status).await?;
+                    break;
+                }
+            };
+            patience = Patience::default();
+            let Some((sequence, kind)) = event.and_then(|event| Some((event.sequence, event.kind?))) else { continue };
+            after_sequence = sequence;
+            progress.on_event(&kind);
+            if let Kind::StateChanged(job) = kind {
+                last = Some(job);
+            }
         }
     }
     let times = progress.finish();
@@ -133,6 +177,40 @@ async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, S
             Err(Error::Job(format!("failed{stage}: {} ({})", failure.message, failure.reason)))
         }
     }
+}
+
+fn is_over(job: &Job) -> bool {
+    matches!(job.state(), JobState::Succeeded | JobState::Failed | JobState::Cancelled)
+}
+
+/// How long a coordinator that is away is waited for.
+#[derive(Debug)]
+struct Patience {
+    until: Instant,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { until: Instant::now() + AWAY }
+    }
+}
+
+impl Patience {
+    /// Waits a moment if `status` says that the coordinator is away or stops, and not for too long.
+    async fn wait(&self, status: tonic::Status) -> Result<(), Error> {
+        // A cut connection is told as a transport error, which has the code UNKNOWN or CANCELLED.
+        let away = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
+        if !away || Instant::now() > self.until {
+            return Err(status.into());
+        }
+        tokio::time::sleep(AWAY_PAUSE).await;
+        Ok(())
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "must be a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero()).ok_or_else(|| "must be more than 0".to_owned())
 }
 
 async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {

@@ -1,5 +1,6 @@
 //! The `atelier` command.
 
+mod bench;
 mod client;
 mod error;
 mod generate;
@@ -35,6 +36,8 @@ enum Command {
     Workers(list::WorkersArgs),
     /// Say what a model needs on each rank of a layout, and whether it fits.
     Plan(plan::PlanArgs),
+    /// Measure what this machine's cluster can do.
+    Bench(bench::BenchArgs),
     /// Run a coordinator.
     Coordinator(coordinator::config::Args),
     /// Run a worker.
@@ -66,6 +69,7 @@ fn run(command: Command) -> Result<(), Error> {
             Command::Models(args) => list::models(args).await,
             Command::Workers(args) => list::workers(args).await,
             Command::Plan(args) => plan::run(&args),
+            Command::Bench(args) => bench::run(args).await,
             Command::Coordinator(args) => {
                 let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
                 let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;

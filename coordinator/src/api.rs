@@ -1,6 +1,6 @@
 //! What clients call: jobs and the cluster. Here errors become statuses, in one function.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, TryStreamExt, stream};
 use proto::v1::{
@@ -15,18 +15,17 @@ use uuid::Uuid;
 
 use crate::{
     blobs::BlobStore,
+    context::Context,
     error::{Error, Result},
     request::{self, is_blob_id},
     runtime::Handle,
-    state::Submission,
+    state::{Millis, Submission},
 };
 
 /// When to come back to a full queue or a full store: about the time of one picture.
 const RETRY_LATER: Duration = Duration::from_secs(5);
 /// When to come back to a model that is being read, or to a coordinator that restarts.
 const RETRY_SOON: Duration = Duration::from_secs(1);
-/// Seeds are drawn below 2^53, so that they survive every JSON reader.
-const SEED_BITS: u32 = 53;
 
 /// The status a client gets for an error. Every one carries an `ErrorInfo`; those worth repeating a `RetryInfo`.
 pub fn status(error: &Error) -> Status {
@@ -34,6 +33,8 @@ pub fn status(error: &Error) -> Status {
         Error::InvalidRequest(_) | Error::InvalidRegistration(_) => (Code::InvalidArgument, None),
         Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => (Code::NotFound, None),
         Error::ModelNotReady(_) | Error::Stopping => (Code::Unavailable, Some(RETRY_SOON)),
+        Error::DeadlineUnreachable { .. } => (Code::DeadlineExceeded, None),
+        Error::StoreFailed(_) => (Code::Unavailable, Some(RETRY_LATER)),
         Error::ModelBroken { .. } => (Code::FailedPrecondition, None),
         Error::RequestIdReused(_) => (Code::AlreadyExists, None),
         Error::QueueFull(_) | Error::BlobStoreFull(_) => (Code::ResourceExhausted, Some(RETRY_LATER)),
@@ -80,6 +81,7 @@ impl std::fmt::Display for Chain<'_> {
 pub(crate) struct JobApi {
     pub(crate) handle: Handle,
     pub(crate) blobs: BlobStore,
+    pub(crate) context: Arc<Context>,
 }
 
 impl JobApi {
@@ -87,11 +89,13 @@ impl JobApi {
         let spec = request.spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
         request::check_request_id(&request.request_id)?;
         // Parsing makes one of the several ways to write a UUID; a client without one cannot retry.
-        let request_id = Uuid::try_parse(&request.request_id).unwrap_or_else(|_| Uuid::new_v4());
+        let request_id = Uuid::try_parse(&request.request_id).unwrap_or_else(|_| self.context.uuid());
         let submission = Submission {
-            job_id: Uuid::new_v4().to_string(),
+            job_id: self.context.uuid().to_string(),
             request_id: request_id.to_string(),
-            seed: draw_seed(),
+            seed: self.context.noise_seed(),
+            priority: request.priority,
+            timeout: request.timeout.map(millis).transpose()?,
             missing_blobs: self.missing_blobs(&spec),
             spec,
         };
@@ -125,9 +129,9 @@ impl JobApi {
     }
 }
 
-fn draw_seed() -> u64 {
-    // The low bits of a version 4 UUID come from the operating system's generator; the topmost two do not.
-    Uuid::new_v4().as_u64_pair().1 & ((1 << SEED_BITS) - 1)
+fn millis(timeout: prost_types::Duration) -> Result<Millis> {
+    let negative = |_| Error::invalid("timeout", "must not be negative");
+    Ok(u64::try_from(Duration::try_from(timeout).map_err(negative)?.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Every event after `after`, once and in order, until the job is over. Reads the job's log at the watcher's own pace.
@@ -236,11 +240,5 @@ mod tests {
             assert!(status(&error).get_error_details().retry_info().is_some(), "{error}");
         }
         assert!(status(&Error::RequestIdReused("r".into())).get_error_details().retry_info().is_none());
-    }
-
-    #[test]
-    fn drawn_seeds_fit_a_double() {
-        assert!((0..100).all(|_| draw_seed() < 1 << SEED_BITS));
-        assert_ne!(draw_seed(), draw_seed());
     }
 }

@@ -6,7 +6,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use proto::v1::{
-    ControlRequest, ControlResponse, Heartbeat, Registration, control_request::Command, control_response::Report,
+    ControlRequest, ControlResponse, Heartbeat, Holding, Lead, Registration, control_request::Command, control_response::Report,
     worker_service_client::WorkerServiceClient,
 };
 use tokio::{
@@ -22,6 +22,7 @@ use tracing::{debug, warn};
 use crate::{
     membership::Change,
     runtime::{Handle, WorkerLink},
+    world::Dial,
 };
 
 /// Commands that wait for a worker: all tasks of as many jobs as a full engine holds, with room.
@@ -37,8 +38,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause between two dials.
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 
+/// What every connection needs.
+#[derive(Debug, Clone)]
+pub(crate) struct Lines {
+    pub(crate) handle: Handle,
+    /// Said first on every stream.
+    pub(crate) lead: Lead,
+    pub(crate) dial: Dial,
+}
+
 /// Keeps a stream to every member, until `stop`.
-pub(crate) async fn run(mut changes: mpsc::Receiver<Change>, handle: Handle, stop: CancellationToken) {
+pub(crate) async fn run(mut changes: mpsc::Receiver<Change>, lines: Lines, stop: CancellationToken) {
     let mut members: HashMap<String, Member> = HashMap::new();
     loop {
         let change = tokio::select! {
@@ -57,7 +67,7 @@ pub(crate) async fn run(mut changes: mpsc::Receiver<Change>, handle: Handle, sto
                 if let Some(old) = members.remove(&worker_id) {
                     old.end("it registered anew".into()).await;
                 }
-                members.insert(worker_id, Member::start(registration, handle.clone()));
+                members.insert(worker_id, Member::start(registration, lines.clone()));
             }
             Change::Left { worker_id, cause } => {
                 if let Some(member) = members.remove(&worker_id) {
@@ -78,9 +88,9 @@ struct Member {
 }
 
 impl Member {
-    fn start(registration: Registration, handle: Handle) -> Self {
+    fn start(registration: Registration, lines: Lines) -> Self {
         let (left, has_left) = oneshot::channel();
-        let task = tokio::spawn(stay_connected(registration.clone(), handle, has_left));
+        let task = tokio::spawn(stay_connected(registration.clone(), lines, has_left));
         Self { registration, left, task }
     }
 
@@ -93,17 +103,17 @@ impl Member {
 }
 
 /// Dials the worker, again and again, for as long as it is a member.
-async fn stay_connected(worker: Registration, handle: Handle, mut left: oneshot::Receiver<String>) {
+async fn stay_connected(worker: Registration, lines: Lines, mut left: oneshot::Receiver<String>) {
     let mut pause = FIRST_PAUSE;
     loop {
         let dialled = tokio::select! {
             _ = &mut left => return,
-            dialled = timeout(HELLO_DEADLINE, Connection::dial(&worker)) => dialled,
+            dialled = timeout(HELLO_DEADLINE, Connection::dial(&worker, &lines)) => dialled,
         };
         match dialled {
             Ok(Ok(connection)) => {
                 pause = FIRST_PAUSE;
-                if connection.serve(&worker, &handle, &mut left).await.is_break() {
+                if connection.serve(&worker, &lines.handle, &mut left).await.is_break() {
                     return;
                 }
             }
@@ -120,10 +130,11 @@ async fn stay_connected(worker: Registration, handle: Handle, mut left: oneshot:
 struct Connection {
     commands: mpsc::Sender<ControlRequest>,
     reports: Streaming<ControlResponse>,
+    holding: Holding,
 }
 
 impl Connection {
-    async fn dial(worker: &Registration) -> Result<Self, String> {
+    async fn dial(worker: &Registration, lines: &Lines) -> Result<Self, String> {
         let endpoint = Endpoint::from_shared(format!("http://{}", worker.address))
             .map_err(|error| error.to_string())?
             .connect_timeout(HELLO_DEADLINE)
@@ -131,33 +142,39 @@ impl Connection {
             .http2_keep_alive_interval(HEARTBEAT)
             .keep_alive_timeout(SILENCE)
             .keep_alive_while_idle(true);
-        let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+        let channel = lines.dial.connect(endpoint).await.map_err(|error| error.to_string())?;
         let mut client = WorkerServiceClient::new(channel)
             .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         let (commands, outgoing) = mpsc::channel(MAX_COMMANDS);
-        // Sent before the call, for workers that wait for a word before they answer.
-        drop(commands.try_send(heartbeat()));
+        // Sent before the call: workers wait for it before they answer.
+        drop(commands.try_send(ControlRequest { command: Some(Command::Lead(lines.lead.clone())) }));
         let call = client.control(ReceiverStream::new(outgoing)).await;
         let mut reports = call.map_err(|status| status.message().to_owned())?.into_inner();
         match reports.message().await.map(|hello| hello.and_then(|hello| hello.report)) {
-            Ok(Some(Report::Hello(hello))) if hello.worker_id == worker.worker_id => Ok(Self { commands, reports }),
-            Ok(Some(Report::Hello(hello))) => Err(format!("another worker is there: {}", hello.worker_id)),
-            Ok(_) => Err("the first message was no hello".to_owned()),
+            Ok(Some(Report::Hello(hello))) if hello.worker_id == worker.worker_id => {}
+            Ok(Some(Report::Hello(hello))) => return Err(format!("another worker is there: {}", hello.worker_id)),
+            Ok(_) => return Err("the first message was no hello".to_owned()),
+            Err(status) => return Err(status.message().to_owned()),
+        }
+        match reports.message().await.map(|message| message.and_then(|message| message.report)) {
+            Ok(Some(Report::Holding(holding))) => Ok(Self { commands, reports, holding }),
+            Ok(_) => Err("the second message does not say what it holds".to_owned()),
             Err(status) => Err(status.message().to_owned()),
         }
     }
 
     /// Lives as long as the stream. Breaks when the worker need not be dialled again.
     async fn serve(
-        self,
+        mut self,
         worker: &Registration,
         handle: &Handle,
         left: &mut oneshot::Receiver<String>,
     ) -> std::ops::ControlFlow<()> {
         let clogged = CancellationToken::new();
         let link = WorkerLink { commands: self.commands.clone(), clogged: clogged.clone() };
-        if handle.connected(worker.clone(), link).await.is_err() {
+        let holding = std::mem::take(&mut self.holding);
+        if handle.connected(worker.clone(), holding, link).await.is_err() {
             return std::ops::ControlFlow::Break(());
         }
         let (cause, next) = tokio::select! {

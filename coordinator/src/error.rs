@@ -34,6 +34,17 @@ pub enum Error {
     /// As many jobs wait as may wait.
     #[error("the queue holds {0} jobs, which is its limit")]
     QueueFull(usize),
+    /// What is known of the model says that the picture cannot be there in time.
+    #[error("the picture is expected in {predicted} ms, later than the {timeout} ms asked for")]
+    DeadlineUnreachable {
+        /// Milliseconds the client would wait.
+        timeout: u64,
+        /// Milliseconds it would take.
+        predicted: u64,
+    },
+    /// What was accepted cannot be made durable: nothing is accepted any more.
+    #[error("the job store failed: {0}")]
+    StoreFailed(String),
     /// No such job, or it is over and was dropped.
     #[error("no job has the id {0:?}")]
     JobNotFound(String),
@@ -123,6 +134,8 @@ impl Error {
             Self::ModelBroken { .. } => "MODEL_BROKEN",
             Self::RequestIdReused(_) => "REQUEST_ID_REUSED",
             Self::QueueFull(_) => "QUEUE_FULL",
+            Self::DeadlineUnreachable { .. } => "DEADLINE_UNREACHABLE",
+            Self::StoreFailed(_) => "STORE_FAILED",
             Self::JobNotFound(_) => "JOB_NOT_FOUND",
             Self::BlobNotFound(_) => "BLOB_NOT_FOUND",
             Self::BlobStoreFull(_) => "BLOB_STORE_FULL",

@@ -6,12 +6,16 @@
 //! Start reading at [`state`], which decides everything; [`run`] puts a network around it.
 
 pub mod config;
+pub mod context;
 pub mod error;
 pub mod models_file;
 pub mod placement;
 pub mod plan;
 pub mod request;
+pub mod stand_in;
 pub mod state;
+pub mod store;
+pub mod world;
 
 pub mod api;
 pub mod blobs;

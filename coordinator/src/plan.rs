@@ -47,6 +47,20 @@ impl Plan {
         Self { stages }
     }
 
+    /// What is left to do of it when the outputs of `stored` are there already: the last stage, and whatever it needs and
+    /// nobody has.
+    pub fn without(&self, stored: &BTreeSet<String>) -> Self {
+        let mut needed: BTreeSet<&str> = BTreeSet::new();
+        for stage in self.stages.iter().rev() {
+            let mut consumers = self.consumers(&stage.id).peekable();
+            let is_sink = consumers.peek().is_none();
+            if is_sink || (!stored.contains(&stage.id) && consumers.any(|consumer| needed.contains(consumer.id.as_str()))) {
+                needed.insert(&stage.id);
+            }
+        }
+        Self { stages: self.stages.iter().filter(|stage| needed.contains(stage.id.as_str())).cloned().collect() }
+    }
+
     /// The stages that take the output of `stage`. None: it is the sink, and its output are the pictures.
     pub fn consumers<'a>(&'a self, stage: &'a str) -> impl Iterator<Item = &'a Stage> {
         self.stages.iter().filter(move |other| other.inputs.iter().any(|input| input == stage))
@@ -111,6 +125,19 @@ mod tests {
     fn a_stage_the_job_does_not_have_is_nobodys_input() {
         assert_eq!(plan("").stage("denoise").unwrap().inputs, ["encode_text"]);
         assert_eq!(plan(&"a".repeat(64)).stage("denoise").unwrap().inputs, ["encode_text", "encode_image"]);
+    }
+
+    #[test]
+    fn what_is_stored_is_not_done_again_nor_what_only_it_needed() {
+        let plan = plan(&"a".repeat(64));
+        let without = |stored: &[&str]| {
+            let stored = stored.iter().map(|id| (*id).to_owned()).collect();
+            ids(&plan.without(&stored)).iter().map(|id| (*id).to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(without(&[]), ["encode_text", "encode_image", "denoise", "decode"]);
+        assert_eq!(without(&["encode_text"]), ["encode_image", "denoise", "decode"]);
+        assert_eq!(without(&["denoise"]), ["decode"]);
+        assert_eq!(without(&["decode"]), ["encode_text", "encode_image", "denoise", "decode"], "pictures are not stored there");
     }
 
     #[test]

@@ -62,12 +62,26 @@ impl Request {
     }
 }
 
+/// Highest priority, and lowest with a minus.
+pub const MAX_PRIORITY: i32 = 100;
+
 /// Checks a client's id for its request: a UUID, or nothing.
 pub fn check_request_id(request_id: &str) -> Result<()> {
     if request_id.is_empty() || uuid::Uuid::try_parse(request_id).is_ok() {
         return Ok(());
     }
     Err(Error::invalid("request_id", "must be a UUID"))
+}
+
+/// Checks how urgent a job may be.
+pub fn check_urgency(priority: i32, timeout: Option<u64>) -> Result<()> {
+    if !(-MAX_PRIORITY..=MAX_PRIORITY).contains(&priority) {
+        return Err(Error::invalid("priority", format!("must be from -{MAX_PRIORITY} to {MAX_PRIORITY}")));
+    }
+    match timeout {
+        Some(0) => Err(Error::invalid("timeout", "must be more than nothing")),
+        _ => Ok(()),
+    }
 }
 
 /// A name that can only be a blob's: 64 lower-case hex digits, so nothing that could be a path.

@@ -4,19 +4,25 @@
 //! and a slow watcher reads the job's log when it comes to it.
 
 use std::{
-    collections::HashMap,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+    time::Duration,
 };
 
-use proto::v1::{ControlRequest, Job, JoinGroup, Registration, control_request::Command, control_response::Report};
-use tokio::sync::{mpsc, oneshot, watch};
+use proto::v1::{ControlRequest, Holding, Job, JoinGroup, Registration, control_request::Command, control_response::Report};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
+    context::Context,
     error::{Error, Result},
-    state::{Effect, Event, EventPage, Millis, State, Submission},
+    state::{Effect, Event, EventPage, State, Submission},
+    store::{Change, Durable, StoreHandle},
 };
 
 /// Messages that wait for the task. A full channel slows whoever sends: reports, then clients.
@@ -30,11 +36,21 @@ pub(crate) struct Handle {
     messages: mpsc::Sender<Message>,
 }
 
+/// What the task works with.
+pub(crate) struct Parts {
+    pub(crate) state: State,
+    pub(crate) context: Arc<Context>,
+    pub(crate) health: HealthReporter,
+    pub(crate) store: StoreHandle,
+    /// Where jobs go whose checkpoints are not needed any more.
+    pub(crate) done_with: mpsc::UnboundedSender<String>,
+}
+
 enum Message {
     Client { event: Event, answer: oneshot::Sender<Result<Job>> },
-    Read(Box<dyn FnOnce(&State) + Send>),
+    Read(Box<dyn FnOnce(&State) -> Box<dyn FnOnce() + Send> + Send>),
     Follow { job_id: String, after: u64, reply: oneshot::Sender<Result<Followed>> },
-    Connected { worker: Registration, link: WorkerLink },
+    Connected { worker: Registration, holding: Holding, link: WorkerLink },
     Happened(Event),
 }
 
@@ -55,12 +71,25 @@ pub(crate) struct WorkerLink {
 }
 
 impl Handle {
-    /// Starts the task. It ends when `stop` is cancelled; from then on every call is [`Error::Stopping`].
-    pub(crate) fn spawn(state: State, health: HealthReporter, stop: CancellationToken) -> Self {
+    /// Starts the task. It ends when `stop` is cancelled, or with an error when the store is broken; from then on every call
+    /// is [`Error::Stopping`].
+    pub(crate) fn spawn(parts: Parts, stop: CancellationToken) -> (Self, JoinHandle<Result<()>>) {
         let (messages, inbox) = mpsc::channel(MAX_MESSAGES);
-        let owner = Owner { state, clock: Clock::start(), links: HashMap::new(), followers: HashMap::new(), health };
-        tokio::spawn(owner.run(inbox, stop));
-        Self { messages }
+        let Parts { state, context, health, store, done_with } = parts;
+        let durable = store.durable();
+        let owner = Owner {
+            state,
+            context,
+            links: HashMap::new(),
+            followers: HashMap::new(),
+            health,
+            store,
+            durable,
+            written: 0,
+            waiting: VecDeque::new(),
+            done_with,
+        };
+        (Self { messages }, tokio::spawn(owner.run(inbox, stop)))
     }
 
     /// Accepts a job.
@@ -77,7 +106,11 @@ impl Handle {
     pub(crate) async fn read<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         // A client that has gone does not want to know.
-        self.send(Message::Read(Box::new(move |state| drop(reply.send(look(state)))))).await?;
+        let read = move |state: &State| -> Box<dyn FnOnce() + Send> {
+            let seen = look(state);
+            Box::new(move || drop(reply.send(seen)))
+        };
+        self.send(Message::Read(Box::new(read))).await?;
         answer.await.map_err(|_| Error::Stopping)
     }
 
@@ -89,8 +122,8 @@ impl Handle {
     }
 
     /// A worker can be commanded from now on.
-    pub(crate) async fn connected(&self, worker: Registration, link: WorkerLink) -> Result<()> {
-        self.send(Message::Connected { worker, link }).await
+    pub(crate) async fn connected(&self, worker: Registration, holding: Holding, link: WorkerLink) -> Result<()> {
+        self.send(Message::Connected { worker, holding, link }).await
     }
 
     /// A worker can no longer be commanded.
@@ -114,26 +147,54 @@ impl Handle {
     }
 }
 
+/// Something to be done once all that was written before it is durable.
+enum Deed {
+    Effect(Effect),
+    Answer {
+        answer: oneshot::Sender<Result<Job>>,
+        given: Result<Job>,
+    },
+    /// Hands a client what it asked to read.
+    Show(Box<dyn FnOnce() + Send>),
+}
+
 struct Owner {
     state: State,
-    clock: Clock,
+    context: Arc<Context>,
     links: HashMap<String, WorkerLink>,
     /// By job; only those somebody has asked for and that are not over.
     followers: HashMap<String, watch::Sender<()>>,
     health: HealthReporter,
+    store: StoreHandle,
+    durable: watch::Receiver<Durable>,
+    /// The newest batch that was given to the store.
+    written: u64,
+    /// In order, each with the batch it waits for.
+    waiting: VecDeque<(u64, Deed)>,
+    /// Jobs whose checkpoints are not needed any more.
+    done_with: mpsc::UnboundedSender<String>,
 }
 
 impl Owner {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Message>, stop: CancellationToken) {
+    /// Ends with an error when the store is broken.
+    async fn run(mut self, mut inbox: mpsc::Receiver<Message>, stop: CancellationToken) -> Result<()> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => return Ok(()),
                 _ = tick.tick() => self.apply(Event::Tick, None).await,
+                changed = self.durable.changed() => {
+                    let failed = self.durable.borrow_and_update().failed.clone();
+                    let failed = failed.or_else(|| changed.is_err().then(|| "its thread has ended".to_owned()));
+                    if let Some(cause) = failed {
+                        return Err(self.fail(cause));
+                    }
+                    self.release().await;
+                }
                 message = inbox.recv() => match message {
                     Some(message) => self.take(message).await,
-                    None => return,
+                    None => return Ok(()),
                 },
             }
         }
@@ -142,12 +203,18 @@ impl Owner {
     async fn take(&mut self, message: Message) {
         match message {
             Message::Client { event, answer } => self.apply(event, Some(answer)).await,
-            Message::Read(look) => look(&self.state),
-            Message::Follow { job_id, after, reply } => drop(reply.send(self.follow(job_id, after))),
-            Message::Connected { worker, link } => {
+            Message::Read(look) => {
+                let show = look(&self.state);
+                self.commit(Deed::Show(show)).await;
+            }
+            Message::Follow { job_id, after, reply } => {
+                let followed = self.follow(job_id, after);
+                self.commit(Deed::Show(Box::new(move || drop(reply.send(followed))))).await;
+            }
+            Message::Connected { worker, holding, link } => {
                 info!(worker.id = worker.worker_id, worker.address = worker.address, "worker connected");
                 self.links.insert(worker.worker_id.clone(), link);
-                self.apply(Event::WorkerJoined(worker), None).await;
+                self.apply(Event::WorkerJoined { worker, holding }, None).await;
             }
             Message::Happened(event) => {
                 if let Event::WorkerLeft { worker_id, cause } = &event {
@@ -159,21 +226,68 @@ impl Owner {
         }
     }
 
+    /// What is to be written goes to the store at once; all else waits until it is durable, in order. So nobody is ever
+    /// told, or told to do, anything that a crash could take back.
     async fn apply(&mut self, event: Event, mut answer: Option<oneshot::Sender<Result<Job>>>) {
-        for effect in self.state.apply(self.clock.now(), event) {
+        let mut changes = Vec::new();
+        let mut deeds = Vec::new();
+        for effect in self.state.apply(self.context.now(), event) {
             match effect {
+                Effect::Persist(record) => changes.push(Change::Put(record)),
+                Effect::Forget { job_id } => changes.push(Change::Forget { job_id }),
+                Effect::Answer(given) => deeds.extend(answer.take().map(|answer| Deed::Answer { answer, given })),
+                other => deeds.push(Deed::Effect(other)),
+            }
+        }
+        if !changes.is_empty() {
+            self.written = self.store.write(changes);
+        }
+        for deed in deeds {
+            self.commit(deed).await;
+        }
+    }
+
+    async fn commit(&mut self, deed: Deed) {
+        if self.waiting.is_empty() && self.durable.borrow().batch >= self.written {
+            self.carry_out(deed).await;
+        } else {
+            self.waiting.push_back((self.written, deed));
+        }
+    }
+
+    async fn release(&mut self) {
+        let durable = self.durable.borrow().batch;
+        while let Some((_, deed)) = self.waiting.pop_front_if(|(batch, _)| *batch <= durable) {
+            self.carry_out(deed).await;
+        }
+    }
+
+    /// Nothing that waits will become durable: clients are told so, and nobody else is told anything.
+    fn fail(&mut self, cause: String) -> Error {
+        error!(cause, "the job store failed, nothing is accepted any more");
+        for (_, deed) in self.waiting.drain(..) {
+            if let Deed::Answer { answer, .. } = deed {
+                drop(answer.send(Err(Error::StoreFailed(cause.clone()))));
+            }
+        }
+        Error::StoreFailed(cause)
+    }
+
+    async fn carry_out(&mut self, deed: Deed) {
+        match deed {
+            Deed::Answer { answer, given } => drop(answer.send(given)),
+            Deed::Show(show) => show(),
+            Deed::Effect(effect) => match effect {
                 Effect::Send { worker_id, command } => self.send(&worker_id, command),
-                Effect::Answer(given) => {
-                    if let Some(answer) = answer.take() {
-                        drop(answer.send(given));
-                    }
-                }
                 Effect::JobChanged { job_id, over } => self.wake_followers(&job_id, over),
                 Effect::ModelReady { model, ready } => self.announce(&model, ready).await,
                 Effect::GroupLost { group_id, epoch, cause } => {
                     warn!(group.id = group_id, group.epoch = epoch, cause, "group lost");
                 }
-            }
+                // The janitor ends only with the coordinator.
+                Effect::DropCheckpoints { job_id } => drop(self.done_with.send(job_id)),
+                Effect::Persist(_) | Effect::Forget { .. } | Effect::Answer(_) => {}
+            },
         }
     }
 
@@ -210,7 +324,7 @@ impl Owner {
         }
     }
 
-    async fn announce(&self, model: &str, ready: bool) {
+    async fn announce(&mut self, model: &str, ready: bool) {
         info!(model, ready, "model readiness changed");
         let status = if ready { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.health.set_service_status(health_service(model), status).await;
@@ -220,21 +334,4 @@ impl Owner {
 /// The name under which gRPC health tells whether a model is ready.
 pub(crate) fn health_service(model: &str) -> String {
     format!("model/{model}")
-}
-
-/// Wall-clock time that never goes back.
-struct Clock {
-    at_start: Duration,
-    start: Instant,
-}
-
-impl Clock {
-    fn start() -> Self {
-        let at_start = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { at_start, start: Instant::now() }
-    }
-
-    fn now(&self) -> Millis {
-        u64::try_from((self.at_start + self.start.elapsed()).as_millis()).unwrap_or(u64::MAX)
-    }
 }

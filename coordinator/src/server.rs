@@ -5,12 +5,13 @@
 
 use std::{
     path::{Path, PathBuf},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    sync::Arc,
+    time::Duration,
 };
 
 use proto::v1::{
-    blob_service_server::BlobServiceServer, cluster_service_server::ClusterServiceServer, job_service_server::JobServiceServer,
-    membership_service_server::MembershipServiceServer,
+    Lead, blob_service_server::BlobServiceServer, cluster_service_server::ClusterServiceServer,
+    job_service_server::JobServiceServer, membership_service_server::MembershipServiceServer,
 };
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -20,17 +21,18 @@ use tonic::transport::{
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::info;
-use uuid::Uuid;
 
 use crate::{
     api::{ClusterApi, JobApi},
     blobs::{BlobApi, BlobStore, UNUSED_BLOB_TTL},
     config::Config,
-    control,
+    context::Context,
+    control::{self, Lines},
     error::{Error, Result},
     membership::{self, embedded::EmbeddedMembership},
-    runtime::{Handle, health_service},
+    runtime::{Handle, Parts, health_service},
     state::{Key, Settings, State},
+    world::Dial,
 };
 
 /// How often the store is swept.
@@ -45,30 +47,38 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
     let blobs = BlobStore::open(&folder.join("blobs"), &config.limits)?;
+    let context = Arc::new(Context::system());
+    let (store, term) = (crate::store::StoreHandle::memory(), 1);
     let settings = Settings {
         models: config.models.clone(),
         limits: config.limits,
         blob_address: config.advertise.clone().unwrap_or_else(|| local.to_string()),
-        key: random_key(),
-        first_epoch: first_epoch(),
+        key: Key(context.key()),
+        term,
+        // Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms
+        // a thousand times a second.
+        first_epoch: context.now(),
     };
 
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let (health, health_server) = tonic_health::server::health_reporter();
     announce(&health, &config).await;
-    let handle = Handle::spawn(State::new(settings), health, stop.clone());
+    let mut state = State::new(settings);
+    let (done_with, _not_needed) = mpsc::unbounded_channel();
+    let parts = Parts { state, context: context.clone(), health, store, done_with };
+    let (handle, owner) = Handle::spawn(parts, stop.clone());
 
     let tasks = TaskTracker::new();
     let (changes, changed) = mpsc::channel(membership::MAX_CHANGES);
-    tasks.spawn(control::run(changed, handle.clone(), stop.clone()));
+    tasks.spawn(control::run(changed, Lines { handle: handle.clone(), lead: Lead { term }, dial: Dial::tcp() }, stop.clone()));
     tasks.spawn(sweep(blobs.clone(), handle.clone(), stop.clone()));
 
     let mut server = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
-    let mut router = services(&mut server, handle, blobs)?.add_service(health_server);
+    let mut router = services(&mut server, handle, blobs, context)?.add_service(health_server);
     match config.etcd {
         Some(etcd) => drop(tasks.spawn(membership::etcd::watch(etcd, changes, stop.clone()))),
         None => {
@@ -107,8 +117,8 @@ async fn serve(
     }
 }
 
-fn services(server: &mut Server, handle: Handle, blobs: BlobStore) -> Result<Router> {
-    let jobs = JobServiceServer::new(JobApi { handle: handle.clone(), blobs: blobs.clone() })
+fn services(server: &mut Server, handle: Handle, blobs: BlobStore, context: Arc<Context>) -> Result<Router> {
+    let jobs = JobServiceServer::new(JobApi { handle: handle.clone(), blobs: blobs.clone(), context })
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
     let cluster = ClusterServiceServer::new(ClusterApi { handle })
@@ -153,19 +163,4 @@ fn data_folder(configured: Option<&Path>) -> Result<(Option<tempfile::TempDir>, 
     let temporary = tempfile::Builder::new().prefix("atelier-").tempdir().map_err(Error::io("make a temporary folder"))?;
     let folder = temporary.path().to_owned();
     Ok((Some(temporary), folder))
-}
-
-fn random_key() -> Key {
-    let mut key = [0; 32];
-    // Two UUIDs hold 244 bits from the operating system's generator, and no further dependency.
-    key[..16].copy_from_slice(Uuid::new_v4().as_bytes());
-    key[16..].copy_from_slice(Uuid::new_v4().as_bytes());
-    Key(key)
-}
-
-/// Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms a
-/// thousand times a second.
-fn first_epoch() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

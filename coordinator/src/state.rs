@@ -3,18 +3,30 @@
 //! A pure machine: no I/O, no clock, no randomness. Time is an argument; ids and seeds come in with events. One task
 //! owns it (`runtime.rs`), so a test can play any order of failures in microseconds.
 //!
-//! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job
-//! - `jobs.rs`: all jobs, by id, by request, by age
+//! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job; `groups.rs`: which groups have room
+//! - `jobs.rs`, `queue.rs`, `record.rs`: all jobs, by id, by request, by age; those that wait; as they are written down
 //! - `cluster.rs`: workers come and go, groups form and end
 //! - `work.rs`: jobs are accepted, started, cancelled
 //! - `tasks.rs`: what leaders report, and how jobs come to their end
+//! - `requeue.rs`: a job is taken off its groups and waits again; jobs that kill workers
+//! - `drain.rs`: workers that want to go, urgent jobs that need a place
+//! - `stuck.rs`, `estimate.rs`: groups that get nowhere; how long a job will take
+//! - `recovery.rs`: what a new coordinator takes over from the one before
 //! - `view.rs`: what can be asked; changes nothing
 
 mod cluster;
+mod drain;
+mod estimate;
 mod group;
+mod groups;
 mod job;
 mod jobs;
 mod model;
+mod queue;
+mod record;
+mod recovery;
+mod requeue;
+mod stuck;
 mod tasks;
 mod view;
 mod work;
@@ -22,16 +34,22 @@ mod work;
 #[cfg(test)]
 mod chaos;
 #[cfg(test)]
+mod durable_tests;
+#[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
-use proto::v1::{self, JobSpec, Registration, control_request::Command, control_response::Report};
+use proto::v1::{self, Holding, JobRecord, JobSpec, Registration, control_request::Command, control_response::Report};
 
-use self::{group::Group, jobs::Jobs, model::Model};
+use self::{estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling};
 use crate::{config::Limits, error::Result, models_file::ModelConfig};
 
-pub use self::view::{EVENTS_PER_PAGE, EventPage};
+pub use self::{
+    recovery::{SETTLE, SavedSteps},
+    requeue::MAX_LOSSES,
+    view::{EVENTS_PER_PAGE, EventPage},
+};
 
 /// Milliseconds since 1970, on a clock that never goes back.
 pub type Millis = u64;
@@ -40,9 +58,9 @@ pub type Millis = u64;
 /// are sent at its start and most of them wait.
 pub const MAX_WAITING_TASKS: usize = 256;
 /// How long a finished job can be asked for.
-pub const FINISHED_JOB_TTL: Millis = 60 * 60 * 1000;
+pub const FINISHED_JOB_TTL: Millis = 24 * 60 * 60 * 1000;
 /// How many finished jobs can be asked for.
-pub const MAX_FINISHED_JOBS: usize = 10_000;
+pub const MAX_FINISHED_JOBS: usize = 100_000;
 /// How long a cancelled job waits for its workers to say that they stopped; a step of a large model on a CPU may take
 /// a minute.
 pub const CANCEL_DEADLINE: Millis = 120 * 1000;
@@ -67,6 +85,8 @@ pub struct Settings {
     pub blob_address: String,
     /// Every group's secret is derived from this. Random, and never leaves the process.
     pub key: Key,
+    /// Grows with every coordinator that leads this cluster.
+    pub term: u64,
     /// The first epoch of every group. Greater in each life of the coordinator, so that epochs never come twice.
     pub first_epoch: u64,
 }
@@ -85,7 +105,12 @@ impl std::fmt::Debug for Key {
 #[derive(Debug)]
 pub enum Event {
     /// A worker can be commanded.
-    WorkerJoined(Registration),
+    WorkerJoined {
+        /// Who.
+        worker: Registration,
+        /// What it holds from before.
+        holding: Holding,
+    },
     /// A worker can no longer be commanded.
     WorkerLeft {
         /// Which.
@@ -134,6 +159,10 @@ pub struct Submission {
     pub seed: u64,
     /// Fields that name a blob which is not there.
     pub missing_blobs: Vec<String>,
+    /// As the client asked for.
+    pub priority: i32,
+    /// The picture is wanted within this time.
+    pub timeout: Option<Millis>,
 }
 
 /// Something to be done about it.
@@ -145,6 +174,18 @@ pub enum Effect {
         worker_id: String,
         /// What.
         command: Command,
+    },
+    /// A job must be written down as it is now, before any effect that follows is carried out.
+    Persist(Box<JobRecord>),
+    /// A job that ended long ago need not be kept any more.
+    Forget {
+        /// Which job.
+        job_id: String,
+    },
+    /// What the checkpoint store has of a job is not needed any more.
+    DropCheckpoints {
+        /// Which job.
+        job_id: String,
     },
     /// The answer to the client whose event this was.
     Answer(Result<v1::Job>),
@@ -180,10 +221,17 @@ pub struct State {
     now: Millis,
     models: Vec<Model>,
     workers: BTreeMap<String, Registration>,
-    groups: BTreeMap<String, Group>,
+    groups: Groups,
     jobs: Jobs,
-    /// Numbers of the jobs that are not placed, first come first.
-    queue: VecDeque<u64>,
+    queue: Queue,
+    /// Workers that want to go.
+    draining: BTreeSet<String>,
+    /// When something is due of a job; looked at then, whether it still is or not.
+    due: BTreeSet<(Millis, u64)>,
+    /// By model.
+    costs: BTreeMap<String, Cost>,
+    /// While the workers of an earlier coordinator come back.
+    settling: Option<Settling>,
     stale_reports: u64,
     effects: Vec<Effect>,
 }
@@ -197,9 +245,13 @@ impl State {
             now: 0,
             models,
             workers: BTreeMap::new(),
-            groups: BTreeMap::new(),
+            groups: Groups::default(),
             jobs: Jobs::default(),
-            queue: VecDeque::new(),
+            queue: Queue::default(),
+            draining: BTreeSet::new(),
+            due: BTreeSet::new(),
+            costs: BTreeMap::new(),
+            settling: None,
             stale_reports: 0,
             effects: Vec::new(),
         }
@@ -210,9 +262,13 @@ impl State {
         self.now = self.now.max(now);
         let is_news = event.is_news();
         match event {
-            Event::WorkerJoined(worker) => self.worker_joined(worker),
+            Event::WorkerJoined { worker, holding } => self.worker_joined(worker, holding),
             Event::WorkerLeft { worker_id, cause } => self.worker_left(&worker_id, &cause),
-            Event::Report { worker_id, report } => self.report(&worker_id, report),
+            Event::Report { worker_id, report } => {
+                if let Some(report) = self.set_aside(&worker_id, report) {
+                    self.report(&worker_id, report);
+                }
+            }
             Event::Submit(submission) => {
                 let answer = self.submit(*submission);
                 self.effects.push(Effect::Answer(answer));
@@ -221,12 +277,22 @@ impl State {
                 let answer = self.cancel(&job_id);
                 self.effects.push(Effect::Answer(answer));
             }
-            Event::Tick => self.end_overdue_jobs(),
+            Event::Tick => {
+                self.settle();
+                self.end_overdue_jobs();
+                self.end_stuck_groups();
+            }
         }
         if is_news {
             self.describe_models();
-            self.form_groups();
-            self.start_jobs();
+            if self.settling.is_none() {
+                self.drain_groups();
+                self.groups.refresh(&self.draining);
+                self.form_groups();
+                self.groups.refresh(&self.draining);
+                self.start_jobs();
+            }
+            self.groups.refresh(&self.draining);
             self.announce_models();
         }
         std::mem::take(&mut self.effects)
@@ -242,13 +308,17 @@ impl State {
             Report::TaskProgress(progress) => self.task_progress(worker_id, &progress),
             Report::TaskDone(done) => self.task_done(worker_id, done),
             Report::TaskFailed(failed) => self.task_failed(worker_id, failed),
-            Report::Hello(_) | Report::Heartbeat(_) | Report::Holding(_) | Report::Draining(_) | Report::TaskParked(_) => {
-                Some(())
-            }
+            Report::TaskParked(parked) => self.task_parked(worker_id, &parked),
+            Report::Draining(_) => self.worker_draining(worker_id),
+            Report::Hello(_) | Report::Heartbeat(_) | Report::Holding(_) => Some(()),
         };
         if known.is_none() {
             self.stale_reports += 1;
         }
+    }
+
+    fn model(&self, name: &str) -> Option<&Model> {
+        self.models.iter().find(|model| model.config.name == name)
     }
 
     fn send(&mut self, worker_id: &str, command: Command) {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use proto::v1::{GroupLost, GroupReady, JobState, TaskDone, TaskFailed, TaskRef, TaskStarted};
+use proto::v1::{Draining, GroupLost, GroupReady, JobState, TaskDone, TaskFailed, TaskParked, TaskRef, TaskStarted};
 
 use super::{job::TaskPhase, tests::*, *};
 
@@ -17,6 +17,9 @@ enum Act {
     Submit,
     Cancel(usize),
     Wait(Millis),
+    Drain(usize),
+    /// Another coordinator takes over, and the workers come back with nothing.
+    Restart,
     /// A worker answers one of the commands that were ever sent, in time or far too late.
     Answer {
         command: usize,
@@ -31,6 +34,8 @@ fn any_act() -> impl Strategy<Value = Act> {
         3 => Just(Act::Submit),
         1 => (0..8usize).prop_map(Act::Cancel),
         1 => (1..40_000u64).prop_map(Act::Wait),
+        1 => (0..WORKERS.len()).prop_map(Act::Drain),
+        1 => Just(Act::Restart),
         20 => (0..400usize, 0..10usize).prop_map(|(command, how)| Act::Answer { command, how }),
     ]
 }
@@ -55,7 +60,8 @@ impl Chaos {
             Act::Join(worker) => self.cluster.join(WORKERS[*worker]),
             Act::Leave(worker) => self.cluster.leave(WORKERS[*worker]),
             Act::Submit => {
-                let submission = self.cluster.submission();
+                let mut submission = self.cluster.submission();
+                submission.priority = self.jobs.len() as i32 % 3;
                 self.jobs.extend(self.cluster.submit(submission).map(|job| job.id));
             }
             Act::Cancel(job) => {
@@ -64,6 +70,12 @@ impl Chaos {
                 }
             }
             Act::Wait(millis) => self.cluster.tick(*millis),
+            Act::Drain(worker) => self.cluster.report(WORKERS[*worker], Report::Draining(Draining {})),
+            Act::Restart => {
+                let workers: Vec<String> = self.cluster.state.workers.keys().cloned().collect();
+                self.cluster.restart(SavedSteps::new());
+                workers.iter().for_each(|worker| self.cluster.join(worker));
+            }
             Act::Answer { command, how } => {
                 let answered = self.commands.get(command % self.commands.len().max(1)).cloned();
                 if let Some((worker, command)) = answered {
@@ -96,13 +108,20 @@ impl Chaos {
                 let failed = TaskFailed { task: cancel.task, reason: "CANCELLED".into(), ..TaskFailed::default() };
                 cluster.report(worker, Report::TaskFailed(failed));
             }
-            Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) | Command::Lead(_) | Command::ParkTask(_) => {}
+            Command::ParkTask(park) => {
+                let saved_step = how as u32 % 3;
+                cluster.report(worker, Report::TaskParked(TaskParked { task: park.task, saved_step }));
+            }
+            Command::LeaveGroup(_) | Command::ForgetJob(_) | Command::Heartbeat(_) | Command::Lead(_) => {}
         }
     }
 
     /// Workers come, answer everything, and time passes, until nothing is left to do.
     fn settle(&mut self) {
         for worker in WORKERS {
+            if self.cluster.state.draining.contains(worker) {
+                self.cluster.leave(worker);
+            }
             if !self.cluster.state.workers.contains_key(worker) {
                 self.cluster.join(worker);
             }
@@ -122,19 +141,21 @@ impl Chaos {
         let mut owed = BTreeSet::new();
         for job in state.jobs.iter() {
             let sequences: Vec<u64> = job.events_after(0).map(|event| event.sequence).collect();
-            prop_assert!(sequences.iter().copied().eq(1..=job.sequence()));
-            prop_assert_eq!(state.queue.contains(&job.number), !job.is_over() && !job.is_placed());
+            prop_assert!(sequences.is_sorted_by(|a, b| a < b) && sequences.last() == Some(&job.sequence()));
+            prop_assert_eq!(state.queue.contains(job.number), !job.is_over() && !job.is_placed());
             prop_assert!(!job.is_over() || !job.is_placed());
             let running = job.tasks.iter().filter(|(_, task)| task.phase != TaskPhase::Ended);
             owed.extend(running.map(|(stage, task)| (task.group_id.clone(), task.epoch, job.number, stage.clone())));
+            prop_assert!(self.cluster.records.contains_key(&job.id));
             if job.is_over() {
                 let end = self.ends.entry(job.id.clone()).or_insert_with(|| job.view());
                 prop_assert_eq!(&job.view(), &*end, "what is over stays as it is");
+                prop_assert!(self.cluster.records[&job.id].end.is_some(), "and is written down");
                 prop_assert_eq!(end.state() == JobState::Succeeded, !end.images.is_empty());
             }
         }
         let mut held = BTreeSet::new();
-        for (id, group) in &state.groups {
+        for (id, group) in state.groups.iter() {
             let tasks = group.tasks.iter().map(|(job, stage)| (id.clone(), group.epoch, *job, stage.clone()));
             held.extend(tasks);
             prop_assert!(group.members.iter().all(|member| state.workers.contains_key(member)));

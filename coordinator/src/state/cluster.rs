@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use proto::v1::{
-    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupState, JoinGroup, LeaveGroup, ModelDescribed, Registration,
+    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupState, Holding, JoinGroup, LeaveGroup, ModelDescribed, Registration,
     control_request::Command, model_described::Outcome,
 };
 use sha2::{Digest, Sha256};
@@ -12,18 +12,23 @@ use super::{Effect, Key, State, work::shortened};
 use crate::placement::{self, Members};
 
 impl State {
-    pub(super) fn worker_joined(&mut self, worker: Registration) {
+    pub(super) fn worker_joined(&mut self, worker: Registration, holding: Holding) {
         let worker_id = worker.worker_id.clone();
         if self.workers.contains_key(&worker_id) {
             self.worker_left(&worker_id, "it registered again");
         }
-        self.workers.insert(worker_id, worker);
+        self.workers.insert(worker_id.clone(), worker);
+        self.worker_holds(&worker_id, holding);
     }
 
     pub(super) fn worker_left(&mut self, worker_id: &str, cause: &str) {
         if self.workers.remove(worker_id).is_none() {
             return;
         }
+        if self.draining.remove(worker_id) {
+            self.groups.members_changed(worker_id);
+        }
+        self.forget_holding(worker_id);
         for model in &mut self.models {
             model.worker_left(worker_id);
         }
@@ -34,7 +39,7 @@ impl State {
             .map(|(id, _)| id.clone())
             .collect();
         for group_id in held {
-            self.end_epoch(&group_id, format!("worker {worker_id} left: {cause}"));
+            self.end_epoch(&group_id, format!("worker {worker_id} left: {cause}"), false);
         }
     }
 
@@ -61,7 +66,10 @@ impl State {
         match described.outcome {
             Some(Outcome::Card(card)) => {
                 let groups = model.described(card, self.settings.first_epoch);
-                self.groups.extend(groups.into_iter().map(|group| (group.wanted.id.clone(), group)));
+                for mut group in groups {
+                    group.order = self.groups.iter().count();
+                    self.groups.add(group);
+                }
             }
             Some(Outcome::Error(problem)) => {
                 model.refused(self.now, format!("worker {worker_id}: {}", shortened(&problem)));
@@ -73,16 +81,8 @@ impl State {
 
     /// Forms every group that waits and for which there are workers.
     pub(super) fn form_groups(&mut self) {
-        let may_form = |id: &&String| {
-            self.groups.get(*id).is_some_and(|group| group.phase == GroupState::Waiting && group.retry_at <= self.now)
-        };
-        let waiting: Vec<_> = self
-            .models
-            .iter()
-            .flat_map(|model| &model.groups)
-            .filter(may_form)
-            .filter_map(|id| self.groups.get(id).map(|group| group.wanted.clone()))
-            .collect();
+        let due = self.groups.waiting().filter(|group| group.retry_at <= self.now);
+        let waiting: Vec<_> = due.map(|group| group.wanted.clone()).collect();
         if waiting.is_empty() {
             return;
         }
@@ -92,7 +92,9 @@ impl State {
             .filter(|(_, group)| group.phase != GroupState::Waiting)
             .map(|(id, group)| (id.clone(), group.members.clone()))
             .collect();
-        for (group_id, members) in placement::form_groups(&waiting, &self.workers, &standing) {
+        let staying = self.workers.iter().filter(|(id, _)| !self.draining.contains(*id));
+        let staying: BTreeMap<String, Registration> = staying.map(|(id, worker)| (id.clone(), worker.clone())).collect();
+        for (group_id, members) in placement::form_groups(&waiting, &staying, &standing) {
             self.begin_epoch(&group_id, members);
         }
     }
@@ -151,12 +153,21 @@ impl State {
         group.pause(self.now, was_ready);
         let rank = report.rank;
         let (reason, message) = (shortened(&report.reason), shortened(&report.message));
-        self.end_epoch(&report.group_id, format!("rank {rank} on worker {worker_id}: {reason}: {message}"));
+        // A worker that was told to stop is not lost.
+        let planned = reason == "DRAINING";
+        self.end_epoch(&report.group_id, format!("rank {rank} on worker {worker_id}: {reason}: {message}"), planned);
         Some(())
     }
 
-    /// Whatever the group was doing is over: the members are told, its tasks are lost.
-    fn end_epoch(&mut self, group_id: &str, cause: String) {
+    /// Whatever the group was doing is over: the members are told, its tasks are lost. Unless it was `planned`, the jobs
+    /// that ran on it may have been the cause.
+    pub(super) fn end_epoch(&mut self, group_id: &str, cause: String, planned: bool) {
+        let Some(group) = self.groups.get(group_id) else {
+            return;
+        };
+        if !planned {
+            self.blame(&group.tasks.clone(), &format!("group {group_id} was lost: {cause}"));
+        }
         let Some(group) = self.groups.get_mut(group_id) else {
             return;
         };
@@ -166,7 +177,7 @@ impl State {
             self.send(&member, Command::LeaveGroup(LeaveGroup { group_id: group_id.to_owned(), epoch }));
         }
         for (number, stage) in tasks {
-            self.task_lost(number, &stage, format!("group {group_id} was lost: {cause}"));
+            self.task_lost(number, &stage, &format!("group {group_id} was lost: {cause}"));
         }
         self.effects.push(Effect::GroupLost { group_id: group_id.to_owned(), epoch, cause });
     }

@@ -4,13 +4,15 @@ use std::collections::BTreeSet;
 
 use proto::v1::{GroupState, GroupStatus};
 
-use super::{FIRST_RETRY, LAST_RETRY, Millis, REFORM_PAUSE};
+use super::{FIRST_RETRY, LAST_RETRY, Millis, REFORM_PAUSE, stuck::Pace};
 use crate::placement::{Members, WantedGroup};
 
 /// A group that models.toml asks for, formed or not.
 #[derive(Debug)]
 pub(super) struct Group {
     pub(super) wanted: WantedGroup,
+    /// Its place among all that are asked for.
+    pub(super) order: usize,
     /// Most tasks at once.
     pub(super) limit: usize,
     /// Its incarnation. Counts up each time it forms.
@@ -24,6 +26,10 @@ pub(super) struct Group {
     pub(super) retry_at: Millis,
     /// The tasks it has: number of the job and id of the stage.
     pub(super) tasks: BTreeSet<(u64, String)>,
+    /// Its only job may be one that kills workers: no other is given to it meanwhile.
+    pub(super) alone: bool,
+    /// How it gets on.
+    pub(super) pace: Pace,
     ranks: Vec<Rank>,
     /// Times it ended since it was ready last.
     failures: u32,
@@ -40,6 +46,7 @@ impl Group {
     pub(super) fn new(wanted: WantedGroup, limit: usize, first_epoch: u64) -> Self {
         Self {
             wanted,
+            order: 0,
             limit,
             epoch: first_epoch.saturating_sub(1),
             phase: GroupState::Waiting,
@@ -47,6 +54,8 @@ impl Group {
             problem: String::new(),
             retry_at: 0,
             tasks: BTreeSet::new(),
+            alone: false,
+            pace: Pace::default(),
             ranks: Vec::new(),
             failures: 0,
         }
@@ -60,11 +69,28 @@ impl Group {
         self.members = members;
     }
 
+    /// An epoch that an earlier coordinator began goes on.
+    pub(super) fn adopt(&mut self, epoch: u64, members: Members) {
+        self.epoch = epoch;
+        self.phase = GroupState::Ready;
+        self.ranks = vec![Rank { ready: true, ..Rank::default() }; members.len()];
+        self.members = members;
+        self.problem.clear();
+    }
+
+    /// A task is over.
+    pub(super) fn release(&mut self, number: u64, stage: &str) {
+        self.tasks.remove(&(number, stage.to_owned()));
+        self.alone &= !self.tasks.is_empty();
+    }
+
     /// The epoch is over. Gives back who were members, each once, and the tasks that were lost.
     pub(super) fn end(&mut self, problem: String) -> (BTreeSet<String>, BTreeSet<(u64, String)>) {
         self.phase = GroupState::Waiting;
         self.problem = problem;
         self.ranks.clear();
+        self.alone = false;
+        self.pace = Pace::default();
         (std::mem::take(&mut self.members).into_iter().collect(), std::mem::take(&mut self.tasks))
     }
 

@@ -1,17 +1,20 @@
 //! One job: where it stands, the tasks it has, and everything that happened to it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proto::v1::{
-    ImageResult, Job as JobView, JobEvent, JobFailure, JobSpec, JobState, StageFinished, StageProgress, StageStarted, TaskRef,
-    job_event::Kind,
+    ImageResult, Job as JobView, JobEvent, JobFailure, JobRequeued, JobSpec, JobState, StageFinished, StageProgress,
+    StageStarted, TaskRef, job_event::Kind,
 };
 
-use super::Millis;
+use super::{Millis, requeue::Why};
 use crate::plan::Plan;
 
-/// Progress events of one stage. A stage of more steps tells only some of them.
+/// Progress events of a job. One of more steps tells only some of them.
 pub(super) const MAX_PROGRESS_EVENTS: u32 = 2000;
+/// Where the sequence numbers of a coordinator's life begin, in a job that it did not accept itself: above all that
+/// earlier lives can have told.
+const SEQUENCES_PER_TERM: u64 = 1 << 20;
 
 /// A job, from acceptance until it is forgotten.
 #[derive(Debug)]
@@ -20,23 +23,52 @@ pub(super) struct Job {
     pub(super) number: u64,
     pub(super) id: String,
     pub(super) request_id: String,
-    /// sha256 of what the client wrote, before defaults.
+    /// sha256 of what the client asked for, before defaults.
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
     pub(super) plan: Plan,
+    pub(super) priority: i32,
+    /// The client's: it is ended then.
+    pub(super) deadline: Option<Millis>,
     /// Counts from 1 with each new try.
     pub(super) attempt: u32,
     /// By stage; empty until the job is placed.
     pub(super) tasks: BTreeMap<String, Task>,
+    /// What the checkpoint store has of it.
+    pub(super) saved: Saved,
+    /// Every worker that was ever told of it: all of them are told when it is over.
+    pub(super) told: BTreeSet<String>,
+    /// When it was placed last.
+    pub(super) placed: Millis,
     pub(super) state: JobState,
     pub(super) failure: Option<JobFailure>,
     pub(super) images: Vec<ImageResult>,
     pub(super) finished: Option<Millis>,
     /// Set when a client asked it to stop.
     pub(super) cancelling: bool,
+    /// Set when it is being taken off its groups at the next step.
+    pub(super) parking: Option<Why>,
     /// The job ends at this time whatever its workers say.
-    pub(super) deadline: Option<Millis>,
+    pub(super) overdue: Option<Millis>,
+    /// Workers lost since it got further last.
+    pub(super) losses: u32,
+    /// Runs alone in its groups until it gets further: a worker died with it and others.
+    pub(super) suspect: bool,
+    /// How far it ever was, and at the last loss: (stage, step).
+    furthest: (usize, u32),
+    furthest_at_loss: (usize, u32),
+    progress_events: u32,
+    next_sequence: u64,
     log: Vec<Entry>,
+}
+
+/// What the checkpoint store has of a job.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Saved {
+    /// Stages whose output is there.
+    pub(super) outputs: BTreeSet<String>,
+    /// The newest step of a denoising stage that is there.
+    pub(super) steps: BTreeMap<String, u32>,
 }
 
 /// One stage of a placed job.
@@ -47,8 +79,9 @@ pub(super) struct Task {
     /// The worker that is told.
     pub(super) leader: String,
     pub(super) phase: TaskPhase,
+    /// Steps that an earlier try had done.
+    pub(super) resumed_step: u32,
     step: u32,
-    progress_events: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,14 +93,15 @@ pub(super) enum TaskPhase {
 }
 
 impl Task {
-    pub(super) fn new(group_id: String, epoch: u64, leader: String) -> Self {
-        Self { group_id, epoch, leader, phase: TaskPhase::Sent, step: 0, progress_events: 0 }
+    pub(super) fn new(group_id: String, epoch: u64, leader: String, resumed_step: u32) -> Self {
+        Self { group_id, epoch, leader, phase: TaskPhase::Sent, resumed_step, step: resumed_step }
     }
 }
 
 /// An event as it is kept: small, since there are many. [`Job::event`] makes it whole.
 #[derive(Debug)]
 struct Entry {
+    sequence: u64,
     time: Millis,
     what: What,
 }
@@ -75,9 +109,10 @@ struct Entry {
 #[derive(Debug)]
 enum What {
     State(JobState),
-    Started { stage: usize, group_id: String },
+    Started { stage: usize, group_id: String, resumed_step: u32 },
     Progress { stage: usize, step: u32, steps: u32 },
     Finished { stage: usize, seconds: f64 },
+    Requeued { why: Why, message: String, attempt: u32 },
 }
 
 /// What a new job is made of.
@@ -88,6 +123,8 @@ pub(super) struct NewJob {
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
     pub(super) plan: Plan,
+    pub(super) priority: i32,
+    pub(super) deadline: Option<Millis>,
 }
 
 impl Job {
@@ -99,14 +136,26 @@ impl Job {
             fingerprint: new.fingerprint,
             spec: new.spec,
             plan: new.plan,
+            priority: new.priority,
+            deadline: new.deadline,
             attempt: 1,
             tasks: BTreeMap::new(),
+            saved: Saved::default(),
+            told: BTreeSet::new(),
+            placed: now,
             state: JobState::Queued,
             failure: None,
             images: Vec::new(),
             finished: None,
             cancelling: false,
-            deadline: None,
+            parking: None,
+            overdue: None,
+            losses: 0,
+            suspect: false,
+            furthest: (0, 0),
+            furthest_at_loss: (0, 0),
+            progress_events: 0,
+            next_sequence: 1,
             log: Vec::new(),
         };
         job.enter(JobState::Queued, now);
@@ -119,7 +168,7 @@ impl Job {
         if self.is_over() {
             self.finished = Some(now);
         }
-        self.log.push(Entry { time: now, what: What::State(state) });
+        self.push(now, What::State(state));
     }
 
     pub(super) fn is_over(&self) -> bool {
@@ -130,6 +179,16 @@ impl Job {
         !self.tasks.is_empty()
     }
 
+    pub(super) fn has_task(&self, phase: TaskPhase) -> bool {
+        self.tasks.values().any(|task| task.phase == phase)
+    }
+
+    pub(super) fn pixels(&self) -> u64 {
+        let spec = &self.spec;
+        let side = |pixels: Option<u32>| u64::from(pixels.unwrap_or(1).max(1));
+        side(spec.width) * side(spec.height) * side(spec.num_images_per_prompt)
+    }
+
     pub(super) fn stage_started(&mut self, stage: &str, now: Millis) {
         if self.state == JobState::Queued {
             self.enter(JobState::Running, now);
@@ -138,8 +197,8 @@ impl Job {
             return;
         };
         task.phase = TaskPhase::Running;
-        let group_id = task.group_id.clone();
-        self.record(stage, now, |stage| What::Started { stage, group_id });
+        let (group_id, resumed_step) = (task.group_id.clone(), task.resumed_step);
+        self.note(stage, now, |stage| What::Started { stage, group_id, resumed_step });
     }
 
     /// Records a step. Steps only count up; of very many only every n-th is kept. Says whether it was recorded.
@@ -147,26 +206,71 @@ impl Job {
         let Some(task) = self.tasks.get_mut(stage) else {
             return false;
         };
-        let every = steps.div_ceil(MAX_PROGRESS_EVENTS).max(1);
-        let kept = step == steps || step.is_multiple_of(every);
-        if step <= task.step || !kept || task.progress_events >= MAX_PROGRESS_EVENTS {
+        if step <= task.step {
             return false;
         }
         task.step = step;
-        task.progress_events += 1;
-        self.record(stage, now, |stage| What::Progress { stage, step, steps });
+        self.got_to(stage, step);
+        let every = steps.div_ceil(MAX_PROGRESS_EVENTS).max(1);
+        let kept = step == steps || step.is_multiple_of(every);
+        if !kept || self.progress_events >= MAX_PROGRESS_EVENTS {
+            return false;
+        }
+        self.progress_events += 1;
+        self.note(stage, now, |stage| What::Progress { stage, step, steps });
         true
     }
 
     pub(super) fn stage_finished(&mut self, stage: &str, seconds: f64, now: Millis) {
         self.end_task(stage);
-        self.record(stage, now, |stage| What::Finished { stage, seconds });
+        self.got_to(stage, u32::MAX);
+        self.note(stage, now, |stage| What::Finished { stage, seconds });
     }
 
     pub(super) fn end_task(&mut self, stage: &str) {
         if let Some(task) = self.tasks.get_mut(stage) {
             task.phase = TaskPhase::Ended;
         }
+    }
+
+    /// What is left to do, given what is saved.
+    pub(super) fn remaining(&self) -> Plan {
+        self.plan.without(&self.saved.outputs)
+    }
+
+    /// The checkpoint store has this step of a stage.
+    pub(super) fn saw_saved(&mut self, stage: &str, step: u32) {
+        if step > 0 && self.plan.stage(stage).is_some() {
+            let newest = self.saved.steps.entry(stage.to_owned()).or_default();
+            *newest = step.max(*newest);
+        }
+    }
+
+    /// A worker was lost with it. Says how many were since it got further last.
+    pub(super) fn count_loss(&mut self) -> u32 {
+        self.losses = if self.furthest > self.furthest_at_loss { 1 } else { self.losses + 1 };
+        self.furthest_at_loss = self.furthest;
+        self.losses
+    }
+
+    /// It waits for its groups again, under the next attempt.
+    pub(super) fn wait_again(&mut self, why: Why, message: String, now: Millis) {
+        self.tasks.clear();
+        self.parking = None;
+        self.overdue = None;
+        self.attempt += 1;
+        self.push(now, What::Requeued { why, message, attempt: self.attempt });
+        self.enter(JobState::Queued, now);
+    }
+
+    /// From now on events are numbered above all that coordinators before `term` can have told.
+    pub(super) fn number_from_term(&mut self, term: u64) {
+        self.next_sequence = self.next_sequence.max(term.saturating_mul(SEQUENCES_PER_TERM));
+    }
+
+    /// The next event has this number.
+    pub(super) fn number_from(&mut self, sequence: u64) {
+        self.next_sequence = sequence;
     }
 
     /// The task is one of this job's, as it runs now.
@@ -180,19 +284,37 @@ impl Job {
         }
     }
 
-    fn record(&mut self, stage: &str, time: Millis, what: impl FnOnce(usize) -> What) {
-        if let Some(stage) = self.plan.stages.iter().position(|other| other.id == stage) {
-            self.log.push(Entry { time, what: what(stage) });
+    fn got_to(&mut self, stage: &str, step: u32) {
+        let index = self.plan.stages.iter().position(|other| other.id == stage).unwrap_or_default();
+        if (index, step) > self.furthest {
+            self.furthest = (index, step);
+            self.suspect = false;
         }
+    }
+
+    fn note(&mut self, stage: &str, time: Millis, what: impl FnOnce(usize) -> What) {
+        if let Some(stage) = self.plan.stages.iter().position(|other| other.id == stage) {
+            self.push(time, what(stage));
+        }
+    }
+
+    fn push(&mut self, time: Millis, what: What) {
+        self.log.push(Entry { sequence: self.next_sequence, time, what });
+        self.next_sequence += 1;
+    }
+
+    /// When it was accepted.
+    pub(super) fn created(&self) -> Millis {
+        self.log.first().map_or(0, |entry| entry.time)
     }
 
     /// The job as clients see it.
     pub(super) fn view(&self) -> JobView {
-        self.view_at(self.log.len(), self.state)
+        self.view_at(self.sequence(), self.state)
     }
 
     /// The job as it was when it entered `state` with event number `sequence`.
-    fn view_at(&self, sequence: usize, state: JobState) -> JobView {
+    fn view_at(&self, sequence: u64, state: JobState) -> JobView {
         let over = self.is_over() && state == self.state;
         JobView {
             id: self.id.clone(),
@@ -203,30 +325,31 @@ impl Job {
             finish_time: self.finished.filter(|_| over).map(timestamp),
             failure: self.failure.clone().filter(|_| over),
             images: if over && state == JobState::Succeeded { self.images.clone() } else { Vec::new() },
-            sequence: sequence as u64,
-            priority: 0,
-            deadline: None,
+            sequence,
+            priority: self.priority,
+            deadline: self.deadline.map(timestamp),
             attempt: self.attempt,
         }
     }
 
     /// Sequence number of the newest event.
     pub(super) fn sequence(&self) -> u64 {
-        self.log.len() as u64
+        self.log.last().map_or(0, |entry| entry.sequence)
     }
 
     /// Events after `sequence`, oldest first.
     pub(super) fn events_after(&self, sequence: u64) -> impl Iterator<Item = JobEvent> {
-        let skip = usize::try_from(sequence).unwrap_or(usize::MAX);
-        self.log.iter().enumerate().skip(skip).map(|(index, entry)| self.event(index + 1, entry))
+        let from = self.log.partition_point(|entry| entry.sequence <= sequence);
+        self.log.iter().skip(from).map(|entry| self.event(entry))
     }
 
-    fn event(&self, sequence: usize, entry: &Entry) -> JobEvent {
+    fn event(&self, entry: &Entry) -> JobEvent {
         let stage = |index: usize| self.plan.stages.get(index).map(|stage| stage.id.clone()).unwrap_or_default();
         let kind = match &entry.what {
-            What::State(state) => Kind::StateChanged(self.view_at(sequence, *state)),
-            What::Started { stage: index, group_id } => {
-                Kind::StageStarted(StageStarted { stage: stage(*index), group_id: group_id.clone(), resumed_step: 0 })
+            What::State(state) => Kind::StateChanged(self.view_at(entry.sequence, *state)),
+            What::Started { stage: index, group_id, resumed_step } => {
+                let (group_id, resumed_step) = (group_id.clone(), *resumed_step);
+                Kind::StageStarted(StageStarted { stage: stage(*index), group_id, resumed_step })
             }
             What::Progress { stage: index, step, steps } => {
                 Kind::StageProgress(StageProgress { stage: stage(*index), step: *step, steps: *steps })
@@ -234,12 +357,16 @@ impl Job {
             What::Finished { stage: index, seconds } => {
                 Kind::StageFinished(StageFinished { stage: stage(*index), seconds: *seconds })
             }
+            What::Requeued { why, message, attempt } => {
+                let (reason, message) = (why.reason().to_owned(), message.clone());
+                Kind::Requeued(JobRequeued { reason, message, attempt: *attempt })
+            }
         };
-        JobEvent { sequence: sequence as u64, time: Some(timestamp(entry.time)), kind: Some(kind) }
+        JobEvent { sequence: entry.sequence, time: Some(timestamp(entry.time)), kind: Some(kind) }
     }
 }
 
-fn timestamp(millis: Millis) -> prost_types::Timestamp {
+pub(super) fn timestamp(millis: Millis) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: i64::try_from(millis / 1000).unwrap_or(i64::MAX),
         nanos: (millis % 1000) as i32 * 1_000_000,
@@ -261,9 +388,11 @@ mod tests {
             fingerprint: [0; 32],
             spec: JobSpec::default(),
             plan: Plan { stages: vec![stage] },
+            priority: 0,
+            deadline: None,
         };
         let mut job = Job::new(1, new, 1000);
-        job.tasks.insert("denoise".into(), Task::new("g".into(), 1, "w".into()));
+        job.tasks.insert("denoise".into(), Task::new("g".into(), 1, "w".into(), 0));
         job
     }
 

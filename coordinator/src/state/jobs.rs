@@ -2,10 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use super::{
-    FINISHED_JOB_TTL, MAX_FINISHED_JOBS, Millis,
-    job::{Job, NewJob},
-};
+use super::{FINISHED_JOB_TTL, MAX_FINISHED_JOBS, Millis, job::Job};
 
 /// Every job that can be asked for.
 #[derive(Debug, Default)]
@@ -18,15 +15,27 @@ pub(super) struct Jobs {
     /// Bytes of the pictures of finished jobs.
     result_bytes: u64,
     last_number: u64,
+    /// Priorities of the jobs that are placed, with how many there are, by model.
+    running: BTreeMap<String, BTreeMap<i32, usize>>,
 }
 
 impl Jobs {
-    pub(super) fn add(&mut self, new: NewJob, now: Millis) -> &mut Job {
-        self.last_number += 1;
-        let number = self.last_number;
-        self.by_id.insert(new.id.clone(), number);
-        self.by_request.insert(new.request_id.clone(), number);
-        self.by_number.entry(number).or_insert_with(|| Job::new(number, new, now))
+    /// The number of the next job.
+    pub(super) fn next_number(&self) -> u64 {
+        self.last_number + 1
+    }
+
+    /// Takes a job in; its number is above all others' or it was recovered.
+    pub(super) fn add(&mut self, job: Job) {
+        let number = job.number;
+        self.last_number = self.last_number.max(number);
+        self.by_id.insert(job.id.clone(), number);
+        self.by_request.insert(job.request_id.clone(), number);
+        let over = job.is_over();
+        self.by_number.insert(number, job);
+        if over {
+            self.finished(number);
+        }
     }
 
     pub(super) fn get(&self, number: u64) -> Option<&Job> {
@@ -54,22 +63,50 @@ impl Jobs {
         self.by_number.values()
     }
 
+    /// The job was placed.
+    pub(super) fn placed(&mut self, number: u64) {
+        if let Some(job) = self.by_number.get(&number) {
+            *self.running.entry(job.spec.model.clone()).or_default().entry(job.priority).or_default() += 1;
+        }
+    }
+
+    /// The job, which was placed, is not any more.
+    pub(super) fn unplaced(&mut self, number: u64) {
+        if let Some(job) = self.by_number.get(&number)
+            && let Some(running) = self.running.get_mut(&job.spec.model)
+            && let Some(count) = running.get_mut(&job.priority)
+        {
+            *count -= 1;
+            if *count == 0 {
+                running.remove(&job.priority);
+            }
+        }
+    }
+
+    /// The lowest priority among the jobs of `model` that are placed.
+    pub(super) fn least_urgent_running(&self, model: &str) -> Option<i32> {
+        self.running.get(model)?.first_key_value().map(|(priority, _)| *priority)
+    }
+
     /// The job has come to its end; from now on it ages.
     pub(super) fn finished(&mut self, number: u64) {
         self.finished.push_back(number);
         self.result_bytes += self.get(number).map_or(0, result_bytes);
     }
 
-    /// Forgets finished jobs that are too old, too many, or whose pictures take more than `max_result_bytes`.
-    pub(super) fn forget_old(&mut self, now: Millis, max_result_bytes: u64) {
+    /// Forgets finished jobs that are too old, too many, or whose pictures take more than `max_result_bytes`. Gives back
+    /// their ids.
+    pub(super) fn forget_old(&mut self, now: Millis, max_result_bytes: u64) -> Vec<String> {
+        let mut forgotten = Vec::new();
         while let Some(job) = self.finished.front().and_then(|number| self.by_number.get(number)) {
             let age = now.saturating_sub(job.finished.unwrap_or(now));
             // The newest is kept whatever it weighs: its client has not read it yet.
             let too_large = self.result_bytes > max_result_bytes && self.finished.len() > 1;
             let too_many = self.finished.len() > MAX_FINISHED_JOBS || too_large;
             if age < FINISHED_JOB_TTL && !too_many {
-                return;
+                break;
             }
+            forgotten.push(job.id.clone());
             self.result_bytes = self.result_bytes.saturating_sub(result_bytes(job));
             self.by_id.remove(&job.id);
             self.by_request.remove(&job.request_id);
@@ -77,6 +114,7 @@ impl Jobs {
                 self.by_number.remove(&number);
             }
         }
+        forgotten
     }
 }
 

@@ -73,6 +73,11 @@ impl Model {
         Some(worker)
     }
 
+    /// Its card is known, or will not be known soon.
+    pub(super) fn is_settled(&self) -> bool {
+        self.card.is_some() || self.broken || !self.refused.is_empty()
+    }
+
     pub(super) fn is_asked(&self, worker_id: &str) -> bool {
         self.asked.as_deref() == Some(worker_id)
     }

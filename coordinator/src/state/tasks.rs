@@ -1,19 +1,22 @@
 //! What leaders report of tasks, and how jobs come to their end.
 
-use std::collections::BTreeSet;
+use proto::v1::{ForgetJob, JobFailure, JobState, TaskDone, TaskFailed, TaskProgress, TaskRef, control_request::Command};
 
-use proto::v1::{
-    CancelTask, ForgetJob, JobFailure, JobState, TaskDone, TaskFailed, TaskProgress, TaskRef, control_request::Command,
+use super::{
+    Effect, LATE_REPORT_DEADLINE, State, estimate,
+    job::{Job, TaskPhase},
+    requeue::Why,
+    work::shortened,
 };
-
-use super::{Effect, LATE_REPORT_DEADLINE, State, job::TaskPhase, work::shortened};
 
 impl State {
     pub(super) fn task_started(&mut self, worker_id: &str, task: Option<&TaskRef>) -> Option<()> {
         let (number, stage) = self.current_task(worker_id, task)?;
-        let job = self.jobs.get_mut(number)?;
-        if job.tasks.get(&stage)?.phase == TaskPhase::Sent {
-            job.stage_started(&stage, self.now);
+        let task = self.jobs.get(number)?.tasks.get(&stage)?;
+        if task.phase == TaskPhase::Sent {
+            let group_id = task.group_id.clone();
+            self.group_began(&group_id);
+            self.jobs.get_mut(number)?.stage_started(&stage, self.now);
             self.job_changed(number);
         }
         Some(())
@@ -22,9 +25,12 @@ impl State {
     pub(super) fn task_progress(&mut self, worker_id: &str, report: &TaskProgress) -> Option<()> {
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
         let job = self.jobs.get_mut(number)?;
+        job.saw_saved(&stage, report.saved_step);
+        let group_id = job.tasks.get(&stage)?.group_id.clone();
         if job.stage_progressed(&stage, report.step, report.steps, self.now) {
             self.job_changed(number);
         }
+        self.group_stepped(&group_id);
         Some(())
     }
 
@@ -32,6 +38,7 @@ impl State {
         self.task_started(worker_id, report.task.as_ref())?;
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
         let job = self.jobs.get_mut(number)?;
+        let group_id = job.tasks.get(&stage)?.group_id.clone();
         job.stage_finished(&stage, report.seconds, self.now);
         let is_sink = job.plan.consumers(&stage).next().is_none();
         if is_sink && report.images.is_empty() {
@@ -41,67 +48,89 @@ impl State {
         }
         if is_sink {
             job.images = report.images;
-            job.deadline = Some(self.now + LATE_REPORT_DEADLINE);
+            let overdue = self.now + LATE_REPORT_DEADLINE;
+            job.overdue = Some(overdue);
+            self.due.insert((overdue, number));
+        } else if report.stored {
+            job.saved.outputs.insert(stage.clone());
         }
+        self.group_stepped(&group_id);
         self.release(number, &stage);
         self.job_changed(number);
+        self.finish_parking(number);
         self.conclude(number);
         Some(())
     }
 
     pub(super) fn task_failed(&mut self, worker_id: &str, report: TaskFailed) -> Option<()> {
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
+        let (reason, message) = (shortened(&report.reason), shortened(&report.message));
+        let job = self.jobs.get_mut(number)?;
+        let kept_for = (job.images.is_empty(), job.cancelling);
+        match reason.as_str() {
+            // The group knows before its loss is reported; for the coordinator it is lost from now on.
+            "PEER_LOST" | "STALE_EPOCH" if kept_for == (true, false) => {
+                let group_id = job.tasks.get(&stage)?.group_id.clone();
+                if let Some(group) = self.groups.get_mut(&group_id) {
+                    group.pause(self.now, true);
+                }
+                self.end_epoch(&group_id, message, false);
+                return Some(());
+            }
+            // Whoever should have taken the output is gone or full; the worker that made it is well.
+            "PAYLOAD_REFUSED" | "OVERLOADED" if kept_for == (true, false) => {
+                if self.count_loss(number, &stage, &message) {
+                    self.requeue(number, Why::GroupLost, message);
+                }
+                return Some(());
+            }
+            "CHECKPOINT_LOST" if kept_for == (true, false) => {
+                self.checkpoint_lost(number, &stage, &message);
+                return Some(());
+            }
+            _ => {}
+        }
         self.release(number, &stage);
         let job = self.jobs.get_mut(number)?;
         job.end_task(&stage);
-        if !job.images.is_empty() || job.cancelling {
-            self.conclude(number);
-            return Some(());
+        if job.parking.is_some() && reason == "CANCELLED" {
+            self.finish_parking(number);
+        } else if kept_for == (true, false) {
+            self.end_job(number, End::Failed(JobFailure { reason, message, stage }));
         }
-        let message = shortened(&report.message);
-        let failure = match report.reason.as_str() {
-            // The group knows before its loss is reported; to clients it is one reason, whoever says it first.
-            "PEER_LOST" | "STALE_EPOCH" => {
-                let group_id = report.task.map(|task| task.group_id).unwrap_or_default();
-                let message = format!("group {group_id} was lost: {message}");
-                JobFailure { reason: "GROUP_LOST".into(), message, stage }
-            }
-            reason => JobFailure { reason: shortened(reason), message, stage },
-        };
-        self.end_job(number, End::Failed(failure));
+        self.conclude(number);
         Some(())
     }
 
-    /// A task went down with its group, and its job with it.
-    pub(super) fn task_lost(&mut self, number: u64, stage: &str, message: String) {
-        let Some(job) = self.jobs.get(number).filter(|job| !job.is_over()) else {
-            return;
-        };
-        let end = match (job.images.is_empty(), job.cancelling) {
-            (false, _) => End::Succeeded,
-            (true, true) => End::Cancelled,
-            (true, false) => End::Failed(JobFailure { reason: "GROUP_LOST".into(), message, stage: stage.to_owned() }),
-        };
-        self.end_job(number, end);
-    }
-
-    /// Ends the jobs whose workers owe a report for too long, and forgets those that ended long ago.
+    /// Ends the jobs whose time is up or whose workers owe a report for too long, and forgets those that ended long ago.
     pub(super) fn end_overdue_jobs(&mut self) {
-        let overdue: Vec<u64> = self
-            .jobs
-            .iter()
-            .filter(|job| job.deadline.is_some_and(|deadline| deadline <= self.now))
-            .map(|job| job.number)
-            .collect();
-        for number in overdue {
-            let has_images = self.jobs.get(number).is_some_and(|job| !job.images.is_empty());
-            self.end_job(number, if has_images { End::Succeeded } else { End::Cancelled });
+        while let Some((due, number)) = self.due.first().copied().filter(|(due, _)| *due <= self.now) {
+            self.due.remove(&(due, number));
+            let Some(job) = self.jobs.get(number).filter(|job| !job.is_over()) else {
+                continue;
+            };
+            let has_images = !job.images.is_empty();
+            if job.overdue.is_some_and(|overdue| overdue <= self.now) {
+                self.end_job(number, if has_images { End::Succeeded } else { End::Cancelled });
+            } else if job.deadline.is_some_and(|deadline| deadline <= self.now) && !has_images {
+                let stage = job.tasks.iter().find(|(_, task)| task.phase == TaskPhase::Running);
+                let stage = stage.map(|(stage, _)| stage.clone()).unwrap_or_default();
+                let message = "the picture was not there in the time that was asked for".to_owned();
+                self.end_job(number, End::Failed(JobFailure { reason: "DEADLINE_EXCEEDED".into(), message, stage }));
+            }
         }
         self.forget_old_jobs();
     }
 
+    /// From now on its deadline is seen to.
+    pub(super) fn watch_deadline(&mut self, job: &Job) {
+        if let Some(deadline) = job.deadline {
+            self.due.insert((deadline, job.number));
+        }
+    }
+
     /// The task a report is about, unless the report is of another attempt, epoch, or worker.
-    fn current_task(&self, worker_id: &str, task: Option<&TaskRef>) -> Option<(u64, String)> {
+    pub(super) fn current_task(&self, worker_id: &str, task: Option<&TaskRef>) -> Option<(u64, String)> {
         let report = task?;
         let job = self.jobs.by_id(&report.job_id)?;
         let task = job.tasks.get(&report.stage)?;
@@ -114,36 +143,24 @@ impl State {
     }
 
     /// Ends a job that has its pictures and all reports, or that was cancelled and of which nothing runs.
-    fn conclude(&mut self, number: u64) {
+    pub(super) fn conclude(&mut self, number: u64) {
         let Some(job) = self.jobs.get(number) else {
             return;
         };
-        let has_task = |phase| job.tasks.values().any(|task| task.phase == phase);
         if !job.images.is_empty() {
-            if !has_task(TaskPhase::Sent) && !has_task(TaskPhase::Running) {
+            if !job.has_task(TaskPhase::Sent) && !job.has_task(TaskPhase::Running) {
                 self.end_job(number, End::Succeeded);
             }
-        } else if job.cancelling && !has_task(TaskPhase::Running) {
+        } else if job.cancelling && !job.has_task(TaskPhase::Running) {
             self.end_job(number, End::Cancelled);
         }
     }
 
     /// The group has room for another task.
-    fn release(&mut self, number: u64, stage: &str) {
+    pub(super) fn release(&mut self, number: u64, stage: &str) {
         let task = self.jobs.get(number).and_then(|job| job.tasks.get(stage));
         if let Some(group) = task.and_then(|task| self.groups.get_mut(&task.group_id)) {
-            group.tasks.remove(&(number, stage.to_owned()));
-        }
-    }
-
-    pub(super) fn cancel_tasks(&mut self, number: u64) {
-        let Some(job) = self.jobs.get(number) else {
-            return;
-        };
-        let unfinished = job.tasks.iter().filter(|(_, task)| task.phase != TaskPhase::Ended);
-        let commands: Vec<_> = unfinished.map(|(stage, task)| (task.leader.clone(), job.task_ref(stage, task))).collect();
-        for (leader, task) in commands {
-            self.send(&leader, Command::CancelTask(CancelTask { task: Some(task) }));
+            group.release(number, stage);
         }
     }
 
@@ -151,14 +168,23 @@ impl State {
         if matches!(end, End::Failed(_)) {
             self.cancel_tasks(number);
         }
+        self.release_all(number);
         let Some(job) = self.jobs.get_mut(number).filter(|job| !job.is_over()) else {
             return;
         };
-        let tasks = std::mem::take(&mut job.tasks);
-        let job_id = job.id.clone();
-        job.deadline = None;
+        self.queue.remove(&job.spec.model, job.priority, number);
+        job.tasks.clear();
+        job.overdue = None;
+        let (job_id, told) = (job.id.clone(), std::mem::take(&mut job.told));
         match end {
-            End::Succeeded => job.enter(JobState::Succeeded, self.now),
+            End::Succeeded => {
+                // A try that took up another's work says nothing of the whole.
+                if job.attempt == 1 {
+                    let took = self.now.saturating_sub(job.placed);
+                    self.costs.entry(job.spec.model.clone()).or_default().saw(estimate::work(job), took);
+                }
+                job.enter(JobState::Succeeded, self.now);
+            }
             End::Cancelled => job.enter(JobState::Cancelled, self.now),
             End::Failed(failure) => {
                 job.failure = Some(failure);
@@ -166,21 +192,23 @@ impl State {
             }
         }
         self.jobs.finished(number);
-        for (stage, task) in &tasks {
-            if let Some(group) = self.groups.get_mut(&task.group_id) {
-                group.tasks.remove(&(number, stage.clone()));
-            }
+        self.persist(number);
+        for worker in told {
+            self.send(&worker, Command::ForgetJob(ForgetJob { job_id: job_id.clone() }));
         }
-        let leaders: BTreeSet<&str> = tasks.values().map(|task| task.leader.as_str()).collect();
-        for leader in leaders {
-            self.send(leader, Command::ForgetJob(ForgetJob { job_id: job_id.clone() }));
-        }
-        self.queue.retain(|queued| *queued != number);
+        self.effects.push(Effect::DropCheckpoints { job_id });
         self.job_changed(number);
         self.forget_old_jobs();
     }
 
-    fn job_changed(&mut self, number: u64) {
+    /// The job as it is now is written down before anything that follows is told to anybody.
+    pub(super) fn persist(&mut self, number: u64) {
+        if let Some(job) = self.jobs.get(number) {
+            self.effects.push(Effect::Persist(Box::new(job.record())));
+        }
+    }
+
+    pub(super) fn job_changed(&mut self, number: u64) {
         if let Some(job) = self.jobs.get(number) {
             self.effects.push(Effect::JobChanged { job_id: job.id.clone(), over: job.is_over() });
         }
@@ -188,7 +216,8 @@ impl State {
 
     /// Results may take half of the blob store: the other half is for what is on its way in.
     fn forget_old_jobs(&mut self) {
-        self.jobs.forget_old(self.now, self.settings.limits.total_blob_bytes / 2);
+        let forgotten = self.jobs.forget_old(self.now, self.settings.limits.total_blob_bytes / 2);
+        self.effects.extend(forgotten.into_iter().map(|job_id| Effect::Forget { job_id }));
     }
 }
 

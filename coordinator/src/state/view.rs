@@ -80,7 +80,7 @@ impl State {
     /// The workers, by id.
     pub fn workers(&self) -> Vec<WorkerStatus> {
         let mut ranks: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-        for (id, group) in &self.groups {
+        for (id, group) in self.groups.iter() {
             for (rank, member) in group.members.iter().enumerate() {
                 ranks.entry(member).or_default().push(format!("{id}/{rank}"));
             }
@@ -117,9 +117,7 @@ impl State {
         let Some(card) = &model.card else {
             return false;
         };
-        card.components
-            .iter()
-            .all(|component| self.groups_of(model).any(|group| group.is_ready() && group.wanted.component == component.name))
+        card.components.iter().all(|component| self.groups.is_ready(&model.config.name, &component.name))
     }
 
     fn problem(&self, model: &Model) -> String {
@@ -129,7 +127,10 @@ impl State {
         if model.card.is_none() {
             return if self.workers.is_empty() { "no worker is there" } else { "a worker reads its directory" }.into();
         }
-        let unready = self.groups_of(model).find(|group| !group.is_ready());
+        if self.settling.is_some() {
+            return "this coordinator waits for the workers of the one before".into();
+        }
+        let unready = self.groups_of(model).find(|group| !self.takes_tasks(group));
         unready.map(|group| self.group_problem(group)).unwrap_or_default()
     }
 

@@ -1,13 +1,13 @@
 //! Jobs are accepted, placed, sent to their groups, and asked to stop.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message;
 use proto::v1::{self, Destination, Layout, RunTask, control_request::Command};
 use sha2::{Digest, Sha256};
 
 use super::{
-    CANCEL_DEADLINE, State, Submission,
+    CANCEL_DEADLINE, Millis, State, Submission, estimate,
     job::{Job, NewJob, Task},
     tasks::End,
 };
@@ -26,15 +26,16 @@ const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
-        let Submission { job_id, request_id, spec, seed, missing_blobs } = submission;
+        let Submission { job_id, request_id, spec, seed, missing_blobs, priority, timeout } = submission;
         request::check_request_id(&request_id)?;
-        let fingerprint: [u8; 32] = Sha256::digest(spec.encode_to_vec()).into();
+        request::check_urgency(priority, timeout)?;
+        let fingerprint = fingerprint(&spec, priority, timeout);
         if let Some(job) = self.jobs.by_request(&request_id) {
             let same = job.fingerprint == fingerprint;
             return if same { Ok(job.view()) } else { Err(Error::RequestIdReused(request_id)) };
         }
-        let model = self.models.iter().find(|model| model.config.name == spec.model);
-        let card = model.ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?.card()?;
+        let model = self.model(&spec.model).ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?;
+        let card = model.card()?;
         let context = Context { seed, max_pixels: self.settings.limits.pixels, missing_blobs: &missing_blobs };
         let request = Request::parse(spec, card, context)?;
         let limit = self.settings.limits.queued_jobs;
@@ -42,10 +43,22 @@ impl State {
             return Err(Error::QueueFull(limit));
         }
         let plan = Plan::new(&request, card);
-        let new = NewJob { id: job_id, request_id, fingerprint, spec: request.into_spec(), plan };
-        let job = self.jobs.add(new, self.now);
-        self.queue.push_back(job.number);
-        Ok(job.view())
+        let deadline = timeout.map(|timeout| self.now.saturating_add(timeout));
+        let spec = request.into_spec();
+        let new = NewJob { id: job_id, request_id, fingerprint, spec, plan, priority, deadline };
+        let job = Job::new(self.jobs.next_number(), new, self.now);
+        if let Some(timeout) = timeout
+            && let Some(predicted) = self.predicted_millis(&job.spec.model, estimate::work(&job), priority)
+            && predicted > timeout
+        {
+            return Err(Error::DeadlineUnreachable { timeout, predicted });
+        }
+        self.watch_deadline(&job);
+        let (number, view) = (job.number, job.view());
+        self.queue.add(&job.spec.model, priority, number);
+        self.jobs.add(job);
+        self.persist(number);
+        Ok(view)
     }
 
     pub(super) fn cancel(&mut self, job_id: &str) -> Result<v1::Job> {
@@ -55,7 +68,10 @@ impl State {
         if !job.is_over() && !job.cancelling {
             job.cancelling = true;
             if job.is_placed() {
-                job.deadline = Some(self.now + CANCEL_DEADLINE);
+                let overdue = self.now + CANCEL_DEADLINE;
+                job.overdue = Some(overdue);
+                self.due.insert((overdue, number));
+                self.persist(number);
                 self.cancel_tasks(number);
             } else {
                 self.end_job(number, End::Cancelled);
@@ -64,21 +80,16 @@ impl State {
         self.jobs.get(number).map(Job::view).ok_or_else(not_found)
     }
 
-    /// Starts every job that finds its groups, first come first served within a model.
+    /// Starts every job that finds its groups, in the order of the queue within a model.
     pub(super) fn start_jobs(&mut self) {
-        let mut blocked = BTreeSet::new();
-        let mut waiting = VecDeque::new();
-        for number in std::mem::take(&mut self.queue) {
-            let Some(job) = self.jobs.get(number) else {
-                continue;
-            };
-            let model = job.spec.model.clone();
-            if blocked.contains(&model) || !self.start(number) {
-                blocked.insert(model);
-                waiting.push_back(number);
+        for model in self.queue.models() {
+            while let Some(number) = self.queue.first(&model) {
+                if !self.start(number) {
+                    self.make_room(number);
+                    break;
+                }
             }
         }
-        self.queue = waiting;
     }
 
     fn start(&mut self, number: u64) -> bool {
@@ -88,24 +99,35 @@ impl State {
         let Some(job) = self.jobs.get_mut(number) else {
             return false;
         };
+        self.queue.remove(&job.spec.model, job.priority, number);
+        job.placed = self.now;
         for (stage, group_id) in placement {
             let Some(group) = self.groups.get_mut(&group_id) else {
                 continue;
             };
             let leader = group.leader().unwrap_or_default().to_owned();
+            let resumed_step = job.saved.steps.get(&stage).copied().unwrap_or_default();
             group.tasks.insert((number, stage.clone()));
-            job.tasks.insert(stage, Task::new(group_id, group.epoch, leader));
+            group.alone |= job.suspect;
+            job.told.insert(leader.clone());
+            job.tasks.insert(stage, Task::new(group_id, group.epoch, leader, resumed_step));
         }
+        self.jobs.placed(number);
+        self.groups.refresh(&self.draining);
         self.send_tasks(number);
         true
     }
 
     fn place(&self, number: u64) -> Option<Placement> {
         let job = self.jobs.get(number)?;
-        let model = self.models.iter().find(|model| model.config.name == job.spec.model)?;
-        let groups = model.groups.iter().filter_map(|id| self.groups.get(id));
-        let ready: Vec<_> = groups
-            .filter(|group| group.is_ready())
+        let remaining = job.remaining();
+        let components: BTreeSet<&str> = remaining.stages.iter().map(|stage| stage.component.as_str()).collect();
+        let best = components.iter().flat_map(|component| {
+            let able = self.groups.with_room(&job.spec.model, component);
+            // More of the least busy than the job has stages cannot be chosen.
+            able.take(remaining.stages.len()).filter(|group| !job.suspect || group.tasks.is_empty())
+        });
+        let ready: Vec<_> = best
             .map(|group| Replica {
                 group_id: &group.wanted.id,
                 component: &group.wanted.component,
@@ -113,7 +135,7 @@ impl State {
                 limit: group.limit,
             })
             .collect();
-        placement::place(&job.plan, &ready)
+        placement::place(&remaining, &ready)
     }
 
     /// Downstream first, so that whoever gets an output already knows the task that waits for it.
@@ -135,18 +157,18 @@ impl State {
             let address = self.workers.get(&task.leader)?.address.clone();
             Some(Destination { task: Some(job.task_ref(&consumer.id, task)), address })
         };
-        let card = self.models.iter().find(|model| model.config.name == job.spec.model)?.card.as_ref()?;
+        let card = self.model(&job.spec.model)?.card.as_ref()?;
         let command = RunTask {
             task: Some(job.task_ref(&stage.id, task)),
             kind: stage.kind as i32,
             spec: Some(job.spec.clone()),
-            inputs: stage.inputs.clone(),
+            inputs: stage.inputs.iter().filter(|input| job.tasks.contains_key(*input)).cloned().collect(),
             outputs: job.plan.consumers(&stage.id).filter_map(destination).collect(),
             layout: layout.to_owned(),
             blob_address: self.settings.blob_address.clone(),
             model_digest: card.digest.clone(),
-            stored_inputs: Vec::new(),
-            resume_step: 0,
+            stored_inputs: stage.inputs.iter().filter(|input| !job.tasks.contains_key(*input)).cloned().collect(),
+            resume_step: task.resumed_step,
         };
         Some((task.leader.clone(), command))
     }
@@ -162,6 +184,12 @@ impl State {
         let parts: Vec<String> = layouts.iter().map(|(name, cut)| format!("{name}=tp{}x{}", cut.tp, cut.block_ranges)).collect();
         parts.join(",")
     }
+}
+
+/// What makes two requests the same.
+fn fingerprint(spec: &v1::JobSpec, priority: i32, timeout: Option<Millis>) -> [u8; 32] {
+    let urgency = Sha256::new().chain_update(priority.to_le_bytes()).chain_update(timeout.unwrap_or_default().to_le_bytes());
+    Sha256::new().chain_update(urgency.finalize()).chain_update(spec.encode_to_vec()).finalize().into()
 }
 
 /// Text from outside, cut to a length that can be kept and shown.

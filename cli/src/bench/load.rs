@@ -1,0 +1,265 @@
+//! `atelier bench load`: a real coordinator with a real journal, and workers that speak the protocol but draw nothing.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use coordinator::config::{Config, Limits};
+use coordinator::stand_in::{self, Pace, StandIn};
+use coordinator::world::Dial;
+use proto::v1::job_event::Kind;
+use proto::v1::{CancelJobRequest, CreateJobRequest, Job, JobSpec, ListModelsRequest, WatchJobRequest};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Code;
+
+use super::queue;
+use super::table::{Row, percentile, print};
+use crate::client::{Client, ServerArgs};
+use crate::error::Error;
+
+const MODELS: &str = "[[model]]\nname = \"stand-in\"\npath = \"stand-in\"\nmax_jobs = 8\n\
+                      [model.components.transformer]\nreplicas = 4\n";
+const WORKERS: usize = 4;
+/// Watchers on one connection: HTTP/2 servers commonly allow 200 streams.
+const STREAMS_PER_CONNECTION: usize = 200;
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Durable submits to make.
+    #[arg(long, default_value_t = 20_000)]
+    submits: u64,
+    /// Submits under way at once.
+    #[arg(long, default_value_t = 64)]
+    in_flight: usize,
+    /// Streams that watch running jobs.
+    #[arg(long, default_value_t = 2000)]
+    watchers: usize,
+    /// Seconds of watching, with submits beside.
+    #[arg(long, default_value_t = 10)]
+    watch_seconds: u64,
+    /// Jobs in the queue when decisions are measured.
+    #[arg(long, default_value_t = 100_000)]
+    queued: usize,
+    /// Workers when decisions are measured.
+    #[arg(long, default_value_t = 1000)]
+    workers: u32,
+    /// One line of JSON for each figure.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(args: LoadArgs) -> Result<(), Error> {
+    let folder = tempfile::tempdir_in(".")?;
+    let mut rows = queue::measure(args.queued, args.workers);
+    let fsyncs = fsyncs_per_second(folder.path())?;
+    let cluster = Cluster::start(folder.path(), &args).await?;
+    rows.extend(cluster.submits(&args, fsyncs).await?);
+    rows.extend(cluster.refusals().await?);
+    cluster.empty().await?;
+    rows.extend(cluster.watchers(&args).await?);
+    cluster.stop.cancel();
+    print(&rows, args.json);
+    Ok(())
+}
+
+/// How often this disk makes 4 KiB durable, one after the other: the floor of a durable submit's latency.
+fn fsyncs_per_second(folder: &Path) -> Result<f64, Error> {
+    let mut file = std::fs::File::create(folder.join("fsync"))?;
+    let start = Instant::now();
+    let mut done = 0;
+    while start.elapsed() < Duration::from_secs(1) {
+        file.write_all(&[1; 4096])?;
+        file.sync_data()?;
+        done += 1;
+    }
+    Ok(f64::from(done) / start.elapsed().as_secs_f64())
+}
+
+struct Cluster {
+    server: ServerArgs,
+    stop: CancellationToken,
+}
+
+impl Cluster {
+    async fn start(folder: &Path, args: &LoadArgs) -> Result<Self, Error> {
+        let models = folder.join("models.toml");
+        std::fs::write(&models, MODELS)?;
+        let mut config = Config::for_models(&models)?;
+        config.data_dir = Some(folder.join("data"));
+        config.limits = Limits { queued_jobs: args.submits as usize, ..Limits::default() };
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let address = listener.local_addr()?.to_string();
+        let stop = CancellationToken::new();
+        tokio::spawn(coordinator::run(config, listener, stop.clone().cancelled_owned()));
+        for worker in 0..WORKERS {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            let registration = stand_in::registration(&format!("stand-in-{worker}"), &listener.local_addr()?.to_string());
+            let pace = Pace { load: Duration::ZERO, step: Duration::from_secs(1), checkpoints: false };
+            let worker = StandIn { registration, pace, dial: Dial::tcp() };
+            tokio::spawn(worker.run(address.clone(), TcpListenerStream::new(listener), stop.clone()));
+        }
+        let cluster = Self { server: ServerArgs { server: format!("http://{address}") }, stop };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Ok(mut client) = Client::connect(&cluster.server).await {
+                let models = client.cluster.list_models(ListModelsRequest {}).await?.into_inner().models;
+                if models.iter().all(|model| model.ready) {
+                    return Ok(cluster);
+                }
+            }
+            if Instant::now() > deadline {
+                return Err(Error::Up("the stand-in cluster is not ready after 60 s".into()));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Submits as fast as answers come.
+    async fn submits(&self, args: &LoadArgs, fsyncs: f64) -> Result<Vec<Row>, Error> {
+        let left = Arc::new(AtomicU64::new(args.submits));
+        let start = Instant::now();
+        let mut senders = JoinSet::new();
+        for _ in 0..args.in_flight {
+            let (mut client, left) = (Client::connect(&self.server).await?, left.clone());
+            senders.spawn(async move {
+                let mut took = Vec::new();
+                while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
+                    let start = Instant::now();
+                    client.jobs.create_job(request(1000)).await?;
+                    took.push(start.elapsed().as_secs_f64() * 1e3);
+                }
+                Ok::<_, tonic::Status>(took)
+            });
+        }
+        let mut took = Vec::new();
+        while let Some(sender) = senders.join_next().await {
+            took.extend(sender.map_err(|error| Error::Up(error.to_string()))??);
+        }
+        let rate = took.len() as f64 / start.elapsed().as_secs_f64();
+        let beside = format!("{:.1}x the {fsyncs:.0} single fsyncs/s of this disk; wanted: 6000", rate / fsyncs);
+        Ok(vec![
+            Row::new(format!("durable submits, {} in flight", args.in_flight), rate, "/s", beside),
+            Row::new("durable submit, median", percentile(&mut took, 0.5), "ms", ""),
+            Row::new("durable submit, p99", percentile(&mut took, 0.99), "ms", "wanted: at most 25"),
+        ])
+    }
+
+    /// What a full queue says, and how soon. The queue is as long as there were submits, some of which run.
+    async fn refusals(&self) -> Result<Vec<Row>, Error> {
+        let mut client = Client::connect(&self.server).await?;
+        let mut took = Vec::new();
+        let mut tries = 0;
+        while took.len() < 1000 && tries < 5000 {
+            tries += 1;
+            let start = Instant::now();
+            match client.jobs.create_job(request(1000)).await {
+                Err(status) if status.code() == Code::ResourceExhausted => took.push(start.elapsed().as_secs_f64() * 1e3),
+                Err(status) => return Err(status.into()),
+                Ok(_) => {}
+            }
+        }
+        Ok(vec![Row::new("refusal of a full queue, p99", percentile(&mut took, 0.99), "ms", "wanted: at most 10")])
+    }
+
+    /// Cancels everything.
+    async fn empty(&self) -> Result<(), Error> {
+        let mut client = Client::connect(&self.server).await?;
+        let mut page_token = String::new();
+        loop {
+            let page = client.jobs.list_jobs(proto::v1::ListJobsRequest { page_size: 1000, page_token }).await?.into_inner();
+            for job in page.jobs {
+                client.jobs.cancel_job(CancelJobRequest { job_id: job.id }).await?;
+            }
+            if page.next_page_token.is_empty() {
+                return Ok(());
+            }
+            page_token = page.next_page_token;
+        }
+    }
+
+    /// Streams on running jobs that make a step a second, with submits beside.
+    async fn watchers(&self, args: &LoadArgs) -> Result<Vec<Row>, Error> {
+        let mut client = Client::connect(&self.server).await?;
+        let mut jobs = Vec::new();
+        for _ in 0..16 {
+            let created = client.jobs.create_job(request(1000)).await?.into_inner();
+            jobs.push(created.job.ok_or(Error::Protocol("no job"))?);
+        }
+        let before = queue::resident_bytes();
+        let seen = Arc::new(AtomicU64::new(0));
+        let stop = self.stop.child_token();
+        let mut watching = JoinSet::new();
+        let mut connection = client.clone();
+        for watcher in 0..args.watchers {
+            if watcher % STREAMS_PER_CONNECTION == 0 {
+                connection = Client::connect(&self.server).await?;
+            }
+            let job = &jobs[watcher % jobs.len()];
+            watching.spawn(watch(connection.clone(), job.clone(), seen.clone(), stop.clone()));
+        }
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let grown = queue::resident_bytes().saturating_sub(before);
+        let (start, seen_before) = (Instant::now(), seen.load(Ordering::Relaxed));
+        let mut took = Vec::new();
+        let mut beat = tokio::time::interval(Duration::from_millis(1));
+        let mut submitting = JoinSet::new();
+        while start.elapsed() < Duration::from_secs(args.watch_seconds) {
+            beat.tick().await;
+            let mut client = client.clone();
+            submitting.spawn(async move {
+                let start = Instant::now();
+                client.jobs.create_job(request(1000)).await.map(|_| start.elapsed().as_secs_f64() * 1e3)
+            });
+            while let Some(done) = submitting.try_join_next() {
+                took.extend(done.ok().and_then(Result::ok));
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let told = (seen.load(Ordering::Relaxed) - seen_before) as f64 / seconds;
+        stop.cancel();
+        watching.shutdown().await;
+        let submits = took.len() as f64 / seconds;
+        let beside = format!("{} streams saw {told:.0} events/s meanwhile; wanted: at most 50", args.watchers);
+        Ok(vec![
+            Row::new(format!("submit beside watchers, {submits:.0}/s, p99"), percentile(&mut took, 0.99), "ms", beside),
+            Row::new(
+                "memory of a watching stream, both ends",
+                grown as f64 / args.watchers as f64,
+                "bytes",
+                "wanted: at most 16384 on the server",
+            ),
+        ])
+    }
+}
+
+async fn watch(mut client: Client, job: Job, seen: Arc<AtomicU64>, stop: CancellationToken) {
+    let request = WatchJobRequest { job_id: job.id, after_sequence: 0 };
+    let Ok(events) = client.jobs.watch_job(request).await else { return };
+    let mut events = events.into_inner();
+    loop {
+        let event = tokio::select! {
+            event = events.message() => event,
+            () = stop.cancelled() => return,
+        };
+        match event {
+            Ok(Some(response)) => {
+                if matches!(response.event.and_then(|event| event.kind), Some(Kind::StageProgress(_))) {
+                    seen.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            _ => return,
+        }
+    }
+}
+
+fn request(steps: u32) -> CreateJobRequest {
+    let spec =
+        JobSpec { model: "stand-in".into(), prompt: "p".repeat(600), num_inference_steps: Some(steps), ..JobSpec::default() };
+    CreateJobRequest { spec: Some(spec), ..CreateJobRequest::default() }
+}

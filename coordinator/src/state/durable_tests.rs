@@ -1,0 +1,363 @@
+//! Stories of loss: workers die, drain and hang, coordinators change, urgent jobs come. No job is lost by it.
+
+use proto::v1::{
+    Draining, HeldRank, HeldTask, Holding, JobState, JoinGroup, ParkTask, RunTask, TaskDone, TaskParked, TaskProgress,
+};
+
+use super::{tests::*, *};
+use crate::error::Error;
+
+fn progress(cluster: &mut Cluster, (worker, task): &(String, RunTask), step: u32, saved_step: u32) {
+    cluster.report(worker, Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps: 4, saved_step }));
+}
+
+fn finish_stored(cluster: &mut Cluster, (worker, task): &(String, RunTask)) {
+    let done = TaskDone { task: task.task.clone(), seconds: 0.5, images: vec![], stored: true };
+    cluster.report(worker, Report::TaskDone(done));
+}
+
+fn parks(cluster: &mut Cluster) -> Vec<(String, ParkTask)> {
+    let mut parks = vec![];
+    cluster.sent.retain(|(worker, command)| match command {
+        Command::ParkTask(park) => {
+            parks.push((worker.clone(), park.clone()));
+            false
+        }
+        _ => true,
+    });
+    parks
+}
+
+fn answer_parks(cluster: &mut Cluster, saved_step: u32) {
+    for (worker, park) in parks(cluster) {
+        cluster.report(&worker, Report::TaskParked(TaskParked { task: park.task, saved_step }));
+    }
+}
+
+/// Three workers, one of them spare, and a job in the middle of its denoising: step 2 of 4 is saved, and the text's embeddings.
+fn denoising() -> (Cluster, String, Vec<(String, RunTask)>) {
+    let mut cluster = Cluster::ready();
+    cluster.join("w3");
+    let job = new_job(&mut cluster);
+    let tasks = cluster.tasks();
+    cluster.start(stage(&tasks, "encode_text"));
+    finish_stored(&mut cluster, stage(&tasks, "encode_text"));
+    cluster.start(stage(&tasks, "denoise"));
+    progress(&mut cluster, stage(&tasks, "denoise"), 3, 2);
+    (cluster, job, tasks)
+}
+
+fn new_job(cluster: &mut Cluster) -> String {
+    let submission = cluster.submission();
+    cluster.submit(submission).unwrap().id
+}
+
+fn finish_all(cluster: &mut Cluster) {
+    for task in cluster.tasks().iter().rev() {
+        cluster.start(task);
+        cluster.finish(task);
+    }
+}
+
+#[test]
+fn a_job_goes_on_from_its_last_saved_step_and_does_not_encode_again() {
+    let (mut cluster, job, tasks) = denoising();
+    let leader = stage(&tasks, "denoise").0.clone();
+    cluster.leave(&leader);
+    cluster.all_ready();
+    let again = cluster.tasks();
+    let stages: Vec<_> = again.iter().map(|(_, task)| reference(task).stage.as_str()).collect();
+    assert_eq!(stages, ["decode", "denoise"]);
+    let denoise = &stage(&again, "denoise").1;
+    assert_eq!((denoise.resume_step, &denoise.stored_inputs[..], denoise.inputs.len()), (2, &["encode_text".to_owned()][..], 0));
+    assert_eq!((reference(denoise).attempt, &stage(&again, "decode").1.inputs[..]), (2, &["denoise".to_owned()][..]));
+    for task in again.iter().rev() {
+        cluster.start(task);
+        cluster.finish(task);
+    }
+    assert_eq!(cluster.job(&job).state(), JobState::Succeeded);
+    assert_eq!(cluster.records[&job].end.as_ref().unwrap().images.len(), 1);
+}
+
+#[test]
+fn a_finished_denoising_is_not_done_again_when_the_decoder_dies() {
+    let (mut cluster, _, tasks) = denoising();
+    finish_stored(&mut cluster, stage(&tasks, "denoise"));
+    let decoder = stage(&tasks, "decode").clone();
+    cluster.start(&decoder);
+    cluster.leave(&decoder.0);
+    cluster.all_ready();
+    let again = cluster.tasks();
+    assert_eq!(again.len(), 1);
+    assert_eq!(again[0].1.stored_inputs, ["denoise"]);
+}
+
+#[test]
+fn a_job_that_kills_three_workers_fails_and_its_neighbour_does_not() {
+    let mut cluster = Cluster::ready();
+    let (poison, neighbour) = (new_job(&mut cluster), new_job(&mut cluster));
+    let mut deaths = 0;
+    for life in 0..20 {
+        let tasks = cluster.tasks();
+        for task in tasks.iter().rev() {
+            if reference(&task.1).job_id == poison && reference(&task.1).stage == "denoise" {
+                cluster.start(task);
+                continue;
+            }
+            cluster.start(task);
+            if reference(&task.1).job_id != poison || reference(&task.1).stage == "encode_text" {
+                finish_stored_or_last(&mut cluster, task);
+            }
+        }
+        let Some((leader, _)) = tasks.iter().find(|(_, t)| reference(t).job_id == poison && reference(t).stage == "denoise")
+        else {
+            break;
+        };
+        cluster.leave(&leader.clone());
+        deaths += 1;
+        cluster.join(&format!("spare{life}"));
+        cluster.all_ready();
+    }
+    finish_all(&mut cluster);
+    let failed = cluster.job(&poison);
+    assert_eq!((failed.state(), deaths), (JobState::Failed, MAX_LOSSES), "{failed:?}");
+    let failure = failed.failure.unwrap();
+    assert_eq!((failure.reason.as_str(), failure.stage.as_str()), ("TRIES_EXHAUSTED", "denoise"));
+    assert!(failure.message.contains("connection closed"), "{}", failure.message);
+    assert_eq!(cluster.job(&neighbour).state(), JobState::Succeeded);
+}
+
+fn finish_stored_or_last(cluster: &mut Cluster, task: &(String, RunTask)) {
+    if task.1.outputs.is_empty() { cluster.finish(task) } else { finish_stored(cluster, task) }
+}
+
+#[test]
+fn a_job_that_may_kill_workers_runs_alone_until_it_gets_further() {
+    let mut cluster = Cluster::ready();
+    let (first, second) = (new_job(&mut cluster), new_job(&mut cluster));
+    for task in cluster.tasks().iter().rev().filter(|(_, task)| reference(task).stage != "decode") {
+        cluster.start(task);
+    }
+    cluster.join("w3");
+    cluster.leave("w2");
+    cluster.all_ready();
+    let alone = cluster.tasks();
+    assert!(!alone.is_empty() && alone.iter().all(|(_, task)| reference(task).job_id == first));
+    for task in alone.iter().rev() {
+        cluster.start(task);
+        cluster.finish(task);
+    }
+    assert_eq!(cluster.job(&first).state(), JobState::Succeeded);
+    assert!(cluster.tasks().iter().all(|(_, task)| reference(task).job_id == second));
+}
+
+#[test]
+fn a_draining_worker_hands_its_jobs_over_at_the_next_step_and_is_let_go() {
+    let (mut cluster, job, tasks) = denoising();
+    let leader = stage(&tasks, "denoise").0.clone();
+    cluster.report(&leader, Report::Draining(Draining {}));
+    assert!(!cluster.state.models()[0].ready, "nothing new is placed there");
+    answer_parks(&mut cluster, 3);
+    let waiting = cluster.job(&job);
+    assert_eq!((waiting.state(), waiting.attempt), (JobState::Queued, 2));
+    let left: Vec<_> = cluster.sent.iter().filter(|(w, c)| *w == leader && matches!(c, Command::LeaveGroup(_))).collect();
+    assert!(!left.is_empty());
+    let joins = cluster.joins();
+    assert!(!joins.is_empty() && joins.iter().all(|(worker, _)| *worker != leader), "{joins:?}");
+    for (worker, join) in joins {
+        let JoinGroup { group_id, epoch, rank, .. } = join;
+        cluster.report(&worker, Report::GroupReady(proto::v1::GroupReady { group_id, epoch, rank }));
+    }
+    let again = cluster.tasks();
+    assert_eq!(stage(&again, "denoise").1.resume_step, 3);
+    assert_eq!(cluster.records[&job].losses, 0, "nobody was lost");
+}
+
+#[test]
+fn an_urgent_job_takes_the_place_of_a_running_one_at_a_step_boundary() {
+    let mut cluster = Cluster::ready();
+    let (older, younger) = (new_job(&mut cluster), new_job(&mut cluster));
+    for task in cluster.tasks().iter().rev().filter(|(_, task)| reference(task).stage == "denoise") {
+        cluster.start(task);
+    }
+    let urgent = Submission { priority: 10, ..cluster.submission() };
+    let urgent = cluster.submit(urgent).unwrap().id;
+    let parked = parks(&mut cluster);
+    assert!(!parked.is_empty() && parked.iter().all(|(_, park)| park.task.as_ref().unwrap().job_id == younger));
+    for (worker, park) in parked {
+        cluster.report(&worker, Report::TaskParked(TaskParked { task: park.task, saved_step: 2 }));
+    }
+    let placed = cluster.tasks();
+    assert!(placed.iter().all(|(_, task)| reference(task).job_id == urgent), "{placed:?}");
+    for task in placed.iter().rev() {
+        cluster.start(task);
+        cluster.finish(task);
+    }
+    let back = cluster.tasks();
+    let denoise = &stage(&back, "denoise").1;
+    assert_eq!((reference(denoise).job_id.as_str(), denoise.resume_step), (younger.as_str(), 2));
+    assert_eq!(cluster.job(&older).attempt, 1);
+}
+
+#[test]
+fn a_job_that_is_late_ends_with_its_deadline() {
+    let mut cluster = Cluster::ready();
+    let submission = Submission { timeout: Some(5000), ..cluster.submission() };
+    let job = cluster.submit(submission).unwrap();
+    assert!(job.deadline.is_some());
+    let tasks = cluster.tasks();
+    cluster.start(stage(&tasks, "encode_text"));
+    cluster.tick(4999);
+    assert_eq!(cluster.job(&job.id).state(), JobState::Running);
+    cluster.tick(1);
+    assert_eq!(cluster.job(&job.id).failure.unwrap().reason, "DEADLINE_EXCEEDED");
+    assert!(!cluster.cancels().is_empty());
+}
+
+#[test]
+fn a_job_that_cannot_be_in_time_is_refused_at_once() {
+    let mut cluster = Cluster::ready();
+    let job = new_job(&mut cluster);
+    cluster.tick(8000);
+    finish_all(&mut cluster);
+    assert_eq!(cluster.job(&job).state(), JobState::Succeeded);
+    let hasty = Submission { timeout: Some(1000), ..cluster.submission() };
+    assert!(matches!(cluster.submit(hasty), Err(Error::DeadlineUnreachable { timeout: 1000, predicted: 8000 })));
+    let patient = Submission { timeout: Some(9000), ..cluster.submission() };
+    assert!(cluster.submit(patient).is_ok());
+}
+
+#[test]
+fn a_group_that_makes_no_step_is_ended_though_its_workers_answer() {
+    let (mut cluster, job, tasks) = denoising();
+    cluster.tick(5000);
+    assert_eq!(cluster.job(&job).attempt, 1);
+    cluster.tick(100);
+    assert_eq!(cluster.job(&job).attempt, 2);
+    let ended = cluster.effects.iter().find_map(|effect| match effect {
+        Effect::GroupLost { group_id, cause, .. } => Some((group_id.as_str(), cause.as_str())),
+        _ => None,
+    });
+    assert_eq!(ended, Some(("emoji/transformer/0", "it made no step for 5.1 s")));
+    assert_eq!(reference(&stage(&tasks, "denoise").1).attempt, 1);
+}
+
+#[test]
+fn a_checkpoint_that_is_gone_means_beginning_anew() {
+    let (mut cluster, job, tasks) = denoising();
+    cluster.leave(&stage(&tasks, "denoise").0.clone());
+    cluster.all_ready();
+    let again = cluster.tasks();
+    cluster.fail(stage(&again, "denoise"), "CHECKPOINT_LOST");
+    let anew = cluster.tasks();
+    assert_eq!((anew.len(), stage(&anew, "denoise").1.resume_step), (3, 0));
+    assert_eq!(cluster.job(&job).attempt, 3);
+}
+
+#[test]
+fn an_answer_never_comes_before_the_record_it_tells_of() {
+    let mut cluster = Cluster::ready();
+    let submission = cluster.submission();
+    let effects = cluster.state.apply(2000, Event::Submit(Box::new(submission)));
+    let place = |wanted: fn(&Effect) -> bool| effects.iter().position(wanted).unwrap();
+    let written = place(|effect| matches!(effect, Effect::Persist(_)));
+    assert!(written < place(|effect| matches!(effect, Effect::Answer(_))));
+    assert!(written < place(|effect| matches!(effect, Effect::Send { .. })));
+}
+
+/// What each worker of `cluster` would say it holds: all ranks ready, and the given tasks.
+fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> BTreeMap<String, Holding> {
+    let mut holdings: BTreeMap<String, Holding> = BTreeMap::new();
+    for (id, group) in cluster.state.groups.iter() {
+        for (rank, member) in (0..).zip(&group.members) {
+            let join = JoinGroup {
+                group_id: id.clone(),
+                epoch: group.epoch,
+                path: "/models/emoji".into(),
+                component: group.wanted.component.clone(),
+                layout: Some(group.wanted.layout),
+                rank,
+                ..JoinGroup::default()
+            };
+            holdings.entry(member.clone()).or_default().ranks.push(HeldRank { join: Some(join), ready: true });
+        }
+    }
+    for (worker, task, started) in tasks {
+        let held = HeldTask { task: task.task.clone(), started: *started, step: 3, steps: 4, saved_step: 2 };
+        holdings.entry(worker.clone()).or_default().tasks.push(held);
+    }
+    holdings
+}
+
+#[test]
+fn what_runs_goes_on_under_a_new_coordinator() {
+    let (mut cluster, job, tasks) = denoising();
+    let seen = cluster.job(&job).sequence;
+    let (denoise, decode) = (stage(&tasks, "denoise").clone(), stage(&tasks, "decode").clone());
+    let held = [(denoise.0.clone(), denoise.1.clone(), true), (decode.0.clone(), decode.1.clone(), false)];
+    let mut holdings = holdings(&cluster, &held);
+    let epoch = cluster.epoch("emoji/transformer/0");
+    let saved = SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 2)])]);
+    cluster.restart(saved);
+    for worker in ["w1", "w2", "w3"] {
+        cluster.join_holding(worker, holdings.remove(worker).unwrap_or_default());
+    }
+    cluster.describe("w1");
+    finish_stored(&mut cluster, &denoise);
+    assert!(cluster.joins().is_empty(), "nothing is formed while workers come back");
+    cluster.tick(SETTLE);
+    assert_eq!(cluster.epoch("emoji/transformer/0"), epoch, "the group goes on");
+    assert!(cluster.joins().is_empty() && cluster.tasks().is_empty() && cluster.cancels().is_empty());
+    cluster.start(&decode);
+    cluster.finish(&decode);
+    let done = cluster.job(&job);
+    assert_eq!((done.state(), done.attempt), (JobState::Succeeded, 1));
+    let events = cluster.state.events_after(&job, seen).unwrap().events;
+    assert!(events.len() >= 3 && events.iter().all(|event| event.sequence >= 2 << 20), "all of it is new to a watcher");
+}
+
+#[test]
+fn a_job_whose_worker_did_not_come_back_begins_a_new_try_from_its_checkpoint() {
+    let (mut cluster, job, tasks) = denoising();
+    let leader = stage(&tasks, "denoise").0.clone();
+    let decode = stage(&tasks, "decode").clone();
+    let mut holdings = holdings(&cluster, &[(decode.0.clone(), decode.1, false)]);
+    let saved = SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 2)])]);
+    cluster.restart(saved);
+    let others: Vec<&str> = ["w1", "w2", "w3"].into_iter().filter(|worker| *worker != leader).collect();
+    for worker in &others {
+        cluster.join_holding(worker, holdings.remove(*worker).unwrap_or_default());
+    }
+    cluster.describe(others[0]);
+    cluster.tick(SETTLE);
+    let waiting = cluster.job(&job);
+    assert_eq!((waiting.state(), waiting.attempt), (JobState::Queued, 2));
+    assert!(cluster.sent.iter().any(|(_, c)| matches!(c, Command::LeaveGroup(l) if l.group_id == "emoji/transformer/0")));
+    cluster.all_ready();
+    let again = cluster.tasks();
+    assert_eq!((again.len(), stage(&again, "denoise").1.resume_step), (2, 2));
+}
+
+#[test]
+fn a_worker_that_comes_back_late_gives_up_what_has_begun_anew() {
+    let (mut cluster, _, tasks) = denoising();
+    let denoise = stage(&tasks, "denoise").clone();
+    let holding = holdings(&cluster, &[(denoise.0.clone(), denoise.1, true)]).remove(&denoise.0).unwrap();
+    cluster.leave(&denoise.0);
+    cluster.sent.clear();
+    cluster.join_holding(&denoise.0, holding);
+    let told: Vec<_> = cluster.sent.iter().filter(|(worker, _)| *worker == denoise.0).map(|(_, command)| command).collect();
+    assert!(told.iter().any(|command| matches!(command, Command::LeaveGroup(_))), "{told:?}");
+    assert!(told.iter().any(|command| matches!(command, Command::CancelTask(_))), "{told:?}");
+}
+
+#[test]
+fn a_finished_job_is_found_again_by_its_request() {
+    let mut cluster = Cluster::ready();
+    let submission = cluster.submission();
+    let first = cluster.submit(submission.clone()).unwrap();
+    finish_all(&mut cluster);
+    let done = cluster.job(&first.id);
+    cluster.restart(SavedSteps::new());
+    assert_eq!(cluster.submit(submission).unwrap(), done);
+}

@@ -1,0 +1,299 @@
+//! What a new coordinator takes over: jobs from the store, and the ranks and tasks that workers still hold.
+//!
+//! For a moment after its start ([`SETTLE`]) it accepts jobs but forms no group and starts nothing: workers come back and
+//! say what they hold. A group of which every rank came back in one epoch goes on; so does a job of which every task is
+//! accounted for. All else begins a new epoch or a new try.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proto::v1::{
+    CancelTask, ForgetJob, HeldRank, HeldTask, Holding, JobRecord, JobState, LeaveGroup, TaskRef, control_request::Command,
+    control_response::Report,
+};
+
+use super::{
+    Millis, State,
+    job::{Job, Task, TaskPhase},
+    requeue::Why,
+    tasks::End,
+};
+use crate::placement::Members;
+
+/// How long a new coordinator waits for the workers of the one before.
+pub const SETTLE: Millis = 2000;
+/// How much longer it waits for the cards of its models, without which it knows no group.
+const SETTLE_FOR_CARDS: Millis = 8000;
+
+/// Kept while workers come back.
+#[derive(Debug)]
+pub(super) struct Settling {
+    until: Millis,
+    /// By worker.
+    holdings: BTreeMap<String, Holding>,
+    /// What workers said of tasks meanwhile, in order.
+    reports: Vec<(String, Report)>,
+}
+
+/// What the checkpoint store has: by job, stages with the step of a state, or 0 for an output.
+pub type SavedSteps = BTreeMap<String, Vec<(String, u32)>>;
+
+impl State {
+    /// Takes over from an earlier coordinator: `records` in any order, and what is saved of jobs that are not over.
+    pub fn recover(&mut self, now: Millis, records: Vec<JobRecord>, mut saved: SavedSteps) {
+        self.now = self.now.max(now);
+        let term = self.settings.term;
+        let mut jobs: Vec<Job> = records.into_iter().map(|record| Job::recovered(record, term)).collect();
+        jobs.sort_by_key(|job| (job.finished, job.number));
+        for mut job in jobs {
+            for (stage, step) in saved.remove(&job.id).unwrap_or_default() {
+                if step == 0 {
+                    job.saved.outputs.insert(stage);
+                } else {
+                    job.saw_saved(&stage, step);
+                }
+            }
+            self.watch_deadline(&job);
+            if !job.is_over() {
+                self.queue.add(&job.spec.model, job.priority, job.number);
+            }
+            self.jobs.add(job);
+        }
+        let until = self.now + SETTLE;
+        self.settling = Some(Settling { until, holdings: BTreeMap::new(), reports: Vec::new() });
+    }
+
+    /// A report that must wait until it is known whose it is.
+    pub(super) fn set_aside(&mut self, worker_id: &str, report: Report) -> Option<Report> {
+        let about_task = matches!(
+            report,
+            Report::TaskStarted(_)
+                | Report::TaskProgress(_)
+                | Report::TaskDone(_)
+                | Report::TaskFailed(_)
+                | Report::TaskParked(_)
+                | Report::GroupLost(_)
+        );
+        match &mut self.settling {
+            Some(settling) if about_task => {
+                settling.reports.push((worker_id.to_owned(), report));
+                None
+            }
+            _ => Some(report),
+        }
+    }
+
+    /// A worker says what it holds from before.
+    pub(super) fn worker_holds(&mut self, worker_id: &str, holding: Holding) {
+        if holding.draining {
+            self.draining.insert(worker_id.to_owned());
+            self.groups.members_changed(worker_id);
+        }
+        match &mut self.settling {
+            Some(settling) => drop(settling.holdings.insert(worker_id.to_owned(), holding)),
+            // Too late: what it held has begun anew, or will.
+            None => self.give_up(worker_id, &holding),
+        }
+    }
+
+    pub(super) fn forget_holding(&mut self, worker_id: &str) {
+        if let Some(settling) = &mut self.settling {
+            settling.holdings.remove(worker_id);
+            settling.reports.retain(|(other, _)| other != worker_id);
+        }
+    }
+
+    /// Ends the waiting when its time is over.
+    pub(super) fn settle(&mut self) {
+        let Some(settling) = &self.settling else {
+            return;
+        };
+        let cards = self.workers.is_empty() || self.models.iter().all(|model| model.is_settled());
+        if self.now < settling.until || (!cards && self.now < settling.until + SETTLE_FOR_CARDS) {
+            return;
+        }
+        let Some(settling) = self.settling.take() else {
+            return;
+        };
+        self.adopt_groups(&settling.holdings);
+        self.adopt_jobs(&settling);
+        for (worker, report) in settling.reports {
+            self.report(&worker, report);
+        }
+    }
+
+    /// Groups whose every rank came back ready in one epoch go on.
+    fn adopt_groups(&mut self, holdings: &BTreeMap<String, Holding>) {
+        let mut epochs: BTreeMap<(String, u64), BTreeMap<u32, (&str, &HeldRank)>> = BTreeMap::new();
+        for (worker, holding) in holdings {
+            for rank in &holding.ranks {
+                if let Some(join) = &rank.join {
+                    let ranks = epochs.entry((join.group_id.clone(), join.epoch)).or_default();
+                    ranks.insert(join.rank, (worker, rank));
+                }
+            }
+        }
+        // Newest epochs first: at most one of a group can be whole and fit.
+        for ((group_id, epoch), ranks) in epochs.into_iter().rev() {
+            if !self.try_adopt(&group_id, epoch, &ranks) {
+                for (worker, _) in ranks.values() {
+                    self.send(worker, Command::LeaveGroup(LeaveGroup { group_id: group_id.clone(), epoch }));
+                }
+            }
+        }
+    }
+
+    fn try_adopt(&mut self, group_id: &str, epoch: u64, ranks: &BTreeMap<u32, (&str, &HeldRank)>) -> bool {
+        let Some(group) = self.groups.get(group_id).filter(|group| group.members.is_empty()) else {
+            return false;
+        };
+        let wanted = &group.wanted;
+        let path = self.model(&wanted.model).map(|model| model.config.path.to_string_lossy().into_owned());
+        let fits = |rank: &HeldRank| {
+            rank.ready
+                && rank.join.as_ref().is_some_and(|join| {
+                    join.layout == Some(wanted.layout) && join.component == wanted.component && Some(&join.path) == path.as_ref()
+                })
+        };
+        let whole = ranks.keys().copied().eq(0..wanted.size() as u32) && ranks.values().all(|(_, rank)| fits(rank));
+        if whole {
+            let members: Members = ranks.values().map(|(worker, _)| (*worker).to_owned()).collect();
+            if let Some(group) = self.groups.get_mut(group_id) {
+                group.adopt(epoch, members);
+            }
+        }
+        whole
+    }
+
+    /// Jobs go on of which every task that is left is held, or was reported, by the leader of a group that goes on.
+    fn adopt_jobs(&mut self, settling: &Settling) {
+        let mut claims: BTreeMap<String, Vec<Claim>> = BTreeMap::new();
+        for (worker, holding) in &settling.holdings {
+            for held in &holding.tasks {
+                if let Some(task) = held.task.clone() {
+                    let claim = Claim { worker: worker.clone(), task: task.clone(), held: Some(held.clone()) };
+                    claims.entry(task.job_id).or_default().push(claim);
+                }
+            }
+        }
+        for (worker, report) in &settling.reports {
+            let task = match report {
+                Report::TaskDone(done) => done.task.clone(),
+                _ => None,
+            };
+            if let Some(task) = task {
+                let claims = claims.entry(task.job_id.clone()).or_default();
+                if !claims.iter().any(|claim| claim.task == task) {
+                    claims.push(Claim { worker: worker.clone(), task, held: None });
+                }
+            }
+        }
+        let waiting: Vec<(u64, String)> =
+            self.jobs.iter().filter(|job| !job.is_over()).map(|job| (job.number, job.id.clone())).collect();
+        for (number, job_id) in waiting {
+            let claims = claims.remove(&job_id).unwrap_or_default();
+            self.adopt_job(number, claims);
+        }
+        for claim in claims.into_values().flatten() {
+            self.give_up_task(&claim.worker, claim.task, true);
+        }
+    }
+
+    fn adopt_job(&mut self, number: u64, claims: Vec<Claim>) {
+        let newest = claims.iter().map(|claim| claim.task.attempt).max();
+        let (current, old): (Vec<Claim>, Vec<Claim>) = claims.into_iter().partition(|claim| Some(claim.task.attempt) == newest);
+        for claim in old {
+            self.give_up_task(&claim.worker, claim.task, false);
+        }
+        let Some(job) = self.jobs.get(number) else {
+            return;
+        };
+        let cancelling = job.cancelling;
+        let of_group = |claim: &&Claim| {
+            let group = self.groups.get(&claim.task.group_id);
+            group.is_some_and(|group| group.epoch == claim.task.epoch && group.leader() == Some(claim.worker.as_str()))
+        };
+        let held: BTreeSet<&str> = current.iter().filter(of_group).map(|claim| claim.task.stage.as_str()).collect();
+        let whole = !held.is_empty() && job.remaining().stages.iter().all(|stage| held.contains(stage.id.as_str()));
+        if whole && !cancelling {
+            let known: Vec<Claim> = current.into_iter().filter(|claim| job.plan.stage(&claim.task.stage).is_some()).collect();
+            self.take_over(number, known);
+            return;
+        }
+        let begun = newest.is_some() || !job.saved.outputs.is_empty() || !job.saved.steps.is_empty();
+        for claim in current {
+            self.give_up_task(&claim.worker, claim.task, false);
+        }
+        if cancelling {
+            self.end_job(number, End::Cancelled);
+        } else if begun && let Some(job) = self.jobs.get_mut(number) {
+            job.attempt = job.attempt.max(newest.unwrap_or_default());
+            job.wait_again(Why::Restarted, "a new coordinator leads".into(), self.now);
+            self.job_changed(number);
+        }
+    }
+
+    fn take_over(&mut self, number: u64, claims: Vec<Claim>) {
+        let Some(job) = self.jobs.get_mut(number) else {
+            return;
+        };
+        self.queue.remove(&job.spec.model, job.priority, number);
+        job.attempt = claims.first().map_or(job.attempt, |claim| claim.task.attempt);
+        job.placed = self.now;
+        for claim in claims {
+            let Claim { worker, task, held } = claim;
+            let Some(group) = self.groups.get_mut(&task.group_id) else {
+                continue;
+            };
+            group.tasks.insert((number, task.stage.clone()));
+            group.pace.begin(self.now);
+            job.told.insert(worker.clone());
+            let mut mine = Task::new(task.group_id, task.epoch, worker, 0);
+            let held = held.unwrap_or_default();
+            if held.started {
+                mine.phase = TaskPhase::Running;
+            }
+            job.tasks.insert(task.stage.clone(), mine);
+            job.saw_saved(&task.stage, held.saved_step);
+            if held.steps > 0 {
+                job.stage_progressed(&task.stage, held.step, held.steps, self.now);
+            }
+        }
+        if job.has_task(TaskPhase::Running) {
+            job.enter(JobState::Running, self.now);
+        }
+        self.jobs.placed(number);
+        self.job_changed(number);
+    }
+
+    fn give_up(&mut self, worker_id: &str, holding: &Holding) {
+        for join in holding.ranks.iter().filter_map(|rank| rank.join.as_ref()) {
+            let (group_id, epoch) = (join.group_id.clone(), join.epoch);
+            self.send(worker_id, Command::LeaveGroup(LeaveGroup { group_id, epoch }));
+        }
+        for HeldTask { task, .. } in &holding.tasks {
+            if let Some(task) = task.clone() {
+                let over = self.jobs.by_id(&task.job_id).is_none_or(Job::is_over);
+                self.give_up_task(worker_id, task, over);
+            }
+        }
+    }
+
+    fn give_up_task(&mut self, worker_id: &str, task: TaskRef, forget: bool) {
+        let job_id = task.job_id.clone();
+        self.send(worker_id, Command::CancelTask(CancelTask { task: Some(task) }));
+        if forget {
+            self.send(worker_id, Command::ForgetJob(ForgetJob { job_id }));
+        } else if let Some(number) = self.jobs.by_id(&job_id).map(|job| job.number)
+            && let Some(job) = self.jobs.get_mut(number)
+        {
+            job.told.insert(worker_id.to_owned());
+        }
+    }
+}
+
+/// A task that a worker holds or has reported.
+struct Claim {
+    worker: String,
+    task: TaskRef,
+    held: Option<HeldTask>,
+}
