@@ -19,6 +19,7 @@ mod control;
 pub mod membership;
 mod runtime;
 mod server;
+pub mod store;
 #[cfg(test)]
 mod testing;
 
