@@ -23,6 +23,7 @@ mod control;
 pub mod membership;
 mod runtime;
 mod server;
+pub mod store;
 #[cfg(test)]
 mod testing;
 
