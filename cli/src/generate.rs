@@ -116,7 +116,7 @@ async fn create(client: &mut Client, args: &JobArgs, spec: JobSpec) -> Result<Jo
         priority: args.priority,
         timeout: args.timeout.and_then(|timeout| timeout.try_into().ok()),
     };
-    let mut patience = Patience::default();
+    let patience = Patience::default();
     loop {
         match client.jobs.create_job(request.clone()).await {
             Ok(created) => return created.into_inner().job.ok_or(Error::Protocol("no job")),

@@ -23,10 +23,9 @@ mod control;
 pub mod membership;
 mod runtime;
 mod server;
-pub mod store;
 #[cfg(test)]
 mod testing;
 
 pub use config::{Args, Config};
 pub use error::{Error, Result};
-pub use server::run;
+pub use server::{World, run, run_in};

@@ -4,20 +4,26 @@
 //! (`control.rs`), the etcd watch if there is etcd, the sweeper of blobs, and the server itself. All end with `stop`.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
+use futures::Stream;
 use proto::v1::{
     Lead, blob_service_server::BlobServiceServer, cluster_service_server::ClusterServiceServer,
     job_service_server::JobServiceServer, membership_service_server::MembershipServiceServer,
 };
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::mpsc,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{
     Server,
-    server::{Router, TcpIncoming},
+    server::{Connected, Router, TcpIncoming},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::info;
@@ -31,7 +37,8 @@ use crate::{
     error::{Error, Result},
     membership::{self, embedded::EmbeddedMembership},
     runtime::{Handle, Parts, health_service},
-    state::{Key, Settings, State},
+    state::{Key, SavedSteps, Settings, State},
+    store::{Journal, RealDisk, Recovered, StoreHandle},
     world::Dial,
 };
 
@@ -42,36 +49,84 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 /// How often an idle connection is asked whether it is there, and how long it may take to answer.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 
-/// Serves until `shutdown` is done. The caller owns the socket and the stop signal.
+/// Serves until `shutdown` is done, or until the store of jobs is broken. The caller owns the socket and the stop signal.
+///
+/// # Errors
+/// When the data folder cannot be used, the store breaks, or the server fails.
 pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
-    let blobs = BlobStore::open(&folder.join("blobs"), &config.limits)?;
-    let context = Arc::new(Context::system());
-    let (store, term) = (crate::store::StoreHandle::memory(), 1);
+    let journal = folder.join("journal");
+    let takes_over = journal.exists();
+    let opened = tokio::task::spawn_blocking(move || Journal::open(&journal, Arc::new(RealDisk))).await;
+    let opened = opened.map_err(|_| Error::StoreFailed("opening the journal panicked".into()))??;
+    let world = World {
+        context: Arc::new(Context::system()),
+        dial: Dial::tcp(),
+        store: opened,
+        takes_over,
+        blobs: BlobStore::open(&folder.join("blobs"), &config.limits)?,
+        address: config.advertise.clone().unwrap_or_else(|| local.to_string()),
+    };
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    run_in(config, world, incoming, shutdown).await
+}
+
+/// Where a coordinator finds itself: what it shares with others, and how it reaches them.
+#[derive(Debug)]
+pub struct World {
+    /// Time and randomness.
+    pub context: Arc<Context>,
+    /// How workers are reached.
+    pub dial: Dial,
+    /// The store of jobs, and what was in it.
+    pub store: (StoreHandle, Recovered),
+    /// Another coordinator may have led before: its workers are waited for.
+    pub takes_over: bool,
+    /// Pictures.
+    pub blobs: BlobStore,
+    /// host:port at which workers reach this coordinator.
+    pub address: String,
+}
+
+/// As [`run`], in a given world: connections come from `incoming`.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_in<S, C>(config: Config, world: World, incoming: S, shutdown: impl Future<Output = ()> + Send) -> Result<()>
+where
+    S: Stream<Item = io::Result<C>>,
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
+    let World { context, dial, store: (store, recovered), takes_over, blobs, address } = world;
+    let Recovered { jobs, term } = recovered;
     let settings = Settings {
         models: config.models.clone(),
         limits: config.limits,
-        blob_address: config.advertise.clone().unwrap_or_else(|| local.to_string()),
+        blob_address: address.clone(),
         key: Key(context.key()),
         term,
         // Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms
         // a thousand times a second.
         first_epoch: context.now(),
     };
+    let mut state = State::new(settings);
+    if takes_over {
+        state.recover(context.now(), jobs, SavedSteps::new());
+    }
 
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let (health, health_server) = tonic_health::server::health_reporter();
     announce(&health, &config).await;
-    let mut state = State::new(settings);
     let (done_with, _not_needed) = mpsc::unbounded_channel();
     let parts = Parts { state, context: context.clone(), health, store, done_with };
     let (handle, owner) = Handle::spawn(parts, stop.clone());
 
     let tasks = TaskTracker::new();
     let (changes, changed) = mpsc::channel(membership::MAX_CHANGES);
-    tasks.spawn(control::run(changed, Lines { handle: handle.clone(), lead: Lead { term }, dial: Dial::tcp() }, stop.clone()));
+    let lines = Lines { handle: handle.clone(), lead: Lead { term }, dial };
+    tasks.spawn(control::run(changed, lines, stop.clone()));
     tasks.spawn(sweep(blobs.clone(), handle.clone(), stop.clone()));
 
     let mut server = Server::builder()
@@ -86,24 +141,38 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
             router = router.add_service(embedded.max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
         }
     }
-    info!(address = %local, models = config.models.len(), "coordinator serves");
-    serve(router, listener, shutdown, &stop).await?;
+    info!(address, models = config.models.len(), term, "coordinator serves");
+    let broken = async {
+        match owner.await {
+            Ok(Ok(())) => std::future::pending().await,
+            Ok(Err(error)) => error,
+            Err(_) => Error::StoreFailed("the owner of the state panicked".into()),
+        }
+    };
+    let ended = tokio::select! {
+        served = serve(router, incoming, shutdown, &stop) => served,
+        error = broken => Err(error),
+    };
 
+    stop.cancel();
     tasks.close();
     // Whatever does not end in time ends with the process.
     drop(tokio::time::timeout(DRAIN_DEADLINE, tasks.wait()).await);
     info!("coordinator stopped");
-    Ok(())
+    ended
 }
 
 /// Serves until `shutdown`; then streams end, and calls in flight get a moment.
-async fn serve(
+async fn serve<S, C>(
     router: Router,
-    listener: TcpListener,
+    incoming: S,
     shutdown: impl Future<Output = ()> + Send,
     stop: &CancellationToken,
-) -> Result<()> {
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+) -> Result<()>
+where
+    S: Stream<Item = io::Result<C>>,
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
     let serving = router.serve_with_incoming_shutdown(incoming, stop.cancelled());
     tokio::pin!(serving);
     tokio::select! {

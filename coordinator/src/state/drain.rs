@@ -2,12 +2,7 @@
 
 use std::{cmp::Reverse, collections::BTreeSet};
 
-use super::{
-    State,
-    group::Group,
-    groups::takes_tasks,
-    requeue::Why,
-};
+use super::{State, group::Group, groups::takes_tasks, requeue::Why};
 
 impl State {
     pub(super) fn worker_draining(&mut self, worker_id: &str) -> Option<()> {
@@ -58,9 +53,10 @@ impl State {
             if self.groups.with_room(model, component).next().is_some() {
                 continue;
             }
-            let able = self.groups.iter().map(|(_, group)| group).filter(|group| {
-                group.wanted.model == *model && group.wanted.component == component && self.takes_tasks(group)
-            });
+            let able =
+                self.groups.iter().map(|(_, group)| group).filter(|group| {
+                    group.wanted.model == *model && group.wanted.component == component && self.takes_tasks(group)
+                });
             let holders: Vec<_> = able.flat_map(|group| &group.tasks).filter_map(|(number, _)| self.jobs.get(*number)).collect();
             if holders.iter().any(|holder| holder.parking.is_some() || holder.cancelling) {
                 return; // Somebody is on the way out already.

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use prost::Message;
@@ -47,11 +47,14 @@ pub(super) struct Tuning {
     pub(super) compact_bytes: u64,
     pub(super) log_bytes: u64,
     pub(super) lock_patience: Duration,
+    /// The term of a folder's first opening. Workers refuse coordinators of a lower term than they have seen: seconds since
+    /// 1970 are above all terms of a folder that was used before.
+    pub(super) first_term: u64,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { compact_bytes: COMPACT_BYTES, log_bytes: LOG_BYTES, lock_patience: LOCK_PATIENCE }
+        Self { compact_bytes: COMPACT_BYTES, log_bytes: LOG_BYTES, lock_patience: LOCK_PATIENCE, first_term: 1 }
     }
 }
 
@@ -66,11 +69,32 @@ impl Journal {
     /// [`StoreError::Damaged`] if anything that was durable cannot be read; [`StoreError::InUse`] if another process has
     /// the folder open; [`StoreError::Version`]; [`StoreError::Io`].
     pub fn open(folder: &Path, disk: Arc<dyn Disk>) -> Result<(StoreHandle, Recovered)> {
-        open(folder, disk, Tuning::default())
+        let first_term = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        open(folder, disk, Tuning { first_term, ..Tuning::default() })
+    }
+
+    /// As [`Self::open`], but nothing is written unless the returned future is polled, which takes `sync` for each group
+    /// commit: for simulations, where time is not real. Terms count from 1.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_driven(
+        folder: &Path,
+        disk: Arc<dyn Disk>,
+        sync: Duration,
+    ) -> Result<(StoreHandle, Recovered, impl Future<Output = ()> + Send + use<>)> {
+        let (handle, recovered, job) = prepare(folder, disk, Tuning::default())?;
+        Ok((handle, recovered, job.drive(sync)))
     }
 }
 
 pub(super) fn open(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result<(StoreHandle, Recovered)> {
+    let (handle, recovered, job) = prepare(folder, disk, tuning)?;
+    thread::Builder::new().name("journal".into()).spawn(|| job.run()).map_err(StoreError::io("start the journal's thread"))?;
+    Ok((handle, recovered))
+}
+
+fn prepare(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result<(StoreHandle, Recovered, Job)> {
     disk.make_folder(folder).map_err(failed("make", folder))?;
     let lock = lock(disk.as_ref(), &folder.join(LOCK), tuning.lock_patience)?;
     let loaded = load(disk.as_ref(), folder, None)?;
@@ -81,7 +105,7 @@ pub(super) fn open(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result
 
     let mut begin = Builder::default();
     begin.push_changes(&loaded.unconfirmed);
-    let term = loaded.term + 1;
+    let term = if loaded.term == 0 { tuning.first_term } else { loaded.term + 1 };
     let log = Log::create(disk.as_ref(), folder, term, loaded.next, begin)?;
 
     let (handle, inbox, progress) = StoreHandle::pair();
@@ -99,13 +123,45 @@ pub(super) fn open(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result
         log,
         compaction: None,
     };
-    let run = move || {
-        let _lock = lock;
-        writer.run(inbox, &progress);
-    };
-    thread::Builder::new().name("journal".into()).spawn(run).map_err(StoreError::io("start the journal's thread"))?;
     info!(folder = %folder.display(), jobs = jobs.len(), term, "journal opened");
-    Ok((handle, Recovered { jobs, term }))
+    Ok((handle, Recovered { jobs, term }, Job { writer, inbox, progress, _lock: lock }))
+}
+
+/// What is done as long as the journal is open.
+struct Job {
+    writer: Writer,
+    inbox: mpsc::UnboundedReceiver<Batch>,
+    progress: Progress,
+    _lock: Box<dyn Send>,
+}
+
+impl Job {
+    fn run(mut self) {
+        while let Some(batch) = self.inbox.blocking_recv() {
+            if self.commit(batch).is_err() {
+                break;
+            }
+        }
+        self.writer.finish();
+    }
+
+    async fn drive(mut self, sync: Duration) {
+        while let Some(batch) = self.inbox.recv().await {
+            tokio::time::sleep(sync).await;
+            if self.commit(batch).is_err() {
+                break;
+            }
+        }
+        self.writer.finish();
+    }
+
+    fn commit(&mut self, batch: Batch) -> Result<()> {
+        self.writer.commit(batch, &mut self.inbox, &self.progress).inspect_err(|failure| {
+            // Final: after a failed write or sync nobody knows what is on the disk.
+            error!(error = failure.chain(), "the journal is broken, nothing more is accepted");
+            self.progress.failed(failure.chain());
+        })
+    }
 }
 
 fn lock(disk: &dyn Disk, path: &Path, patience: Duration) -> Result<Box<dyn Send>> {
@@ -166,15 +222,7 @@ struct Compaction {
 }
 
 impl Writer {
-    fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Batch>, progress: &Progress) {
-        while let Some(batch) = inbox.blocking_recv() {
-            if let Err(failure) = self.commit(batch, &mut inbox, progress) {
-                // Final: after a failed write or sync nobody knows what is on the disk.
-                error!(error = failure.chain(), "the journal is broken, nothing more is accepted");
-                progress.failed(failure.chain());
-                break;
-            }
-        }
+    fn finish(&mut self) {
         if let Some(compaction) = self.compaction.take() {
             self.end(compaction);
         }

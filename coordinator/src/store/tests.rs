@@ -21,7 +21,7 @@ use super::{
 };
 
 const FOLDER: &str = "/journal";
-const IMPATIENT: Tuning = Tuning { compact_bytes: 16 << 20, log_bytes: 64 << 20, lock_patience: Duration::ZERO };
+const IMPATIENT: Tuning = Tuning { compact_bytes: 16 << 20, log_bytes: 64 << 20, lock_patience: Duration::ZERO, first_term: 1 };
 
 fn folder() -> &'static Path {
     Path::new(FOLDER)
@@ -88,7 +88,7 @@ fn one_process_at_a_time_has_the_folder() {
 #[test]
 fn a_log_that_is_mostly_old_is_compacted_and_loses_nothing() {
     let disk = MemoryDisk::new();
-    let small = Tuning { compact_bytes: 4000, log_bytes: 1500, lock_patience: Duration::from_secs(10) };
+    let small = Tuning { compact_bytes: 4000, log_bytes: 1500, lock_patience: Duration::from_secs(10), first_term: 1 };
     let expected: Vec<_> = (0..5).map(|number| record(number, 200)).collect();
     let (handle, _) = journal::open(folder(), disk.mount(), small).unwrap();
     write_each(&handle, (1..=200).flat_map(|attempt| (0..6).map(move |number| vec![put(number, attempt)])));
@@ -150,7 +150,7 @@ fn a_journal_that_cannot_begin_a_log_does_not_open() {
 fn a_compaction_that_fails_leaves_the_logs() {
     for call in [Call::Create, Call::Sync, Call::Rename, Call::SyncFolder, Call::Remove] {
         let disk = MemoryDisk::new();
-        let small = Tuning { compact_bytes: 2000, log_bytes: 1 << 20, lock_patience: Duration::from_secs(10) };
+        let small = Tuning { compact_bytes: 2000, log_bytes: 1 << 20, lock_patience: Duration::from_secs(10), first_term: 1 };
         let (handle, _) = journal::open(folder(), disk.mount(), small).unwrap();
         // The first of these calls, except for syncs, is for the next log, the second for the snapshot.
         disk.fail(call, 1, Failure::Full);

@@ -10,9 +10,9 @@ use std::{
 
 use futures::StreamExt;
 use proto::v1::{
-    BlobHeader, Component, ControlRequest, ControlResponse, GroupReady, Heartbeat, ImageResult, ModelCard, ModelDescribed,
-    Parameter, PayloadHeader, PutPayloadRequest, PutPayloadResponse, RegisterRequest, Registration, RunTask, StageKind,
-    StageTemplate, TaskDone, TaskFailed, TaskProgress, TaskStarted, UploadBlobRequest,
+    BlobHeader, Component, ControlRequest, ControlResponse, GroupReady, Heartbeat, Holding, ImageResult, ModelCard,
+    ModelDescribed, Parameter, PayloadHeader, PutPayloadRequest, PutPayloadResponse, RegisterRequest, Registration, RunTask,
+    StageKind, StageTemplate, TaskDone, TaskFailed, TaskProgress, TaskStarted, UploadBlobRequest,
     blob_service_client::BlobServiceClient,
     control_request::Command,
     control_response::Report,
@@ -126,6 +126,7 @@ impl Fake {
 
     async fn obey(self, mut commands: Streaming<ControlRequest>) {
         self.report(Report::Hello(self.registration.clone())).await;
+        self.report(Report::Holding(Holding::default())).await;
         let mut beat = tokio::time::interval(HEARTBEAT);
         loop {
             tokio::select! {

@@ -36,7 +36,7 @@ fn apply(jobs: &mut Jobs, changes: &[Change]) {
 
 /// One life of a journal on `disk`, from `before`: every state it may have left.
 fn live(disk: &MemoryDisk, before: &Jobs, life: &Life, attempt: &mut u32) -> Result<Vec<Jobs>, TestCaseError> {
-    let small = Tuning { compact_bytes: 1500, log_bytes: 700, lock_patience: Duration::from_secs(10) };
+    let small = Tuning { compact_bytes: 1500, log_bytes: 700, lock_patience: Duration::from_secs(10), first_term: 1 };
     disk.stop_at(life.stop_at);
     let Ok((handle, recovered)) = journal::open(folder(), disk.mount(), small) else {
         return Ok(vec![before.clone()]);
