@@ -87,6 +87,9 @@ impl Stage for Steps {
         self.tasks.push_back(Task { key, request, inputs, step: 0, cancelled: false });
     }
 
+    /// Its tasks finish.
+    fn park(&mut self, _: TaskKey) {}
+
     fn cancel(&mut self, key: TaskKey) {
         self.tasks.iter_mut().filter(|task| task.key == key).for_each(|task| task.cancelled = true);
     }
