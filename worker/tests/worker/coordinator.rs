@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proto::v1::blob_service_server::{BlobService, BlobServiceServer};
+use proto::v1::checkpoint_service_server::CheckpointServiceServer;
 use proto::v1::control_request::Command;
 use proto::v1::control_response::Report;
 use proto::v1::membership_service_server::{MembershipService, MembershipServiceServer};
 use proto::v1::worker_service_client::WorkerServiceClient;
 use proto::v1::{
     BlobHeader, ControlRequest, ControlResponse, DescribeModel, DownloadBlobRequest, DownloadBlobResponse, GroupLost, Heartbeat,
-    JoinGroup, Layout, RegisterRequest, RegisterResponse, Registration, TaskDone, TaskFailed, TaskRef, UploadBlobRequest,
-    UploadBlobResponse, download_blob_response, model_described, upload_blob_request,
+    Holding, JoinGroup, Layout, Lead, RegisterRequest, RegisterResponse, Registration, TaskDone, TaskFailed, TaskRef,
+    UploadBlobRequest, UploadBlobResponse, download_blob_response, model_described, upload_blob_request,
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -22,7 +23,8 @@ use tonic::{Request, Response, Status, Streaming};
 use worker::config::{Config, Membership};
 use worker::{Result, Worker};
 
-use crate::model::Counting;
+use crate::checkpoints::Checkpoints;
+use crate::model::Small;
 
 /// Longest wait for anything; the machine may be busy.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -58,15 +60,41 @@ pub(crate) struct Running {
     pub(crate) registration: Registration,
     stop: CancellationToken,
     ended: tokio::task::JoinHandle<Result<()>>,
+    /// Its own: dropped, it is as dead as after kill -9.
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.runtime.take().unwrap().shutdown_background();
+    }
+}
+
+/// How long a worker waits.
+#[derive(Clone, Copy)]
+pub(crate) struct Waits {
+    pub(crate) drain: Duration,
+    pub(crate) orphan: Duration,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self { drain: Duration::from_millis(100), orphan: PATIENCE }
+    }
 }
 
 impl Running {
     pub(crate) async fn start(coordinator: &Coordinator) -> Self {
         let url = format!("http://{}", coordinator.address());
-        Self::with(Membership::Coordinator { url }).await
+        Self::with(Membership::Coordinator { url }, Waits::default()).await
     }
 
-    pub(crate) async fn with(membership: Membership) -> Self {
+    pub(crate) async fn waiting(coordinator: &Coordinator, waits: Waits) -> Self {
+        let url = format!("http://{}", coordinator.address());
+        Self::with(Membership::Coordinator { url }, waits).await
+    }
+
+    pub(crate) async fn with(membership: Membership, waits: Waits) -> Self {
         let config = Config {
             listen: "127.0.0.1:0".parse().unwrap(),
             data_listen: "127.0.0.1:0".parse().unwrap(),
@@ -77,26 +105,55 @@ impl Running {
             threads: 1,
             prompt_cache_bytes: 0,
             load_timeout: PATIENCE,
+            drain_timeout: waits.drain,
+            orphan_grace: waits.orphan,
         };
-        let worker = Worker::bind(config, Arc::new(Counting)).await.unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let worker = runtime.spawn(Worker::bind(config, Arc::new(Small))).await.unwrap().unwrap();
         let registration = worker.registration().clone();
         let stop = CancellationToken::new();
-        let ended = tokio::spawn(worker.run(stop.clone().cancelled_owned()));
-        Self { registration, stop, ended }
+        let ended = runtime.spawn(worker.run(stop.clone().cancelled_owned()));
+        Self { registration, stop, ended, runtime: Some(runtime) }
     }
 
     pub(crate) fn address(&self) -> String {
         self.registration.address.clone()
     }
 
-    /// Stops it, and expects that to be quick.
-    pub(crate) async fn stop(self) {
+    /// The signal to stop.
+    pub(crate) fn signal(&self) {
         self.stop.cancel();
-        tokio::time::timeout(Duration::from_secs(10), self.ended).await.unwrap().unwrap().unwrap();
     }
 
-    /// Opens the control stream and takes the hello.
+    /// Stops it, and expects that to be quick.
+    pub(crate) async fn stop(mut self) {
+        self.signal();
+        self.ended().await;
+    }
+
+    /// Expects it to end soon.
+    pub(crate) async fn ended(&mut self) {
+        tokio::time::timeout(Duration::from_secs(10), &mut self.ended).await.unwrap().unwrap().unwrap();
+    }
+
+    /// Opens the control stream of the first coordinator and takes the hello.
     pub(crate) async fn control(&self) -> Control {
+        self.led(Lead { term: 1, ..Lead::default() }).await.0
+    }
+
+    /// Opens the control stream of a leader, and takes the hello and what is held.
+    pub(crate) async fn led(&self, lead: Lead) -> (Control, Holding) {
+        let mut control = self.say(Command::Lead(lead)).await;
+        let hello = |report: &Report| if let Report::Hello(hello) = report { Some(hello.clone()) } else { None };
+        assert_eq!(control.wait("hello", hello).await, self.registration);
+        let holding = |report: &Report| if let Report::Holding(holding) = report { Some(holding.clone()) } else { None };
+        let holding = control.wait("what is held", holding).await;
+        assert!(matches!(control.seen[..], [Report::Hello(_), Report::Holding(_), ..]), "{:?}", control.seen);
+        (control, holding)
+    }
+
+    /// Opens a control stream that begins with `first`.
+    pub(crate) async fn say(&self, first: Command) -> Control {
         let deadline = Instant::now() + PATIENCE;
         let mut client = loop {
             match WorkerServiceClient::connect(format!("http://{}", self.address())).await {
@@ -105,6 +162,7 @@ impl Running {
             }
         };
         let (commands, outgoing) = mpsc::channel(16);
+        commands.send(ControlRequest { command: Some(first) }).await.unwrap();
         let reports = client.control(ReceiverStream::new(outgoing)).await.unwrap().into_inner();
         let beat = CancellationToken::new();
         let (beating, to_beat) = (beat.clone(), commands.clone());
@@ -116,10 +174,7 @@ impl Running {
                 drop(to_beat.try_send(ControlRequest { command }));
             }
         }));
-        let mut control = Control { commands, reports, seen: Vec::new(), _beat: beat.drop_guard() };
-        let hello = |report: &Report| if let Report::Hello(hello) = report { Some(hello.clone()) } else { None };
-        assert_eq!(control.wait("hello", hello).await, self.registration);
-        control
+        Control { commands, reports, seen: Vec::new(), _beat: beat.drop_guard() }
     }
 }
 
@@ -198,6 +253,31 @@ impl Control {
         failed
     }
 
+    pub(crate) async fn parked(&mut self, task: &TaskRef) -> u32 {
+        let pick = |report: &Report| match report {
+            Report::TaskParked(parked) if parked.task.as_ref() == Some(task) => Some(Ok(parked.saved_step)),
+            Report::TaskFailed(failed) if failed.task.as_ref() == Some(task) => Some(Err(failed.clone())),
+            _ => None,
+        };
+        self.wait("a parked task", pick).await.unwrap()
+    }
+
+    /// How the stream was refused.
+    pub(crate) async fn refused(mut self) -> Status {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.reports.message()).await.unwrap() {
+                Ok(Some(ControlResponse { report: Some(Report::Heartbeat(_)) })) => {}
+                Ok(other) => panic!("not refused: {other:?}"),
+                Err(status) => return status,
+            }
+        }
+    }
+
+    /// Returns when the worker has ended the stream.
+    pub(crate) async fn over(mut self) {
+        while let Ok(Some(_)) = tokio::time::timeout(PATIENCE, self.reports.message()).await.unwrap() {}
+    }
+
     pub(crate) async fn describe(&mut self, model: &str, path: &str) -> Result<(), String> {
         self.send(Command::DescribeModel(DescribeModel { model: model.into(), path: path.into() })).await;
         let pick = |report: &Report| match report {
@@ -215,7 +295,21 @@ impl Control {
 pub(crate) struct Coordinator {
     address: String,
     shared: Shared,
+    pub(crate) checkpoints: Checkpoints,
     _stop: DropGuard,
+}
+
+/// A coordinator that is not there.
+pub(crate) struct Gone {
+    shared: Shared,
+    checkpoints: Checkpoints,
+}
+
+impl Gone {
+    /// There again, at another address.
+    pub(crate) async fn back(self) -> Coordinator {
+        Coordinator::serve(self.shared, self.checkpoints).await
+    }
 }
 
 #[derive(Clone, Default)]
@@ -226,15 +320,31 @@ struct Shared {
 
 impl Coordinator {
     pub(crate) async fn start() -> Self {
+        Self::serve(Shared::default(), Checkpoints::default()).await
+    }
+
+    /// The next leader: what was stored is there, at another address.
+    pub(crate) async fn succeed(self) -> Self {
+        self.away().back().await
+    }
+
+    /// Stopped, with all that was stored.
+    pub(crate) fn away(self) -> Gone {
+        let Self { shared, checkpoints, .. } = self;
+        Gone { shared, checkpoints }
+    }
+
+    async fn serve(shared: Shared, checkpoints: Checkpoints) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (shared, stop) = (Shared::default(), CancellationToken::new());
+        let stop = CancellationToken::new();
         let server = tonic::transport::Server::builder()
             .add_service(MembershipServiceServer::new(shared.clone()))
             .add_service(BlobServiceServer::new(shared.clone()))
+            .add_service(CheckpointServiceServer::new(checkpoints.clone()))
             .serve_with_incoming(TcpListenerStream::new(listener));
         tokio::spawn(stop.clone().run_until_cancelled_owned(server));
-        Self { address, shared, _stop: stop.drop_guard() }
+        Self { address, shared, checkpoints, _stop: stop.drop_guard() }
     }
 
     pub(crate) fn address(&self) -> String {
