@@ -133,7 +133,9 @@ fn from(checkpoint: Option<Checkpoint>) -> Inputs {
 }
 
 fn bits(tensor: &Tensor) -> Vec<u32> {
-    tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+    let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(values.iter().all(|x| x.is_finite()), "{values:?}");
+    values.into_iter().map(f32::to_bits).collect()
 }
 
 /// What a run came to.

@@ -6,8 +6,9 @@ use proto::v1::control_request::Command;
 use proto::v1::control_response::Report;
 use proto::v1::{LeaveGroup, ParkTask};
 
-use crate::coordinator::{Coordinator, PATIENCE, Running, Waits, join, until};
+use crate::coordinator::{Coordinator, PATIENCE, join, until};
 use crate::job::Bench;
+use crate::running::{Running, Waits};
 
 /// Two steps and two seconds.
 const QUICK: Duration = Duration::from_millis(2010);
@@ -92,4 +93,16 @@ async fn a_drain_lasts_through_a_change_of_coordinators_or_until_its_time_is_ove
     assert!(holding.draining && holding.ranks.len() == 1, "{holding:?}");
     worker.ended().await;
     until("it is no member any more", || coordinator.members().is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_the_drain() {
+    let coordinator = Coordinator::start().await;
+    let mut bench = Bench::of(Running::waiting(&coordinator, PATIENT).await, "transformer").await;
+    bench.worker.signal();
+    bench.control.wait("that it wants to go", |report| matches!(report, Report::Draining(_)).then_some(())).await;
+    let began = Instant::now();
+    bench.worker.hurry();
+    bench.worker.ended().await;
+    assert!(began.elapsed() < QUICK, "it took {:?}", began.elapsed());
 }

@@ -9,7 +9,8 @@ use prost::Message;
 use proto::v1::Registration;
 use worker::config::Membership;
 
-use crate::coordinator::{PATIENCE, Running, Waits};
+use crate::coordinator::PATIENCE;
+use crate::running::{Running, Waits};
 
 /// The lease's TTL and some.
 const PAST_TTL: Duration = Duration::from_secs(7);

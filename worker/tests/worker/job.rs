@@ -4,8 +4,9 @@ use proto::v1::control_request::Command;
 use proto::v1::control_response::Report;
 use proto::v1::{Destination, RunTask, TaskRef};
 
-use crate::coordinator::{Control, Coordinator, Running, join};
+use crate::coordinator::{Coordinator, join};
 use crate::run;
+use crate::running::{Control, Running};
 
 /// A worker with all three stages.
 pub(crate) struct Bench {

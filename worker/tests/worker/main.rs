@@ -9,6 +9,7 @@ mod etcd;
 mod job;
 mod model;
 mod resume;
+mod running;
 mod succession;
 
 use std::time::{Duration, Instant};
@@ -24,7 +25,8 @@ use proto::v1::{
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use coordinator::{Coordinator, Running, Waits, join, until};
+use coordinator::{Coordinator, join, until};
+use running::{Running, Waits};
 
 /// Steps of a task that is not meant to come to its end.
 const ENDLESS: u32 = 10_000;

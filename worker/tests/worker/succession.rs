@@ -6,8 +6,9 @@ use proto::v1::{ForgetJob, Heartbeat, Lead, TaskRef};
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use crate::coordinator::{Coordinator, Running, Waits, join, until};
+use crate::coordinator::{Coordinator, join, until};
 use crate::job::Bench;
+use crate::running::{Running, Waits};
 use crate::task;
 
 fn lead(term: u64, coordinator: &Coordinator) -> Lead {
