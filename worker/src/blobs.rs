@@ -10,35 +10,29 @@ use sha2::{Digest, Sha256};
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use crate::dial::{self, Dial};
+use crate::home::Home;
 use crate::{Error, Result};
 
 /// Largest picture that is taken in. The same as the coordinator's own limit.
 pub(crate) const MAX_BLOB_BYTES: u64 = 32 << 20;
 
-/// The blob service of one coordinator.
+/// The coordinator's blob service.
 pub(crate) struct Blobs<'a> {
-    address: &'a str,
-    client: BlobServiceClient<Channel>,
+    /// Where it is, if the coordinator has not moved.
+    pub(crate) address: &'a str,
+    /// The way to it.
+    pub(crate) home: &'a Home,
 }
 
-impl<'a> Blobs<'a> {
-    pub(crate) fn at(address: &'a str, dial: &Dial) -> Result<Self> {
-        let client = BlobServiceClient::new(dial.channel(address)?)
-            .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        Ok(Self { address, client })
-    }
-
+impl Blobs<'_> {
     /// The bytes of a blob, which are what its id says.
     pub(crate) async fn download(&self, blob_id: &str) -> Result<Vec<u8>> {
-        let bytes = dial::call(self.address, || {
-            let mut client = self.client.clone();
+        let bytes = self.home.call(self.address, |channel| {
+            let mut client = client(channel);
             let request = DownloadBlobRequest { blob_id: blob_id.to_owned() };
             async move { collect(client.download_blob(request).await?.into_inner()).await }
-        })
-        .await?;
-        let bytes = bytes.map_err(|reason| blob_error(blob_id, reason))?;
+        });
+        let bytes = bytes.await?.map_err(|reason| blob_error(blob_id, reason))?;
         let (bytes, id) = tokio::task::spawn_blocking(move || {
             let id = hex(&Sha256::digest(&bytes));
             (bytes, id)
@@ -50,13 +44,19 @@ impl<'a> Blobs<'a> {
 
     /// Stores a PNG whose sha256 (in hex) is `sha256` and returns its id.
     pub(crate) async fn upload_png(&self, bytes: &Bytes, sha256: &str) -> Result<String> {
-        let response = dial::call(self.address, || {
-            let mut client = self.client.clone();
+        let response = self.home.call(self.address, |channel| {
+            let mut client = client(channel);
             let messages = upload_messages(bytes.clone(), sha256.to_owned());
             async move { client.upload_blob(stream::iter(messages)).await }
         });
         Ok(response.await?.into_inner().blob_id)
     }
+}
+
+fn client(channel: Channel) -> BlobServiceClient<Channel> {
+    BlobServiceClient::new(channel)
+        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
 }
 
 /// The outer error may be worth another try; the inner one says that the blob is not what we take.

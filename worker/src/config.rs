@@ -13,6 +13,11 @@ const MAX_ID_CHARS: usize = 64;
 /// Most labels; they travel with every registration.
 const MAX_LABELS: usize = 32;
 
+/// How long ranks and tasks go on without a coordinator. A restarted one reads its journal and is back within seconds, the next
+/// leader has the lease within six, and an etcd outage of most of a minute is to stop nothing; memory that nobody asks for
+/// again is not held longer than that.
+pub const ORPHAN_GRACE: Duration = Duration::from_secs(60);
+
 /// The worker's flags. Every one can be given as an environment variable instead.
 #[derive(Clone, Debug, clap::Args)]
 #[command(group = ArgGroup::new("membership").required(true).args(["coordinator", "etcd"]))]
@@ -53,6 +58,9 @@ pub struct Args {
     /// Seconds a rank may take to read its weights.
     #[arg(long, env = "ATELIER_WORKER_LOAD_TIMEOUT", default_value_t = 1800)]
     pub load_timeout: u64,
+    /// Seconds to wait, at the signal to stop, until the coordinator has taken over what this worker does.
+    #[arg(long, env = "ATELIER_WORKER_DRAIN_TIMEOUT", default_value_t = 30)]
+    pub drain_timeout: u64,
     /// How to write the log.
     #[arg(long, env = "ATELIER_WORKER_LOG_FORMAT", value_enum, default_value = "text")]
     pub log_format: LogFormat,
@@ -88,6 +96,10 @@ pub struct Config {
     pub prompt_cache_bytes: usize,
     /// How long a rank may take to read its weights.
     pub load_timeout: Duration,
+    /// How long to wait, at the signal to stop, until the coordinator has taken over what this worker does.
+    pub drain_timeout: Duration,
+    /// How long ranks and tasks go on without a coordinator: [`ORPHAN_GRACE`].
+    pub orphan_grace: Duration,
 }
 
 /// Where a worker registers.
@@ -134,6 +146,8 @@ impl TryFrom<Args> for Config {
             threads: args.threads,
             prompt_cache_bytes: args.prompt_cache_bytes,
             load_timeout: Duration::from_secs(args.load_timeout),
+            drain_timeout: Duration::from_secs(args.drain_timeout),
+            orphan_grace: ORPHAN_GRACE,
         })
     }
 }

@@ -18,7 +18,7 @@ const RETRY_FOR: Duration = Duration::from_secs(5);
 /// Pause after the first try; doubles with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 /// Longest one try may take: a gigabyte at 20 MB/s.
-const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// HTTP/2 windows: a chunk of payload is half a megabyte, and a real network has latency.
 const WINDOW_BYTES: u32 = 4 << 20;
 /// Pings show a peer that is gone without a word.

@@ -46,6 +46,17 @@ pub enum Error {
         /// The incarnation.
         epoch: u64,
     },
+    /// A coordinator that does not lead any more.
+    #[error("term {term} is over: this worker follows term {newest}")]
+    StaleTerm {
+        /// Its term.
+        term: u64,
+        /// The highest term seen.
+        newest: u64,
+    },
+    /// A control stream that does not say who leads.
+    #[error("a control stream begins with Lead")]
+    NoLead,
     /// Payloads that nobody has claimed yet fill the inbox.
     #[error("the inbox holds {held} bytes and cannot take {bytes} more")]
     InboxFull {
@@ -103,6 +114,8 @@ impl Error {
         match self {
             Error::Message { .. } | Error::Blob { .. } => (Code::InvalidArgument, "INVALID_PAYLOAD"),
             Error::StaleEpoch { .. } => (Code::FailedPrecondition, "STALE_EPOCH"),
+            Error::StaleTerm { .. } => (Code::FailedPrecondition, "STALE_TERM"),
+            Error::NoLead => (Code::FailedPrecondition, "NO_LEAD"),
             Error::InboxFull { .. } => (Code::ResourceExhausted, "INBOX_FULL"),
             _ => (Code::Internal, "INTERNAL"),
         }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -12,14 +12,14 @@ use models::blocks::Layout;
 use models::registry::Limits;
 use parallel::tcp::Rendezvous;
 use proto::v1::control_response::Report;
-use proto::v1::{ControlResponse, GroupLoading, GroupLost, GroupReady, JoinGroup, LeaveGroup};
-use tokio::sync::{mpsc, oneshot, watch};
+use proto::v1::{GroupLoading, GroupLost, GroupReady, HeldRank, JoinGroup, LeaveGroup};
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::Status as Refusal;
 
 use crate::backend::Backend;
 use crate::inbox::TaskId;
+use crate::outbox::Reports;
 use crate::rank::{CONNECT_TIMEOUT, Command, End, Seat, Status, Stop};
 use crate::routes::{Routes, Seated};
 use crate::{Error, Result};
@@ -27,8 +27,8 @@ use crate::{Error, Result};
 /// Tasks a worker has at once, over all its groups. The coordinator keeps within `max_jobs` of each group; this is for when
 /// it does not.
 pub(crate) const MAX_TASKS: usize = 1024;
-/// Commands on their way to a leader's thread: each task is started once and cancelled once.
-const MAX_COMMANDS: usize = 2 * MAX_TASKS + 1;
+/// Commands on their way to a leader's thread: each task is started, parked and cancelled once.
+const MAX_COMMANDS: usize = 3 * MAX_TASKS + 1;
 /// How often loading is told at most.
 const LOADING_INTERVAL: Duration = Duration::from_millis(200);
 /// Most ranks in a group: each has a connection and a thread per peer.
@@ -36,27 +36,15 @@ const MAX_RANKS: usize = 64;
 /// Longest id of a group and longest secret; both are in the first words of a data connection.
 const MAX_ID_BYTES: usize = 200;
 
-/// Where a session's reports go. They wait here while the coordinator reads; whoever reports waits with them.
-#[derive(Clone, Debug)]
-pub(crate) struct Reports(mpsc::Sender<Result<ControlResponse, Refusal>>);
-
-impl Reports {
-    pub(crate) fn new(sender: mpsc::Sender<Result<ControlResponse, Refusal>>) -> Self {
-        Self(sender)
-    }
-
-    /// A coordinator that is gone is not told.
-    pub(crate) async fn send(&self, report: Report) {
-        drop(self.0.send(Ok(ControlResponse { report: Some(report) })).await);
-    }
-}
-
 /// The ranks this worker holds.
 pub(crate) struct Groups {
     backend: Arc<dyn Backend>,
     routes: Arc<Routes>,
     prompt_cache_bytes: usize,
     load_timeout: Duration,
+    reports: Reports,
+    /// No more seats are taken.
+    closed: AtomicBool,
     table: Mutex<Table>,
     attendants: TaskTracker,
 }
@@ -70,6 +58,9 @@ struct Table {
 }
 
 struct Held {
+    /// As it was told to join; the secret left out.
+    join: JoinGroup,
+    ready: Arc<AtomicBool>,
     epoch: u64,
     leader: Leader,
     stop: Arc<Stop>,
@@ -91,21 +82,45 @@ impl Groups {
         routes: Arc<Routes>,
         prompt_cache_bytes: usize,
         load_timeout: Duration,
+        reports: Reports,
     ) -> Arc<Self> {
         let attendants = TaskTracker::new();
         attendants.close();
-        Arc::new(Self { backend, routes, prompt_cache_bytes, load_timeout, table: Mutex::default(), attendants })
+        let (closed, table) = (AtomicBool::new(false), Mutex::default());
+        Arc::new(Self { backend, routes, prompt_cache_bytes, load_timeout, reports, closed, table, attendants })
+    }
+
+    /// Takes no more seats.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether no more seats are taken.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    /// Whether none is held.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.table().held.is_empty()
+    }
+
+    /// The ranks that are held.
+    pub(crate) fn held(&self) -> Vec<HeldRank> {
+        let table = self.table();
+        let ranks = table.held.values();
+        ranks.map(|held| HeldRank { join: Some(held.join.clone()), ready: held.ready.load(Ordering::SeqCst) }).collect()
     }
 
     /// Takes a seat in a group. Older epochs of it end first.
-    pub(crate) async fn join(self: &Arc<Self>, join: JoinGroup, reports: &Reports) {
+    pub(crate) async fn join(self: &Arc<Self>, join: JoinGroup) {
         let refused = match check(&join) {
-            Ok(layout) => self.sit_down(&join, layout, reports).err(),
+            Ok(layout) => self.sit_down(&join, layout).err(),
             Err(error) => Some(End::internal(error.to_string())),
         };
         if let Some(end) = refused {
             tracing::warn!(group.id = join.group_id, group.epoch = join.epoch, rank = join.rank, end.message, "refused to join");
-            reports.send(lost(&join, end)).await;
+            self.reports.send(lost(&join, end)).await;
         }
     }
 
@@ -132,7 +147,7 @@ impl Groups {
         held.map(|held| held.leader.clone()).ok_or_else(stale)
     }
 
-    fn sit_down(self: &Arc<Self>, join: &JoinGroup, layout: Layout, reports: &Reports) -> Result<(), End> {
+    fn sit_down(self: &Arc<Self>, join: &JoinGroup, layout: Layout) -> Result<(), End> {
         let rank = join.rank as usize;
         let newest = self.table().held.iter().filter(|((id, _), _)| *id == join.group_id).map(|(_, held)| held.epoch).max();
         if let Some(newest) = newest.filter(|newest| *newest > join.epoch) {
@@ -141,6 +156,9 @@ impl Groups {
         if self.is_held(join) {
             tracing::warn!(group.id = join.group_id, group.epoch = join.epoch, rank, "told to join twice");
             return Ok(());
+        }
+        if self.is_closed() {
+            return Err(End::draining());
         }
         self.end_where(|group_id, held| *group_id == join.group_id && held.epoch < join.epoch);
 
@@ -173,9 +191,11 @@ impl Groups {
             return Err(End::internal(format!("could not start the rank's thread: {error}")));
         }
         tracing::info!(group.id = join.group_id, group.epoch = join.epoch, rank, component = join.component, "joining a group");
-        let held = Held { epoch: join.epoch, leader, stop: stop.clone() };
+        let ready = Arc::new(AtomicBool::new(false));
+        let shown = JoinGroup { secret: bytes::Bytes::new(), ..join.clone() };
+        let held = Held { join: shown, ready: ready.clone(), epoch: join.epoch, leader, stop: stop.clone() };
         self.table().held.insert((join.group_id.clone(), rank), held);
-        let attendant = Attendant { groups: self.clone(), seated, stop, status: watched, end, reports: reports.clone() };
+        let attendant = Attendant { groups: self.clone(), seated, stop, ready, status: watched, end };
         self.attendants.spawn(attendant.attend());
         Ok(())
     }
@@ -248,9 +268,9 @@ struct Attendant {
     groups: Arc<Groups>,
     seated: Seated,
     stop: Arc<Stop>,
+    ready: Arc<AtomicBool>,
     status: watch::Receiver<Status>,
     end: oneshot::Receiver<End>,
-    reports: Reports,
 }
 
 impl Attendant {
@@ -261,7 +281,7 @@ impl Attendant {
         tracing::info!(group.id = group_id, group.epoch = epoch, rank, end.reason, end.message, "a rank ended");
         let End { reason, message } = end;
         let lost = GroupLost { group_id, epoch, rank: rank as u32, reason: reason.into(), message };
-        self.reports.send(Report::GroupLost(lost)).await;
+        self.groups.reports.send(Report::GroupLost(lost)).await;
     }
 
     async fn until_end(&mut self) -> End {
@@ -293,13 +313,15 @@ impl Attendant {
                         told = Some(read);
                         let (loaded_bytes, total_bytes) = (read, progress.total);
                         let loading = GroupLoading { group_id, epoch, rank, loaded_bytes, total_bytes };
-                        self.reports.send(Report::GroupLoading(loading)).await;
+                        self.groups.reports.send(Report::GroupLoading(loading)).await;
                     }
                 }
                 Status::Ready => {
                     ready = true;
+                    // Before it is told: a coordinator that comes between the two learns it twice.
+                    self.ready.store(true, Ordering::SeqCst);
                     tracing::info!(group.id = group_id, group.epoch = epoch, rank, "a rank is ready");
-                    self.reports.send(Report::GroupReady(GroupReady { group_id, epoch, rank })).await;
+                    self.groups.reports.send(Report::GroupReady(GroupReady { group_id, epoch, rank })).await;
                 }
             }
         }

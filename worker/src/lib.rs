@@ -6,7 +6,8 @@
 //!
 //! Two worlds meet here and touch in `groups` only: tokio tasks, which wait for sockets and never for a tensor, and one
 //! thread per rank (`rank`), which computes and waits for no socket but those of its group's collective. Start reading at
-//! `worker`, then `service`, then `tasks`.
+//! `worker`, then `service`, then `tasks` and `task`. What a coordinator is told goes through `outbox`, because ranks and tasks
+//! outlive the stream they were started on.
 
 pub mod error;
 
@@ -18,6 +19,8 @@ mod request_wire;
 mod payload_wire;
 
 mod inbox;
+mod mail;
+mod outbox;
 
 mod provenance;
 
@@ -30,9 +33,15 @@ mod groups;
 
 mod cards;
 mod dial;
+mod home;
 
 mod blobs;
+mod checkpoints;
 
+mod failure;
+mod pictures;
+mod saver;
+mod task;
 mod tasks;
 
 mod session;
@@ -42,6 +51,8 @@ mod service;
 mod embedded;
 mod etcd;
 
+mod drain;
+pub mod signals;
 pub mod worker;
 
 pub use backend::{Backend, RankSpec, RegistryBackend};

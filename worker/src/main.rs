@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 use worker::config::LogFormat;
 use worker::{Args, Config};
@@ -22,7 +21,7 @@ fn main() -> ExitCode {
     start_log(args.log_format);
     let ended = Config::try_from(args).map_err(|error| error.to_string()).and_then(|config| {
         let runtime = tokio::runtime::Runtime::new().map_err(|error| format!("could not start the runtime: {error}"))?;
-        let ended = runtime.block_on(worker::run(config, stop_signal()));
+        let ended = runtime.block_on(worker::run(config, worker::signals::stop()));
         // A rank's thread in the middle of a step is not waited for.
         runtime.shutdown_background();
         ended.map_err(|error| match std::error::Error::source(&error) {
@@ -45,17 +44,5 @@ fn start_log(format: LogFormat) {
     match format {
         LogFormat::Text => log.init(),
         LogFormat::Json => log.json().init(),
-    }
-}
-
-/// Returns at SIGTERM or SIGINT.
-async fn stop_signal() {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
-        tracing::warn!("signals cannot be listened to");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
     }
 }

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use models::Payload;
 use parallel::{DType, Device, Tensor, Tensors, bytes as tensor_bytes};
 use proto::v1::put_payload_request::Part;
-use proto::v1::{PayloadHeader, PutPayloadRequest, TaskRef, TensorHeader};
+use proto::v1::{
+    CheckpointHeader, CheckpointKey, PayloadHeader, PutCheckpointRequest, PutPayloadRequest, TaskRef, TensorHeader,
+    put_checkpoint_request,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
@@ -20,6 +23,11 @@ const MAX_DIMS: usize = 8;
 /// Longest name of a tensor.
 const MAX_NAME_BYTES: usize = 128;
 
+/// What passes between stages.
+const PAYLOADS: [&str; 3] = ["conditioning", "image_latents", "latents"];
+/// The kind of a checkpoint that holds what a denoiser has done.
+pub(crate) const DENOISE_STATE: &str = "denoise_state";
+
 /// A payload on its way out, encoded once for however many destinations.
 pub(crate) struct Outgoing {
     kind: &'static str,
@@ -29,18 +37,23 @@ pub(crate) struct Outgoing {
 }
 
 impl Outgoing {
+    /// As [`Self::encode`], of what passes between stages.
+    pub(crate) fn of(payload: &Payload) -> Result<Self> {
+        Self::encode(payload.kind(), payload.tensors())
+    }
+
     /// Copies and hashes every tensor: not for tokio's threads.
-    pub(crate) fn encode(payload: &Payload) -> Result<Self> {
-        let mut bytes = Vec::with_capacity(payload.tensors().byte_size());
-        let mut tensors = Vec::with_capacity(payload.tensors().len());
-        for (name, tensor) in payload.tensors().iter() {
+    pub(crate) fn encode(kind: &'static str, each: &Tensors) -> Result<Self> {
+        let mut bytes = Vec::with_capacity(each.byte_size());
+        let mut tensors = Vec::with_capacity(each.len());
+        for (name, tensor) in each.iter() {
             tensor_bytes::append(tensor, &mut bytes).map_err(models::Error::from)?;
             let shape = tensor.dims().iter().map(|d| *d as u64).collect();
             let dtype = tensor_bytes::dtype_name(tensor.dtype()).to_owned();
             tensors.push(TensorHeader { name: name.to_owned(), dtype, shape });
         }
         let sha256 = Bytes::copy_from_slice(&Sha256::digest(&bytes));
-        Ok(Self { kind: payload.kind(), tensors, bytes: bytes.into(), sha256 })
+        Ok(Self { kind, tensors, bytes: bytes.into(), sha256 })
     }
 
     /// The messages that hand it to `task`.
@@ -52,12 +65,35 @@ impl Outgoing {
             tensors: self.tensors.clone(),
             sha256: self.sha256.clone(),
         };
+        let parts = std::iter::once(Part::Header(header)).chain(self.chunks().map(Part::Chunk));
+        parts.map(|part| PutPayloadRequest { part: Some(part) })
+    }
+
+    /// The messages that store it as `key`.
+    pub(crate) fn checkpoint_messages(
+        &self,
+        key: CheckpointKey,
+        model_digest: &str,
+    ) -> impl Iterator<Item = PutCheckpointRequest> + use<> {
+        use put_checkpoint_request::Part;
+        let header = CheckpointHeader {
+            key: Some(key),
+            kind: self.kind.to_owned(),
+            tensors: self.tensors.clone(),
+            sha256: self.sha256.clone(),
+            byte_size: self.bytes.len() as u64,
+            model_digest: model_digest.to_owned(),
+        };
+        let parts = std::iter::once(Part::Header(header)).chain(self.chunks().map(Part::Chunk));
+        parts.map(|part| PutCheckpointRequest { part: Some(part) })
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = Bytes> + use<> {
         let bytes = self.bytes.clone();
-        let chunks = (0..bytes.len()).step_by(proto::CHUNK_BYTES).map(move |start| {
+        (0..bytes.len()).step_by(proto::CHUNK_BYTES).map(move |start| {
             let end = bytes.len().min(start + proto::CHUNK_BYTES);
-            Part::Chunk(bytes.slice(start..end))
-        });
-        std::iter::once(Part::Header(header)).chain(chunks).map(|part| PutPayloadRequest { part: Some(part) })
+            bytes.slice(start..end)
+        })
     }
 }
 
@@ -80,21 +116,41 @@ struct Slot {
 impl Incoming {
     /// Checks what the header claims.
     pub(crate) fn new(header: PayloadHeader) -> Result<Self> {
-        if !matches!(header.kind.as_str(), "conditioning" | "image_latents" | "latents") {
-            return Err(Error::message("header.kind", "must be conditioning, image_latents or latents"));
+        Self::begin(header.kind, &PAYLOADS, header.tensors, header.sha256)
+    }
+
+    /// Checks what the header of a checkpoint claims, and that it is the one that was asked for.
+    pub(crate) fn of_checkpoint(header: CheckpointHeader, key: &CheckpointKey, model_digest: &str) -> Result<Self> {
+        if header.key.as_ref() != Some(key) {
+            return Err(Error::message("header.key", "is another than was asked for"));
         }
-        if header.sha256.len() != 32 {
+        if header.model_digest != model_digest {
+            return Err(Error::message("header.model_digest", "is that of other weights"));
+        }
+        let kinds: &[&str] = if key.step > 0 { &[DENOISE_STATE] } else { &PAYLOADS };
+        let incoming = Self::begin(header.kind, kinds, header.tensors, header.sha256)?;
+        if header.byte_size != incoming.expected {
+            return Err(Error::message("header.byte_size", format!("is not the {} bytes of its tensors", incoming.expected)));
+        }
+        Ok(incoming)
+    }
+
+    fn begin(kind: String, kinds: &[&str], tensors: Vec<TensorHeader>, sha256: Bytes) -> Result<Self> {
+        if !kinds.contains(&kind.as_str()) {
+            return Err(Error::message("header.kind", format!("must be {}", kinds.join(", "))));
+        }
+        if sha256.len() != 32 {
             return Err(Error::message("header.sha256", "must have 32 bytes"));
         }
-        if header.tensors.is_empty() || header.tensors.len() > MAX_TENSORS {
+        if tensors.is_empty() || tensors.len() > MAX_TENSORS {
             return Err(Error::message("header.tensors", format!("must be 1 to {MAX_TENSORS}")));
         }
-        let tensors = header.tensors.into_iter().map(Slot::new).collect::<Result<Vec<_>>>()?;
+        let tensors = tensors.into_iter().map(Slot::new).collect::<Result<Vec<_>>>()?;
         let expected: u64 = tensors.iter().map(|slot| slot.bytes as u64).sum();
         if expected > MAX_PAYLOAD_BYTES {
             return Err(Error::message("header.tensors", format!("are {expected} bytes; the limit is {MAX_PAYLOAD_BYTES}")));
         }
-        Ok(Self { kind: header.kind, tensors, sha256: header.sha256, expected, bytes: Vec::new() })
+        Ok(Self { kind, tensors, sha256, expected, bytes: Vec::new() })
     }
 
     /// Bytes it will have.
@@ -113,6 +169,12 @@ impl Incoming {
 
     /// The payload, if all has come and is what was sent. Hashes and copies: not for tokio's threads.
     pub(crate) fn finish(self) -> Result<Payload> {
+        let kind = self.kind.clone();
+        Payload::from_parts(&kind, self.finish_tensors()?).ok_or_else(|| Error::message("header.kind", "is unknown"))
+    }
+
+    /// As [`Self::finish`], whatever kind it is of.
+    pub(crate) fn finish_tensors(self) -> Result<Tensors> {
         if self.bytes.len() as u64 != self.expected {
             let reason = format!("ended after {} of {} bytes", self.bytes.len(), self.expected);
             return Err(Error::message("chunk", reason));
@@ -128,7 +190,7 @@ impl Incoming {
             let tensor = Tensor::from_raw_buffer(data, slot.dtype, &slot.shape, &Device::Cpu).map_err(models::Error::from)?;
             tensors.insert(slot.name, tensor);
         }
-        Payload::from_parts(&self.kind, tensors).ok_or_else(|| Error::message("header.kind", "is unknown"))
+        Ok(tensors)
     }
 }
 
@@ -166,7 +228,7 @@ mod tests {
     fn messages(payload: &Payload) -> (PayloadHeader, Vec<Vec<u8>>) {
         let mut header = None;
         let mut chunks = Vec::new();
-        for message in Outgoing::encode(payload).unwrap().messages(TaskRef::default(), "encode_text") {
+        for message in Outgoing::of(payload).unwrap().messages(TaskRef::default(), "encode_text") {
             match message.part {
                 Some(Part::Header(h)) => header = Some(h),
                 Some(Part::Chunk(c)) => chunks.push(c.to_vec()),

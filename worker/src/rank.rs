@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use models::blocks::{Layout, RankGroup};
 use models::registry::{Limits, LoadProgress, Rank};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
-use models::{Payload, Request};
+use models::{Checkpoint, Payload, Request};
 use parallel::tcp::{Hello, Rendezvous, Tcp};
 use tokio::sync::{oneshot, watch};
 
@@ -27,9 +27,11 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the leader's thread is told.
 pub(crate) enum Command {
     /// Work on a task.
-    Start { key: TaskKey, request: Box<Request>, inputs: Inputs, sink: Sink },
+    Start { key: TaskKey, request: Box<Request>, inputs: Box<Inputs>, sink: Sink },
     /// Stop a task at its next step.
     Cancel { key: TaskKey },
+    /// Stop a task at its next step, and give back what was done of it.
+    Park { key: TaskKey },
     /// Look whether to stop: wakes a thread with nothing to do.
     Wake,
 }
@@ -37,16 +39,22 @@ pub(crate) enum Command {
 /// Where what becomes of a task goes.
 pub(crate) struct Sink {
     pub(crate) progress: watch::Sender<Progress>,
+    /// What has been done, after each step of a denoiser.
+    pub(crate) states: watch::Sender<Option<Checkpoint>>,
     pub(crate) outcome: oneshot::Sender<Outcome>,
     pub(crate) began: Option<Instant>,
 }
 
 /// How far a task is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Progress {
+    #[default]
     Waiting,
     Started,
-    Step { step: usize, steps: usize },
+    Step {
+        step: usize,
+        steps: usize,
+    },
 }
 
 /// How a task ended.
@@ -83,6 +91,10 @@ impl End {
 
     pub(crate) fn load_failed(message: impl Into<String>) -> Self {
         Self { reason: "LOAD_FAILED", message: message.into() }
+    }
+
+    pub(crate) fn draining() -> Self {
+        Self { reason: "DRAINING", message: "this worker is about to go".into() }
     }
 
     fn of(error: &models::Error) -> Self {
@@ -222,9 +234,10 @@ fn obey(command: Command, stage: &mut dyn Stage, sinks: &mut HashMap<TaskKey, Si
     match command {
         Command::Start { key, request, inputs, sink } => {
             sinks.insert(key, sink);
-            stage.start(key, *request, inputs);
+            stage.start(key, *request, *inputs);
         }
         Command::Cancel { key } => stage.cancel(key),
+        Command::Park { key } => stage.park(key),
         Command::Wake => {}
     }
 }
@@ -237,8 +250,11 @@ fn deliver(event: StageEvent<'_>, sinks: &mut HashMap<TaskKey, Sink>) {
                 sink.progress.send_replace(Progress::Started);
             }
         }
-        StageEvent::Step { key, step, steps, .. } => {
+        StageEvent::Step { key, step, steps, state } => {
             if let Some(sink) = sinks.get(&key) {
+                if let Some(state) = state {
+                    sink.states.send_replace(Some(state.checkpoint()));
+                }
                 sink.progress.send_replace(Progress::Step { step, steps });
             }
         }

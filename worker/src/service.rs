@@ -6,7 +6,6 @@ use std::time::Duration;
 use proto::v1::put_payload_request::Part;
 use proto::v1::worker_service_server::{WorkerService, WorkerServiceServer};
 use proto::v1::{ControlRequest, ControlResponse, PutPayloadRequest, PutPayloadResponse};
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -14,13 +13,12 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::error::status;
 use crate::groups::Groups;
 use crate::inbox::TaskId;
+use crate::mail::Mail;
+use crate::outbox;
 use crate::payload_wire::Incoming;
 use crate::session::Sessions;
-use crate::tasks::Mail;
 use crate::{Error, Result};
 
-/// Reports that wait for the coordinator to read them. More, and whoever reports waits.
-const MAX_REPORTS: usize = 1024;
 /// A sender of a payload that says nothing for this long has gone, and its room in the inbox is given back.
 const SENDER_SILENCE: Duration = Duration::from_secs(10);
 
@@ -78,7 +76,7 @@ impl WorkerService for Service {
     type ControlStream = ReceiverStream<Result<ControlResponse, Status>>;
 
     async fn control(&self, request: Request<Streaming<ControlRequest>>) -> Result<Response<Self::ControlStream>, Status> {
-        let (reports, stream) = mpsc::channel(MAX_REPORTS);
+        let (reports, stream) = outbox::queue();
         tokio::spawn(self.sessions.clone().serve(request.into_inner(), reports));
         Ok(Response::new(ReceiverStream::new(stream)))
     }

@@ -1,150 +1,129 @@
-//! A task from its command to its report: wait for its inputs, hand it to the group's leader, hand its output on.
+//! The tasks this worker leads: taken on, cancelled, parked, forgotten, and told of when a new coordinator comes.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
-use bytes::Bytes;
-use futures::future::try_join_all;
-use futures::stream;
-use models::image_io;
-use models::stage::{Inputs, Pictures};
-use models::{Payload, Request};
 use proto::v1::control_response::Report;
-use proto::v1::worker_service_client::WorkerServiceClient;
-use proto::v1::{Destination, ImageResult, RunTask, StageKind, TaskDone, TaskFailed, TaskProgress, TaskRef, TaskStarted};
-use sha2::{Digest, Sha256};
-use tokio::sync::{Notify, oneshot, watch};
+use proto::v1::{HeldTask, RunTask, TaskDone, TaskParked, TaskRef};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use crate::blobs::{Blobs, hex};
-use crate::cards::scheduler_class;
-use crate::dial::{self, Dial};
-use crate::groups::{Groups, Leader, MAX_TASKS, Reports};
-use crate::inbox::{Inbox, TaskId};
-use crate::payload_wire::Outgoing;
-use crate::rank::{Command, Outcome, Progress, Sink};
-use crate::{Error, Result, provenance, request_wire};
-
-/// The inbox, and what wakes the tasks that wait for it.
-#[derive(Debug, Default)]
-pub(crate) struct Mail {
-    inbox: Mutex<Inbox>,
-    arrived: Notify,
-}
-
-/// Room in the inbox for a payload that is on its way in. Given back when it does not come.
-pub(crate) struct Reservation<'a> {
-    mail: &'a Mail,
-    bytes: u64,
-}
-
-impl Mail {
-    /// Makes room for `bytes`.
-    pub(crate) fn reserve(&self, bytes: u64) -> Result<Reservation<'_>> {
-        self.inbox().reserve(bytes, Instant::now())?;
-        Ok(Reservation { mail: self, bytes })
-    }
-
-    fn inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn claim(&self, task: &TaskId, stages: &[String]) -> Vec<Payload> {
-        loop {
-            let arrived = self.arrived.notified();
-            tokio::pin!(arrived);
-            // From here on nothing that arrives is missed.
-            arrived.as_mut().enable();
-            if let Some(payloads) = self.inbox().claim(task, stages) {
-                return payloads;
-            }
-            arrived.await;
-        }
-    }
-}
-
-impl Reservation<'_> {
-    /// Puts the payload where the room was.
-    pub(crate) fn fill(mut self, task: TaskId, from_stage: &str, payload: Payload) {
-        let bytes = std::mem::take(&mut self.bytes);
-        self.mail.inbox().insert(task, from_stage, payload, bytes, Instant::now());
-        self.mail.arrived.notify_waiters();
-    }
-}
-
-impl Drop for Reservation<'_> {
-    fn drop(&mut self) {
-        self.mail.inbox().release(self.bytes);
-    }
-}
+use crate::failure::Failure;
+use crate::groups::MAX_TASKS;
+use crate::inbox::TaskId;
+use crate::outbox::Reports;
+use crate::rank::Progress;
+use crate::task::{Ending, Means, Task};
 
 /// The tasks this worker leads.
 pub(crate) struct Tasks {
-    groups: Arc<Groups>,
-    mail: Arc<Mail>,
-    dial: Dial,
-    /// Cancelled when the task is to stop.
-    running: Mutex<HashMap<TaskId, CancellationToken>>,
-    next_key: AtomicU64,
+    means: Arc<Means>,
+    reports: Reports,
+    running: Mutex<HashMap<TaskId, Arc<Ticket>>>,
+    /// Every task until its end has been told.
+    tracker: TaskTracker,
 }
 
-/// Why a task ended without output.
-struct Failure {
-    reason: &'static str,
-    message: String,
-    step: usize,
+/// What is asked of a task, and how far it is.
+#[derive(Debug, Default)]
+pub(crate) struct Ticket {
+    /// Cancelled when it is to stop.
+    pub(crate) cancel: CancellationToken,
+    /// Cancelled when it is to stop and keep what was done of it.
+    pub(crate) park: CancellationToken,
+    /// Nobody wants to know how it ends.
+    pub(crate) forgotten: AtomicBool,
+    /// The newest step whose state is stored.
+    pub(crate) saved: Arc<AtomicU32>,
+    /// As it was told last.
+    pub(crate) progress: Mutex<Progress>,
 }
 
 impl Tasks {
-    pub(crate) fn new(groups: Arc<Groups>, mail: Arc<Mail>) -> Arc<Self> {
-        let (dial, running, next_key) = (Dial::default(), Mutex::default(), AtomicU64::new(1));
-        Arc::new(Self { groups, mail, dial, running, next_key })
+    pub(crate) fn new(means: Means, reports: Reports) -> Arc<Self> {
+        let tracker = TaskTracker::new();
+        tracker.close();
+        Arc::new(Self { means: Arc::new(means), reports, running: Mutex::default(), tracker })
     }
 
     /// Takes a task on; what becomes of it is reported.
-    pub(crate) async fn run(self: &Arc<Self>, run: RunTask, reports: &Reports) {
+    pub(crate) async fn run(self: &Arc<Self>, run: RunTask) {
         let id = TaskId::from(run.task.clone().unwrap_or_default());
-        let cancel = CancellationToken::new();
-        match self.admit(&id, &cancel) {
+        if let Some(end) = self.reports.end_of(&id) {
+            // A coordinator that does not know yet: it is told again, not done again.
+            return self.reports.send(end).await;
+        }
+        let ticket = Arc::new(Ticket::default());
+        ticket.saved.store(run.resume_step, Ordering::SeqCst);
+        match self.admit(&id, &ticket) {
             Ok(true) => {}
             Ok(false) => return tracing::warn!(job.id = id.job_id, stage = id.stage, "told to run a task twice"),
-            Err(failure) => return reports.send(failure.report(id.into())).await,
+            Err(failure) => {
+                let report = failure.report(id.clone().into());
+                return self.reports.end(id, report, &ticket.forgotten).await;
+            }
         }
-        let (tasks, reports) = (self.clone(), reports.clone());
-        tokio::spawn(async move {
-            let outcome = tasks.work(&run, &id, &cancel, &reports).await;
+        let task = Task { means: self.means.clone(), reports: self.reports.clone(), ticket, run, id };
+        let tasks = self.clone();
+        self.tracker.spawn(async move {
+            let ended = task.work().await;
+            let Task { id, ticket, .. } = task;
+            let report = conclude(ended, &id);
+            tasks.means.mail.forget(|task| *task == id);
+            // Until it is told, a coordinator that comes finds it among those that run.
+            tasks.reports.end(id.clone(), report, &ticket.forgotten).await;
             tasks.running().remove(&id);
-            tasks.mail.inbox().forget(|task| *task == id);
-            reports.send(conclude(outcome, id)).await;
         });
     }
 
     /// Stops a task at its next step.
     pub(crate) fn cancel(&self, task: TaskRef) {
-        if let Some(cancel) = self.running().get(&task.into()) {
-            cancel.cancel();
+        if let Some(ticket) = self.running().get(&task.into()) {
+            ticket.cancel.cancel();
+        }
+    }
+
+    /// Stops a task at its next step and keeps what was done of it.
+    pub(crate) fn park(&self, task: TaskRef) {
+        if let Some(ticket) = self.running().get(&task.into()) {
+            ticket.park.cancel();
         }
     }
 
     /// Drops what is held of a job that is over.
     pub(crate) fn forget_job(&self, job_id: &str) {
-        self.stop_where(|task| task.job_id == job_id);
+        self.forget_where(|task| task.job_id == job_id);
+        self.reports.forget_job(job_id);
     }
 
-    /// Drops everything.
+    /// Drops everything that runs or waits: nobody is left who wants it.
     pub(crate) fn forget_all(&self) {
-        self.stop_where(|_| true);
+        self.forget_where(|_| true);
     }
 
     /// Drops what has come for a group that is given up.
     pub(crate) fn forget_group(&self, group_id: &str, epoch: u64) {
-        self.mail.inbox().forget(|task| task.group_id == group_id && task.epoch == epoch);
+        self.means.mail.forget(|task| task.group_id == group_id && task.epoch == epoch);
     }
 
-    fn admit(&self, id: &TaskId, cancel: &CancellationToken) -> Result<bool, Failure> {
-        self.groups.leader(id).map_err(|error| Failure::new("STALE_EPOCH", error.to_string()))?;
+    /// Those that wait or run.
+    pub(crate) fn held(&self) -> Vec<HeldTask> {
+        self.running().iter().map(|(id, ticket)| ticket.held(id)).collect()
+    }
+
+    /// Whether there are none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.running().is_empty()
+    }
+
+    /// Returns when every task's end has been told.
+    pub(crate) async fn all_over(&self) {
+        self.tracker.wait().await;
+    }
+
+    fn admit(&self, id: &TaskId, ticket: &Arc<Ticket>) -> Result<bool, Failure> {
+        self.means.groups.leader(id).map_err(|error| Failure::new("STALE_EPOCH", error.to_string()))?;
         let mut running = self.running();
         if running.contains_key(id) {
             return Ok(false);
@@ -152,250 +131,59 @@ impl Tasks {
         if running.len() >= MAX_TASKS {
             return Err(Failure::new("OVERLOADED", format!("this worker has {MAX_TASKS} tasks already")));
         }
-        running.insert(id.clone(), cancel.clone());
-        self.mail.inbox().announce(id);
+        running.insert(id.clone(), ticket.clone());
+        self.means.mail.announce(id);
         Ok(true)
     }
 
-    fn stop_where(&self, which: impl Fn(&TaskId) -> bool) {
-        self.running().iter().filter(|(task, _)| which(task)).for_each(|(_, cancel)| cancel.cancel());
-        self.mail.inbox().forget(which);
-    }
-
-    async fn work(
-        &self,
-        run: &RunTask,
-        id: &TaskId,
-        cancel: &CancellationToken,
-        reports: &Reports,
-    ) -> Result<(f64, Vec<ImageResult>), Failure> {
-        let leader = self.groups.leader(id).map_err(|error| Failure::new("STALE_EPOCH", error.to_string()))?;
-        let (request, inputs) = tokio::select! {
-            prepared = self.prepare(run, id) => prepared?,
-            () = cancel.cancelled() => return Err(Failure::cancelled(0)),
-            () = leader.ended.cancelled() => return Err(Failure::lost()),
-        };
-        let attempt = Attempt { id, cancel, reports, leader: &leader };
-        let key = self.next_key.fetch_add(1, Ordering::Relaxed);
-        let (payload, seconds, steps) = attempt.compute(key, request, inputs).await?;
-        tokio::select! {
-            images = self.hand_over(run, id, payload, &leader) => Ok((seconds, images?)),
-            () = cancel.cancelled() => Err(Failure::cancelled(steps)),
+    fn forget_where(&self, which: impl Fn(&TaskId) -> bool) {
+        for (_, ticket) in self.running().iter().filter(|(task, _)| which(task)) {
+            ticket.forgotten.store(true, Ordering::SeqCst);
+            ticket.cancel.cancel();
         }
+        self.means.mail.forget(which);
     }
 
-    /// Everything the task starts from.
-    async fn prepare(&self, run: &RunTask, id: &TaskId) -> Result<(Request, Inputs), Failure> {
-        let spec = run.spec.as_ref().ok_or_else(|| Failure::new("INVALID_REQUEST", "spec: is missing"))?;
-        let request = request_wire::from_wire(spec).map_err(|error| Failure::new("INVALID_REQUEST", error.to_string()))?;
-        let mut inputs = Inputs::default();
-        for payload in self.mail.claim(id, &run.inputs).await {
-            inputs.add(payload).map_err(|error| Failure::of_model(&error, 0))?;
-        }
-        if run.kind() == StageKind::EncodeImage {
-            if spec.image_blob_id.is_empty() {
-                return Err(Failure::new("INVALID_REQUEST", "image_blob_id: is missing"));
-            }
-            let image = self.picture(run, &spec.image_blob_id).await?;
-            let mask_image = match spec.mask_image_blob_id.as_str() {
-                "" => None,
-                blob_id => Some(self.picture(run, blob_id).await?),
-            };
-            inputs.pictures = Pictures { image: Some(image), mask_image };
-        }
-        Ok((request, inputs))
-    }
-
-    async fn picture(&self, run: &RunTask, blob_id: &str) -> Result<Vec<u8>, Failure> {
-        let failed = |error: Error| match &error {
-            Error::Blob { .. } | Error::Call { code: tonic::Code::NotFound, .. } => {
-                Failure::new("INVALID_IMAGE", error.to_string())
-            }
-            _ => Failure::new("INTERNAL", error.to_string()),
-        };
-        Blobs::at(&run.blob_address, &self.dial).map_err(failed)?.download(blob_id).await.map_err(failed)
-    }
-
-    /// Hands the output to whoever waits for it: other tasks, or the blob service.
-    async fn hand_over(
-        &self,
-        run: &RunTask,
-        id: &TaskId,
-        payload: Payload,
-        leader: &Leader,
-    ) -> Result<Vec<ImageResult>, Failure> {
-        if run.outputs.is_empty() {
-            return self.store(run, payload, leader).await;
-        }
-        let encoded = tokio::task::spawn_blocking(move || Outgoing::encode(&payload)).await;
-        let encoded = encoded.map_err(|_| Error::Panicked).flatten().map_err(|e| Failure::new("INTERNAL", e.to_string()))?;
-        try_join_all(run.outputs.iter().map(|to| self.put(&encoded, &id.stage, to))).await?;
-        Ok(Vec::new())
-    }
-
-    async fn put(&self, payload: &Outgoing, from_stage: &str, to: &Destination) -> Result<(), Failure> {
-        let refused = |error: Error| Failure::new("PAYLOAD_REFUSED", error.to_string());
-        let client = WorkerServiceClient::new(self.dial.channel(&to.address).map_err(refused)?)
-            .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-        let task = to.task.clone().unwrap_or_default();
-        let answer = dial::call(&to.address, || {
-            let mut client = client.clone();
-            let messages = payload.messages(task.clone(), from_stage);
-            async move { client.put_payload(stream::iter(messages)).await }
-        });
-        answer.await.map(drop).map_err(refused)
-    }
-
-    async fn store(&self, run: &RunTask, payload: Payload, leader: &Leader) -> Result<Vec<ImageResult>, Failure> {
-        let (run_again, path) = (run.clone(), leader.path.clone());
-        let encoded = tokio::task::spawn_blocking(move || {
-            let scheduler = scheduler_class(&path);
-            encode_pictures(&run_again, &payload, scheduler.as_deref())
-        });
-        let internal = |error: Error| Failure::new("INTERNAL", error.to_string());
-        let pictures = encoded.await.map_err(|_| Error::Panicked).flatten().map_err(internal)?;
-        let refused = |error: Error| Failure::new("PAYLOAD_REFUSED", error.to_string());
-        let blobs = Blobs::at(&run.blob_address, &self.dial).map_err(refused)?;
-        let uploads = pictures.into_iter().map(|(bytes, image)| {
-            let blobs = &blobs;
-            async move {
-                let blob_id = blobs.upload_png(&bytes, &image.sha256).await.map_err(refused)?;
-                Ok(ImageResult { blob_id, ..image })
-            }
-        });
-        try_join_all(uploads).await
-    }
-
-    fn running(&self) -> MutexGuard<'_, HashMap<TaskId, CancellationToken>> {
+    fn running(&self) -> MutexGuard<'_, HashMap<TaskId, Arc<Ticket>>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A task while the leader works on it.
-struct Attempt<'a> {
-    id: &'a TaskId,
-    cancel: &'a CancellationToken,
-    reports: &'a Reports,
-    leader: &'a Leader,
-}
-
-impl Attempt<'_> {
-    /// The output, the seconds it took and the steps that were made.
-    async fn compute(&self, key: u64, request: Request, inputs: Inputs) -> Result<(Payload, f64, usize), Failure> {
-        let (progress, mut seen) = watch::channel(Progress::Waiting);
-        let (outcome, mut over) = oneshot::channel();
-        let sink = Sink { progress, outcome, began: None };
-        let start = Command::Start { key, request: Box::new(request), inputs, sink };
-        self.leader.commands.try_send(start).map_err(|_| Failure::lost())?;
-        let mut told = Told::default();
-        let mut asked_to_stop = false;
-        loop {
-            tokio::select! {
-                biased;
-                outcome = &mut over => {
-                    let last = *seen.borrow_and_update();
-                    self.tell(last, &mut told).await;
-                    return match outcome {
-                        Ok(Outcome::Done { payload, seconds }) => Ok((payload, seconds, told.step)),
-                        Ok(Outcome::Failed { error, step }) => Err(Failure::of_model(&error, step)),
-                        Err(_) => Err(Failure::lost()),
-                    };
-                }
-                () = self.leader.ended.cancelled() => return Err(Failure::lost()),
-                () = self.cancel.cancelled(), if !asked_to_stop => {
-                    asked_to_stop = true;
-                    self.leader.commands.try_send(Command::Cancel { key }).map_err(|_| Failure::lost())?;
-                }
-                Ok(()) = seen.changed() => {
-                    let now = *seen.borrow_and_update();
-                    self.tell(now, &mut told).await;
-                }
-            }
-        }
+impl Ticket {
+    pub(crate) fn saved_step(&self) -> u32 {
+        self.saved.load(Ordering::SeqCst)
     }
 
-    async fn tell(&self, progress: Progress, told: &mut Told) {
-        let task = || Some(TaskRef::from(self.id.clone()));
-        if progress != Progress::Waiting && !told.started {
-            told.started = true;
-            self.reports.send(Report::TaskStarted(TaskStarted { task: task() })).await;
-        }
-        if let Progress::Step { step, steps } = progress
-            && told.step != step
-        {
-            told.step = step;
-            let (step, steps) = (step as u32, steps as u32);
-            self.reports.send(Report::TaskProgress(TaskProgress { task: task(), step, steps, saved_step: 0 })).await;
+    pub(crate) fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn held(&self, id: &TaskId) -> HeldTask {
+        let progress = *self.progress();
+        let (step, steps) = if let Progress::Step { step, steps } = progress { (step, steps) } else { (0, 0) };
+        HeldTask {
+            task: Some(id.clone().into()),
+            started: progress != Progress::Waiting,
+            // One that goes on from a checkpoint has made these steps before its first.
+            step: (step as u32).max(self.saved_step()),
+            steps: steps as u32,
+            saved_step: self.saved_step(),
         }
     }
 }
 
-/// What the coordinator has been told of a task.
-#[derive(Default)]
-struct Told {
-    started: bool,
-    step: usize,
-}
-
-impl Failure {
-    fn new(reason: &'static str, message: impl Into<String>) -> Self {
-        Self { reason, message: message.into(), step: 0 }
-    }
-
-    fn cancelled(step: usize) -> Self {
-        Self { step, ..Self::new("CANCELLED", "the task was cancelled") }
-    }
-
-    fn lost() -> Self {
-        Self::new("PEER_LOST", "the group is over")
-    }
-
-    fn of_model(error: &models::Error, step: usize) -> Self {
-        let (reason, message) = match error {
-            models::Error::Cancelled => return Self::cancelled(step),
-            models::Error::Invalid { field, .. } if field.contains("image") => ("INVALID_IMAGE", error.to_string()),
-            models::Error::Invalid { .. } => ("INVALID_REQUEST", error.to_string()),
-            error if error.loses_group() => ("PEER_LOST", error.to_string()),
-            // What a tokenizer says may quote its text.
-            models::Error::Tokenizer(_) => ("INTERNAL", "the tokenizer failed".into()),
-            error => ("INTERNAL", error.to_string()),
-        };
-        Self { step, ..Self::new(reason, message) }
-    }
-
-    fn report(self, task: TaskRef) -> Report {
-        let Self { reason, message, step } = self;
-        Report::TaskFailed(TaskFailed { task: Some(task), reason: reason.into(), message, step: step as u32 })
-    }
-}
-
-fn conclude(outcome: Result<(f64, Vec<ImageResult>), Failure>, id: TaskId) -> Report {
-    match outcome {
-        Ok((seconds, images)) => Report::TaskDone(TaskDone { task: Some(id.into()), seconds, images, stored: false }),
+fn conclude(ended: Result<Ending, Failure>, id: &TaskId) -> Report {
+    let task = TaskRef::from(id.clone());
+    match ended {
+        Ok(Ending::Done { seconds, images, stored }) => Report::TaskDone(TaskDone { task: Some(task), seconds, images, stored }),
+        Ok(Ending::Parked { saved_step }) => {
+            tracing::info!(job.id = id.job_id, stage = id.stage, group.id = id.group_id, saved_step, "a task was parked");
+            Report::TaskParked(TaskParked { task: Some(task), saved_step })
+        }
         Err(failure) => {
             let Failure { reason, message, .. } = &failure;
             tracing::info!(job.id = id.job_id, stage = id.stage, group.id = id.group_id, reason, message, "a task failed");
-            failure.report(id.into())
+            failure.report(task)
         }
     }
-}
-
-/// PNGs, and what is known of each before it is stored.
-fn encode_pictures(run: &RunTask, payload: &Payload, scheduler: Option<&str>) -> Result<Vec<(Bytes, ImageResult)>> {
-    let spec = run.spec.clone().unwrap_or_default();
-    let pictures = image_io::to_u8(payload.image()?)?;
-    let encoded = pictures.iter().enumerate().map(|(index, picture)| {
-        let text = provenance::text(run, &spec, scheduler, index);
-        let bytes = Bytes::from(image_io::encode_png(picture, &text)?);
-        let image = ImageResult {
-            blob_id: String::new(),
-            sha256: hex(&Sha256::digest(&bytes)),
-            width: picture.width as u32,
-            height: picture.height as u32,
-            media_type: "image/png".into(),
-            byte_size: bytes.len() as u64,
-        };
-        Ok((bytes, image))
-    });
-    encoded.collect()
 }

@@ -1,6 +1,7 @@
 //! A worker, put together: what is listened on, what runs, and the order in which it ends.
 
 use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,21 +13,27 @@ use tonic::transport::Server;
 use crate::backend::{Backend, RegistryBackend};
 use crate::cards::Cards;
 use crate::config::{Config, Membership};
+use crate::dial::Dial;
+use crate::drain::Drain;
 use crate::groups::Groups;
+use crate::home::Home;
+use crate::mail::Mail;
+use crate::outbox::Reports;
 use crate::routes::Routes;
 use crate::service::Service;
-use crate::session::Sessions;
-use crate::tasks::{Mail, Tasks};
-use crate::{Error, Result, embedded, etcd};
+use crate::session::{Leadership, Sessions};
+use crate::task::Means;
+use crate::tasks::Tasks;
+use crate::{Error, Result, embedded, etcd, signals};
 
-/// Longest time between the signal to stop and the end of [`Worker::run`].
-const DRAIN: Duration = Duration::from_secs(2);
+/// Longest time between the end of the drain and the end of [`Worker::run`].
+const CALLS_END: Duration = Duration::from_secs(2);
 /// HTTP/2 windows: a chunk of payload is half a megabyte, and a real network has latency.
 const WINDOW_BYTES: u32 = 4 << 20;
 /// Pings show a caller that is gone without a word.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
-/// Runs a worker with this program's models until `shutdown`.
+/// Runs a worker with this program's models until `shutdown`, and drains it then; a signal after that cuts the drain short.
 ///
 /// # Errors
 /// When it cannot listen. A coordinator or etcd that is not there is waited for.
@@ -35,7 +42,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(config.threads).build_global() {
         tracing::debug!(%error, "the threads to compute with are set already");
     }
-    Worker::bind(config, Arc::new(RegistryBackend)).await?.run(shutdown).await
+    Worker::bind(config, Arc::new(RegistryBackend)).await?.run_until(shutdown, signals::stop()).await
 }
 
 /// A worker that listens.
@@ -47,6 +54,9 @@ pub struct Worker {
     groups: Arc<Groups>,
     routes: Arc<Routes>,
     cards: Arc<Cards>,
+    reports: Reports,
+    drain_timeout: Duration,
+    orphan_grace: Duration,
 }
 
 impl Worker {
@@ -71,9 +81,23 @@ impl Worker {
             labels: config.labels,
         };
         let routes = Arc::<Routes>::default();
-        let groups = Groups::new(backend.clone(), routes.clone(), config.prompt_cache_bytes, config.load_timeout);
+        let reports = Reports::default();
+        let (cache, load_timeout) = (config.prompt_cache_bytes, config.load_timeout);
+        let groups = Groups::new(backend.clone(), routes.clone(), cache, load_timeout, reports.clone());
         let (cards, membership) = (Cards::new(backend), config.membership);
-        Ok(Self { listener, data_listener, registration, membership, groups, routes, cards })
+        let Config { drain_timeout, orphan_grace, .. } = config;
+        Ok(Self {
+            listener,
+            data_listener,
+            registration,
+            membership,
+            groups,
+            routes,
+            cards,
+            reports,
+            drain_timeout,
+            orphan_grace,
+        })
     }
 
     /// How it will appear in the membership.
@@ -81,21 +105,44 @@ impl Worker {
         &self.registration
     }
 
-    /// Serves until `shutdown`: then it leaves the membership, then its groups, then it ends.
+    /// Serves until `shutdown`. Then the coordinator is asked to take over what is done here, for a while; then this worker
+    /// leaves the membership and what groups it still has, and ends.
     ///
     /// # Errors
     /// When the server fails.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
+        self.run_until(shutdown, std::future::pending()).await
+    }
+
+    /// As [`Self::run`]; `hurry`, which begins to be waited for after `shutdown`, ends the wait for the coordinator.
+    ///
+    /// # Errors
+    /// When the server fails.
+    pub async fn run_until(self, shutdown: impl Future<Output = ()>, hurry: impl Future<Output = ()>) -> Result<()> {
         self.routes.listen(self.data_listener)?;
         let stop = CancellationToken::new();
         let mail = Arc::new(Mail::default());
+        let home = Arc::new(Home::new(self.orphan_grace));
+        let (groups, reports) = (self.groups.clone(), self.reports.clone());
+        let means = Means {
+            groups: groups.clone(),
+            mail: mail.clone(),
+            dial: Dial::default(),
+            home: home.clone(),
+            next_key: AtomicU64::new(1),
+        };
+        let tasks = Tasks::new(means, reports.clone());
+        let drain = Drain { groups: groups.clone(), tasks: tasks.clone(), reports: reports.clone(), timeout: self.drain_timeout };
         let sessions = Sessions {
             hello: self.registration.clone(),
-            groups: self.groups.clone(),
-            tasks: Tasks::new(self.groups.clone(), mail.clone()),
+            groups,
+            tasks,
             cards: self.cards,
+            reports,
+            home,
+            orphan_grace: self.orphan_grace,
             stop: stop.clone(),
-            current: Mutex::default(),
+            leadership: Mutex::new(Leadership::default()),
             turn: tokio::sync::Mutex::default(),
         };
         let service = Service { sessions: Arc::new(sessions), groups: self.groups.clone(), mail };
@@ -117,8 +164,13 @@ impl Worker {
             }
         });
         tokio::pin!(serving);
+        let drained = async {
+            shutdown.await;
+            tracing::info!("draining");
+            drain.run(hurry).await;
+        };
         let ended = tokio::select! {
-            () = shutdown => None,
+            () = drained => None,
             served = &mut serving => Some(served),
         };
         tracing::info!("shutting down");
@@ -128,7 +180,7 @@ impl Worker {
         let ended = match ended {
             Some(served) => served,
             // Calls that do not end in time are cut.
-            None => tokio::time::timeout(DRAIN, &mut serving).await.unwrap_or(Ok(Ok(()))),
+            None => tokio::time::timeout(CALLS_END, &mut serving).await.unwrap_or(Ok(Ok(()))),
         };
         self.groups.leave_all();
         serving.abort();

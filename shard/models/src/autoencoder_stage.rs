@@ -59,6 +59,10 @@ impl Stage for AutoencoderStage {
         self.waiting.push(key, request, inputs);
     }
 
+    fn park(&mut self, key: TaskKey) {
+        self.waiting.park(key);
+    }
+
     fn cancel(&mut self, key: TaskKey) {
         self.waiting.cancel(key);
     }

@@ -29,9 +29,16 @@ pub struct Engine {
 struct Active {
     key: TaskKey,
     state: DenoiseState,
-    cancelled: bool,
+    leaving: Option<Leaving>,
     /// The branches of its next evaluation.
     branches: Vec<Branch>,
+}
+
+/// Why a job is not issued again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaving {
+    Cancelled,
+    Parked,
 }
 
 enum Branch {
@@ -56,37 +63,68 @@ impl Engine {
         while self.active.len() < self.limits.max_jobs.max(1) {
             let Some((key, request, inputs)) = self.waiting.pop() else { return };
             on_event(StageEvent::Started { key });
-            let started = self.denoiser.start(request, inputs).and_then(|state| {
-                let branches = self.next_branches(&state)?;
-                Ok(Active { key, state, cancelled: false, branches })
-            });
-            match started {
-                Ok(job) => self.active.push(job),
+            match self.begin(key, request, inputs) {
+                Ok(job) => self.keep_or_finish(job, on_event),
                 Err(error) => on_event(StageEvent::Failed { key, error, step: 0 }),
             }
         }
     }
 
+    /// A job before its next evaluation: the first, or where its checkpoint was.
+    fn begin(&self, key: TaskKey, request: Request, mut inputs: Inputs) -> Result<Active> {
+        let checkpoint = inputs.checkpoint.take();
+        let mut state = self.denoiser.start(request, inputs)?;
+        if let Some(checkpoint) = checkpoint {
+            state.restore(checkpoint)?;
+        }
+        let branches = self.next_branches(&state)?;
+        Ok(Active { key, state, leaving: None, branches })
+    }
+
+    /// Puts a job at the end of the row, so that jobs take turns, or lets it go when nothing is left to do.
+    fn keep_or_finish(&mut self, job: Active, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        let (key, step) = (job.key, job.state.step);
+        if step < job.state.steps() {
+            return self.active.push(job);
+        }
+        on_event(match self.denoiser.finish(job.state) {
+            Ok(payload) => StageEvent::Done { key, payload },
+            Err(error) => StageEvent::Failed { key, error, step },
+        });
+    }
+
     fn next_branches(&self, state: &DenoiseState) -> Result<Vec<Branch>> {
+        if state.step >= state.steps() {
+            return Ok(Vec::new());
+        }
         Ok(self.denoiser.branches(state)?.into_iter().map(Branch::Ready).collect())
     }
 
-    /// Lets go of cancelled jobs that have nothing under way.
-    fn drop_cancelled(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
-        self.waiting.tell_cancelled(on_event);
+    /// Lets go of stopped jobs that have nothing under way.
+    fn drop_leaving(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        self.waiting.tell_stopped(on_event);
         self.active.retain(|job| {
-            let goes = job.cancelled && !job.branches.iter().any(|b| matches!(b, Branch::InFlight));
-            if goes {
-                on_event(StageEvent::Failed { key: job.key, error: Error::Cancelled, step: job.state.step });
-            }
-            !goes
+            let under_way = job.branches.iter().any(|b| matches!(b, Branch::InFlight));
+            let Some(leaving) = job.leaving.filter(|_| !under_way) else { return true };
+            let error = match leaving {
+                Leaving::Cancelled => Error::Cancelled,
+                Leaving::Parked => Error::Parked((job.state.step > 0).then(|| Box::new(job.state.checkpoint()))),
+            };
+            on_event(StageEvent::Failed { key: job.key, error, step: job.state.step });
+            false
         });
+    }
+
+    fn stop(&mut self, key: TaskKey, why: Leaving) {
+        for job in self.active.iter_mut().filter(|job| job.key == key) {
+            job.leaving = Some(why);
+        }
     }
 
     /// The branches of the next forward: those that wait, in order, as far as they fit with the first.
     fn pick(&self) -> Vec<BranchRef> {
         let waiting: Vec<(&Active, usize)> =
-            self.active.iter().filter(|job| !job.cancelled).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
+            self.active.iter().filter(|job| job.leaving.is_none()).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
         let Some((first, _)) = waiting.first() else { return Vec::new() };
         // Leave something for the other block ranges: a batch that takes all of it would let them idle.
         let free = self.runner.depth().saturating_sub(self.in_flight.len()).max(1);
@@ -168,23 +206,18 @@ impl Engine {
     /// Steps a job if all its branches are done, and lets it go when it is finished.
     fn advance(&mut self, key: TaskKey, on_event: &mut dyn FnMut(StageEvent<'_>)) {
         let Some(at) = self.active.iter().position(|job| job.key == key) else { return };
-        if self.active[at].cancelled || !self.active[at].branches.iter().all(|b| matches!(b, Branch::Done(_))) {
+        // What a parked job has under way still counts; a cancelled one's does not.
+        if self.active[at].leaving == Some(Leaving::Cancelled)
+            || !self.active[at].branches.iter().all(|b| matches!(b, Branch::Done(_)))
+        {
             return;
         }
-        // The job goes to the end of the row, so that jobs take turns.
         let mut job = self.active.remove(at);
         match self.step(&mut job) {
             Ok(()) => {
                 let (step, steps) = (job.state.step, job.state.steps());
                 on_event(StageEvent::Step { key, step, steps, state: Some(&job.state) });
-                if step < steps {
-                    self.active.push(job);
-                } else {
-                    on_event(match self.denoiser.finish(job.state) {
-                        Ok(payload) => StageEvent::Done { key, payload },
-                        Err(error) => StageEvent::Failed { key, error, step },
-                    });
-                }
+                self.keep_or_finish(job, on_event);
             }
             Err(error) => on_event(StageEvent::Failed { key, error, step: job.state.step }),
         }
@@ -197,9 +230,7 @@ impl Engine {
         });
         self.denoiser.advance(&mut job.state, outputs.collect::<Result<_>>()?)?;
         job.state.step += 1;
-        if job.state.step < job.state.steps() {
-            job.branches = self.next_branches(&job.state)?;
-        }
+        job.branches = self.next_branches(&job.state)?;
         Ok(())
     }
 }
@@ -209,16 +240,19 @@ impl Stage for Engine {
         self.waiting.push(key, request, inputs);
     }
 
+    fn park(&mut self, key: TaskKey) {
+        self.waiting.park(key);
+        self.stop(key, Leaving::Parked);
+    }
+
     fn cancel(&mut self, key: TaskKey) {
         self.waiting.cancel(key);
-        for job in self.active.iter_mut().filter(|job| job.key == key) {
-            job.cancelled = true;
-        }
+        self.stop(key, Leaving::Cancelled);
     }
 
     /// Issues one forward while a block range is free, else takes in the oldest one.
     fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
-        self.drop_cancelled(on_event);
+        self.drop_leaving(on_event);
         self.admit(on_event);
         if self.in_flight.len() < self.runner.depth() {
             let picked = self.pick();
@@ -234,7 +268,7 @@ impl Stage for Engine {
             return Ok(!self.active.is_empty());
         }
         self.collect(on_event)?;
-        self.drop_cancelled(on_event);
+        self.drop_leaving(on_event);
         Ok(true)
     }
 }

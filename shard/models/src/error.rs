@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::Checkpoint;
+
 /// Everything that can fail in a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -49,12 +51,27 @@ pub enum Error {
         /// What that rank said.
         reason: String,
     },
+    /// A checkpoint that does not fit the job it is to be taken up in.
+    #[error("checkpoint: {field} {reason}")]
+    Checkpoint {
+        /// The step or the tensor.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The job was stopped on purpose, to go on from here elsewhere or later.
+    #[error("the job was parked")]
+    Parked(Option<Box<Checkpoint>>),
     /// The job was cancelled.
     #[error("the job was cancelled")]
     Cancelled,
 }
 
 impl Error {
+    pub(crate) fn checkpoint(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Error::Checkpoint { field: field.into(), reason: reason.into() }
+    }
+
     /// Whether the group can go on after this: a rank is lost otherwise.
     pub fn loses_group(&self) -> bool {
         matches!(self, Error::Parallel(parallel::Error::PeerLost { .. } | parallel::Error::Frame(_)))

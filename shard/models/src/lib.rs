@@ -27,6 +27,7 @@ pub mod scheduler;
 
 pub mod flux_transformer;
 
+pub mod checkpoint;
 pub mod denoise;
 
 pub mod stage;
@@ -39,6 +40,7 @@ pub mod flux;
 
 pub mod registry;
 
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
 pub use payload::Payload;
 pub use request::Request;

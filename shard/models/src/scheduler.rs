@@ -3,7 +3,6 @@
 use std::fmt::Debug;
 
 use parallel::{DType, Tensor};
-use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -35,20 +34,24 @@ pub trait Scheduler: Send + Debug {
     fn scale_noise(&self, sample: &Tensor, step: usize, noise: &Tensor) -> Result<Tensor>;
     /// All that a resumed run needs besides the sample and the step.
     fn checkpoint(&self) -> SchedulerState;
-    /// Takes up what [`Scheduler::checkpoint`] wrote. Schedulers without history accept only an empty one.
-    fn restore(&mut self, state: &SchedulerState) -> Result<()> {
-        if state.history.is_empty() {
-            return Ok(());
+    /// Takes up what [`Scheduler::checkpoint`] gave after evaluation `step` of samples like `like`. Schedulers without history
+    /// accept only an empty one.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] when it is not what this scheduler has at that step.
+    fn restore(&mut self, state: SchedulerState, _step: usize, _like: &Tensor) -> Result<()> {
+        match state.history.len() {
+            0 => Ok(()),
+            n => Err(Error::checkpoint("scheduler", format!("has {n} tensors of history, this scheduler keeps none"))),
         }
-        Err(Error::Invalid { field: "checkpoint", reason: "this scheduler keeps no history, the checkpoint has one".into() })
     }
 }
 
 /// What a scheduler carries from step to step.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default)]
 pub struct SchedulerState {
-    /// Earlier model outputs of multistep schedulers, newest last, as (shape, data).
-    pub history: Vec<(Vec<usize>, Vec<f32>)>,
+    /// What it was given or made at earlier evaluations and needs again, in its own order.
+    pub history: Vec<Tensor>,
 }
 
 /// The arguments of diffusers' `set_timesteps`.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use parallel::{Tensor, Tensors};
 
 use crate::denoise::DenoiseState;
-use crate::{Error, Payload, Request, Result};
+use crate::{Checkpoint, Error, Payload, Request, Result};
 
 /// Names a task within its stage; chosen by the caller.
 pub type TaskKey = u64;
@@ -17,6 +17,11 @@ pub type TaskKey = u64;
 pub trait Stage: Send {
     /// Takes a task in. It begins at the next turn that has room for it.
     fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs);
+
+    /// Stops a task so that it can go on elsewhere: at the next step boundary, within one turn, it gives
+    /// [`StageEvent::Failed`] with [`Error::Parked`] and what was done of it. A task that has not begun gives what it was to
+    /// begin with; a stage without steps finishes the one it has begun. Unknown keys are ignored.
+    fn park(&mut self, key: TaskKey);
 
     /// Stops a task: it gives [`StageEvent::Failed`] with [`Error::Cancelled`] within one turn. Unknown keys are ignored.
     fn cancel(&mut self, key: TaskKey);
@@ -79,6 +84,8 @@ pub struct Inputs {
     pub noise: Option<Tensor>,
     /// The job's own pictures, as uploaded.
     pub pictures: Pictures,
+    /// Where to go on, for the denoiser.
+    pub checkpoint: Option<Checkpoint>,
 }
 
 /// A job's pictures, as uploaded: PNG, JPEG or WebP bytes.
@@ -113,7 +120,8 @@ impl Inputs {
 pub(crate) struct Waiting {
     order: BTreeMap<u64, (TaskKey, Request, Inputs)>,
     next: u64,
-    cancelled: Vec<TaskKey>,
+    /// Those that were stopped, and why; told at the next turn.
+    stopped: Vec<(TaskKey, Error)>,
 }
 
 impl Waiting {
@@ -123,17 +131,24 @@ impl Waiting {
     }
 
     pub(crate) fn cancel(&mut self, key: TaskKey) {
-        let before = self.order.len();
-        self.order.retain(|_, (k, ..)| *k != key);
-        if self.order.len() < before {
-            self.cancelled.push(key);
-        }
+        self.stop(key, |_| Error::Cancelled);
     }
 
-    /// Tells of the tasks that were cancelled since the last turn.
-    pub(crate) fn tell_cancelled(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
-        for key in self.cancelled.drain(..) {
-            on_event(StageEvent::Failed { key, error: Error::Cancelled, step: 0 });
+    /// What a task was to begin with is what has been done of it.
+    pub(crate) fn park(&mut self, key: TaskKey) {
+        self.stop(key, |inputs| Error::Parked(inputs.checkpoint.map(Box::new)));
+    }
+
+    fn stop(&mut self, key: TaskKey, why: impl Fn(Inputs) -> Error) {
+        let stopped = self.order.extract_if(.., |_, (k, ..)| *k == key);
+        self.stopped.extend(stopped.map(|(_, (key, _, inputs))| (key, why(inputs))));
+    }
+
+    /// Tells of the tasks that were stopped since the last turn.
+    pub(crate) fn tell_stopped(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
+        for (key, error) in self.stopped.drain(..) {
+            let step = if let Error::Parked(Some(checkpoint)) = &error { checkpoint.step } else { 0 };
+            on_event(StageEvent::Failed { key, error, step });
         }
     }
 
@@ -143,7 +158,7 @@ impl Waiting {
         on_event: &mut dyn FnMut(StageEvent<'_>),
         run: impl FnOnce(&Request, &Inputs) -> Result<Payload>,
     ) -> Result<bool> {
-        self.tell_cancelled(on_event);
+        self.tell_stopped(on_event);
         let Some((key, request, inputs)) = self.pop() else { return Ok(false) };
         on_event(StageEvent::Started { key });
         match run(&request, &inputs) {

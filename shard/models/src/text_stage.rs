@@ -82,6 +82,10 @@ impl Stage for TextStage {
         self.waiting.push(key, request, inputs);
     }
 
+    fn park(&mut self, key: TaskKey) {
+        self.waiting.park(key);
+    }
+
     fn cancel(&mut self, key: TaskKey) {
         self.waiting.cancel(key);
     }

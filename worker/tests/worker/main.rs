@@ -1,10 +1,16 @@
-//! A worker as its coordinator sees it: real gRPC and real TCP between ranks, with a model that only counts.
+//! A worker as its coordinator sees it: real gRPC and real TCP between ranks, with a small model.
 
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
+mod checkpoints;
 mod coordinator;
+mod drain;
 mod etcd;
+mod job;
 mod model;
+mod resume;
+mod running;
+mod succession;
 
 use std::time::{Duration, Instant};
 
@@ -19,10 +25,11 @@ use proto::v1::{
 use tonic::Code;
 use tonic_types::StatusExt;
 
-use coordinator::{Coordinator, Running, join, until};
+use coordinator::{Coordinator, join, until};
+use running::{Running, Waits};
 
 /// Steps of a task that is not meant to come to its end.
-const ENDLESS: u32 = 1_000_000;
+const ENDLESS: u32 = 10_000;
 
 fn spec(steps: u32) -> JobSpec {
     JobSpec {
@@ -283,17 +290,14 @@ async fn a_picture_is_taken_in_only_if_it_is_what_its_id_says() {
 }
 
 #[tokio::test]
-async fn a_coordinator_that_is_gone_leaves_no_groups_behind() {
+async fn a_coordinator_that_does_not_come_back_leaves_no_groups_behind() {
     let coordinator = Coordinator::start().await;
-    let worker = Running::start(&coordinator).await;
-    let mut first = worker.control().await;
-    first.send(Command::JoinGroup(join("g", 1, "transformer", &[&worker]))).await;
-    first.ready("g", 1).await;
-    // The next one's stream takes the place of the first.
-    let mut second = worker.control().await;
-    second.send(Command::JoinGroup(join("g", 1, "transformer", &[&worker]))).await;
-    second.ready("g", 1).await;
-    drop(second);
+    let waits = Waits { orphan: Duration::from_millis(300), ..Waits::default() };
+    let worker = Running::waiting(&coordinator, waits).await;
+    let mut control = worker.control().await;
+    control.send(Command::JoinGroup(join("g", 1, "transformer", &[&worker]))).await;
+    control.ready("g", 1).await;
+    drop(control);
     let stale = || async {
         let refused = put(&worker, vec![Part::Header(header(task("denoise", "g", 1)))]).await;
         refused.code() == Code::FailedPrecondition

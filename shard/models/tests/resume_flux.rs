@@ -1,0 +1,98 @@
+//! FLUX makes all again that its checkpoints leave out: the bundled model goes on from any step with the same bits, from
+//! text alone and repainting a picture.
+
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
+use std::path::Path;
+
+use models::blocks::RankGroup;
+use models::model_dir::ModelDir;
+use models::registry::{Limits, LoadSpec, Rank, load};
+use models::stage::{Inputs, Pictures, Stage, StageEvent};
+use models::{Checkpoint, Payload, Request};
+use parallel::Device;
+
+const STEPS: usize = 4;
+
+fn stage(dir: &ModelDir, component: &str) -> Box<dyn Stage> {
+    let spec = LoadSpec { dir, component, group: RankGroup::solo(), device: Device::Cpu, limits: Limits::default() };
+    match load(spec, &mut |_| ()).unwrap() {
+        Rank::Leader(stage) => stage,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The output, and what was done after each step.
+fn run(stage: &mut dyn Stage, request: &Request, inputs: Inputs) -> (Payload, Vec<Checkpoint>) {
+    let (mut done, mut checkpoints) = (None, Vec::new());
+    stage.start(1, request.clone(), inputs);
+    let mut on_event = |event: StageEvent<'_>| match event {
+        StageEvent::Started { .. } => {}
+        StageEvent::Step { state, .. } => checkpoints.extend(state.map(|state| state.checkpoint())),
+        StageEvent::Done { payload, .. } => done = Some(payload),
+        StageEvent::Failed { error, .. } => panic!("{error}"),
+    };
+    while stage.turn(&mut on_event).unwrap() {}
+    (done.unwrap(), checkpoints)
+}
+
+fn request(strength: Option<f64>) -> Request {
+    Request {
+        prompt: "red heart".into(),
+        prompt_2: None,
+        negative_prompt: Some("blue".into()),
+        negative_prompt_2: None,
+        width: 64,
+        height: 64,
+        num_inference_steps: STEPS,
+        guidance_scale: Some(3.5),
+        true_cfg_scale: 1.5,
+        seed: 11,
+        num_images_per_prompt: 2,
+        strength,
+        max_sequence_length: 64,
+        noise_generator: Default::default(),
+    }
+}
+
+/// A PNG of 64 x 64 pixels that are not all the same.
+fn png() -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, 64, 64);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let pixels: Vec<u8> = (0..64 * 64 * 3).map(|i| (i / 37 % 256) as u8).collect();
+    encoder.write_header().unwrap().write_image_data(&pixels).unwrap();
+    bytes
+}
+
+fn bits(payload: &Payload) -> Vec<u32> {
+    let latents = payload.tensors().get("latents").unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert!(latents.iter().all(|x| x.is_finite()));
+    latents.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn flux_goes_on_from_any_step_with_the_same_bits() {
+    let dir = ModelDir::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bundled/emoji")).unwrap();
+    let repaint = Pictures { image: Some(png()), mask_image: Some(png()) };
+    for (request, pictures) in [(request(None), None), (request(Some(0.75)), Some(repaint))] {
+        let mut inputs = Inputs::default();
+        for encoder in ["text_encoder", "text_encoder_2"] {
+            inputs.add(run(&mut *stage(&dir, encoder), &request, Inputs::default()).0).unwrap();
+        }
+        if let Some(pictures) = pictures {
+            let to_encode = Inputs { pictures, ..Inputs::default() };
+            inputs.add(run(&mut *stage(&dir, "vae"), &request, to_encode).0).unwrap();
+        }
+        let (latents, checkpoints) = run(&mut *stage(&dir, "transformer"), &request, inputs.clone());
+        assert_eq!(checkpoints.len(), if request.strength.is_some() { 3 } else { STEPS });
+        for checkpoint in checkpoints {
+            let step = checkpoint.step;
+            let inputs = Inputs { checkpoint: Some(checkpoint), ..inputs.clone() };
+            let (resumed, rest) = run(&mut *stage(&dir, "transformer"), &request, inputs);
+            assert_eq!(rest.first().map_or(step + 1, |next| next.step), step + 1);
+            assert_eq!(bits(&resumed), bits(&latents), "strength {:?} from {step}", request.strength);
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The coordinator's checkpoint store: outputs of stages, and the states of denoisers.
+
+use std::sync::Arc;
+
+use futures::stream;
+use models::{Checkpoint, Payload};
+use proto::v1::checkpoint_service_client::CheckpointServiceClient;
+use proto::v1::get_checkpoint_response::Part;
+use proto::v1::{CheckpointKey, GetCheckpointRequest, GetCheckpointResponse, RunTask};
+use tonic::transport::Channel;
+use tonic::{Status, Streaming};
+
+use crate::home::Home;
+use crate::payload_wire::{DENOISE_STATE, Incoming, Outgoing};
+use crate::{Error, Result};
+
+/// The store as one job sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Store {
+    home: Arc<Home>,
+    address: String,
+    job_id: String,
+    model_digest: String,
+}
+
+impl Store {
+    /// For the job of `run`.
+    pub(crate) fn of(run: &RunTask, job_id: &str, home: &Arc<Home>) -> Self {
+        let (address, model_digest) = (run.blob_address.clone(), run.model_digest.clone());
+        Self { home: home.clone(), address, job_id: job_id.to_owned(), model_digest }
+    }
+
+    /// Stores what a denoiser has done. It is durable when this returns.
+    pub(crate) async fn put_state(&self, stage: &str, checkpoint: Checkpoint) -> Result<u32> {
+        let step = checkpoint.step as u32;
+        let encoded = tokio::task::spawn_blocking(move || Outgoing::encode(DENOISE_STATE, &checkpoint.tensors)).await;
+        self.put(stage, step, &encoded.map_err(|_| Error::Panicked)??).await?;
+        Ok(step)
+    }
+
+    /// Stores a stage's output. It is durable when this returns.
+    pub(crate) async fn put_output(&self, stage: &str, output: &Outgoing) -> Result<()> {
+        self.put(stage, 0, output).await
+    }
+
+    /// What a denoiser had done by `step`.
+    pub(crate) async fn state(&self, stage: &str, step: u32) -> Result<Checkpoint> {
+        let tensors = self.get(stage, step, Incoming::finish_tensors).await?;
+        Ok(Checkpoint { step: step as usize, tensors })
+    }
+
+    /// What a stage gave.
+    pub(crate) async fn output(&self, stage: &str) -> Result<Payload> {
+        self.get(stage, 0, Incoming::finish).await
+    }
+
+    async fn put(&self, stage: &str, step: u32, body: &Outgoing) -> Result<()> {
+        let key = self.key(stage, step);
+        let answer = self.home.call(&self.address, |channel| {
+            let messages = body.checkpoint_messages(key.clone(), &self.model_digest);
+            let mut client = client(channel);
+            async move { client.put_checkpoint(stream::iter(messages)).await }
+        });
+        answer.await.map(drop)
+    }
+
+    async fn get<T: Send + 'static>(
+        &self,
+        stage: &str,
+        step: u32,
+        finish: impl FnOnce(Incoming) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let key = self.key(stage, step);
+        let incoming = self.home.call(&self.address, |channel| {
+            let (key, mut client) = (key.clone(), client(channel));
+            async move {
+                let request = GetCheckpointRequest { key: Some(key.clone()) };
+                collect(client.get_checkpoint(request).await?.into_inner(), &key, &self.model_digest).await
+            }
+        });
+        let incoming = incoming.await??;
+        tokio::task::spawn_blocking(move || finish(incoming)).await.map_err(|_| Error::Panicked)?
+    }
+
+    fn key(&self, stage: &str, step: u32) -> CheckpointKey {
+        CheckpointKey { job_id: self.job_id.clone(), stage: stage.to_owned(), step }
+    }
+}
+
+fn client(channel: Channel) -> CheckpointServiceClient<Channel> {
+    CheckpointServiceClient::new(channel)
+        .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(proto::MAX_MESSAGE_BYTES)
+}
+
+/// The outer error may be worth another try; the inner one says that the checkpoint is not what was asked for.
+async fn collect(
+    mut parts: Streaming<GetCheckpointResponse>,
+    key: &CheckpointKey,
+    model_digest: &str,
+) -> Result<Result<Incoming>, Status> {
+    let mut incoming: Option<Incoming> = None;
+    while let Some(message) = parts.message().await? {
+        let taken = match (message.part, &mut incoming) {
+            (Some(Part::Header(header)), None) => {
+                Incoming::of_checkpoint(header, key, model_digest).map(|begun| incoming = Some(begun))
+            }
+            (Some(Part::Chunk(chunk)), Some(incoming)) => incoming.push(&chunk),
+            _ => Err(Error::message("part", "is out of order")),
+        };
+        if let Err(error) = taken {
+            return Ok(Err(error));
+        }
+    }
+    Ok(incoming.ok_or_else(|| Error::message("header", "is missing")))
+}
