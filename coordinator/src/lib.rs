@@ -15,6 +15,7 @@ pub mod state;
 
 pub mod api;
 pub mod blobs;
+pub mod checkpoints;
 mod control;
 pub mod membership;
 mod runtime;
