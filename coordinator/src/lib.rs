@@ -17,6 +17,7 @@ pub mod api;
 pub mod blobs;
 pub mod checkpoints;
 mod control;
+pub mod leadership;
 pub mod membership;
 mod runtime;
 mod server;
