@@ -19,7 +19,9 @@ pub mod world;
 
 pub mod api;
 pub mod blobs;
+pub mod checkpoints;
 mod control;
+pub mod leadership;
 pub mod membership;
 mod runtime;
 mod server;

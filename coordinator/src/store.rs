@@ -1,6 +1,6 @@
 //! What is kept of jobs so that nothing accepted is lost: every change is durable before anybody is told of it.
 //!
-//! Two stores behind one [`StoreHandle`]: [`Journal`], an fsynced log in a folder, for one coordinator; `EtcdStore`,
+//! Two stores behind one [`StoreHandle`]: [`Journal`], an fsynced log in a folder, for one coordinator; [`EtcdStore`],
 //! whose every write is fenced by the leader's key, for several. A failure is final in both: a store that could not
 //! make something durable once never says again that something is.
 //!
@@ -13,7 +13,7 @@
 
 pub mod bench;
 mod disk;
-//ETCD mod etcd;
+mod etcd;
 mod frame;
 mod journal;
 mod load;
@@ -28,12 +28,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use prost::Message;
 use proto::v1::JobRecord;
 use tokio::sync::{mpsc, watch};
 
 pub use self::{
     disk::{Disk, DiskFile, RealDisk},
-    //ETCD etcd::{EtcdStore, MAX_RECORD_BYTES},
+    etcd::{EtcdStore, MAX_ACCEPTED_BYTES, MAX_RECORD_BYTES},
     journal::{COMPACT_BYTES, COMPACT_RATIO, Journal},
 };
 
@@ -77,7 +78,7 @@ pub enum StoreError {
     },
     /// etcd.
     #[error("etcd: {0}")]
-    Etcd(#[from] etcd_client::Error),
+    Etcd(#[source] Box<crate::Error>),
     /// etcd holds something that is no job.
     #[error("DATA_LOSS: etcd key {key}: {problem}")]
     DamagedKey {
@@ -85,14 +86,6 @@ pub enum StoreError {
         key: String,
         /// What is wrong with its value.
         problem: String,
-    },
-    /// etcd did not answer in time.
-    #[error("etcd did not answer within {seconds} s: {what}")]
-    Silent {
-        /// What was asked.
-        what: &'static str,
-        /// How long was waited.
-        seconds: u64,
     },
     /// A record that is too large for etcd.
     #[error("job {job_id}: its record has {bytes} bytes; the limit in etcd is {limit}")]
@@ -171,6 +164,7 @@ pub struct Recovered {
 pub struct StoreHandle {
     outbox: Arc<Mutex<Outbox>>,
     durable: watch::Receiver<Durable>,
+    max_accepted_bytes: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -214,11 +208,25 @@ impl StoreHandle {
         }
     }
 
+    /// Refuses the record of a new job that is too large for this store. To be asked before a job is accepted: a record
+    /// that is too large breaks a store for good when it is written.
+    ///
+    /// # Errors
+    /// [`StoreError::TooLarge`].
+    pub fn check(&self, record: &JobRecord) -> Result<()> {
+        let bytes = record.encoded_len();
+        match self.max_accepted_bytes {
+            Some(limit) if bytes > limit => Err(StoreError::TooLarge { job_id: record.id.clone(), bytes, limit }),
+            _ => Ok(()),
+        }
+    }
+
     /// A handle, and what a store reads and writes at its other end.
-    fn pair() -> (Self, mpsc::UnboundedReceiver<Batch>, Progress) {
+    fn pair(max_accepted_bytes: Option<usize>) -> (Self, mpsc::UnboundedReceiver<Batch>, Progress) {
         let (batches, inbox) = mpsc::unbounded_channel();
         let (told, durable) = watch::channel(Durable::default());
-        (Self { outbox: Arc::new(Mutex::new(Outbox { newest: 0, batches })), durable }, inbox, Progress { told })
+        let outbox = Arc::new(Mutex::new(Outbox { newest: 0, batches }));
+        (Self { outbox, durable, max_accepted_bytes }, inbox, Progress { told })
     }
 }
 

@@ -108,7 +108,7 @@ fn prepare(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result<(StoreH
     let term = if loaded.term == 0 { tuning.first_term } else { loaded.term + 1 };
     let log = Log::create(disk.as_ref(), folder, term, loaded.next, begin)?;
 
-    let (handle, inbox, progress) = StoreHandle::pair();
+    let (handle, inbox, progress) = StoreHandle::pair(None);
     let live = loaded.jobs.iter().map(|(id, record)| (id.clone(), record.len() as u32)).collect();
     let writer = Writer {
         live_bytes: loaded.live_bytes(),
@@ -178,10 +178,11 @@ fn lock(disk: &dyn Disk, path: &Path, patience: Duration) -> Result<Box<dyn Send
 }
 
 fn decode(folder: &Path, loaded: &Loaded) -> Result<Vec<JobRecord>> {
-    let decode = |(id, bytes): (&String, &Box<[u8]>)| {
-        JobRecord::decode(&bytes[..]).map_err(|error| damaged(folder, 0, &format!("job {id} cannot be decoded: {error}")))
-    };
-    let mut jobs = loaded.jobs.iter().map(decode).collect::<Result<Vec<_>>>()?;
+    let mut jobs = Vec::with_capacity(loaded.jobs.len());
+    for (id, record) in &loaded.jobs {
+        let record = JobRecord::decode(&record[..]);
+        jobs.push(record.map_err(|error| damaged(folder, 0, &format!("job {id} cannot be decoded: {error}")))?);
+    }
     jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
     Ok(jobs)
 }

@@ -1,0 +1,352 @@
+//! What was done of jobs that are not over, so that another group can go on with it: outputs of stages, and a denoiser's
+//! state after each step. Kept as objects, in a folder or in S3.
+//!
+//! ```text
+//! checkpoints/{job}/{stage}/{step} = header, bytes                step 0: the stage's output; others: states
+//! ```
+//!
+//! A checkpoint counts when it is whole, has the sha256 that was announced, and is durable. Of a stage's
+//! states the two that were written last are kept, and nothing of a job that is over.
+//!
+//! - `place.rs`: a folder or a bucket
+//! - `header.rs`: what may be stored, and under which names
+//! - `object.rs`: one object, streamed in and out in chunks, never whole in memory
+//! - `index.rs`: what there is, with its sizes
+//! - `service.rs`: `CheckpointService`
+
+mod header;
+mod index;
+mod object;
+mod place;
+mod service;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fmt, io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures::{Stream, StreamExt, TryStreamExt};
+use object_store::{ObjectStore, ObjectStoreExt, buffered::BufWriter, path::Path};
+use proto::v1::{CheckpointKey, GetCheckpointResponse, PutCheckpointRequest, put_checkpoint_request::Part};
+use tokio::time::timeout;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+use tracing::warn;
+
+use self::{
+    header::{Key, refused},
+    index::{Index, Share},
+    object::Writer,
+};
+
+pub use self::{header::MAX_TENSORS, place::Place, service::CheckpointApi};
+
+/// States of a stage that are kept, those written last: the newest may be one that a worker wrote while it was being lost.
+pub const STATES_KEPT: usize = 2;
+/// Bytes of one checkpoint: as many as a payload between workers may have.
+pub const MAX_CHECKPOINT_BYTES: u64 = 1 << 30;
+/// Bytes of all checkpoints.
+pub const MAX_TOTAL_CHECKPOINT_BYTES: u64 = 64 << 30;
+/// Longest wait for the next chunk: a stalled worker must not hold its share of the store.
+const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
+/// Bytes of one part of an upload: the least that S3 takes. Smaller objects go in one request.
+const PART_BYTES: usize = 5 << 20;
+/// Parts on their way at once: with the one that fills, all that an upload holds in memory.
+const PARTS_IN_FLIGHT: usize = 2;
+/// Folder of all keys.
+const FOLDER: &str = "checkpoints";
+
+/// Why a checkpoint is not stored, or not given.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// Something that cannot be taken.
+    #[error("{field}: {problem}")]
+    Invalid {
+        /// The field of the header, or `chunk`.
+        field: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Larger than a checkpoint may be.
+    #[error("a checkpoint may have {limit} bytes at most")]
+    TooLarge {
+        /// Most bytes of a checkpoint.
+        limit: u64,
+    },
+    /// All bytes that may be stored are stored.
+    #[error("the checkpoint store is full: its limit is {0} bytes")]
+    Full(u64),
+    /// The job is over, or unknown.
+    #[error("job {0} is over, nothing of it is kept")]
+    JobOver(String),
+    /// There is none.
+    #[error("there is no checkpoint {0}")]
+    NotFound(Saved),
+    /// There is one, but it is not what was stored.
+    #[error("checkpoint {0} is damaged")]
+    Damaged(Saved),
+    /// The object store.
+    #[error("{what}")]
+    Storage {
+        /// What was tried.
+        what: &'static str,
+        /// What came of it.
+        source: Box<object_store::Error>,
+    },
+    /// The object store, through its stream.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What came of it.
+        source: io::Error,
+    },
+}
+
+impl CheckpointError {
+    fn storage(what: &'static str, source: object_store::Error) -> Self {
+        Self::Storage { what, source: Box::new(source) }
+    }
+
+    /// The code a caller gets, and the word for programs.
+    fn code(&self) -> (Code, &'static str) {
+        match self {
+            Self::Invalid { .. } | Self::TooLarge { .. } => (Code::InvalidArgument, "INVALID_CHECKPOINT"),
+            Self::Full(_) => (Code::ResourceExhausted, "CHECKPOINT_STORE_FULL"),
+            Self::JobOver(_) => (Code::FailedPrecondition, "JOB_OVER"),
+            Self::NotFound(_) => (Code::NotFound, "CHECKPOINT_NOT_FOUND"),
+            Self::Damaged(_) => (Code::DataLoss, "CHECKPOINT_DAMAGED"),
+            Self::Storage { .. } | Self::Io { .. } => (Code::Unavailable, "CHECKPOINT_STORE_UNAVAILABLE"),
+        }
+    }
+}
+
+impl From<CheckpointError> for Status {
+    fn from(error: CheckpointError) -> Self {
+        let (code, reason) = error.code();
+        if let CheckpointError::Storage { .. } | CheckpointError::Io { .. } | CheckpointError::Damaged(_) = &error {
+            warn!(%error, source = ?std::error::Error::source(&error), "checkpoint store");
+        }
+        let details = ErrorDetails::with_error_info(reason, proto::ERROR_DOMAIN, HashMap::new());
+        Status::with_error_details(code, error.to_string(), details)
+    }
+}
+
+/// A checkpoint that is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Saved {
+    /// The stage.
+    pub stage: String,
+    /// Of a denoiser's state: the steps done. 0: the stage's output.
+    pub step: u32,
+}
+
+impl From<Key> for Saved {
+    fn from(key: Key) -> Self {
+        Self { stage: key.stage, step: key.step }
+    }
+}
+
+impl fmt::Display for Saved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.stage, self.step)
+    }
+}
+
+/// Ceilings that no caller can raise.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckpointLimits {
+    /// Bytes of one checkpoint.
+    pub bytes: u64,
+    /// Bytes of all.
+    pub total_bytes: u64,
+}
+
+impl Default for CheckpointLimits {
+    fn default() -> Self {
+        Self { bytes: MAX_CHECKPOINT_BYTES, total_bytes: MAX_TOTAL_CHECKPOINT_BYTES }
+    }
+}
+
+/// Says whether a job is known and not over. Asked at the beginning and at the end of every put; must not block.
+pub type IsLive = Arc<dyn Fn(&str) -> bool + Send + Sync>;
+
+/// The checkpoints of a cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct CheckpointStore {
+    objects: Arc<dyn ObjectStore>,
+    index: Arc<Mutex<Index>>,
+    limits: CheckpointLimits,
+    is_live: IsLive,
+}
+
+impl fmt::Debug for CheckpointStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CheckpointStore").field("objects", &self.objects).field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl CheckpointStore {
+    /// Opens the store and lists what is there.
+    ///
+    /// # Errors
+    /// A place that cannot be opened or listed.
+    pub async fn open(place: &Place, limits: CheckpointLimits, is_live: IsLive) -> crate::Result<Self> {
+        let objects = place.open()?;
+        let failed = |error: object_store::Error| crate::Error::io(format!("list {place:?}"))(error.into());
+        let mut found: Vec<_> = objects.list(Some(&Path::from(FOLDER))).try_collect().await.map_err(failed)?;
+        found.sort_by_key(|object| object.last_modified);
+        let mut index = Index::default();
+        for object in found {
+            if let Some(key) = parse_path(&object.location) {
+                index.insert(key, object.size);
+            }
+        }
+        Ok(Self { objects, index: Arc::new(Mutex::new(index)), limits, is_live })
+    }
+
+    /// Stores a checkpoint: a header, then chunks. Durable when this returns; in place of one with the same key.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]; then nothing new is there.
+    pub async fn put(
+        &self,
+        mut parts: impl Stream<Item = Result<PutCheckpointRequest, Status>> + Unpin,
+    ) -> Result<(), CheckpointError> {
+        let Some(Part::Header(mut header)) = next_part(&mut parts).await? else {
+            return Err(refused("header", "must be the first message"));
+        };
+        let key = header::check(&mut header, self.limits.bytes)?;
+        self.check_live(&key)?;
+        let share = Share::take(&self.index, header.byte_size, self.limits.total_bytes)?;
+        let upload = BufWriter::with_capacity(self.objects.clone(), path(&key), PART_BYTES).with_max_concurrency(PARTS_IN_FLIGHT);
+        let mut writer = Writer::begin(upload, &header).await?;
+        if let Err(error) = self.receive(&key, &mut writer, parts).await {
+            writer.abort().await;
+            return Err(error);
+        }
+        writer.finish().await?;
+        let superseded = {
+            let mut index = self.lock();
+            share.keep(&mut index, key.clone());
+            index.superseded(&key, STATES_KEPT)
+        };
+        for old in superseded {
+            self.remove(&old).await;
+        }
+        // It may have ended meanwhile, and what there was of it been removed.
+        if let Err(over) = self.check_live(&key) {
+            self.remove(&key).await;
+            return Err(over);
+        }
+        Ok(())
+    }
+
+    /// What was stored: its header, then chunks. The last chunk comes only if the sha256 of all is right.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NotFound`], [`CheckpointError::Damaged`], at the beginning or within the stream.
+    pub async fn get(
+        &self,
+        key: Option<CheckpointKey>,
+    ) -> Result<impl Stream<Item = Result<GetCheckpointResponse, CheckpointError>> + Send + use<>, CheckpointError> {
+        let key = Key::check(key)?;
+        match self.objects.get(&path(&key)).await {
+            Ok(object) => object::read(&key, object).await,
+            Err(object_store::Error::NotFound { .. }) => Err(CheckpointError::NotFound(key.into())),
+            Err(source) => Err(CheckpointError::storage("read an object", source)),
+        }
+    }
+
+    /// What there is of a job, by stage, then step.
+    pub fn list(&self, job_id: &str) -> Vec<Saved> {
+        self.lock().of_job(job_id).map(Saved::from).collect()
+    }
+
+    /// Removes all there is of a job.
+    pub async fn forget(&self, job_id: &str) {
+        let keys: Vec<Key> = self.lock().of_job(job_id).collect();
+        for key in keys {
+            self.remove(&key).await;
+        }
+    }
+
+    /// Removes all that belongs to no job in `live`: what was missed when a job ended.
+    pub async fn sweep(&self, live: &BTreeSet<String>) {
+        let jobs: Vec<String> = self.lock().jobs().filter(|job_id| !live.contains(job_id)).collect();
+        for job_id in jobs {
+            self.forget(&job_id).await;
+        }
+    }
+
+    /// Bytes of all checkpoints, and of all uploads that have begun.
+    pub fn bytes(&self) -> u64 {
+        self.lock().bytes()
+    }
+
+    async fn receive(
+        &self,
+        key: &Key,
+        writer: &mut Writer,
+        mut parts: impl Stream<Item = Result<PutCheckpointRequest, Status>> + Unpin,
+    ) -> Result<(), CheckpointError> {
+        while let Some(part) = next_part(&mut parts).await? {
+            match part {
+                Part::Chunk(chunk) => writer.write(chunk).await?,
+                Part::Header(_) => return Err(refused("header", "must come only once")),
+            }
+        }
+        writer.check()?;
+        self.check_live(key)
+    }
+
+    fn check_live(&self, key: &Key) -> Result<(), CheckpointError> {
+        if (self.is_live)(&key.job_id) { Ok(()) } else { Err(CheckpointError::JobOver(key.job_id.clone())) }
+    }
+
+    /// What cannot be removed stays known, and the next sweep tries again.
+    async fn remove(&self, key: &Key) {
+        match self.objects.delete(&path(key)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => self.lock().remove(key),
+            Err(error) => warn!(job.id = key.job_id, %error, "removing a checkpoint failed"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Index> {
+        lock(&self.index)
+    }
+}
+
+fn lock(index: &Mutex<Index>) -> MutexGuard<'_, Index> {
+    // The index is whole between any two statements that hold the lock, whoever panicked.
+    index.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn path(key: &Key) -> Path {
+    Path::from_iter([FOLDER, &key.job_id, &key.stage, &key.step.to_string()])
+}
+
+fn parse_path(path: &Path) -> Option<Key> {
+    let parts: Vec<_> = path.parts().collect();
+    let [_, job_id, stage, step] = parts.as_slice() else { return None };
+    let (job_id, stage) = (job_id.as_ref().to_owned(), stage.as_ref().to_owned());
+    Key::check(Some(CheckpointKey { job_id, stage, step: step.as_ref().parse().ok()? })).ok()
+}
+
+/// The next message of an upload; nothing at its end.
+async fn next_part(
+    parts: &mut (impl Stream<Item = Result<PutCheckpointRequest, Status>> + Unpin),
+) -> Result<Option<Part>, CheckpointError> {
+    match timeout(CHUNK_DEADLINE, parts.next()).await {
+        Ok(None) => Ok(None),
+        Ok(Some(Ok(PutCheckpointRequest { part: Some(part) }))) => Ok(Some(part)),
+        Ok(Some(Ok(PutCheckpointRequest { part: None }))) => Err(refused("part", "must be a header or a chunk")),
+        Ok(Some(Err(_))) => Err(refused("chunk", "the upload broke off")),
+        Err(_) => Err(refused("chunk", format!("none came for {} s", CHUNK_DEADLINE.as_secs()))),
+    }
+}

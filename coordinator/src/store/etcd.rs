@@ -1,0 +1,253 @@
+//! The store of several coordinators: one key for each job, written by whoever leads.
+//!
+//! ```text
+//! {prefix}/jobs/{job_id} = JobRecord, protobuf-encoded
+//! ```
+//!
+//! Batches that wait go into one transaction, one key for each job. It is taken only if the leader's key is still the one
+//! that this leader made, and every job's key is as it left it: so nothing of a former leader lands after the takeover,
+//! and a transaction whose answer was lost can be sent again without ever landing twice, or late. While etcd is away it
+//! is sent again and again, until the lease is lost.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+use prost::Message;
+use proto::v1::JobRecord;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::{Batch, Change, Progress, Recovered, Result, StoreError, StoreHandle};
+use crate::{
+    config::EtcdConfig,
+    leadership::{Fence, Led, RETRY_PAUSE, connect, in_time},
+};
+
+/// Most bytes of a job's record in etcd: it is kept in memory there.
+pub const MAX_RECORD_BYTES: usize = 8 << 10;
+/// Most bytes of the record of a new job: what is left is for how it ends.
+pub const MAX_ACCEPTED_BYTES: usize = 6 << 10;
+/// Jobs in one transaction: etcd takes 128 conditions, and one is the fence.
+const MAX_JOBS_PER_WRITE: usize = 120;
+/// Jobs read at once: at most 4 MiB, which is all that the client takes in one answer.
+const JOBS_PER_PAGE: i64 = 400;
+
+/// The store of several coordinators.
+#[derive(Debug)]
+pub struct EtcdStore;
+
+impl EtcdStore {
+    /// Reads all jobs and starts the task that writes, for a coordinator that leads. The task ends when the handles are
+    /// gone or the lead is lost; the latter is a failure, and final.
+    ///
+    /// # Errors
+    /// [`StoreError::Etcd`], [`StoreError::DamagedKey`].
+    pub async fn open(config: &EtcdConfig, led: &Led) -> Result<(StoreHandle, Recovered)> {
+        let folder = format!("{}/jobs/", config.prefix);
+        let mut client = connect(config).await.map_err(unavailable)?;
+        let found = read_all(&mut client, &folder).await?;
+        let revisions = found.iter().map(|(job, revision)| (job.id.clone(), *revision)).collect();
+        let mut jobs: Vec<JobRecord> = found.into_iter().map(|(job, _)| job).collect();
+        jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
+        let (handle, inbox, progress) = StoreHandle::pair(Some(MAX_ACCEPTED_BYTES));
+        let (fence, lost) = (led.fence.clone(), led.lost.clone());
+        let writer = Writer { config: config.clone(), client, folder, fence, lost, revisions, waiting: VecDeque::new() };
+        tokio::spawn(writer.run(inbox, progress));
+        info!(jobs = jobs.len(), term = led.term, "jobs read from etcd");
+        Ok((handle, Recovered { jobs, term: led.term }))
+    }
+}
+
+fn unavailable(error: crate::Error) -> StoreError {
+    StoreError::Etcd(Box::new(error))
+}
+
+/// Every job with its key's revision, in pages, all as of one moment.
+async fn read_all(client: &mut Client, folder: &str) -> Result<Vec<(JobRecord, i64)>> {
+    let end = format!("{}0", folder.trim_end_matches('/'));
+    let (mut from, mut at, mut jobs) = (folder.as_bytes().to_vec(), 0, Vec::new());
+    loop {
+        let options = GetOptions::new().with_range(end.clone()).with_limit(JOBS_PER_PAGE).with_revision(at);
+        let page = in_time(client.get(from, Some(options))).await.map_err(unavailable)?;
+        at = page.header().map_or(at, |header| if at == 0 { header.revision() } else { at });
+        for entry in page.kvs() {
+            let key = String::from_utf8_lossy(entry.key()).into_owned();
+            let record = JobRecord::decode(entry.value());
+            let record = record.map_err(|error| StoreError::DamagedKey { key: key.clone(), problem: error.to_string() })?;
+            if key.strip_prefix(folder) != Some(record.id.as_str()) {
+                return Err(StoreError::DamagedKey { key, problem: format!("it holds job {:?}", record.id) });
+            }
+            jobs.push((record, entry.mod_revision()));
+        }
+        let Some(last) = page.kvs().last().filter(|_| page.more()) else { return Ok(jobs) };
+        from = [last.key(), &[0]].concat();
+    }
+}
+
+/// What a job's key is to hold; nothing: the key is to be gone.
+type Value = Option<Vec<u8>>;
+
+struct Writer {
+    config: EtcdConfig,
+    client: Client,
+    folder: String,
+    fence: Fence,
+    lost: CancellationToken,
+    /// Of every job's key, as this leader left it; a job that is not here has none.
+    revisions: HashMap<String, i64>,
+    waiting: VecDeque<Batch>,
+}
+
+impl Writer {
+    async fn run(mut self, mut inbox: mpsc::UnboundedReceiver<Batch>, progress: Progress) {
+        let lost = self.lost.clone();
+        loop {
+            let batch = tokio::select! {
+                biased;
+                () = lost.cancelled() => return progress.failed(StoreError::Fenced.to_string()),
+                batch = inbox.recv() => batch,
+            };
+            let Some(batch) = batch else { return };
+            self.waiting.push_back(batch);
+            while let Ok(batch) = inbox.try_recv() {
+                self.waiting.push_back(batch);
+            }
+            while !self.waiting.is_empty() {
+                match self.write_some().await {
+                    Ok(newest) => progress.durable(newest),
+                    Err(failure) => {
+                        error!(error = failure.chain(), "nothing more is accepted");
+                        return progress.failed(failure.chain());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes the first batch, and those behind it that fit into the same transaction. Gives the newest of them.
+    async fn write_some(&mut self) -> Result<u64> {
+        let mut values: BTreeMap<String, Value> = BTreeMap::new();
+        let mut newest = 0;
+        while let Some(batch) = self.waiting.front() {
+            if newest > 0 && values.len() + batch.changes.len() > MAX_JOBS_PER_WRITE {
+                break;
+            }
+            newest = batch.number;
+            let changes = self.waiting.pop_front().map(|batch| batch.changes).unwrap_or_default();
+            for change in changes {
+                let (job_id, value) = value_of(change)?;
+                values.insert(job_id, value);
+            }
+        }
+        // One batch may be more than a transaction takes; it counts when all of it is there.
+        let values: Vec<_> = values.into_iter().collect();
+        for part in values.chunks(MAX_JOBS_PER_WRITE) {
+            self.write(part).await?;
+        }
+        Ok(newest)
+    }
+
+    /// Sends a transaction until it is known what came of it.
+    async fn write(&mut self, values: &[(String, Value)]) -> Result<()> {
+        let lost = self.lost.clone();
+        let mut healthy = true;
+        loop {
+            let txn = self.transaction(values);
+            let done = tokio::select! {
+                biased;
+                () = lost.cancelled() => return Err(StoreError::Fenced),
+                done = in_time(self.client.txn(txn)) => done,
+            };
+            match done {
+                Ok(done) => return self.learn(values, &done),
+                Err(cause) => {
+                    if healthy {
+                        warn!(%cause, "writing to etcd was interrupted, it is tried again");
+                    }
+                    healthy = false;
+                }
+            }
+            tokio::select! {
+                () = lost.cancelled() => return Err(StoreError::Fenced),
+                () = self.reconnect() => {}
+            }
+        }
+    }
+
+    async fn reconnect(&mut self) {
+        tokio::time::sleep(RETRY_PAUSE).await;
+        // The old connection may come back by itself; if neither does, the lease ends it.
+        if let Ok(client) = connect(&self.config).await {
+            self.client = client;
+        }
+    }
+
+    fn transaction(&self, values: &[(String, Value)]) -> Txn {
+        let mut when = vec![self.fence.compare()];
+        let mut then = Vec::with_capacity(values.len());
+        let mut otherwise = vec![TxnOp::get(self.fence.key.clone(), None)];
+        for (job_id, value) in values {
+            let key = format!("{}{job_id}", self.folder);
+            let revision = self.revisions.get(job_id).copied().unwrap_or(0);
+            when.push(Compare::mod_revision(key.clone(), CompareOp::Equal, revision));
+            otherwise.push(TxnOp::get(key.clone(), None));
+            then.push(match value {
+                Some(value) => TxnOp::put(key, value.clone(), None),
+                None => TxnOp::delete(key, None),
+            });
+        }
+        Txn::new().when(when).and_then(then).or_else(otherwise)
+    }
+
+    /// Takes in what became of a transaction.
+    fn learn(&mut self, values: &[(String, Value)], done: &TxnResponse) -> Result<()> {
+        if done.succeeded() {
+            let revision = done.header().map_or(0, |header| header.revision());
+            for (job_id, value) in values {
+                self.left(job_id, value.as_ref().map(|_| revision));
+            }
+            return Ok(());
+        }
+        // Refused: because somebody else leads, or because it had landed before and only the answer was lost.
+        let found = done.op_responses();
+        let mut found = found.iter().map(|response| match response {
+            TxnOpResponse::Get(found) => found.kvs().first(),
+            _ => None,
+        });
+        let leads = found.next().flatten().is_some_and(|leader| leader.create_revision() == self.fence.revision);
+        if !leads {
+            return Err(StoreError::Fenced);
+        }
+        for (job_id, value) in values {
+            let found = found.next().flatten();
+            if found.map(|entry| entry.value()) != value.as_deref() {
+                let key = format!("{}{job_id}", self.folder);
+                return Err(StoreError::DamagedKey { key, problem: "somebody who does not lead has written it".into() });
+            }
+            self.left(job_id, found.map(|entry| entry.mod_revision()));
+        }
+        Ok(())
+    }
+
+    fn left(&mut self, job_id: &str, revision: Option<i64>) {
+        match revision {
+            Some(revision) => drop(self.revisions.insert(job_id.to_owned(), revision)),
+            None => drop(self.revisions.remove(job_id)),
+        }
+    }
+}
+
+fn value_of(change: Change) -> Result<(String, Value)> {
+    match change {
+        Change::Forget { job_id } => Ok((job_id, None)),
+        Change::Put(record) => {
+            let bytes = record.encoded_len();
+            if bytes > MAX_RECORD_BYTES {
+                return Err(StoreError::TooLarge { job_id: record.id, bytes, limit: MAX_RECORD_BYTES });
+            }
+            let value = record.encode_to_vec();
+            Ok((record.id, Some(value)))
+        }
+    }
+}
