@@ -11,6 +11,7 @@
 use std::ops::Range;
 
 use crate::activation::Activation;
+use crate::gemm::micro::MicroKernel;
 use crate::{rows, scratch, threads};
 
 pub mod micro;
@@ -171,39 +172,41 @@ impl Job<'_> {
         let (m, n) = (self.rows.len(), self.columns.len());
         // Sums that wait for their neighbour in the tree: one in `y`, and one for each level above it.
         let waiting = chunks.len().trailing_zeros() as usize;
-        let lengths = [m.next_multiple_of(kernel.mr) * K_STEP, K_STEP * kernel.nr, waiting * m * n];
-        scratch::with(lengths, |[a, b, tree]| {
-            let mut tree = tree.chunks_exact_mut(m * n);
-            let mut y = Some(y);
-            let mut levels: [Plane<'_>; MAX_CHUNKS.trailing_zeros() as usize + 1] =
-                std::array::from_fn(|_| y.take().unwrap_or_else(|| Plane::of(tree.next().unwrap_or_default(), n)));
+        let level = m.next_multiple_of(kernel.mr) * n.next_multiple_of(kernel.nr);
+        let lengths = [m.next_multiple_of(kernel.mr) * K_STEP, K_STEP * kernel.nr, waiting * level];
+        scratch::with(lengths, |[a, b, above]| {
+            let mut sums = Sums { y, above, level, kernel };
             let mut start = 0;
             for (i, chunk) in chunks.iter().enumerate() {
-                let (depth, merges) = (i.count_ones() as usize, i.trailing_ones() as usize);
-                let levels = &mut levels[depth - merges..=depth];
                 let pieces = chunk.as_ref();
                 let len: usize = pieces.iter().map(|(_, len)| len).sum();
+                let even = len.div_ceil(len.div_ceil(K_STEP).max(1));
                 let mut done = 0;
                 loop {
-                    let k = done..len.min(done + K_STEP);
+                    let k = done..len.min(done + even);
                     pack_rows(a, self.x, self.rows.clone(), pieces, k.clone(), kernel.mr);
-                    let step = Step { k: start + k.start..start + k.end, fresh: done == 0, ends: k.end == len };
-                    self.step(&step, a, b, levels);
+                    let step = Step {
+                        k: start + k.start..start + k.end,
+                        fresh: done == 0,
+                        depth: i.count_ones() as usize,
+                        merges: if k.end == len { i.trailing_ones() as usize } else { 0 },
+                    };
+                    self.step(&step, a, b, &mut sums);
                     done = k.end;
-                    if step.ends {
+                    if done == len {
                         break;
                     }
                 }
                 start += len;
             }
             if !epilogue.is_nothing() {
-                (0..m).for_each(|row| epilogue.apply(levels[0].row_mut(row), self.columns.clone()));
+                (0..m).for_each(|row| epilogue.apply(sums.y.row_mut(row), self.columns.clone()));
             }
         });
     }
 
-    /// Adds the products of one step to the last of `levels`; when its chunk ends, that into the one before it, and so on.
-    fn step(&self, step: &Step, a: &[f32], b: &mut [f32], levels: &mut [Plane<'_>]) {
+    /// Adds the products of one step to the sums at its depth, and merges those with the ones below that they complete.
+    fn step(&self, step: &Step, a: &[f32], b: &mut [f32], sums: &mut Sums<'_>) {
         let kernel = self.weight.kernel();
         let (m, n, k) = (self.rows.len(), self.columns.len(), step.k.len());
         for column in (0..n).step_by(kernel.nr) {
@@ -211,17 +214,53 @@ impl Job<'_> {
             let panel = self.weight.panel((self.columns.start + column) / kernel.nr, step.k.clone(), b);
             for row in (0..m).step_by(kernel.mr) {
                 let rows = row..m.min(row + kernel.mr);
-                let sum = levels.len() - 1;
-                kernel.run(k, &a[row * k..], panel, levels[sum].part(rows.clone(), columns.clone()), step.fresh);
-                if step.ends {
-                    for level in (0..sum).rev() {
-                        let [left, right] = &mut levels[level..level + 2] else { unreachable!() };
-                        left.part(rows.clone(), columns.clone()).add(&right.part(rows.clone(), columns.clone()));
-                    }
+                kernel.run(k, &a[row * k..], panel, sums.tile(step.depth, rows.clone(), columns.clone()), step.fresh);
+                for depth in (step.depth - step.merges + 1..=step.depth).rev() {
+                    sums.merge(depth, rows.clone(), columns.clone());
                 }
             }
         }
     }
+}
+
+/// The sums of one job's tree that are not complete: at depth 0 in the result, at others aside, tile by tile.
+struct Sums<'a> {
+    y: Plane<'a>,
+    above: &'a mut [f32],
+    /// Floats of a depth.
+    level: usize,
+    kernel: &'static MicroKernel,
+}
+
+impl Sums<'_> {
+    fn tile(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
+        if depth == 0 {
+            return self.y.part(rows, columns);
+        }
+        let at = (depth - 1) * self.level + self.place(&rows, &columns);
+        aside(&mut self.above[at..], rows.len(), columns.len(), self.kernel.nr)
+    }
+
+    /// Adds a tile to the one at the depth below it: earlier chunks on the left.
+    fn merge(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
+        let at = (depth - 1) * self.level + self.place(&rows, &columns);
+        let (below, own) = self.above.split_at_mut(at);
+        let own = aside(own, rows.len(), columns.len(), self.kernel.nr);
+        if depth == 1 {
+            self.y.part(rows, columns).add(&own);
+        } else {
+            aside(&mut below[at - self.level..], rows.len(), columns.len(), self.kernel.nr).add(&own);
+        }
+    }
+
+    fn place(&self, rows: &Range<usize>, columns: &Range<usize>) -> usize {
+        rows.start * self.kernel.nr + columns.start * self.y.rows().next_multiple_of(self.kernel.mr)
+    }
+}
+
+/// A tile that begins where `memory` does.
+fn aside(memory: &mut [f32], rows: usize, columns: usize, nr: usize) -> Plane<'_> {
+    Plane::of(&mut memory[..rows * nr], nr).narrow(columns)
 }
 
 /// A part of a chunk's columns.
@@ -229,7 +268,10 @@ struct Step {
     k: Range<usize>,
     /// Whether the chunk starts here, from zero.
     fresh: bool,
-    ends: bool,
+    /// Sums of earlier chunks that wait.
+    depth: usize,
+    /// How many of them the chunk completes, if it ends here.
+    merges: usize,
 }
 
 #[cfg(test)]

@@ -21,6 +21,9 @@ pub struct MicroKernel {
     /// Columns of a tile, and of a packed panel.
     pub(crate) nr: usize,
     tile: unsafe fn(Tile),
+    /// As many multiply-adds of `lanes` independent sums as it is told, in registers alone: what the CPU can do at most.
+    spin: unsafe fn(usize) -> f32,
+    lanes: usize,
 }
 
 /// Packed operands of one tile, and where its results are.
@@ -54,6 +57,16 @@ impl MicroKernel {
             #[cfg(not(target_arch = "x86_64"))]
             Path::Avx2 => &plain::KERNEL,
         }
+    }
+
+    /// Spends `rounds` rounds of [`Self::flops_per_round`] in registers.
+    pub(crate) fn spin(&self, rounds: usize) -> f32 {
+        // SAFETY: `best` chose what the CPU runs.
+        unsafe { (self.spin)(rounds) }
+    }
+
+    pub(crate) fn flops_per_round(&self) -> usize {
+        2 * self.lanes
     }
 
     /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`;

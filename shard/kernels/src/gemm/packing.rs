@@ -149,8 +149,10 @@ pub(crate) fn pack_transposed<T: Copy>(
             if from == until {
                 continue;
             }
-            for (packed, x) in packed[to..].iter_mut().step_by(width).zip(x.part(row, (start + from, until - from))) {
-                *packed = *x;
+            let run = x.part(row, (start + from, until - from));
+            let packed = &mut packed[to..to + (run.len() - 1) * width + 1];
+            for (i, x) in run.iter().enumerate() {
+                packed[i * width] = *x;
             }
             to += (until - from) * width;
         }

@@ -4,7 +4,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use crate::rows;
+use crate::cpu::vectorised;
 
 /// A rectangle that is written by one owner.
 pub(crate) struct Plane<'a> {
@@ -51,12 +51,20 @@ impl<'a> Plane<'a> {
         Plane { start, stride: self.stride, rows: rows.len(), columns: columns.len(), of: PhantomData }
     }
 
+    /// Its first columns.
+    pub(crate) fn narrow(self, columns: usize) -> Self {
+        assert!(columns <= self.columns, "{columns} columns of {}", self.columns);
+        Self { columns, ..self }
+    }
+
+    #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &[f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: the row is inside the rectangle, which is borrowed with `self`.
         unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.columns) }
     }
 
+    #[inline(always)]
     pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: as above, and the borrow is exclusive.
@@ -65,8 +73,18 @@ impl<'a> Plane<'a> {
 
     /// `self += other`, of the same size.
     pub(crate) fn add(&mut self, other: &Plane<'_>) {
-        for row in 0..self.rows {
-            rows::shift(self.row_mut(row), other.row(row));
+        assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
+        add(self, other);
+    }
+}
+
+vectorised! {
+    fn add(to: &mut Plane<'_>, from: &Plane<'_>) {
+        for row in 0..to.rows {
+            let (to, from) = (to.row_mut(row), from.row(row));
+            for (to, from) in to.iter_mut().zip(from) {
+                *to += *from;
+            }
         }
     }
 }

@@ -1,14 +1,16 @@
 //! AVX2 with fused multiply-add: 6 rows by two vectors of 8, twelve chains in registers.
 #![allow(unsafe_code)] // intrinsics on pointers
 
-use std::arch::x86_64::{__m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps};
+use std::arch::x86_64::{
+    __m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+};
 
 use super::{MicroKernel, Tile};
 
 const MR: usize = 6;
 const NR: usize = 16;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "avx2", mr: MR, nr: NR, tile };
+pub(super) static KERNEL: MicroKernel = MicroKernel { name: "avx2", mr: MR, nr: NR, tile, spin, lanes: 12 * 8 };
 
 /// # Safety
 /// The CPU has AVX2 and FMA; the tile's pointers are good for what its documentation says.
@@ -55,4 +57,23 @@ unsafe fn rows<const R: usize>(t: Tile) {
             _mm256_storeu_ps(c.add(8), sum[1]);
         }
     }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn spin(rounds: usize) -> f32 {
+    let (factor, less) = (_mm256_set1_ps(std::hint::black_box(0.999)), _mm256_set1_ps(0.001));
+    let mut sums = [_mm256_set1_ps(1.0); 12];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = _mm256_fmadd_ps(*sum, factor, less);
+        }
+    }
+    let mut lanes = [0f32; 8];
+    for sum in sums {
+        let mut out = [0f32; 8];
+        // SAFETY: eight floats.
+        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sum) };
+        lanes.iter_mut().zip(out).for_each(|(lane, v)| *lane += v);
+    }
+    lanes.iter().sum()
 }

@@ -7,8 +7,9 @@ use super::{MicroKernel, Tile};
 
 const MR: usize = 4;
 const NR: usize = 16;
+const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "plain", mr: MR, nr: NR, tile };
+pub(super) static KERNEL: MicroKernel = MicroKernel { name: "plain", mr: MR, nr: NR, tile, spin, lanes: LANES };
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.
@@ -29,4 +30,14 @@ unsafe fn tile(t: Tile) {
         }
         c.copy_from_slice(&sums);
     }
+}
+
+fn spin(rounds: usize) -> f32 {
+    let (factor, mut sums) = (std::hint::black_box(0.999_f32), [1f32; LANES]);
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = *sum * factor + 0.001;
+        }
+    }
+    sums.iter().sum()
 }
