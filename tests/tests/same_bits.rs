@@ -4,6 +4,7 @@
 //! Nothing is recorded: instruction sets differ in the last bits (fused multiply-adds), layouts on one machine do not.
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -130,6 +131,7 @@ fn draw(layout: Layout, threads: usize, jobs: u64) -> [Vec<String>; 2] {
 #[test]
 fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_batched() {
     let [expected, _] = draw(Layout::SOLO, 1, 1);
+    assert_eq!(expected.iter().collect::<BTreeSet<_>>().len(), expected.len(), "each says something: {expected:?}");
     for tp in [1, 2, 4, 8] {
         for block_ranges in [1, 2, 3] {
             for threads in [1, 2] {

@@ -1,6 +1,6 @@
 //! Softmax attention that streams the keys: scores live for one block of queries by one block of keys.
 //!
-//! For each block of [`KEYS`] keys the row's maximum, its sum and its output are carried on (online softmax, Milakov and
+//! For each block of `KEYS` keys the row's maximum, its sum and its output are carried on (online softmax, Milakov and
 //! Gimelshein, <https://arxiv.org/abs/1805.02867>). Blocks of keys start at the same places whatever the queries are, so a
 //! query's result does not depend on the queries beside it, the batch, or the threads.
 

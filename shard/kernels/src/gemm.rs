@@ -6,7 +6,7 @@
 //! binary tree.
 //!
 //! **Blocking.** A job is a block of rows by a block of columns; its results stay in the second-level cache while K
-//! passes by in steps of [`K_STEP`], of which one panel of weights stays in the first-level cache.
+//! passes by in steps of `K_STEP`, of which one panel of weights stays in the first-level cache.
 
 use std::ops::Range;
 

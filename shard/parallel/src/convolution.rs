@@ -93,3 +93,24 @@ impl fmt::Debug for Conv2d {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candles_convolution_and_ours_agree() {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (x, weight, bias) = (random(&[2, 5, 7, 19]), random(&[6, 5, 3, 3]), random(&[6]));
+        let values = ops::vector(&bias).unwrap();
+        let packed = read(&weight, |w| conv::Conv2d::pack(w, [6, 5, 3], Some(&values))).unwrap();
+        let ours = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
+        let theirs = Conv2d { kernel: Kernel::Whole { weight, bias }, dtype: DType::F32 };
+        for (stride, before, after, doubled) in [(1, 1, 1, false), (2, 0, 1, false), (1, 1, 1, true)] {
+            let at = Placement { stride, before, after, doubled };
+            let (ours, theirs) = (ours.forward(&x, at).unwrap(), theirs.forward(&x, at).unwrap());
+            let difference = (ours - theirs).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(difference < 1e-4, "{at:?} differs by {difference}");
+        }
+    }
+}

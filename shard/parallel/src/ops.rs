@@ -192,6 +192,19 @@ mod tests {
     }
 
     #[test]
+    fn a_bias_broadcasts_as_candle_does_it() {
+        let make = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (q, k, v) = (make(&[2, 3, 5, 8]), make(&[2, 3, 7, 8]), make(&[2, 3, 7, 8]));
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() * 0.25).unwrap();
+        let turned = make(&[1, 3, 7, 5]).transpose(2, 3).unwrap();
+        for bias in [make(&[1, 1, 1, 7]), make(&[1, 3, 5, 7]), make(&[2, 1, 1, 7]), make(&[2, 3, 5, 1]), turned] {
+            let biased = scores.broadcast_add(&bias).unwrap();
+            let expected = candle_nn::ops::softmax(&biased, 3).unwrap().matmul(&v).unwrap();
+            close(&attention(&q, &k, &v, 0.25, Some(&bias)).unwrap(), &expected);
+        }
+    }
+
+    #[test]
     fn norms_equal_candles() {
         let x = (Tensor::randn(3f32, 2.0, (2, 5, 48), &Device::Cpu).unwrap() * 3.0).unwrap();
         let w = Tensor::randn(1f32, 0.1, 48, &Device::Cpu).unwrap();
