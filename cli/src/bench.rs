@@ -1,27 +1,25 @@
 //! `atelier bench`: how close this machine's cluster is to what the machine can do.
 
+mod kernels;
 mod load;
 mod queue;
 mod table;
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 
 use crate::error::Error;
 
-#[derive(Debug, Args)]
-pub(crate) struct BenchArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
 #[derive(Debug, Subcommand)]
-enum What {
-    /// Submits, watchers and a deep queue against a coordinator with stand-in workers.
+pub(crate) enum BenchCommand {
+    /// One row for each operation and shape of FLUX.1: its speed, the limit, the ratio.
+    Kernels(kernels::KernelsArgs),
+    /// Durable submits, watchers and a deep queue, against a coordinator with stand-in workers.
     Load(load::LoadArgs),
 }
 
-pub(crate) async fn run(args: BenchArgs) -> Result<(), Error> {
-    match args.what {
-        What::Load(args) => load::run(args).await,
+pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
+    match command {
+        BenchCommand::Kernels(args) => kernels::run(&args),
+        BenchCommand::Load(args) => load::run(args).await,
     }
 }

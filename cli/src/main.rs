@@ -36,8 +36,9 @@ enum Command {
     Workers(list::WorkersArgs),
     /// Say what a model needs on each rank of a layout, and whether it fits.
     Plan(plan::PlanArgs),
-    /// Measure what this machine's cluster can do.
-    Bench(bench::BenchArgs),
+    /// Measure what this machine computes and its cluster takes, against the machine's own limits.
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Run a coordinator.
     Coordinator(coordinator::config::Args),
     /// Run a worker.
@@ -69,7 +70,7 @@ fn run(command: Command) -> Result<(), Error> {
             Command::Models(args) => list::models(args).await,
             Command::Workers(args) => list::workers(args).await,
             Command::Plan(args) => plan::run(&args),
-            Command::Bench(args) => bench::run(args).await,
+            Command::Bench(command) => bench::run(command).await,
             Command::Coordinator(args) => {
                 let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
                 let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;

@@ -4,7 +4,7 @@ use std::process::Command;
 
 #[test]
 fn every_subcommand_has_help() {
-    for subcommand in ["up", "generate", "jobs", "models", "workers", "plan", "coordinator", "worker"] {
+    for subcommand in ["up", "generate", "jobs", "models", "workers", "plan", "bench", "coordinator", "worker"] {
         let output = Command::new(env!("CARGO_BIN_EXE_atelier")).args([subcommand, "--help"]).output().unwrap();
         assert!(output.status.success(), "{subcommand}: {}", String::from_utf8_lossy(&output.stderr));
     }

@@ -1,10 +1,30 @@
 //! CPU kernels on plain slices, and the process's memory policy.
 //!
 //! Knows neither candle nor models: a kernel takes slices and sizes. Every output row is computed from its own input row
-//! with a fixed order of additions, so a row's bits do not depend on the batch it is in. Transcendental functions come from
-//! the `libm` crate, so that the host's C library has no say in a picture.
+//! with a fixed order of additions, so a row's bits depend neither on the batch it is in nor on the number of threads.
+//! Transcendental functions are our own ([`math`]), so that the host's C library has no say in a picture.
+//!
+//! **Paths.** [`cpu::path`] is found once. What is written in plain Rust and compiled twice ([`activation`], [`rows`],
+//! [`rope`]) gives the same bits on every path; the products ([`gemm`], [`attention`], [`conv`]) use fused
+//! multiply-adds where there are any, and differ between paths in the last bits. Another instruction set is one more
+//! [`gemm::micro::MicroKernel`]; nothing else knows what the machine can do.
 
+pub mod conv;
+pub mod cpu;
+pub mod math;
 pub mod memory;
 
 pub mod activation;
+pub mod attention;
+
+pub mod gemm;
+pub mod limit;
+
+pub mod rope;
 pub mod rows;
+
+mod scratch;
+mod threads;
+
+#[cfg(test)]
+mod guard;

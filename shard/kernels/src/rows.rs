@@ -1,8 +1,13 @@
 //! Norms and softmax over rows. Sums run in sixteen fixed lanes that are added as a tree, whatever the machine.
 
+use crate::activation::Activation;
+use crate::cpu::vectorised;
+use crate::{math, threads};
+
 const LANES: usize = 16;
 
 /// Sum of `f(x)` in sixteen lanes, the lanes added as a balanced tree.
+#[inline(always)]
 fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let chunks = x.chunks_exact(LANES);
@@ -26,6 +31,7 @@ fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 }
 
 /// Mean and 1 / sqrt(variance + eps) of `x`, in two passes (one pass loses digits when the mean is large).
+#[inline(always)]
 fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = lane_sum(x, |v| v) / n;
@@ -33,104 +39,309 @@ fn moments(x: &[f32], eps: f32) -> (f32, f32) {
     (mean, 1.0 / (variance + eps).sqrt())
 }
 
-/// `(x - mean) / sqrt(var + eps)` for each row of `width`.
-pub fn layer_norm(x: &mut [f32], width: usize, eps: f32) {
-    for row in x.chunks_exact_mut(width.max(1)) {
-        let (mean, scale) = moments(row, eps);
-        for v in row {
-            *v = (*v - mean) * scale;
-        }
-    }
-}
-
-/// `x / sqrt(mean(x^2) + eps) * weight` for each row of `weight.len()`.
-pub fn rms_norm(x: &mut [f32], weight: &[f32], eps: f32) {
-    for row in x.chunks_exact_mut(weight.len().max(1)) {
-        let scale = 1.0 / (lane_sum(row, |v| v * v) / row.len() as f32 + eps).sqrt();
-        for (v, w) in row.iter_mut().zip(weight) {
-            *v = *v * scale * w;
-        }
-    }
-}
-
-/// Group norm of `x: [B, C, S]` with `weight, bias: [C]`; statistics over `C / groups` channels of one item.
-pub fn group_norm(x: &mut [f32], weight: &[f32], bias: &[f32], groups: usize, spatial: usize, eps: f32) {
-    let channels = weight.len();
-    let per_group = channels / groups.max(1);
-    for (index, group) in x.chunks_exact_mut((per_group * spatial).max(1)).enumerate() {
-        let (mean, scale) = moments(group, eps);
-        let first = index % groups * per_group;
-        for (c, plane) in group.chunks_exact_mut(spatial).enumerate() {
-            let (w, b) = (weight[first + c], bias[first + c]);
-            for v in plane {
-                *v = (*v - mean) * scale * w + b;
+/// `y = (x - mean) / sqrt(var + eps) * weight + bias` for each row of `width`; a missing `weight: [width]` is one, a
+/// missing `bias: [width]` zero.
+pub fn layer_norm(x: &[f32], y: &mut [f32], width: usize, weight: Option<&[f32]>, bias: Option<&[f32]>, eps: f32) {
+    assert_eq!(x.len(), y.len());
+    assert!(weight.is_none_or(|w| w.len() == width) && bias.is_none_or(|b| b.len() == width), "one weight for each column");
+    threads::over_rows(y, width, |first, y| {
+        for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            normalize(x, y, eps);
+            match (weight, bias) {
+                (Some(weight), Some(bias)) => scale_and_shift(y, weight, bias),
+                (Some(weight), None) => scale(y, weight),
+                (None, Some(bias)) => shift(y, bias),
+                (None, None) => {}
             }
         }
+    });
+}
+
+/// Adaptive layer norm: `y = (x - mean) / sqrt(var + eps) * (1 + scale) + shift`. `x, y: [B, L, D]`, `shift, scale: [B, D]`;
+/// `rows` is `L` and `width` `D`.
+pub fn layer_norm_modulate(x: &[f32], y: &mut [f32], [rows, width]: [usize; 2], shift: &[f32], scale: &[f32], eps: f32) {
+    assert_eq!(x.len(), y.len());
+    assert_eq!(shift.len(), scale.len());
+    assert_eq!(scale.len() * rows, y.len(), "one scale and shift for each item");
+    threads::over_rows(y, width, |first, y| {
+        for (i, y) in y.chunks_exact_mut(width).enumerate() {
+            let (row, item) = (first + i, (first + i) / rows);
+            normalize(&x[row * width..][..width], y, eps);
+            modulate(y, &scale[item * width..][..width], &shift[item * width..][..width]);
+        }
+    });
+}
+
+/// `y = x / sqrt(mean(x^2) + eps) * weight` for each row of `weight.len()`.
+pub fn rms_norm(x: &[f32], y: &mut [f32], weight: &[f32], eps: f32) {
+    assert_eq!(x.len(), y.len());
+    let width = weight.len();
+    threads::over_rows(y, width, |first, y| {
+        for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            rms_row(x, y, weight, eps);
+        }
+    });
+}
+
+/// Group norm of `x, y: [B, C, S]` with `weight, bias: [C]`, then `activation`; statistics over `C / groups` channels of one
+/// item. `spatial` is `S`.
+pub fn group_norm(
+    x: &[f32],
+    y: &mut [f32],
+    [groups, spatial]: [usize; 2],
+    affine: [&[f32]; 2],
+    eps: f32,
+    activation: Option<Activation>,
+) {
+    let [weight, bias] = affine;
+    assert_eq!(x.len(), y.len());
+    assert!(weight.len() == bias.len() && groups > 0 && weight.len().is_multiple_of(groups), "whole channels in each group");
+    let per_group = weight.len() / groups;
+    let width = per_group * spatial;
+    threads::over_rows(y, width, |first, y| {
+        for (i, y) in y.chunks_exact_mut(width).enumerate() {
+            let group = first + i;
+            let x = &x[group * width..][..width];
+            let (mean, scale) = moments_of(x, eps);
+            for (c, (x, y)) in x.chunks_exact(spatial).zip(y.chunks_exact_mut(spatial)).enumerate() {
+                let channel = group % groups * per_group + c;
+                affine_plane(x, y, [mean, scale * weight[channel], bias[channel]]);
+                if let Some(activation) = activation {
+                    activation.apply(y);
+                }
+            }
+        }
+    });
+}
+
+/// Softmax of each row of `width`, in place. A row whose entries are all `-inf` becomes zeros.
+pub fn softmax(x: &mut [f32], width: usize) {
+    threads::over_rows(x, width, |_, x| {
+        for row in x.chunks_exact_mut(width) {
+            softmax_row(row);
+        }
+    });
+}
+
+vectorised! {
+    fn normalize(x: &[f32], y: &mut [f32], eps: f32) {
+        let (mean, scale) = moments(x, eps);
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = (*x - mean) * scale;
+        }
     }
 }
 
-/// Softmax of each row of `width`. A row whose entries are all `-inf` becomes zeros.
-pub fn softmax(x: &mut [f32], width: usize) {
-    for row in x.chunks_exact_mut(width.max(1)) {
-        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        if max == f32::NEG_INFINITY {
-            row.fill(0.0);
-            continue;
-        }
-        for v in row.iter_mut() {
-            *v = libm::expf(*v - max);
-        }
-        let scale = 1.0 / lane_sum(row, |v| v);
-        for v in row {
-            *v *= scale;
+vectorised! {
+    fn rms_row(x: &[f32], y: &mut [f32], weight: &[f32], eps: f32) {
+        let scale = 1.0 / (lane_sum(x, |v| v * v) / x.len() as f32 + eps).sqrt();
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = *x * scale * *w;
         }
     }
+}
+
+vectorised! {
+    fn moments_of(x: &[f32], eps: f32) -> (f32, f32) {
+        moments(x, eps)
+    }
+}
+
+vectorised! {
+    fn affine_plane(x: &[f32], y: &mut [f32], mean_scale_bias: [f32; 3]) {
+        let [mean, scale, bias] = mean_scale_bias;
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = (*x - mean) * scale + bias;
+        }
+    }
+}
+
+vectorised! {
+    fn scale_and_shift(y: &mut [f32], weight: &[f32], bias: &[f32]) {
+        for ((y, w), b) in y.iter_mut().zip(weight).zip(bias) {
+            *y = *y * *w + *b;
+        }
+    }
+}
+
+vectorised! {
+    fn scale(y: &mut [f32], weight: &[f32]) {
+        for (y, w) in y.iter_mut().zip(weight) {
+            *y *= *w;
+        }
+    }
+}
+
+vectorised! {
+    /// `y += bias`.
+    pub(crate) fn shift(y: &mut [f32], bias: &[f32]) {
+        for (y, b) in y.iter_mut().zip(bias) {
+            *y += *b;
+        }
+    }
+}
+
+vectorised! {
+    fn modulate(y: &mut [f32], scale: &[f32], shift: &[f32]) {
+        for ((y, scale), shift) in y.iter_mut().zip(scale).zip(shift) {
+            *y = *y * (1.0 + *scale) + *shift;
+        }
+    }
+}
+
+vectorised! {
+    /// The largest value; `-inf` of nothing. In lanes, since one chain of maxima would wait for itself.
+    pub(crate) fn maximum(x: &[f32]) -> f32 {
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let chunks = x.chunks_exact(LANES);
+        let tail = chunks.remainder();
+        for chunk in chunks {
+            for (lane, v) in lanes.iter_mut().zip(chunk) {
+                *lane = if *v > *lane { *v } else { *lane };
+            }
+        }
+        lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, v| if *v > max { *v } else { max })
+    }
+}
+
+vectorised! {
+    /// Replaces each `x` by `e^(x - max)` and gives their sum.
+    pub(crate) fn exponentials(x: &mut [f32], max: f32) -> f32 {
+        for v in x.iter_mut() {
+            *v = math::exp(*v - max);
+        }
+        lane_sum(x, |v| v)
+    }
+}
+
+vectorised! {
+    /// `y *= factor`.
+    pub(crate) fn multiply(y: &mut [f32], factor: f32) {
+        for v in y {
+            *v *= factor;
+        }
+    }
+}
+
+fn softmax_row(row: &mut [f32]) {
+    let max = maximum(row);
+    if max == f32::NEG_INFINITY {
+        return row.fill(0.0);
+    }
+    let sum = exponentials(row, max);
+    multiply(row, 1.0 / sum);
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    fn row(n: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 7919) % 101) as f32 / 50.0 - 1.0).collect()
+    /// `rows` rows of `width` pseudo-random values about `centre`.
+    fn values(rows: usize, width: usize, centre: f32) -> Vec<f32> {
+        (0..rows * width).map(|i| ((i * 7919 + 13) % 1009) as f32 / 500.0 - 1.0 + centre).collect()
     }
 
-    #[test]
-    fn layer_norm_gives_mean_zero_and_variance_one() {
-        for n in [2, 15, 16, 17, 100] {
-            let mut x = row(n);
-            layer_norm(&mut x, n, 0.0);
-            let mean = x.iter().map(|v| f64::from(*v)).sum::<f64>() / n as f64;
-            let var = x.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n as f64;
-            assert!(mean.abs() < 1e-6 && (var - 1.0).abs() < 1e-5, "{n}: mean {mean} var {var}");
+    /// Norm of one row in f64.
+    fn reference(row: &[f32], eps: f64) -> Vec<f64> {
+        let n = row.len() as f64;
+        let mean = row.iter().map(|v| f64::from(*v)).sum::<f64>() / n;
+        let variance = row.iter().map(|v| (f64::from(*v) - mean).powi(2)).sum::<f64>() / n;
+        row.iter().map(|v| (f64::from(*v) - mean) / (variance + eps).sqrt()).collect()
+    }
+
+    fn close(got: &[f32], expected: impl IntoIterator<Item = f64>) {
+        for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+            let error = (f64::from(*got) - expected).abs();
+            assert!(error <= 2e-5 * (1.0 + expected.abs()), "element {i} is {got}, not {expected}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn layer_norms_equal_their_reference(rows in 0usize..5, width in 1usize..70, centre in -3f32..3.0) {
+            let x = values(rows, width, centre);
+            let (weight, bias) = (values(1, width, 1.0), values(1, width, 0.3));
+            let mut y = vec![f32::NAN; x.len()];
+            let expected = |f: &dyn Fn(f64, usize) -> f64| {
+                x.chunks(width).flat_map(|row| reference(row, 1e-3).into_iter().enumerate().map(|(i, v)| f(v, i)).collect::<Vec<_>>()).collect::<Vec<_>>()
+            };
+            layer_norm(&x, &mut y, width, None, None, 1e-3);
+            close(&y, expected(&|v, _| v));
+            layer_norm(&x, &mut y, width, Some(&weight), Some(&bias), 1e-3);
+            close(&y, expected(&|v, i| v * f64::from(weight[i]) + f64::from(bias[i])));
+            layer_norm(&x, &mut y, width, Some(&weight), None, 1e-3);
+            close(&y, expected(&|v, i| v * f64::from(weight[i])));
+            if rows > 0 {
+                layer_norm_modulate(&x, &mut y, [rows, width], &bias, &weight, 1e-3);
+                close(&y, expected(&|v, i| v * (1.0 + f64::from(weight[i])) + f64::from(bias[i])));
+            }
+        }
+
+        #[test]
+        fn rms_norm_and_softmax_equal_their_references(rows in 0usize..5, width in 1usize..70) {
+            let x = values(rows, width, 0.2);
+            let weight = values(1, width, 1.0);
+            let mut y = vec![f32::NAN; x.len()];
+            rms_norm(&x, &mut y, &weight, 1e-6);
+            close(&y, x.chunks(width).flat_map(|row| {
+                let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
+                row.iter().zip(&weight).map(move |(v, w)| f64::from(*v) / (mean + 1e-6).sqrt() * f64::from(*w)).collect::<Vec<_>>()
+            }));
+            let mut y = x.clone();
+            softmax(&mut y, width);
+            close(&y, x.chunks(width).flat_map(|row| {
+                let sum: f64 = row.iter().map(|v| f64::from(*v).exp()).sum();
+                row.iter().map(move |v| f64::from(*v).exp() / sum).collect::<Vec<_>>()
+            }));
+        }
+
+        #[test]
+        fn group_norm_equals_its_reference(batch in 0usize..3, groups in 1usize..4, per_group in 1usize..4, spatial in 1usize..40) {
+            let channels = groups * per_group;
+            let x = values(batch * channels, spatial, 0.5);
+            let (weight, bias) = (values(1, channels, 1.0), values(1, channels, 0.3));
+            let mut y = vec![f32::NAN; x.len()];
+            group_norm(&x, &mut y, [groups, spatial], [&weight, &bias], 1e-3, None);
+            let normal = x.chunks(per_group * spatial).flat_map(|group| reference(group, 1e-3));
+            let affine = |(i, v): (usize, f64)| v * f64::from(weight[i / spatial % channels]) + f64::from(bias[i / spatial % channels]);
+            close(&y, normal.enumerate().map(affine));
+            let mut with_silu = vec![f32::NAN; x.len()];
+            group_norm(&x, &mut with_silu, [groups, spatial], [&weight, &bias], 1e-3, Some(Activation::Silu));
+            Activation::Silu.apply(&mut y);
+            prop_assert_eq!(y, with_silu);
         }
     }
 
     #[test]
-    fn softmax_sums_to_one_and_survives_a_masked_row() {
-        let mut x = row(37);
-        softmax(&mut x, 37);
-        assert!((x.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+    fn a_masked_row_becomes_zeros() {
         let mut masked = [f32::NEG_INFINITY; 5];
         softmax(&mut masked, 5);
         assert_eq!(masked, [0.0; 5]);
+        let mut partly = [f32::NEG_INFINITY, 1.0, f32::NEG_INFINITY];
+        softmax(&mut partly, 3);
+        assert_eq!(partly, [0.0, 1.0, 0.0]);
     }
 
     #[test]
-    fn a_row_does_not_depend_on_its_neighbours() {
-        let (a, b) = (row(33), row(66));
-        let mut both = [a.clone(), b[33..].to_vec()].concat();
-        let mut alone = a;
-        rms_norm(&mut both, &[0.5; 33], 1e-6);
-        rms_norm(&mut alone, &[0.5; 33], 1e-6);
-        assert_eq!(both[..33], alone[..]);
-    }
-
-    #[test]
-    fn group_norm_uses_its_own_channels_weight() {
-        let mut x = row(2 * 4 * 6);
-        group_norm(&mut x, &[1.0, 1.0, 0.0, 0.0], &[0.0, 0.0, 5.0, 7.0], 2, 6, 1e-6);
-        assert_eq!(x[12..18], [5.0; 6]);
-        assert_eq!(x[42..48], [7.0; 6]);
+    fn neither_neighbours_nor_threads_change_a_row() {
+        let (rows, width) = (200, 333); // over what one thread takes alone
+        let x = values(rows, width, 0.1);
+        let weight = values(1, width, 1.0);
+        let (mut all, mut alone, mut soft) = (vec![0.0; x.len()], vec![0.0; x.len()], x.clone());
+        let two = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let run = |all: &mut [f32], soft: &mut [f32]| {
+            rms_norm(&x, all, &weight, 1e-6);
+            softmax(soft, width);
+        };
+        two.install(|| run(&mut all, &mut soft));
+        for (x, y) in x.chunks(width).zip(alone.chunks_mut(width)) {
+            rms_norm(x, y, &weight, 1e-6);
+        }
+        assert_eq!(all, alone);
+        let mut soft_alone = x.clone();
+        soft_alone.chunks_mut(width).for_each(|row| softmax(row, width));
+        assert_eq!(soft, soft_alone);
     }
 }

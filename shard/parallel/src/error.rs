@@ -8,6 +8,12 @@ pub enum Error {
     /// candle refused an operation.
     #[error("tensor operation failed: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// Operands that do not fit together.
+    #[error("an operation got {reason}")]
+    Operands {
+        /// What it got.
+        reason: String,
+    },
     /// A file could not be read.
     #[error("could not read `{}`", path.display())]
     Io {

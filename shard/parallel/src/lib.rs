@@ -20,12 +20,14 @@ pub mod weights;
 
 pub mod ops;
 
+pub mod convolution;
 pub mod linear;
 
 pub mod rng;
 
 pub use candle_core::{DType, Device, Tensor};
 pub use collective::{Collective, Solo};
+pub use convolution::Conv2d;
 pub use error::{Error, Result};
 pub use in_process::InProcess;
 pub use linear::{ColumnParallelLinear, Linear, RowParallelLinear};

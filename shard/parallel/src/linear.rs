@@ -9,8 +9,9 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::collective::Collective;
+use crate::ops::{Chunks, Matrix};
 use crate::weights::{Shard, Weights};
-use crate::{Error, Result, ops};
+use crate::{Error, Result};
 
 /// Into how many fixed chunks a row-parallel layer cuts its input, whatever tp is. tp is 1, 2, 4 or 8.
 const CHUNKS: usize = 8;
@@ -18,7 +19,7 @@ const CHUNKS: usize = 8;
 /// `y = x W^T + b`, whole on every rank.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Matrix,
     bias: Option<Tensor>,
 }
 
@@ -27,13 +28,17 @@ impl Linear {
     pub fn load(w: &Weights, d_in: usize, d_out: usize) -> Result<Self> {
         let weight = w.get("weight", &[d_out, d_in], Shard::Replicated)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
-        Ok(Self { weight, bias })
+        Ok(Self { weight: matrix(w, &weight)?, bias })
     }
 
     /// `x: [.., d_in]` gives `[.., d_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::linear(x, &self.weight, self.bias.as_ref())
+        self.weight.forward(x, self.bias.as_ref())
     }
+}
+
+fn matrix(w: &Weights, weight: &Tensor) -> Result<Matrix> {
+    if w.is_measuring() { Matrix::measured(weight) } else { Matrix::new(weight) }
 }
 
 /// `y = x W^T + b`, with the rows of `W` (output features) divided over the group.
@@ -51,7 +56,7 @@ impl ColumnParallelLinear {
         let shard = Shard::Split { dim: 0, blocks: d_out.to_vec() };
         let weight = w.get("weight", &[rows, d_in], shard.clone())?;
         let bias = w.contains("bias").then(|| w.get("bias", &[rows], shard)).transpose()?;
-        Ok(Self { linear: Linear { weight, bias }, group: w.group().clone(), packed: d_out.len() })
+        Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias }, group: w.group().clone(), packed: d_out.len() })
     }
 
     /// `x: [.., d_in]`, equal on every rank, gives this rank's `[.., d_out/tp]`: its slice of every packed part.
@@ -74,17 +79,9 @@ impl ColumnParallelLinear {
 /// levels here and its upper ones in [`Collective::all_reduce`]. So every tp gives the same order of additions.
 #[derive(Clone)]
 pub struct RowParallelLinear {
-    chunks: Vec<Chunk>,
+    weight: Matrix,
     bias: Option<Tensor>,
     group: Arc<dyn Collective>,
-}
-
-/// One of the eight: the pieces of the input it reads (one per packed part) and their weights.
-#[derive(Clone)]
-struct Chunk {
-    /// Start and length in this rank's input.
-    pieces: Vec<(usize, usize)>,
-    weight: Tensor,
 }
 
 impl RowParallelLinear {
@@ -97,67 +94,47 @@ impl RowParallelLinear {
         let shard = Shard::Split { dim: 1, blocks: d_in.to_vec() };
         let weight = w.get("weight", &[d_out, d_in.iter().sum()], shard)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
-        // When only bytes are counted, cutting would make a zero of every element.
-        let mine = if w.is_measuring() { 0..0 } else { rank * CHUNKS / tp..(rank + 1) * CHUNKS / tp };
-        let chunks = mine.map(|chunk| Chunk::cut(&weight, d_in, tp, rank, chunk)).collect::<Result<_>>()?;
-        Ok(Self { chunks, bias, group: w.group().clone() })
+        let weight =
+            if w.is_measuring() { Matrix::measured(&weight)? } else { Matrix::in_chunks(&weight, chunks(d_in, tp, rank))? };
+        Ok(Self { weight, bias, group: w.group().clone() })
     }
 
     /// This rank's `x: [.., d_in/tp]` gives the same `[.., d_out]` on every rank.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let parts = self.chunks.iter().map(|chunk| chunk.forward(x)).collect::<Result<Vec<_>>>()?;
-        let y = self.group.all_reduce(&tree_sum(parts)?)?;
+        // Sums travel unrounded: rounded ones would depend on how many ranks there are.
+        let y = self.group.all_reduce(&self.weight.product(x, None)?)?;
         // After the sum, or the bias would be counted once per rank.
-        match &self.bias {
-            Some(bias) => Ok(y.broadcast_add(bias)?),
-            None => Ok(y),
-        }
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
+            None => y,
+        };
+        Ok(y.to_dtype(x.dtype())?)
     }
 }
 
-impl Chunk {
-    fn cut(weight: &Tensor, d_in: &[usize], tp: usize, rank: usize, chunk: usize) -> Result<Self> {
-        let mut pieces = Vec::new();
+/// This rank's share of the eight: for each, the piece it reads of every part packed in the input, by its place on this rank.
+fn chunks(d_in: &[usize], tp: usize, rank: usize) -> Chunks {
+    let pieces = |chunk: usize| {
         let mut before = 0; // features of this rank in earlier parts
-        for part in d_in {
+        let piece = |part: &usize| {
             let (start, end) = (chunk * part / CHUNKS, (chunk + 1) * part / CHUNKS);
-            pieces.push((before + start - rank * part / tp, end - start));
+            let at = before + start - rank * part / tp;
             before += part / tp;
-        }
-        let columns = pieces.iter().map(|(at, n)| weight.narrow(1, *at, *n)).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { weight: Tensor::cat(&columns, 1)?.contiguous()?, pieces })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let last = x.rank() - 1;
-        if self.weight.dim(1)? == 0 {
-            // A layer narrower than eight has empty chunks.
-            let mut shape = x.dims().to_vec();
-            shape[last] = self.weight.dim(0)?;
-            return Ok(Tensor::zeros(shape, x.dtype(), x.device())?);
-        }
-        let pieces = self.pieces.iter().map(|(at, n)| x.narrow(last, *at, *n)).collect::<Result<Vec<_>, _>>()?;
-        ops::linear(&Tensor::cat(&pieces, last)?, &self.weight, None)
-    }
-}
-
-/// Adds a power of two of tensors as a balanced binary tree.
-fn tree_sum(mut level: Vec<Tensor>) -> Result<Tensor> {
-    while level.len() > 1 {
-        level =
-            level.chunks(2).map(|pair| if let [a, b] = pair { a + b } else { Ok(pair[0].clone()) }).collect::<Result<_, _>>()?;
-    }
-    level.pop().ok_or(Error::GroupSize { size: 0 })
+            (at, end - start)
+        };
+        d_in.iter().map(piece).collect()
+    };
+    (rank * CHUNKS / tp..(rank + 1) * CHUNKS / tp).map(pieces).collect()
 }
 
 impl fmt::Debug for ColumnParallelLinear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ColumnParallelLinear({:?}, rank {} of {})", self.linear.weight.shape(), self.group.rank(), self.group.size())
+        write!(f, "ColumnParallelLinear({:?}, rank {} of {})", self.linear.weight, self.group.rank(), self.group.size())
     }
 }
 
 impl fmt::Debug for RowParallelLinear {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RowParallelLinear({} chunks, rank {} of {})", self.chunks.len(), self.group.rank(), self.group.size())
+        write!(f, "RowParallelLinear({:?}, rank {} of {})", self.weight, self.group.rank(), self.group.size())
     }
 }

@@ -1,10 +1,20 @@
 //! The operations models are written in. Models call these and never candle's own layers, so that what is behind an
 //! operation can change for every model at once: our kernels on the CPU, candle's on other devices.
 
-use candle_core::{D, DType, Device, Tensor};
-use kernels::{activation, rows};
+use candle_core::{D, DType, Tensor};
+/// What is behind the operations on the CPU, for those who measure it.
+pub use kernels;
+use kernels::{rope, rows};
 
 use crate::Result;
+
+mod attention;
+pub(crate) mod host;
+mod matrix;
+
+pub use attention::attention;
+use host::{map, ours, produce, read};
+pub(crate) use matrix::{Chunks, Matrix};
 
 /// A pointwise function between two linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
@@ -23,60 +33,36 @@ pub enum Activation {
     Relu,
 }
 
+impl Activation {
+    pub(crate) fn kernel(self) -> kernels::activation::Activation {
+        use kernels::activation::Activation as Kernel;
+        match self {
+            Self::Gelu => Kernel::Gelu,
+            Self::GeluTanh => Kernel::GeluTanh,
+            Self::QuickGelu => Kernel::QuickGelu,
+            Self::Silu => Kernel::Silu,
+            Self::Relu => Kernel::Relu,
+        }
+    }
+}
+
 /// Applies `activation` to every element.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
-    if !ours(x) {
-        return Ok(match activation {
-            Activation::Gelu => x.gelu_erf()?,
-            Activation::GeluTanh => x.gelu()?,
-            Activation::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * 1.702)?)?)?,
-            Activation::Silu => x.silu()?,
-            Activation::Relu => x.relu()?,
-        });
+    if ours(x) {
+        return map(x, |x| activation.kernel().apply_all(x));
     }
-    map(
-        x,
-        match activation {
-            Activation::Gelu => activation::gelu,
-            Activation::GeluTanh => activation::gelu_tanh,
-            Activation::QuickGelu => activation::quick_gelu,
-            Activation::Silu => activation::silu,
-            Activation::Relu => activation::relu,
-        },
-    )
+    Ok(match activation {
+        Activation::Gelu => x.gelu_erf()?,
+        Activation::GeluTanh => x.gelu()?,
+        Activation::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * 1.702)?)?)?,
+        Activation::Silu => x.silu()?,
+        Activation::Relu => x.relu()?,
+    })
 }
 
 /// `x sigmoid(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     activate(x, Activation::Silu)
-}
-
-/// `x W^T + b`. `x: [.., d_in]`, `weight: [d_out, d_in]`, `bias: [d_out]` give `[.., d_out]`.
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (d_out, d_in) = weight.dims2()?;
-    let mut shape = x.dims().to_vec();
-    let rows = x.elem_count() / d_in.max(1);
-    let y = x.reshape((rows, d_in))?.matmul(&weight.t()?)?;
-    let y = match bias {
-        Some(bias) => y.broadcast_add(bias)?,
-        None => y,
-    };
-    if let Some(last) = shape.last_mut() {
-        *last = d_out;
-    }
-    Ok(y.reshape(shape)?)
-}
-
-/// Softmax attention. `q: [B, N, Lq, Dh]`, `k, v: [B, N, Lk, Dh]` give `[B, N, Lq, Dh]`.
-///
-/// `bias` is added to the scores and broadcasts to `[B, N, Lq, Lk]`: T5's relative positions, or a mask of 0 and `-inf`.
-pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
-    let scores = (q.contiguous()? * scale)?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
-    let scores = match bias {
-        Some(bias) => scores.broadcast_add(bias)?,
-        None => scores,
-    };
-    Ok(softmax(&scores)?.matmul(&v.contiguous()?)?)
 }
 
 /// Softmax over the last dimension.
@@ -90,14 +76,14 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
 
 /// Layer norm over the last dimension, with an optional `weight` and `bias` of its size.
 pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    let width = x.dim(D::Minus1)?;
-    let mut y = if ours(x) {
-        map(x, |x| rows::layer_norm(x, width, eps as f32))?
-    } else {
-        let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        let variance = centered.sqr()?.mean_keepdim(D::Minus1)?;
-        centered.broadcast_div(&(variance + eps)?.sqrt()?)?
-    };
+    if ours(x) {
+        let width = x.dim(D::Minus1)?;
+        let (weight, bias) = (weight.map(vector).transpose()?, bias.map(vector).transpose()?);
+        return produce(x, |x, y| rows::layer_norm(x, y, width, weight.as_deref(), bias.as_deref(), eps as f32));
+    }
+    let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centered.sqr()?.mean_keepdim(D::Minus1)?;
+    let mut y = centered.broadcast_div(&(variance + eps)?.sqrt()?)?;
     if let Some(weight) = weight {
         y = y.broadcast_mul(weight)?;
     }
@@ -109,6 +95,11 @@ pub fn layer_norm(x: &Tensor, weight: Option<&Tensor>, bias: Option<&Tensor>, ep
 
 /// `layer_norm(x) (1 + scale) + shift`: adaptive layer norm. `x: [B, L, D]`, `shift, scale: [B, D]`.
 pub fn layer_norm_modulate(x: &Tensor, shift: &Tensor, scale: &Tensor, eps: f64) -> Result<Tensor> {
+    let (b, l, d) = x.dims3()?;
+    if ours(x) && shift.dims() == [b, d] && scale.dims() == [b, d] {
+        let (shift, scale) = (vector(shift)?, vector(scale)?);
+        return produce(x, |x, y| rows::layer_norm_modulate(x, y, [l, d], &shift, &scale, eps as f32));
+    }
     let y = layer_norm(x, None, None, eps)?;
     let y = y.broadcast_mul(&(scale.unsqueeze(1)? + 1.0)?)?;
     Ok(y.broadcast_add(&shift.unsqueeze(1)?)?)
@@ -119,28 +110,35 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     if !ours(x) {
         return Ok(candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)?);
     }
-    let weight = weight.flatten_all()?.to_vec1::<f32>()?;
-    map(x, |x| rows::rms_norm(x, &weight, eps as f32))
+    let weight = vector(weight)?;
+    produce(x, |x, y| rows::rms_norm(x, y, &weight, eps as f32))
 }
 
-/// Group norm of `x: [B, C, ..]`, with `weight, bias: [C]`.
-pub fn group_norm(x: &Tensor, groups: usize, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+/// Group norm of `x: [B, C, ..]` with `weight, bias: [C]`, then `activation`.
+pub fn group_norm(x: &Tensor, groups: usize, affine: [&Tensor; 2], eps: f64, activation: Option<Activation>) -> Result<Tensor> {
     let dims = x.dims().to_vec();
-    if !ours(x) {
-        let grouped = x.reshape((dims[0], groups, x.elem_count() / (dims[0] * groups).max(1)))?;
-        let mut affine = vec![1; dims.len()];
-        affine[1] = dims[1];
-        let y = layer_norm(&grouped, None, None, eps)?.reshape(dims)?;
-        return Ok(y.broadcast_mul(&weight.reshape(affine.as_slice())?)?.broadcast_add(&bias.reshape(affine)?)?);
+    let [weight, bias] = affine;
+    if ours(x) {
+        let spatial = dims[2..].iter().product();
+        let (weight, bias) = (vector(weight)?, vector(bias)?);
+        let activation = activation.map(Activation::kernel);
+        return produce(x, |x, y| rows::group_norm(x, y, [groups, spatial], [&weight, &bias], eps as f32, activation));
     }
-    let spatial = dims[2..].iter().product();
-    let (weight, bias) = (weight.to_vec1::<f32>()?, bias.to_vec1::<f32>()?);
-    map(x, |x| rows::group_norm(x, &weight, &bias, groups, spatial, eps as f32))
+    let grouped = x.reshape((dims[0], groups, x.elem_count() / (dims[0] * groups).max(1)))?;
+    let mut column = vec![1; dims.len()];
+    column[1] = dims[1];
+    let y = layer_norm(&grouped, None, None, eps)?.reshape(dims)?;
+    let y = y.broadcast_mul(&weight.reshape(column.as_slice())?)?.broadcast_add(&bias.reshape(column)?)?;
+    activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
 }
 
 /// Rotates interleaved pairs. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
 pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (b, n, l, dh) = x.dims4()?;
+    if ours(x) && ours(cos) && ours(sin) {
+        let (cos, sin) = (vector(cos)?, vector(sin)?);
+        return produce(x, |x, y| rope::rope_interleaved(x, y, [n, l, dh], &cos, &sin));
+    }
     let pairs = x.reshape((b, n, l, dh / 2, 2))?; // [B, N, L, Dh/2, 2]
     let (x0, x1) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
     let table = |t: &Tensor| if t.rank() == 3 { t.unsqueeze(1) } else { Ok(t.clone()) };
@@ -148,15 +146,6 @@ pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor
     let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
     let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
     Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, n, l, dh))?)
-}
-
-/// Convolution of `x: [B, C, H, W]` with `weight: [C_out, C, k, k]`, zero padded on every side.
-pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
-    let y = x.conv2d(weight, padding, stride, 1, 1)?;
-    match bias {
-        Some(bias) => Ok(y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?),
-        None => Ok(y),
-    }
 }
 
 /// Nearest-neighbour upsampling of `x: [B, C, H, W]` to twice its height and width.
@@ -177,20 +166,15 @@ pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
     Ok(x.transpose(1, 2)?.contiguous()?.reshape((b, l, n * dh))?)
 }
 
-/// Whether our own kernels take this tensor.
-fn ours(x: &Tensor) -> bool {
-    x.dtype() == DType::F32 && matches!(x.device(), Device::Cpu)
-}
-
-/// A fresh tensor of the same shape, its data `x`'s after `f`.
-fn map(x: &Tensor, f: impl FnOnce(&mut [f32])) -> Result<Tensor> {
-    let mut data = x.flatten_all()?.to_vec1::<f32>()?;
-    f(&mut data);
-    Ok(Tensor::from_vec(data, x.shape(), x.device())?)
+/// All elements of a small tensor: a norm's weights, a table.
+pub(crate) fn vector(x: &Tensor) -> Result<Vec<f32>> {
+    read(&x.to_dtype(DType::F32)?, <[f32]>::to_vec)
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     fn close(a: &Tensor, b: &Tensor) {
@@ -205,6 +189,19 @@ mod tests {
         let scores = (q.matmul(&k.t().unwrap()).unwrap() * 0.25).unwrap();
         let expected = candle_nn::ops::softmax(&scores, 3).unwrap().matmul(&v).unwrap();
         close(&attention(&q, &k, &v, 0.25, None).unwrap(), &expected);
+    }
+
+    #[test]
+    fn a_bias_broadcasts_as_candle_does_it() {
+        let make = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (q, k, v) = (make(&[2, 3, 5, 8]), make(&[2, 3, 7, 8]), make(&[2, 3, 7, 8]));
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() * 0.25).unwrap();
+        let turned = make(&[1, 3, 7, 5]).transpose(2, 3).unwrap();
+        for bias in [make(&[1, 1, 1, 7]), make(&[1, 3, 5, 7]), make(&[2, 1, 1, 7]), make(&[2, 3, 5, 1]), turned] {
+            let biased = scores.broadcast_add(&bias).unwrap();
+            let expected = candle_nn::ops::softmax(&biased, 3).unwrap().matmul(&v).unwrap();
+            close(&attention(&q, &k, &v, 0.25, Some(&bias)).unwrap(), &expected);
+        }
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! What encoder and decoder are built of.
 
-use parallel::{Linear, Shard, Tensor, Weights, ops};
+use parallel::convolution::Placement;
+use parallel::ops::{self, Activation};
+use parallel::{DType, Linear, Shard, Tensor, Weights};
 
 use crate::Result;
 
@@ -10,26 +12,31 @@ const NORM_EPS: f64 = 1e-6;
 /// A square convolution that keeps the size: `[B, C_in, H, W]` gives `[B, C_out, H, W]`.
 #[derive(Clone, Debug)]
 pub(super) struct Conv2d {
-    pub(super) weight: Tensor,
-    bias: Tensor,
+    conv: parallel::Conv2d,
     padding: usize,
 }
 
 impl Conv2d {
-    pub(super) fn load(w: &Weights, [c_in, c_out]: [usize; 2], kernel: usize) -> Result<Self> {
-        let weight = w.get("weight", &[c_out, c_in, kernel, kernel], Shard::Replicated)?;
-        let bias = w.get("bias", &[c_out], Shard::Replicated)?;
-        Ok(Self { weight, bias, padding: kernel / 2 })
+    pub(super) fn load(w: &Weights, channels: [usize; 2], kernel: usize) -> Result<Self> {
+        Ok(Self { conv: parallel::Conv2d::load(w, channels, kernel)?, padding: kernel / 2 })
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.conv.dtype()
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::conv2d(x, &self.weight, Some(&self.bias), 1, self.padding)?)
+        Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: false })?)
     }
 
     /// Halves the size: stride 2, padded on the right and below only.
     fn downsample(&self, x: &Tensor) -> Result<Tensor> {
-        let x = x.pad_with_zeros(3, 0, 1)?.pad_with_zeros(2, 0, 1)?; // [B, C, H+1, W+1]
-        Ok(ops::conv2d(&x, &self.weight, Some(&self.bias), 2, 0)?)
+        Ok(self.conv.forward(x, Placement { stride: 2, before: 0, after: 1, doubled: false })?)
+    }
+
+    /// Doubles the size by repeating pixels, before it is convolved.
+    fn upsample(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: true })?)
     }
 }
 
@@ -48,11 +55,11 @@ impl GroupNorm {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::group_norm(x, self.groups, &self.weight, &self.bias, NORM_EPS)?)
+        Ok(ops::group_norm(x, self.groups, [&self.weight, &self.bias], NORM_EPS, None)?)
     }
 
     fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::silu(&self.forward(x)?)?)
+        Ok(ops::group_norm(x, self.groups, [&self.weight, &self.bias], NORM_EPS, Some(Activation::Silu))?)
     }
 }
 
@@ -200,7 +207,7 @@ impl SizeBlock {
         match &self.resize {
             None => Ok(x),
             Some(Resize::Down(conv)) => conv.downsample(&x),
-            Some(Resize::Up(conv)) => conv.forward(&ops::upsample_nearest2x(&x)?),
+            Some(Resize::Up(conv)) => conv.upsample(&x),
         }
     }
 }

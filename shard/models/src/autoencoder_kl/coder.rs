@@ -45,7 +45,7 @@ impl Encoder {
 
     /// Of the weights, and so of what flows through.
     pub(super) fn dtype(&self) -> DType {
-        self.conv_in.weight.dtype()
+        self.conv_in.dtype()
     }
 }
 
@@ -89,7 +89,7 @@ impl Decoder {
 
     /// Of the weights, and so of what flows through.
     pub(super) fn dtype(&self) -> DType {
-        self.conv_in.weight.dtype()
+        self.conv_in.dtype()
     }
 }
 

@@ -1,0 +1,167 @@
+//! `atelier bench kernels`: their speed, beside what the machine can do at most, measured in the same run.
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use parallel::ops::kernels::activation::Activation;
+use parallel::ops::kernels::attention::{Attention, Heads};
+use parallel::ops::kernels::conv::{Conv2d, Geometry};
+use parallel::ops::kernels::gemm::{Epilogue, PackedWeight, Piece, Rows, linear, linear_tree};
+use parallel::ops::kernels::{cpu, limit, rows};
+use serde::Serialize;
+
+use crate::error::Error;
+
+/// How long a row is repeated; its best time counts.
+const PER_ROW: Duration = Duration::from_millis(700);
+/// What memory's limit is measured on: far over any cache.
+const COPIED_BYTES: usize = 256 << 20;
+
+#[derive(Debug, Args)]
+pub(crate) struct KernelsArgs {
+    /// Write one JSON object a line.
+    #[arg(long)]
+    json: bool,
+    /// Also 4608 tokens (a picture of 1024 x 1024), which takes minutes on a small machine.
+    #[arg(long)]
+    full: bool,
+    /// Threads. Default: one for each core.
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+pub(super) fn run(args: &KernelsArgs) -> Result<(), Error> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build();
+    let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
+    pool.install(|| kernels(args));
+    Ok(())
+}
+
+/// One line of the table.
+#[derive(Serialize)]
+struct Row {
+    op: &'static str,
+    shape: String,
+    threads: usize,
+    path: String,
+    value: f64,
+    unit: &'static str,
+    limit: f64,
+    ratio: f64,
+}
+
+/// Measures and prints rows.
+struct Table {
+    json: bool,
+    /// GFLOP/s and GB/s.
+    limits: [f64; 2],
+}
+
+impl Table {
+    /// A row whose limit is arithmetic.
+    fn flops(&self, op: &'static str, shape: String, flops: usize, f: impl FnMut()) {
+        self.row(op, shape, flops, ("GFLOP/s", self.limits[0]), f);
+    }
+
+    /// A row whose limit is memory: `bytes` read and written.
+    fn bytes(&self, op: &'static str, shape: String, bytes: usize, f: impl FnMut()) {
+        self.row(op, shape, bytes, ("GB/s", self.limits[1]), f);
+    }
+
+    fn row(&self, op: &'static str, shape: String, amount: usize, (unit, limit): (&'static str, f64), f: impl FnMut()) {
+        let value = amount as f64 / best(f).as_secs_f64() / 1e9;
+        let (threads, path) = (rayon::current_num_threads(), format!("{:?}", cpu::path()).to_lowercase());
+        let row = Row { op, shape, threads, path, value, unit, limit, ratio: value / limit };
+        if self.json {
+            println!("{}", serde_json::json!(row));
+        } else {
+            println!("{:<20} {:<22} {value:>8.1} {unit:<8} {limit:>8.1} {:>6.2}", row.op, row.shape, row.ratio);
+        }
+    }
+}
+
+/// The best time of as many runs as fit.
+fn best(mut f: impl FnMut()) -> Duration {
+    let (begin, mut best) = (Instant::now(), Duration::MAX);
+    loop {
+        best = best.min(limit::best_of(1, &mut f));
+        if begin.elapsed() > PER_ROW {
+            return best;
+        }
+    }
+}
+
+fn kernels(args: &KernelsArgs) {
+    let table = Table { json: args.json, limits: [limit::gflops(), limit::copy_gbps(COPIED_BYTES)] };
+    if !args.json {
+        println!("{} threads, {:?}; each row's best of {PER_ROW:?}", rayon::current_num_threads(), cpu::path());
+        println!("{:<20} {:<22} {:>8} {:<8} {:>8} {:>6}", "op", "shape", "", "", "limit", "ratio");
+    }
+    let tokens: &[usize] = if args.full { &[64, 512, 1536, 4608] } else { &[64, 512, 1536] };
+    linears(&table, tokens);
+    attentions(&table, &tokens[1..]);
+    convolutions(&table);
+    passes(&table);
+}
+
+fn linears(table: &Table, tokens: &[usize]) {
+    for (k, n) in [(3072, 3072), (3072, 12288), (12288, 3072)] {
+        let weight = values(n * k);
+        let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
+        drop(weight);
+        let eighths: Vec<[Piece; 1]> = (0..8).map(|chunk| [(chunk * k / 8, k / 8)]).collect();
+        for &m in tokens {
+            let (x, mut y) = (values(m * k), vec![0.0; m * n]);
+            let (x, shape, flops) = (Rows::new(&x, m, k), format!("{m} x {k} x {n}"), 2 * m * k * n);
+            table.flops("linear", shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y));
+            table.flops("linear, eight chunks", shape, flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y));
+        }
+    }
+}
+
+fn attentions(table: &Table, tokens: &[usize]) {
+    let (heads, width) = (24, 128);
+    for &l in tokens {
+        let of = Attention { heads, queries: l, keys: l, width, scale: 0.088 };
+        let (x, mut y) = (values(heads * l * width), vec![0.0; heads * l * width]);
+        let x = Heads::dense(&x, l, width);
+        table.flops("attention", format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width, || {
+            of.run(x, x, x, None, &mut y)
+        });
+    }
+}
+
+fn convolutions(table: &Table) {
+    for (channels, side) in [(128, 128), (512, 64)] {
+        let conv = Conv2d::pack(&values(channels * channels * 9), [channels, channels, 3], None);
+        let geometry = Geometry { input: [side, side], stride: 1, before: 1, after: 1, doubled: false };
+        let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
+        let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
+        table.flops("conv 3x3", shape, flops, || conv.run(&x, geometry, None, &mut y));
+    }
+}
+
+/// What reads and writes each element once.
+fn passes(table: &Table) {
+    let (tokens, width) = (4608, 3072);
+    let (x, mut y, weight) = (values(tokens * width), values(tokens * width), values(width));
+    let (shape, bytes) = (format!("{tokens} x {width}"), 8 * tokens * width);
+    let modulate = |y: &mut [f32]| rows::layer_norm_modulate(&x, y, [tokens, width], &weight, &weight, 1e-6);
+    table.bytes("layer norm, modulate", shape.clone(), bytes, || modulate(&mut y));
+    table.bytes("rms norm", shape.clone(), bytes, || rows::rms_norm(&x, &mut y, &weight, 1e-6));
+    table.bytes("softmax", shape.clone(), bytes, || rows::softmax(&mut y, width));
+    for (op, activation) in [("gelu", Activation::Gelu), ("gelu tanh", Activation::GeluTanh), ("silu", Activation::Silu)] {
+        table.bytes(op, shape.clone(), bytes, || activation.apply_all(&mut y));
+    }
+    let (channels, spatial) = (128, 128 * 128);
+    let (x, y, affine) = (&x[..channels * spatial], &mut y[..channels * spatial], [&weight[..channels], &weight[..channels]]);
+    let silu = Some(Activation::Silu);
+    table.bytes("group norm, silu", "128 x 128 x 128".into(), 8 * x.len(), || {
+        rows::group_norm(x, y, [32, spatial], affine, 1e-6, silu);
+    });
+}
+
+/// Numbers in -1..1 without a pattern that arithmetic could profit from.
+fn values(n: usize) -> Vec<f32> {
+    (0..n).map(|i| (i.wrapping_mul(7919) % 1013) as f32 / 507.0 - 1.0).collect()
+}

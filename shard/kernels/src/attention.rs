@@ -1,0 +1,221 @@
+//! Softmax attention that streams the keys: scores live for one block of queries by one block of keys.
+//!
+//! For each block of `KEYS` keys the row's maximum, its sum and its output are carried on (online softmax, Milakov and
+//! Gimelshein, <https://arxiv.org/abs/1805.02867>). Blocks of keys start at the same places whatever the queries are, so a
+//! query's result does not depend on the queries beside it, the batch, or the threads.
+
+use std::ops::Range;
+
+use crate::gemm::micro::MicroKernel;
+use crate::gemm::{Plane, Rows, SharedPlane, pack_rows, pack_transposed};
+use crate::{rows, scratch, threads};
+
+/// Keys between two updates of the running maximum.
+const KEYS: usize = 128;
+/// Queries that share one pass over the keys.
+const QUERIES: usize = 96;
+/// Multiplications below which all stays on one thread.
+const SMALL: usize = 1 << 19;
+
+/// A tensor of heads: `[heads, rows, width]`, the last dimension dense.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads<'a> {
+    /// All of it, from the first head's first row on.
+    pub data: &'a [f32],
+    /// Elements from a head to the next.
+    pub head_stride: usize,
+    /// Elements from a row to the next.
+    pub row_stride: usize,
+}
+
+impl<'a> Heads<'a> {
+    /// `[heads, rows, width]` without gaps.
+    pub fn dense(data: &'a [f32], rows: usize, width: usize) -> Self {
+        Self { data, head_stride: rows * width, row_stride: width }
+    }
+
+    fn rows(&self, head: usize, rows: usize) -> Rows<'a> {
+        Rows::new(&self.data[head * self.head_stride..], rows, self.row_stride)
+    }
+}
+
+/// Sizes and scale of an attention.
+#[derive(Clone, Copy, Debug)]
+pub struct Attention {
+    /// Heads, those of all items of a batch.
+    pub heads: usize,
+    /// Query rows of each head.
+    pub queries: usize,
+    /// Keys of each head.
+    pub keys: usize,
+    /// Width of a head.
+    pub width: usize,
+    /// What scores are multiplied by.
+    pub scale: f32,
+}
+
+/// What is added to the scores: for each head the place of its `[queries, keys]` in `data`, whose keys are dense.
+#[derive(Clone, Copy, Debug)]
+pub struct Bias<'a> {
+    /// All of it.
+    pub data: &'a [f32],
+    /// Where a head's begins; one for each head.
+    pub starts: &'a [usize],
+    /// Elements from a query to the next: 0 if all queries share one row (a mask of keys).
+    pub query_stride: usize,
+}
+
+impl Attention {
+    /// `y = softmax(scale q k^T + bias) v`. `q: [heads, queries, width]`, `k, v: [heads, keys, width]` give
+    /// `y: [heads, queries, width]`. A query whose scores are all `-inf` gets zeros.
+    pub fn run(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+        self.run_on(MicroKernel::best(), q, k, v, bias, y);
+    }
+
+    fn run_on(&self, kernel: &MicroKernel, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+        assert_eq!(y.len(), self.heads * self.queries * self.width);
+        assert!(bias.is_none_or(|b| b.starts.len() == self.heads), "a bias for each head");
+        if y.is_empty() {
+            return;
+        }
+        // A job is a head, or a part of its queries when there are few heads: each job packs the keys for itself.
+        let threads = rayon::current_num_threads();
+        let blocks = self.queries.div_ceil(QUERIES);
+        let parts = if self.heads >= 4 * threads { 1 } else { threads.min(blocks) };
+        let per_part = blocks.div_ceil(parts) * QUERIES;
+        let small = self.heads * self.queries * self.keys * self.width < SMALL;
+        let y = SharedPlane::of(y, self.width);
+        threads::over_jobs(self.heads * parts, small, |job| {
+            let (head, part) = (job / parts, job % parts);
+            let queries = self.queries.min(part * per_part)..self.queries.min((part + 1) * per_part);
+            let rows = head * self.queries + queries.start..head * self.queries + queries.end;
+            #[allow(unsafe_code)] // threads write disjoint rows
+            // SAFETY: every job has rows of its own.
+            let y = unsafe { y.part(rows, 0..self.width) };
+            let job = Job { of: self, kernel, q: q.rows(head, self.queries), bias: bias.map(|b| (b, b.starts[head])) };
+            job.run(k.rows(head, self.keys), v.rows(head, self.keys), queries, y);
+        });
+    }
+}
+
+/// Some queries of one head.
+struct Job<'a> {
+    of: &'a Attention,
+    kernel: &'a MicroKernel,
+    q: Rows<'a>,
+    bias: Option<(Bias<'a>, usize)>,
+}
+
+/// What a block of queries works in.
+struct Block<'a> {
+    /// Scaled queries, packed.
+    q: &'a mut [f32],
+    /// `[QUERIES, KEYS]`: scores, then their exponentials.
+    scores: &'a mut [f32],
+    /// The exponentials, packed.
+    p: &'a mut [f32],
+    /// Each row's largest score so far.
+    max: &'a mut [f32],
+    /// Each row's sum of exponentials so far.
+    sum: &'a mut [f32],
+}
+
+impl Job<'_> {
+    fn run(&self, k: Rows<'_>, v: Rows<'_>, queries: Range<usize>, mut y: Plane<'_>) {
+        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
+        let (keys, width) = (self.of.keys, self.of.width);
+        let key_panels = keys.next_multiple_of(nr) * width;
+        let value_panels = width.next_multiple_of(nr) * keys;
+        let rows = QUERIES.next_multiple_of(mr);
+        let lengths = [key_panels, value_panels, rows * width, QUERIES * KEYS, rows * KEYS, QUERIES, QUERIES];
+        scratch::with(lengths, |[packed_k, packed_v, q, scores, p, max, sum]| {
+            for (panel, first) in (0..keys).step_by(nr).enumerate() {
+                let keys = first..keys.min(first + nr);
+                pack_transposed(&mut packed_k[panel * nr * width..], k, keys, &[(0, width)], 0..width, nr);
+            }
+            pack_values(packed_v, v, [keys, width], nr);
+            let mut block = Block { q, scores, p, max, sum };
+            for first in queries.clone().step_by(QUERIES) {
+                let rows = first..queries.end.min(first + QUERIES);
+                let y = y.part(first - queries.start..rows.end - queries.start, 0..width);
+                self.block(&mut block, packed_k, packed_v, rows, y);
+            }
+        });
+    }
+
+    /// All keys for one block of queries.
+    fn block(&self, block: &mut Block<'_>, k: &[f32], v: &[f32], queries: Range<usize>, mut y: Plane<'_>) {
+        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
+        let (m, width) = (queries.len(), self.of.width);
+        pack_rows(block.q, self.q, queries.clone(), &[(0, width)], 0..width, mr);
+        rows::multiply(&mut block.q[..m.next_multiple_of(mr) * width], self.of.scale);
+        block.max[..m].fill(f32::NEG_INFINITY);
+        block.sum[..m].fill(0.0);
+        (0..m).for_each(|row| y.row_mut(row).fill(0.0));
+        for first in (0..self.of.keys).step_by(KEYS) {
+            let keys = first..self.of.keys.min(first + KEYS);
+            let n = keys.len();
+            let mut scores = Plane::of(&mut block.scores[..m * n], n);
+            self.products(width, block.q, &k[first * width..], nr * width, &mut scores, true);
+            for row in 0..m {
+                let scores = &mut block.scores[row * n..][..n];
+                self.add_bias(scores, queries.start + row, keys.clone());
+                self.carry(scores, &mut block.max[row], &mut block.sum[row], y.row_mut(row));
+            }
+            pack_rows(block.p, Rows::new(&block.scores[..m * n], m, n), 0..m, &[(0, n)], 0..n, mr);
+            self.products(n, block.p, &v[first * nr..], nr * self.of.keys, &mut y, false);
+        }
+        for row in 0..m {
+            let sum = block.sum[row];
+            rows::multiply(y.row_mut(row), if sum > 0.0 || sum.is_nan() { 1.0 / sum } else { 0.0 });
+        }
+    }
+
+    /// `c (+)= a b` for panels of `b` that are `panel` elements apart.
+    fn products(&self, k: usize, a: &[f32], b: &[f32], panel: usize, c: &mut Plane<'_>, fresh: bool) {
+        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
+        let (m, n) = (c.rows(), c.columns());
+        for (i, column) in (0..n).step_by(nr).enumerate() {
+            for row in (0..m).step_by(mr) {
+                let tile = c.part(row..m.min(row + mr), column..n.min(column + nr));
+                self.kernel.run(k, &a[row * k..], &b[i * panel..], tile, fresh);
+            }
+        }
+    }
+
+    fn add_bias(&self, scores: &mut [f32], query: usize, keys: Range<usize>) {
+        if let Some((bias, start)) = self.bias {
+            rows::shift(scores, &bias.data[start + query * bias.query_stride..][keys]);
+        }
+    }
+
+    /// Turns a row of scores into exponentials under the row's new maximum, and brings sum and output under it too.
+    fn carry(&self, scores: &mut [f32], max: &mut f32, sum: &mut f32, y: &mut [f32]) {
+        let of_block = rows::maximum(scores);
+        let new = if of_block > *max { of_block } else { *max };
+        if new == f32::NEG_INFINITY {
+            return scores.fill(0.0);
+        }
+        if *max != new && *max != f32::NEG_INFINITY {
+            let less = crate::math::exp(*max - new);
+            *sum *= less;
+            rows::multiply(y, less);
+        }
+        *max = new;
+        *sum += rows::exponentials(scores, new);
+    }
+}
+
+/// `v: [keys, width]` as `[width / nr][keys][nr]`; the last panel is filled up with zeros.
+fn pack_values(packed: &mut [f32], v: Rows<'_>, [keys, width]: [usize; 2], nr: usize) {
+    for (panel, first) in (0..width).step_by(nr).enumerate() {
+        let n = nr.min(width - first);
+        for (key, packed) in packed[panel * keys * nr..][..keys * nr].chunks_exact_mut(nr).enumerate() {
+            packed[..n].copy_from_slice(v.part(key, (first, n)));
+            packed[n..].fill(0.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

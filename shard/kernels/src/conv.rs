@@ -1,0 +1,207 @@
+//! Convolution in two dimensions, as a product whose right side is read from the picture while it is packed (implicit
+//! im2col): weights are the rows, pixels the columns, so pictures stay `[C, H, W]`.
+//!
+//! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window.
+
+use std::ops::Range;
+
+use crate::activation::Activation;
+use crate::gemm::micro::MicroKernel;
+use crate::gemm::{K_STEP, Plane, Rows, SharedPlane, pack_rows};
+use crate::scratch::Buffer;
+use crate::{scratch, threads};
+
+/// Pixels of a job: with `K_STEP`, 256 KiB of the second-level cache.
+const PIXELS: usize = 256;
+/// Multiplications below which all stays on one thread.
+const SMALL: usize = 1 << 19;
+
+/// A kernel, packed once. `weight: [C_out, C_in, k, k]`, `bias: [C_out]`.
+#[derive(Clone)]
+pub struct Conv2d {
+    /// `[C_out / mr][C_in k k][mr]`.
+    weight: Buffer,
+    bias: Option<Vec<f32>>,
+    c_in: usize,
+    c_out: usize,
+    size: usize,
+    kernel: &'static MicroKernel,
+}
+
+/// Where a kernel is laid on a picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Height and width of the input.
+    pub input: [usize; 2],
+    /// From one output pixel's window to the next's.
+    pub stride: usize,
+    /// Zeros above and to the left.
+    pub before: usize,
+    /// Zeros below and to the right.
+    pub after: usize,
+    /// Whether the input is first enlarged to twice its size, each pixel repeated.
+    pub doubled: bool,
+}
+
+impl Geometry {
+    /// Height and width of the output of a kernel of `size` by `size`.
+    pub fn output(&self, size: usize) -> [usize; 2] {
+        self.input.map(|n| {
+            let n = if self.doubled { 2 * n } else { n } + self.before + self.after;
+            if n < size { 0 } else { (n - size) / self.stride + 1 }
+        })
+    }
+}
+
+impl Conv2d {
+    /// Packs `weight: [c_out, c_in, size, size]`.
+    pub fn pack(weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
+        Self::pack_for(MicroKernel::best(), weight, [c_out, c_in, size], bias)
+    }
+
+    fn pack_for(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
+        let k = c_in * size * size;
+        assert_eq!(weight.len(), c_out * k);
+        assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
+        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * k);
+        pack_rows(packed.as_mut_slice(), Rows::new(weight, c_out, k), 0..c_out, &[(0, k)], 0..k, kernel.mr);
+        Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
+    }
+
+    /// Output and input channels, and the kernel's size.
+    pub fn dims(&self) -> [usize; 3] {
+        [self.c_out, self.c_in, self.size]
+    }
+
+    /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Geometry::output`].
+    pub fn run(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [f32]) {
+        let pixels = geometry.output(self.size).iter().product::<usize>();
+        let input = self.c_in * geometry.input.iter().product::<usize>();
+        if y.is_empty() {
+            return;
+        }
+        let batch = y.len() / (self.c_out * pixels);
+        assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * input, "pictures of the geometry's size");
+        let per_job = jobs_of(pixels, batch, self.kernel.nr);
+        let blocks = pixels.div_ceil(per_job);
+        let small = y.len() * self.c_in * self.size * self.size < SMALL;
+        let y = SharedPlane::of(y, pixels);
+        threads::over_jobs(batch * blocks, small, |job| {
+            let (item, block) = (job / blocks, job % blocks);
+            let columns = block * per_job..pixels.min((block + 1) * per_job);
+            #[allow(unsafe_code)] // threads write rectangles, which are not slices
+            // SAFETY: every job has its own pixels of its own picture.
+            let y = unsafe { y.part(item * self.c_out..(item + 1) * self.c_out, columns.clone()) };
+            let window = Windows { x: &x[item * input..][..input], geometry, size: self.size };
+            self.job(&window, columns, activation, y);
+        });
+    }
+
+    fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, activation: Option<Activation>, mut y: Plane<'_>) {
+        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
+        let (m, n, k_all) = (self.c_out, pixels.len(), self.c_in * self.size * self.size);
+        scratch::with([n.next_multiple_of(nr) * K_STEP], |[panels]| {
+            for k in (0..k_all).step_by(K_STEP) {
+                let k = k..k_all.min(k + K_STEP);
+                for (panel, first) in (0..n).step_by(nr).enumerate() {
+                    let packed = &mut panels[panel * nr * k.len()..][..nr * k.len()];
+                    windows.pack(packed, k.clone(), pixels.start + first..pixels.start + n.min(first + nr), nr);
+                    for row in (0..m).step_by(mr) {
+                        let tile = y.part(row..m.min(row + mr), first..n.min(first + nr));
+                        let weight = &self.weight.as_slice()[row * k_all + k.start * mr..];
+                        self.kernel.run(k.len(), weight, packed, tile, k.start == 0);
+                    }
+                }
+            }
+        });
+        for channel in 0..m {
+            let row = y.row_mut(channel);
+            if let Some(bias) = &self.bias {
+                row.iter_mut().for_each(|y| *y += bias[channel]);
+            }
+            if let Some(activation) = activation {
+                activation.apply(row);
+            }
+        }
+    }
+}
+
+/// Pixels of each job: whole panels, and enough jobs for every thread.
+fn jobs_of(pixels: usize, batch: usize, nr: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let even = (pixels * batch).div_ceil(2 * threads).next_multiple_of(nr);
+    even.min(PIXELS)
+}
+
+/// One picture, seen through the windows of its output pixels.
+struct Windows<'a> {
+    /// `[C_in, H, W]`.
+    x: &'a [f32],
+    geometry: Geometry,
+    size: usize,
+}
+
+impl Windows<'_> {
+    /// `packed: [k][nr]`: for each element `k` of `[C_in, size, size]` what the windows of `pixels` show there.
+    fn pack(&self, packed: &mut [f32], k: Range<usize>, pixels: Range<usize>, nr: usize) {
+        debug_assert_eq!(packed.len(), k.len() * nr);
+        let Geometry { input: [h, w], stride, before, doubled, .. } = self.geometry;
+        let [_, width] = self.geometry.output(self.size);
+        let shown = if doubled { [2 * h, 2 * w] } else { [h, w] };
+        let start = [k.start / (self.size * self.size), k.start / self.size % self.size, k.start % self.size];
+        let (mut pixel, mut to) = (pixels.start, 0);
+        while pixel < pixels.end {
+            // The pixels of one output row.
+            let (row, column) = (pixel / width, pixel % width);
+            let run = (width - column).min(pixels.end - pixel);
+            let [mut channel, mut ky, mut kx] = start;
+            for packed in packed.chunks_exact_mut(nr) {
+                let out = &mut packed[to..to + run];
+                let y = (row * stride + ky).wrapping_sub(before);
+                let first = column * stride + kx;
+                if y >= shown[0] {
+                    out.fill(0.0);
+                } else {
+                    let line = &self.x[(channel * h + (y >> u32::from(doubled))) * w..][..w];
+                    if stride == 1 && !doubled && first >= before && first - before + run <= w {
+                        copy(out, &line[first - before..][..run]);
+                    } else {
+                        for (i, out) in out.iter_mut().enumerate() {
+                            let x = (first + i * stride).wrapping_sub(before);
+                            *out = if x < shown[1] { line[x >> u32::from(doubled)] } else { 0.0 };
+                        }
+                    }
+                }
+                kx += 1;
+                if kx == self.size {
+                    (kx, ky) = (0, ky + 1);
+                }
+                if ky == self.size {
+                    (ky, channel) = (0, channel + 1);
+                }
+            }
+            (pixel, to) = (pixel + run, to + run);
+        }
+        if to < nr {
+            packed.chunks_exact_mut(nr).for_each(|packed| packed[to..].fill(0.0));
+        }
+    }
+}
+
+/// `to = from`; without a call when it is a whole panel of the usual width.
+#[inline]
+fn copy(to: &mut [f32], from: &[f32]) {
+    match (<&mut [f32; 16]>::try_from(&mut *to), <&[f32; 16]>::try_from(from)) {
+        (Ok(to), Ok(from)) => *to = *from,
+        _ => to.copy_from_slice(from),
+    }
+}
+
+impl std::fmt::Debug for Conv2d {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Conv2d([{}, {}, {size}, {size}], {:?})", self.c_out, self.c_in, self.kernel, size = self.size)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,95 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::cpu::Path;
+use crate::guard::Guarded;
+
+fn values(n: usize, seed: usize) -> Vec<f32> {
+    (0..n).map(|i| (((i + seed * 31) * 7919 + seed) % 1013) as f32 / 507.0 - 1.0).collect()
+}
+
+/// The definition, in f64.
+fn reference(x: &[f32], w: &[f32], bias: &[f32], [c_out, c_in, size]: [usize; 3], g: Geometry) -> Vec<f32> {
+    let ([h, width], [out_h, out_w]) = (g.input, g.output(size));
+    let doubling = if g.doubled { 2 } else { 1 };
+    let at = |item: usize, c: usize, y: usize, x_: usize| {
+        let inside = (g.before..g.before + doubling * h).contains(&y) && (g.before..g.before + doubling * width).contains(&x_);
+        let place = |v: usize| (v - g.before) / doubling;
+        if inside { f64::from(x[((item * c_in + c) * h + place(y)) * width + place(x_)]) } else { 0.0 }
+    };
+    let mut y = Vec::new();
+    for item in 0..x.len() / (c_in * h * width) {
+        for (o, bias) in bias.iter().enumerate().take(c_out) {
+            for (row, column) in (0..out_h).flat_map(|r| (0..out_w).map(move |c| (r, c))) {
+                let mut sum = f64::from(*bias);
+                for (i, w) in w[o * c_in * size * size..][..c_in * size * size].iter().enumerate() {
+                    let (c, ky, kx) = (i / (size * size), i / size % size, i % size);
+                    sum += f64::from(*w) * at(item, c, row * g.stride + ky, column * g.stride + kx);
+                }
+                y.push(sum as f32);
+            }
+        }
+    }
+    y
+}
+
+fn run(conv: &Conv2d, x: &[f32], g: Geometry) -> Vec<f32> {
+    let batch = x.len() / (conv.c_in * g.input.iter().product::<usize>());
+    let mut y = vec![f32::NAN; batch * conv.c_out * g.output(conv.size).iter().product::<usize>()];
+    conv.run(x, g, None, &mut y);
+    y
+}
+
+fn kernels() -> [&'static MicroKernel; 2] {
+    [MicroKernel::of(Path::Plain), MicroKernel::best()]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn equals_the_definition(
+        [c_out, c_in, size] in [1usize..10, 1usize..40, 1usize..4],
+        input in [1usize..12, 1usize..24],
+        [batch, stride, before, after] in [1usize..3, 1usize..3, 0usize..2, 0usize..2],
+        doubled: bool,
+    ) {
+        let g = Geometry { input, stride, before, after, doubled };
+        let (x, w, bias) = (values(batch * c_in * input[0] * input[1], 1), values(c_out * c_in * size * size, 2), values(c_out, 3));
+        let expected = reference(&x, &w, &bias, [c_out, c_in, size], g);
+        for kernel in kernels() {
+            let conv = Conv2d::pack_for(kernel, &w, [c_out, c_in, size], Some(&bias));
+            let y = run(&conv, &x, g);
+            prop_assert_eq!(y.len(), expected.len());
+            for (y, expected) in y.iter().zip(&expected) {
+                prop_assert!((y - expected).abs() < 1e-4, "{} is not {}", y, expected);
+            }
+            let item = x.len() / batch;
+            let alone: Vec<f32> = x.chunks(item).flat_map(|x| run(&conv, x, g)).collect();
+            prop_assert_eq!(alone, y);
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_result() {
+    let g = Geometry { input: [30, 37], stride: 1, before: 1, after: 1, doubled: false };
+    let conv = Conv2d::pack(&values(13 * 40 * 9, 1), [13, 40, 3], None);
+    let x = values(2 * 40 * 30 * 37, 2);
+    let on = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| run(&conv, &x, g));
+    assert!(on(1) == on(2) && on(1) == on(3));
+}
+
+#[test]
+fn nothing_outside_the_operands_is_touched() {
+    for before in [false, true] {
+        for (stride, doubled) in [(1, false), (2, false), (1, true)] {
+            let g = Geometry { input: [5, 19], stride, before: 1, after: 1, doubled };
+            let x = Guarded::new(&values(3 * 5 * 19, 1), before);
+            let mut y = Guarded::new(&vec![0.0; 7 * g.output(3).iter().product::<usize>()], before);
+            for kernel in kernels() {
+                Conv2d::pack_for(kernel, &values(7 * 27, 2), [7, 3, 3], None).run(x.slice(), g, None, y.slice_mut());
+            }
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! What this process's CPU can do.
+
+use std::sync::OnceLock;
+
+/// An instruction set the kernels are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// Whatever the compiler makes of plain Rust: the reference.
+    Plain,
+    /// 256-bit vectors with fused multiply-add.
+    Avx2,
+}
+
+/// The best path this CPU has. Found once.
+pub fn path() -> Path {
+    static PATH: OnceLock<Path> = OnceLock::new();
+    *PATH.get_or_init(|| {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            return Path::Avx2;
+        }
+        Path::Plain
+    })
+}
+
+/// Compiles a function of plain Rust twice, as it stands and for AVX2, and calls what the CPU has. Rust never fuses a
+/// multiplication with an addition by itself, so both give the same bits.
+macro_rules! vectorised {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? $body:block) => {
+        $(#[$doc])*
+        $vis fn $name($($arg: $ty),*) $(-> $out)? {
+            #[inline(always)]
+            fn plain($($arg: $ty),*) $(-> $out)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $out)? {
+                plain($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            if $crate::cpu::path() == $crate::cpu::Path::Avx2 {
+                #[allow(unsafe_code)] // a call to code for more than the baseline CPU
+                // SAFETY: the CPU has AVX2 and FMA, or `path` would not say so.
+                return unsafe { avx2($($arg),*) };
+            }
+            plain($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorised;

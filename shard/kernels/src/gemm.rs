@@ -1,0 +1,278 @@
+//! Products with weights that were packed once: `y = x W^T + b`, and an activation on the way out.
+//!
+//! **Order of additions.** An output is one chain: its K products are added one after the other, in the order of K,
+//! starting from zero. It depends on its row of `x` and its row of `W` alone: not on the rows beside it, on where N is
+//! cut, or on the threads. [`linear_tree`] cuts K into chunks, each such a chain, and adds their results as a balanced
+//! binary tree.
+//!
+//! **Blocking.** A job is a block of rows by a block of columns; its results stay in the second-level cache while K
+//! passes by in steps of `K_STEP`, of which one panel of weights stays in the first-level cache.
+
+use std::ops::Range;
+
+use crate::activation::Activation;
+use crate::gemm::micro::MicroKernel;
+use crate::{rows, scratch, threads};
+
+pub mod micro;
+mod packing;
+mod plane;
+
+pub use packing::{Element, PackedWeight};
+pub(crate) use packing::{pack_rows, pack_transposed};
+pub(crate) use plane::{Plane, SharedPlane};
+
+/// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
+pub(crate) const K_STEP: usize = 256;
+/// Rows of a job: with `K_STEP`, 192 KiB of the second-level cache.
+const ROWS: usize = 192;
+/// Columns of a job, and of a job whose chunks need memory for a tree.
+const COLUMNS: usize = 1536;
+const TREE_COLUMNS: usize = 512;
+/// Most chunks of a [`linear_tree`].
+const MAX_CHUNKS: usize = 8;
+/// Multiplications below which a product stays on its thread.
+const SMALL: usize = 1 << 20;
+
+/// Rows of a matrix, `stride` elements from one's start to the next's.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a, T = f32> {
+    data: &'a [T],
+    count: usize,
+    stride: usize,
+}
+
+impl<'a, T> Rows<'a, T> {
+    /// `count` rows; the last may be shorter than `stride`.
+    pub fn new(data: &'a [T], count: usize, stride: usize) -> Self {
+        Self { data, count, stride }
+    }
+
+    /// How many rows there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Some columns of a row.
+    pub(crate) fn part(&self, row: usize, (start, len): Piece) -> &'a [T] {
+        &self.data[row * self.stride + start..][..len]
+    }
+}
+
+/// Where a run of columns starts, and how many they are.
+pub type Piece = (usize, usize);
+
+/// What is done with each result.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue<'a> {
+    /// Added first; one for each column.
+    pub bias: Option<&'a [f32]>,
+    /// Then applied.
+    pub activation: Option<Activation>,
+}
+
+impl Epilogue<'_> {
+    fn is_nothing(&self) -> bool {
+        self.bias.is_none() && self.activation.is_none()
+    }
+
+    fn apply(&self, y: &mut [f32], columns: Range<usize>) {
+        if let Some(bias) = self.bias {
+            rows::shift(y, &bias[columns]);
+        }
+        if let Some(activation) = self.activation {
+            activation.apply(y);
+        }
+    }
+}
+
+/// `y = epilogue(x W^T)`. `x: [M, K]`, `W: [N, K]` give `y: [M, N]`.
+pub fn linear(x: Rows<'_>, weight: &PackedWeight, epilogue: Epilogue<'_>, y: &mut [f32]) {
+    linear_tree(x, &[[(0, weight.k())]], weight, epilogue, y);
+}
+
+/// As [`linear`], but K is cut into `chunks` (1, 2, 4 or 8 of them) whose results are added as a balanced binary tree.
+///
+/// Each chunk lists the pieces of an `x` row it reads; all together, one after the other, they are the K of `weight`. A
+/// chunk may be empty: its result is zero.
+pub fn linear_tree(
+    x: Rows<'_>,
+    chunks: &[impl AsRef<[Piece]> + Sync],
+    weight: &PackedWeight,
+    epilogue: Epilogue<'_>,
+    y: &mut [f32],
+) {
+    let (m, n, k) = (x.count(), weight.n(), weight.k());
+    let total: usize = chunks.iter().flat_map(|c| c.as_ref()).map(|(_, len)| len).sum();
+    let right_count = chunks.len().is_power_of_two() && chunks.len() <= MAX_CHUNKS;
+    assert!(right_count && total == k, "{} chunks of {total} columns for {k}", chunks.len());
+    assert_eq!(y.len(), m * n, "{m} rows of {n}");
+    assert!(epilogue.bias.is_none_or(|b| b.len() == n), "one bias for each of {n} columns");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let grid = Grid::of(m, n, chunks.len(), weight);
+    let y = SharedPlane::of(y, n);
+    threads::over_jobs(grid.jobs(), m * n * k < SMALL, |job| {
+        let (rows, columns) = grid.job(job);
+        #[allow(unsafe_code)] // threads write rectangles, which are not slices
+        // SAFETY: jobs are disjoint blocks of `y`.
+        let y = unsafe { y.part(rows.clone(), columns.clone()) };
+        Job { x, weight, rows, columns }.run(chunks, epilogue, y);
+    });
+}
+
+/// How a product is cut into jobs.
+struct Grid {
+    m: usize,
+    n: usize,
+    rows: usize,
+    columns: usize,
+}
+
+impl Grid {
+    fn of(m: usize, n: usize, chunks: usize, weight: &PackedWeight) -> Self {
+        let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
+        let down = m.div_ceil(ROWS);
+        let panels = n.div_ceil(nr);
+        let mut across = n.div_ceil(if chunks > 1 { TREE_COLUMNS } else { COLUMNS });
+        // Few jobs: as many as keep every thread busy to the end.
+        let threads = rayon::current_num_threads();
+        while down * across < 8 * threads && !(down * across).is_multiple_of(threads) && across < panels {
+            across += 1;
+        }
+        Self { m, n, rows: m.div_ceil(down).next_multiple_of(mr), columns: panels.div_ceil(across) * nr }
+    }
+
+    fn across(&self) -> usize {
+        self.n.div_ceil(self.columns)
+    }
+
+    fn jobs(&self) -> usize {
+        self.m.div_ceil(self.rows) * self.across()
+    }
+
+    fn job(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let (row, column) = (index / self.across() * self.rows, index % self.across() * self.columns);
+        (row..self.m.min(row + self.rows), column..self.n.min(column + self.columns))
+    }
+}
+
+/// One block of the result.
+struct Job<'a> {
+    x: Rows<'a>,
+    weight: &'a PackedWeight,
+    rows: Range<usize>,
+    columns: Range<usize>,
+}
+
+impl Job<'_> {
+    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, y: Plane<'_>) {
+        let kernel = self.weight.kernel();
+        let (m, n) = (self.rows.len(), self.columns.len());
+        // Sums that wait for their neighbour in the tree: one in `y`, and one for each level above it.
+        let waiting = chunks.len().trailing_zeros() as usize;
+        let level = m.next_multiple_of(kernel.mr) * n.next_multiple_of(kernel.nr);
+        let lengths = [m.next_multiple_of(kernel.mr) * K_STEP, K_STEP * kernel.nr, waiting * level];
+        scratch::with(lengths, |[a, b, above]| {
+            let mut sums = Sums { y, above, level, kernel };
+            let mut start = 0;
+            for (i, chunk) in chunks.iter().enumerate() {
+                let pieces = chunk.as_ref();
+                let len: usize = pieces.iter().map(|(_, len)| len).sum();
+                let even = len.div_ceil(len.div_ceil(K_STEP).max(1));
+                let mut done = 0;
+                loop {
+                    let k = done..len.min(done + even);
+                    pack_rows(a, self.x, self.rows.clone(), pieces, k.clone(), kernel.mr);
+                    let step = Step {
+                        k: start + k.start..start + k.end,
+                        fresh: done == 0,
+                        depth: i.count_ones() as usize,
+                        merges: if k.end == len { i.trailing_ones() as usize } else { 0 },
+                    };
+                    self.step(&step, a, b, &mut sums);
+                    done = k.end;
+                    if done == len {
+                        break;
+                    }
+                }
+                start += len;
+            }
+            if !epilogue.is_nothing() {
+                (0..m).for_each(|row| epilogue.apply(sums.y.row_mut(row), self.columns.clone()));
+            }
+        });
+    }
+
+    /// Adds the products of one step to the sums at its depth, and merges those with the ones below that they complete.
+    fn step(&self, step: &Step, a: &[f32], b: &mut [f32], sums: &mut Sums<'_>) {
+        let kernel = self.weight.kernel();
+        let (m, n, k) = (self.rows.len(), self.columns.len(), step.k.len());
+        for column in (0..n).step_by(kernel.nr) {
+            let columns = column..n.min(column + kernel.nr);
+            let panel = self.weight.panel((self.columns.start + column) / kernel.nr, step.k.clone(), b);
+            for row in (0..m).step_by(kernel.mr) {
+                let rows = row..m.min(row + kernel.mr);
+                kernel.run(k, &a[row * k..], panel, sums.tile(step.depth, rows.clone(), columns.clone()), step.fresh);
+                for depth in (step.depth - step.merges + 1..=step.depth).rev() {
+                    sums.merge(depth, rows.clone(), columns.clone());
+                }
+            }
+        }
+    }
+}
+
+/// The sums of one job's tree that are not complete: at depth 0 in the result, at others aside, tile by tile.
+struct Sums<'a> {
+    y: Plane<'a>,
+    above: &'a mut [f32],
+    /// Floats of a depth.
+    level: usize,
+    kernel: &'static MicroKernel,
+}
+
+impl Sums<'_> {
+    fn tile(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
+        if depth == 0 {
+            return self.y.part(rows, columns);
+        }
+        let at = (depth - 1) * self.level + self.place(&rows, &columns);
+        aside(&mut self.above[at..], rows.len(), columns.len(), self.kernel.nr)
+    }
+
+    /// Adds a tile to the one at the depth below it: earlier chunks on the left.
+    fn merge(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
+        let at = (depth - 1) * self.level + self.place(&rows, &columns);
+        let (below, own) = self.above.split_at_mut(at);
+        let own = aside(own, rows.len(), columns.len(), self.kernel.nr);
+        if depth == 1 {
+            self.y.part(rows, columns).add(&own);
+        } else {
+            aside(&mut below[at - self.level..], rows.len(), columns.len(), self.kernel.nr).add(&own);
+        }
+    }
+
+    fn place(&self, rows: &Range<usize>, columns: &Range<usize>) -> usize {
+        rows.start * self.kernel.nr + columns.start * self.y.rows().next_multiple_of(self.kernel.mr)
+    }
+}
+
+/// A tile that begins where `memory` does.
+fn aside(memory: &mut [f32], rows: usize, columns: usize, nr: usize) -> Plane<'_> {
+    Plane::of(&mut memory[..rows * nr], nr).narrow(columns)
+}
+
+/// A part of a chunk's columns.
+struct Step {
+    k: Range<usize>,
+    /// Whether the chunk starts here, from zero.
+    fresh: bool,
+    /// Sums of earlier chunks that wait.
+    depth: usize,
+    /// How many of them the chunk completes, if it ends here.
+    merges: usize,
+}
+
+#[cfg(test)]
+mod tests;

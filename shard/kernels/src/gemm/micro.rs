@@ -1,0 +1,109 @@
+//! The innermost products. One file for each instruction set; whatever is not a [`MicroKernel`] is the same for all.
+#![allow(unsafe_code)] // pointers into packed panels, and code for more than the baseline CPU
+
+use std::fmt;
+
+use crate::cpu::{self, Path};
+use crate::gemm::Plane;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod plain;
+
+/// Largest tile of any kernel, for results at the edge.
+const MAX_TILE: usize = 512;
+
+/// Multiplies a few rows by one panel of columns.
+pub struct MicroKernel {
+    name: &'static str,
+    /// Rows of a tile.
+    pub(crate) mr: usize,
+    /// Columns of a tile, and of a packed panel.
+    pub(crate) nr: usize,
+    tile: unsafe fn(Tile),
+    /// As many multiply-adds of `lanes` independent sums as it is told, in registers alone: what the CPU can do at most.
+    spin: unsafe fn(usize) -> f32,
+    lanes: usize,
+}
+
+/// Packed operands of one tile, and where its results are.
+struct Tile {
+    /// 1 to `mr`.
+    rows: usize,
+    k: usize,
+    /// `[k][mr]`.
+    a: *const f32,
+    /// `[k][nr]`.
+    b: *const f32,
+    /// `[rows][nr]`, rows `stride` apart.
+    c: *mut f32,
+    stride: usize,
+    /// Whether the sums start from zero, not from what is in `c`.
+    fresh: bool,
+}
+
+impl MicroKernel {
+    /// The fastest one that this CPU runs.
+    pub fn best() -> &'static Self {
+        Self::of(cpu::path())
+    }
+
+    /// The one of a path that this CPU has.
+    pub(crate) fn of(path: Path) -> &'static Self {
+        match path {
+            Path::Plain => &plain::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => &avx2::KERNEL,
+            #[cfg(not(target_arch = "x86_64"))]
+            Path::Avx2 => &plain::KERNEL,
+        }
+    }
+
+    /// Spends `rounds` rounds of [`Self::flops_per_round`] in registers.
+    pub(crate) fn spin(&self, rounds: usize) -> f32 {
+        // SAFETY: `best` chose what the CPU runs.
+        unsafe { (self.spin)(rounds) }
+    }
+
+    pub(crate) fn flops_per_round(&self) -> usize {
+        2 * self.lanes
+    }
+
+    /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`;
+    /// `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over.
+    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool) {
+        let (rows, columns) = (c.rows(), c.columns());
+        assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
+        assert!(a.len() >= k * self.mr && b.len() >= k * self.nr, "panels of {k}");
+        let tile = Tile { rows, k, a: a.as_ptr(), b: b.as_ptr(), c: c.as_mut_ptr(), stride: c.stride(), fresh };
+        if columns == self.nr {
+            // SAFETY: the panels hold `k` columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
+            return unsafe { (self.tile)(tile) };
+        }
+        let mut whole = [0.0; MAX_TILE];
+        if !fresh {
+            (0..rows).for_each(|row| whole[row * self.nr..][..columns].copy_from_slice(c.row(row)));
+        }
+        // SAFETY: as above; `whole` takes `mr` by `nr` results (`every_kernel_fits_the_edge` shows it).
+        unsafe { (self.tile)(Tile { c: whole.as_mut_ptr(), stride: self.nr, ..tile }) };
+        (0..rows).for_each(|row| c.row_mut(row).copy_from_slice(&whole[row * self.nr..][..columns]));
+    }
+}
+
+impl fmt::Debug for MicroKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}x{}", self.name, self.mr, self.nr)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_fits_the_edge() {
+        for kernel in [MicroKernel::of(Path::Plain), MicroKernel::best()] {
+            assert!(kernel.mr * kernel.nr <= MAX_TILE, "{kernel:?}");
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Operands in the order in which a micro-kernel reads them.
+
+use std::fmt;
+use std::ops::Range;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::cpu::vectorised;
+use crate::gemm::micro::MicroKernel;
+use crate::gemm::{Piece, Rows};
+use crate::scratch::Buffer;
+
+/// `W: [N, K]`, packed once as `[N / nr][K][nr]`; the last panel is filled up with zeros.
+#[derive(Clone)]
+pub struct PackedWeight {
+    n: usize,
+    k: usize,
+    panels: Panels,
+    kernel: &'static MicroKernel,
+}
+
+/// Weights may stay in 16 bits; arithmetic is in f32 all the same.
+#[derive(Clone)]
+enum Panels {
+    F32(Buffer),
+    Bf16(Vec<bf16>),
+}
+
+/// What a weight may be stored as.
+pub trait Element: Copy + Send + Sync {
+    /// Packs rows of it.
+    #[doc(hidden)]
+    fn pack(weight: Rows<'_, Self>, pieces: &[Piece], kernel: &'static MicroKernel) -> PackedWeight;
+}
+
+impl Element for f32 {
+    fn pack(weight: Rows<'_, Self>, pieces: &[Piece], kernel: &'static MicroKernel) -> PackedWeight {
+        let (n, k) = (weight.count(), columns(pieces));
+        let mut panels = Buffer::zeros(n.next_multiple_of(kernel.nr) * k);
+        pack_panels(panels.as_mut_slice(), weight, pieces, kernel.nr);
+        PackedWeight { n, k, panels: Panels::F32(panels), kernel }
+    }
+}
+
+impl Element for bf16 {
+    fn pack(weight: Rows<'_, Self>, pieces: &[Piece], kernel: &'static MicroKernel) -> PackedWeight {
+        let (n, k) = (weight.count(), columns(pieces));
+        let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
+        pack_panels(&mut panels, weight, pieces, kernel.nr);
+        PackedWeight { n, k, panels: Panels::Bf16(panels), kernel }
+    }
+}
+
+impl PackedWeight {
+    /// Packs `weight: [N, K]`, whose rows may be a part of longer ones.
+    pub fn pack<T: Element>(weight: Rows<'_, T>, k: usize) -> Self {
+        Self::pack_pieces(weight, &[(0, k)])
+    }
+
+    /// Packs the given columns of `weight`, one piece after the other.
+    pub fn pack_pieces<T: Element>(weight: Rows<'_, T>, pieces: &[Piece]) -> Self {
+        T::pack(weight, pieces, MicroKernel::best())
+    }
+
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(panels) => size_of_val(panels.as_slice()),
+            Panels::Bf16(panels) => size_of_val(panels.as_slice()),
+        }
+    }
+
+    pub(crate) fn kernel(&self) -> &'static MicroKernel {
+        self.kernel
+    }
+
+    /// Some of the K of one panel, as `[k][nr]`; widened into `buffer` if it has to be.
+    pub(crate) fn panel<'a>(&'a self, panel: usize, k: Range<usize>, buffer: &'a mut [f32]) -> &'a [f32] {
+        let nr = self.kernel.nr;
+        let range = (panel * self.k + k.start) * nr..(panel * self.k + k.end) * nr;
+        match &self.panels {
+            Panels::F32(panels) => &panels.as_slice()[range],
+            Panels::Bf16(panels) => {
+                let buffer = &mut buffer[..range.len()];
+                widen(&panels[range], buffer);
+                buffer
+            }
+        }
+    }
+}
+
+impl fmt::Debug for PackedWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if matches!(self.panels, Panels::F32(_)) { "f32" } else { "bf16" };
+        write!(f, "PackedWeight([{}, {}] {kind}, {:?})", self.n, self.k, self.kernel)
+    }
+}
+
+fn columns(pieces: &[Piece]) -> usize {
+    pieces.iter().map(|(_, len)| len).sum()
+}
+
+/// Fills `panels: [N / nr][K][nr]`, which is zero, from rows of `weight`.
+fn pack_panels<T: Element>(panels: &mut [T], weight: Rows<'_, T>, pieces: &[Piece], nr: usize) {
+    let k = columns(pieces);
+    if k == 0 || weight.count() == 0 {
+        return;
+    }
+    panels.par_chunks_mut(nr * k).take(weight.count().div_ceil(nr)).enumerate().for_each(|(panel, packed)| {
+        let rows = panel * nr..weight.count().min((panel + 1) * nr);
+        pack_transposed(packed, weight, rows, pieces, 0..k, nr);
+    });
+}
+
+/// Rows of `x` as the `a` of tiles: `[rows / mr][k][mr]`. `k` counts through the pieces.
+pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, mr: usize) {
+    for (tile, first) in rows.clone().step_by(mr).enumerate() {
+        pack_transposed(&mut a[tile * mr * k.len()..], x, first..rows.end.min(first + mr), pieces, k.clone(), mr);
+    }
+}
+
+/// At most `width` rows side by side, as `[k][width]`; what stands in the places of absent rows is left as it is.
+pub(crate) fn pack_transposed<T: Copy>(
+    packed: &mut [T],
+    x: Rows<'_, T>,
+    rows: Range<usize>,
+    pieces: &[Piece],
+    k: Range<usize>,
+    width: usize,
+) {
+    for (at, row) in rows.enumerate() {
+        let (mut piece_start, mut to) = (0, at);
+        for &(start, len) in pieces {
+            // The part of this piece that lies in `k`.
+            let from = k.start.clamp(piece_start, piece_start + len) - piece_start;
+            let until = k.end.clamp(piece_start, piece_start + len) - piece_start;
+            piece_start += len;
+            if from == until {
+                continue;
+            }
+            let run = x.part(row, (start + from, until - from));
+            let packed = &mut packed[to..to + (run.len() - 1) * width + 1];
+            for (i, x) in run.iter().enumerate() {
+                packed[i * width] = *x;
+            }
+            to += (until - from) * width;
+        }
+    }
+}
+
+vectorised! {
+    fn widen(from: &[bf16], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Rectangles of floats, rows a stride apart.
+#![allow(unsafe_code)] // a rectangle is not a slice, and threads write disjoint ones
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use crate::cpu::vectorised;
+
+/// A rectangle that is written by one owner.
+pub(crate) struct Plane<'a> {
+    start: *mut f32,
+    stride: usize,
+    rows: usize,
+    columns: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> Plane<'a> {
+    /// All of `data`, in rows of `stride`.
+    pub(crate) fn of(data: &'a mut [f32], stride: usize) -> Self {
+        Self { start: data.as_mut_ptr(), stride, rows: data.len() / stride.max(1), columns: stride, of: PhantomData }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
+    }
+
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Where it starts; its rows and columns may be written through it.
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.start
+    }
+
+    /// A part of it.
+    pub(crate) fn part(&mut self, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(columns.start <= columns.end && columns.end <= self.columns, "columns {columns:?} of {}", self.columns);
+        // SAFETY: a place inside the rectangle, or its end.
+        let start = if rows.is_empty() || columns.is_empty() {
+            self.start
+        } else {
+            unsafe { self.start.add(rows.start * self.stride + columns.start) }
+        };
+        Plane { start, stride: self.stride, rows: rows.len(), columns: columns.len(), of: PhantomData }
+    }
+
+    /// Its first columns.
+    pub(crate) fn narrow(self, columns: usize) -> Self {
+        assert!(columns <= self.columns, "{columns} columns of {}", self.columns);
+        Self { columns, ..self }
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: the row is inside the rectangle, which is borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.columns) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: as above, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
+    }
+
+    /// `self += other`, of the same size.
+    pub(crate) fn add(&mut self, other: &Plane<'_>) {
+        assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
+        add(self, other);
+    }
+}
+
+vectorised! {
+    fn add(to: &mut Plane<'_>, from: &Plane<'_>) {
+        for row in 0..to.rows {
+            let (to, from) = (to.row_mut(row), from.row(row));
+            for (to, from) in to.iter_mut().zip(from) {
+                *to += *from;
+            }
+        }
+    }
+}
+
+/// A rectangle whose parts go to several threads.
+pub(crate) struct SharedPlane<'a>(Plane<'a>);
+
+// SAFETY: all it does is hand out parts, and whoever takes them promises that they are disjoint.
+unsafe impl Sync for SharedPlane<'_> {}
+
+impl<'a> SharedPlane<'a> {
+    pub(crate) fn of(data: &'a mut [f32], stride: usize) -> Self {
+        Self(Plane::of(data, stride))
+    }
+
+    /// A part of it.
+    ///
+    /// # Safety
+    /// No two parts that are alive at the same time may overlap.
+    pub(crate) unsafe fn part(&self, rows: Range<usize>, columns: Range<usize>) -> Plane<'a> {
+        let Plane { start, stride, rows: all, columns: width, .. } = self.0;
+        let mut whole = Plane { start, stride, rows: all, columns: width, of: PhantomData };
+        let part = whole.part(rows, columns);
+        Plane { start: part.start, stride, rows: part.rows, columns: part.columns, of: PhantomData }
+    }
+}

@@ -1,0 +1,61 @@
+//! Rotary positions.
+
+use crate::cpu::vectorised;
+use crate::threads;
+
+/// Rotates interleaved pairs: `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, N, L, Dh]`, `cos, sin: [L, Dh/2]`,
+/// or `[B, L, Dh/2]` with one table for each item; `heads` is `N`, `tokens` `L`.
+pub fn rope_interleaved(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32], sin: &[f32]) {
+    assert_eq!(x.len(), y.len());
+    assert_eq!(cos.len(), sin.len());
+    assert!(width.is_multiple_of(2), "pairs in {width}");
+    let half = width / 2;
+    let item = heads * tokens * width;
+    if item == 0 {
+        return;
+    }
+    let tables = cos.len() / (tokens * half);
+    assert!(cos.len() == tables * tokens * half && (tables == 1 || tables * item == x.len()), "a table for all or for each");
+    threads::over_rows(y, width, |first, y| {
+        for (i, y) in y.chunks_exact_mut(width).enumerate() {
+            let row = first + i;
+            let table = if tables == 1 { 0 } else { row / (heads * tokens) };
+            let at = (table * tokens + row % tokens) * half;
+            rotate(&x[row * width..][..width], y, &cos[at..][..half], &sin[at..][..half]);
+        }
+    });
+}
+
+vectorised! {
+    fn rotate(x: &[f32], y: &mut [f32], cos: &[f32], sin: &[f32]) {
+        for (((x, y), cos), sin) in x.as_chunks::<2>().0.iter().zip(y.as_chunks_mut::<2>().0).zip(cos).zip(sin) {
+            *y = [x[0] * *cos - x[1] * *sin, x[1] * *cos + x[0] * *sin];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn equals_the_formula([batch, heads, tokens, half] in [0usize..3, 1usize..3, 1usize..5, 1usize..20], own: bool) {
+            let width = 2 * half;
+            let x: Vec<f32> = (0..batch * heads * tokens * width).map(|i| (i % 17) as f32 - 8.0).collect();
+            let angles: Vec<f32> = (0..if own { batch } else { 1 } * tokens * half).map(|i| i as f32 * 0.37).collect();
+            let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
+            let mut y = vec![f32::NAN; x.len()];
+            rope_interleaved(&x, &mut y, [heads, tokens, width], &cos, &sin);
+            for (i, y) in y.iter().enumerate() {
+                let (row, column) = (i / width, i % width);
+                let table = if own { row / (heads * tokens) } else { 0 };
+                let at = (table * tokens + row % tokens) * half + column / 2;
+                let other = if column % 2 == 0 { -x[i + 1] } else { x[i - 1] };
+                prop_assert_eq!(*y, x[i] * cos[at] + other * sin[at]);
+            }
+        }
+    }
+}

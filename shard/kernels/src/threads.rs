@@ -1,0 +1,29 @@
+//! How work is divided. Who computes a row never changes its bits; this only decides how soon it is done.
+
+use rayon::prelude::*;
+
+/// Elements below which a pass over memory stays on its thread: waking another costs some microseconds.
+const SMALL: usize = 1 << 15;
+
+/// Calls `f(first row, rows)` on runs of whole rows of `y`, each `width` long, one run for each thread.
+pub(crate) fn over_rows(y: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if width == 0 || y.is_empty() {
+        return;
+    }
+    debug_assert!(y.len().is_multiple_of(width), "{} elements are no rows of {width}", y.len());
+    let threads = rayon::current_num_threads();
+    if threads == 1 || y.len() < SMALL {
+        return f(0, y);
+    }
+    let run = (y.len() / width).div_ceil(threads);
+    y.par_chunks_mut(run * width).enumerate().for_each(|(i, rows)| f(i * run, rows));
+}
+
+/// Calls `f` for each job of `0..jobs`, on this thread alone when all of it is `small`.
+pub(crate) fn over_jobs(jobs: usize, small: bool, f: impl Fn(usize) + Sync + Send) {
+    if small || jobs <= 1 || rayon::current_num_threads() == 1 {
+        (0..jobs).for_each(f);
+    } else {
+        (0..jobs).into_par_iter().with_max_len(1).for_each(f);
+    }
+}

@@ -1,0 +1,116 @@
+//! Convolution layers.
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use kernels::conv::{self, Geometry};
+
+use crate::ops::host::{fill, read};
+use crate::weights::{Shard, Weights};
+use crate::{Error, Result, ops};
+
+/// Where the kernel is laid on the picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// From one output pixel's window to the next's.
+    pub stride: usize,
+    /// Zeros above and to the left.
+    pub before: usize,
+    /// Zeros below and to the right.
+    pub after: usize,
+    /// Whether the picture is first enlarged to twice its size, each pixel repeated.
+    pub doubled: bool,
+}
+
+/// A square convolution with bias, whole on every rank.
+#[derive(Clone)]
+pub struct Conv2d {
+    kernel: Kernel,
+    dtype: DType,
+}
+
+#[derive(Clone)]
+enum Kernel {
+    /// For ours; arithmetic in f32.
+    Packed(Arc<conv::Conv2d>),
+    /// For candle's.
+    Whole { weight: Tensor, bias: Tensor },
+}
+
+impl Conv2d {
+    /// Reads `weight: [c_out, c_in, size, size]` and `bias: [c_out]`.
+    pub fn load(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
+        let weight = w.get("weight", &[c_out, c_in, size, size], Shard::Replicated)?;
+        let bias = w.get("bias", &[c_out], Shard::Replicated)?;
+        let dtype = weight.dtype();
+        let packs = matches!(dtype, DType::F32 | DType::BF16) && matches!(w.device(), Device::Cpu) && !w.is_measuring();
+        let kernel = if packs {
+            let bias = ops::vector(&bias)?;
+            let weight = weight.to_dtype(DType::F32)?;
+            Kernel::Packed(Arc::new(read(&weight, |w| conv::Conv2d::pack(w, [c_out, c_in, size], Some(&bias)))?))
+        } else {
+            Kernel::Whole { weight, bias }
+        };
+        Ok(Self { kernel, dtype })
+    }
+
+    /// Of the weights as they were given.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// `[B, C_in, H, W]` gives `[B, C_out, H', W']`.
+    pub fn forward(&self, x: &Tensor, at: Placement) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        match &self.kernel {
+            Kernel::Packed(conv) => {
+                let [c_out, c_in, size] = conv.dims();
+                if c != c_in {
+                    return Err(Error::Operands { reason: format!("{c} channels into a convolution of {c_in}") });
+                }
+                let Placement { stride, before, after, doubled } = at;
+                let geometry = Geometry { input: [h, w], stride, before, after, doubled };
+                let [out_h, out_w] = geometry.output(size);
+                let y = read(&x.to_dtype(DType::F32)?, |x| fill((b, c_out, out_h, out_w), |y| conv.run(x, geometry, None, y)))??;
+                Ok(y.to_dtype(x.dtype())?)
+            }
+            Kernel::Whole { weight, bias } => {
+                let x = if at.doubled { ops::upsample_nearest2x(x)? } else { x.clone() };
+                let x = x.pad_with_zeros(3, at.before, at.after)?.pad_with_zeros(2, at.before, at.after)?;
+                let y = x.conv2d(weight, 0, at.stride, 1, 1)?;
+                Ok(y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?)
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Conv2d {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.kernel {
+            Kernel::Packed(conv) => conv.fmt(f),
+            Kernel::Whole { weight, .. } => write!(f, "Conv2d({:?})", weight.shape()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candles_convolution_and_ours_agree() {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (x, weight, bias) = (random(&[2, 5, 7, 19]), random(&[6, 5, 3, 3]), random(&[6]));
+        let values = ops::vector(&bias).unwrap();
+        let packed = read(&weight, |w| conv::Conv2d::pack(w, [6, 5, 3], Some(&values))).unwrap();
+        let ours = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
+        let theirs = Conv2d { kernel: Kernel::Whole { weight, bias }, dtype: DType::F32 };
+        for (stride, before, after, doubled) in [(1, 1, 1, false), (2, 0, 1, false), (1, 1, 1, true)] {
+            let at = Placement { stride, before, after, doubled };
+            let (ours, theirs) = (ours.forward(&x, at).unwrap(), theirs.forward(&x, at).unwrap());
+            let difference = (ours - theirs).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(difference < 1e-4, "{at:?} differs by {difference}");
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Tensors of the CPU as slices, and back.
+
+use candle_core::{DType, Device, Storage, Tensor};
+
+use crate::{Error, Result};
+
+/// Whether our own kernels take this tensor.
+pub(crate) fn ours(x: &Tensor) -> bool {
+    x.dtype() == DType::F32 && matches!(x.device(), Device::Cpu)
+}
+
+/// Lends the elements of an f32 tensor of the CPU, in order; copies only if they do not lie so.
+pub(crate) fn read<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        return Err(Error::Operands { reason: format!("for the CPU a tensor of {:?}", x.device()) });
+    };
+    let (start, end) = layout.contiguous_offsets().unwrap_or_default();
+    Ok(f(&storage.as_slice::<f32>()?[start..end]))
+}
+
+/// A fresh tensor of `shape` that `f` fills.
+pub(crate) fn fill(shape: impl Into<candle_core::Shape>, f: impl FnOnce(&mut [f32])) -> Result<Tensor> {
+    let shape = shape.into();
+    let mut data = vec![0f32; shape.elem_count()];
+    f(&mut data);
+    Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
+}
+
+/// A fresh tensor of `x`'s shape that `f` fills from `x`.
+pub(crate) fn produce(x: &Tensor, f: impl FnOnce(&[f32], &mut [f32])) -> Result<Tensor> {
+    read(x, |data| fill(x.shape(), |y| f(data, y)))?
+}
+
+/// A fresh tensor of `x`'s shape, its data `x`'s after `f`.
+pub(crate) fn map(x: &Tensor, f: impl FnOnce(&mut [f32])) -> Result<Tensor> {
+    let mut data = read(x, <[f32]>::to_vec)?;
+    f(&mut data);
+    Ok(Tensor::from_vec(data, x.shape(), x.device())?)
+}

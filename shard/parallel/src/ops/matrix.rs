@@ -1,0 +1,179 @@
+//! A linear layer's weight, packed for the kernel that multiplies with it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use kernels::gemm::{Element, Epilogue, PackedWeight, Piece, Rows, linear_tree};
+
+use super::host::{fill, read};
+use crate::{Error, Result};
+
+/// Into which chunks a product cuts its input: each lists the pieces (start and length) of an input row that it reads.
+pub(crate) type Chunks = Vec<Vec<Piece>>;
+
+/// A weight `[d_out, d_in]`.
+#[derive(Clone)]
+pub(crate) struct Matrix {
+    chunks: Arc<Chunks>,
+    d_out: usize,
+    weight: Weight,
+}
+
+#[derive(Clone)]
+enum Weight {
+    /// For our kernels: f32 or bf16, arithmetic in f32.
+    Packed(Arc<PackedWeight>),
+    /// For candle's: one for each chunk.
+    Whole(Vec<Tensor>),
+}
+
+impl Matrix {
+    /// Packs `weight`; its product is one sum over all of `d_in`.
+    pub(crate) fn new(weight: &Tensor) -> Result<Self> {
+        let d_in = weight.dim(1)?;
+        Self::in_chunks(weight, vec![vec![(0, d_in)]])
+    }
+
+    /// Packs `weight`; its product adds the chunks' own products as a balanced tree.
+    pub(crate) fn in_chunks(weight: &Tensor, chunks: Chunks) -> Result<Self> {
+        let (d_out, d_in) = weight.dims2()?;
+        let packed = match (weight.dtype(), weight.device()) {
+            (DType::F32 | DType::BF16, Device::Cpu) => Some(pack(weight, &chunks)?),
+            _ => None,
+        };
+        let weight = match packed {
+            Some(packed) => Weight::Packed(Arc::new(packed)),
+            None if chunks.len() == 1 && chunks[0] == [(0, d_in)] => Weight::Whole(vec![weight.clone()]),
+            None => Weight::Whole(chunks.iter().map(|pieces| columns(weight, pieces)).collect::<Result<_>>()?),
+        };
+        Ok(Self { chunks: Arc::new(chunks), d_out, weight })
+    }
+
+    /// Holds the shape alone, where bytes are counted and nothing is computed.
+    pub(crate) fn measured(weight: &Tensor) -> Result<Self> {
+        Ok(Self { chunks: Arc::default(), d_out: weight.dim(0)?, weight: Weight::Whole(Vec::new()) })
+    }
+
+    /// `x W^T + bias`. `x: [.., d_in]`, `bias: [d_out]` give `[.., d_out]`: in `x`'s type, but see [`Self::product`].
+    pub(crate) fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        Ok(self.product(x, bias)?.to_dtype(x.dtype())?)
+    }
+
+    /// As [`Self::forward`], before it is rounded: in f32 if that is what the kernel adds in.
+    pub(crate) fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let mut shape = x.dims().to_vec();
+        let Some(d_in) = shape.pop() else {
+            return Err(Error::Operands { reason: "a number into a linear layer".to_owned() });
+        };
+        let rows = shape.iter().product();
+        shape.push(self.d_out);
+        match &self.weight {
+            Weight::Packed(weight) => {
+                if d_in != weight.k() {
+                    return Err(Error::Operands { reason: format!("{d_in} features into a layer of {}", weight.k()) });
+                }
+                let bias = bias.map(super::vector).transpose()?;
+                let epilogue = Epilogue { bias: bias.as_deref(), activation: None };
+                read(&x.to_dtype(DType::F32)?, |x| {
+                    fill(shape, |y| linear_tree(Rows::new(x, rows, d_in), &self.chunks, weight, epilogue, y))
+                })?
+            }
+            Weight::Whole(weights) => {
+                let x = x.reshape((rows, d_in))?;
+                let one = |(pieces, weight): (&Vec<Piece>, &Tensor)| Ok(columns(&x, pieces)?.matmul(&weight.t()?)?);
+                let y = tree_sum(self.chunks.iter().zip(weights).map(one).collect::<Result<_>>()?)?;
+                let y = match bias {
+                    Some(bias) => y.broadcast_add(bias)?,
+                    None => y,
+                };
+                Ok(y.reshape(shape)?)
+            }
+        }
+    }
+}
+
+fn pack(weight: &Tensor, chunks: &Chunks) -> Result<PackedWeight> {
+    let weight = weight.contiguous()?;
+    let (n, k) = weight.dims2()?;
+    let pieces = chunks.concat();
+    let (storage, layout) = weight.storage_and_layout();
+    let (start, end) = layout.contiguous_offsets().unwrap_or_default();
+    fn packed<T: Element>(data: &[T], n: usize, k: usize, pieces: &[Piece]) -> PackedWeight {
+        PackedWeight::pack_pieces(Rows::new(data, n, k), pieces)
+    }
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
+        Storage::Cpu(CpuStorage::BF16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
+        _ => Err(Error::Operands { reason: format!("a weight of {:?} to pack", weight.dtype()) }),
+    }
+}
+
+/// Some columns of `x: [rows, d]`, one piece after the other.
+fn columns(x: &Tensor, pieces: &[Piece]) -> Result<Tensor> {
+    if let [(0, len)] = pieces
+        && *len == x.dim(1)?
+    {
+        return Ok(x.clone());
+    }
+    let pieces = pieces.iter().map(|(at, len)| x.narrow(1, *at, *len)).collect::<Result<Vec<_>, _>>()?;
+    Ok(Tensor::cat(&pieces, 1)?.contiguous()?)
+}
+
+/// Adds a power of two of tensors as a balanced binary tree.
+fn tree_sum(mut level: Vec<Tensor>) -> Result<Tensor> {
+    while level.len() > 1 {
+        level =
+            level.chunks(2).map(|pair| if let [a, b] = pair { a + b } else { Ok(pair[0].clone()) }).collect::<Result<_, _>>()?;
+    }
+    level.pop().ok_or(Error::GroupSize { size: 0 })
+}
+
+impl fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.weight {
+            Weight::Packed(weight) => write!(f, "{weight:?} in {} chunks", self.chunks.len()),
+            Weight::Whole(weights) => write!(f, "{} weights of {} outputs", weights.len(), self.d_out),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candles_product_and_ours_agree() {
+        let random = |dims: &[usize]| Tensor::randn(0f64, 1.0, dims, &Device::Cpu).unwrap();
+        let (x, weight, bias) = (random(&[2, 3, 40]), random(&[17, 40]), random(&[17]));
+        let eight: Chunks = (0..8).map(|c| vec![(2 * c, 2), (16 + 3 * c, 3)]).collect();
+        for chunks in [vec![vec![(0, 40)]], eight] {
+            // The columns come out of order in chunks, and the weight's with them.
+            let theirs = Matrix::in_chunks(&weight, chunks.clone()).unwrap().forward(&x, Some(&bias)).unwrap();
+            let narrow = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+            let ours = Matrix::in_chunks(&narrow(&weight), chunks).unwrap();
+            let ours = ours.forward(&narrow(&x), Some(&narrow(&bias))).unwrap();
+            assert_eq!(ours.dims(), [2, 3, 17]);
+            let difference = (ours - narrow(&theirs)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(difference < 1e-5, "differs by {difference}");
+        }
+    }
+
+    #[test]
+    fn bf16_activations_are_rounded_once() {
+        let x = Tensor::randn(0f32, 1.0, (3, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+        let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+        let narrow = Matrix::new(&weight).unwrap();
+        let wide = Matrix::new(&weight.to_dtype(DType::F32).unwrap()).unwrap();
+        let expected = wide.forward(&x.to_dtype(DType::F32).unwrap(), None).unwrap();
+        assert_eq!(narrow.product(&x, None).unwrap().to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+        assert_eq!(narrow.forward(&x, None).unwrap().dtype(), DType::BF16);
+    }
+
+    #[test]
+    fn an_input_of_another_width_is_a_typed_error() {
+        let matrix = Matrix::new(&Tensor::zeros((4, 8), DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let x = Tensor::zeros((2, 7), DType::F32, &Device::Cpu).unwrap();
+        assert!(matches!(matrix.forward(&x, None), Err(Error::Operands { .. })));
+    }
+}
