@@ -23,8 +23,10 @@ pub mod checkpoints;
 mod control;
 pub mod leadership;
 pub mod membership;
+mod live;
 mod runtime;
 mod server;
+mod standby;
 #[cfg(test)]
 mod testing;
 

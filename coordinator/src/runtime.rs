@@ -21,6 +21,7 @@ use tracing::{error, info, warn};
 use crate::{
     context::Context,
     error::{Error, Result},
+    live::LiveJobs,
     state::{Effect, Event, EventPage, State, Submission},
     store::{Change, Durable, StoreHandle},
 };
@@ -42,6 +43,7 @@ pub(crate) struct Parts {
     pub(crate) context: Arc<Context>,
     pub(crate) health: HealthReporter,
     pub(crate) store: StoreHandle,
+    pub(crate) live: LiveJobs,
     /// Where jobs go whose checkpoints are not needed any more.
     pub(crate) done_with: mpsc::UnboundedSender<String>,
 }
@@ -75,7 +77,7 @@ impl Handle {
     /// is [`Error::Stopping`].
     pub(crate) fn spawn(parts: Parts, stop: CancellationToken) -> (Self, JoinHandle<Result<()>>) {
         let (messages, inbox) = mpsc::channel(MAX_MESSAGES);
-        let Parts { state, context, health, store, done_with } = parts;
+        let Parts { state, context, health, store, live, done_with } = parts;
         let durable = store.durable();
         let owner = Owner {
             state,
@@ -85,6 +87,7 @@ impl Handle {
             health,
             store,
             durable,
+            live,
             written: 0,
             waiting: VecDeque::new(),
             done_with,
@@ -167,6 +170,7 @@ struct Owner {
     health: HealthReporter,
     store: StoreHandle,
     durable: watch::Receiver<Durable>,
+    live: LiveJobs,
     /// The newest batch that was given to the store.
     written: u64,
     /// In order, each with the batch it waits for.
@@ -233,7 +237,10 @@ impl Owner {
         let mut deeds = Vec::new();
         for effect in self.state.apply(self.context.now(), event) {
             match effect {
-                Effect::Persist(record) => changes.push(Change::Put(record)),
+                Effect::Persist(record) => {
+                    self.live.note(&record);
+                    changes.push(Change::Put(record));
+                }
                 Effect::Forget { job_id } => changes.push(Change::Forget { job_id }),
                 Effect::Answer(given) => deeds.extend(answer.take().map(|answer| Deed::Answer { answer, given })),
                 other => deeds.push(Deed::Effect(other)),

@@ -1,7 +1,8 @@
 //! Puts the parts together: one port for clients and workers, and the tasks behind it.
 //!
 //! Long-lived tasks: the owner of the state (`runtime.rs`), the control manager with one task per worker
-//! (`control.rs`), the etcd watch if there is etcd, the sweeper of blobs, and the server itself. All end with `stop`.
+//! (`control.rs`), the etcd watch if there is etcd, the sweepers of blobs and checkpoints, and the server itself. All end
+//! with `stop`.
 
 use std::{
     io,
@@ -31,14 +32,18 @@ use tracing::info;
 use crate::{
     api::{ClusterApi, JobApi},
     blobs::{BlobApi, BlobStore, UNUSED_BLOB_TTL},
-    config::Config,
+    checkpoints::{CheckpointApi, CheckpointLimits, CheckpointStore, Place},
+    config::{Config, EtcdConfig},
     context::Context,
     control::{self, Lines},
     error::{Error, Result},
+    leadership::{self, Led},
+    live::LiveJobs,
     membership::{self, embedded::EmbeddedMembership},
     runtime::{Handle, Parts, health_service},
+    standby,
     state::{Key, SavedSteps, Settings, State},
-    store::{Journal, RealDisk, Recovered, StoreHandle},
+    store::{EtcdStore, Journal, RealDisk, Recovered, StoreHandle},
     world::Dial,
 };
 
@@ -49,27 +54,63 @@ const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 /// How often an idle connection is asked whether it is there, and how long it may take to answer.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
 
-/// Serves until `shutdown` is done, or until the store of jobs is broken. The caller owns the socket and the stop signal.
+/// Serves until `shutdown` is done, the store of jobs is broken, or another coordinator leads. The caller owns the socket
+/// and the stop signal. With etcd, it first waits until it leads.
 ///
 /// # Errors
-/// When the data folder cannot be used, the store breaks, or the server fails.
+/// When the data folder cannot be used, the store breaks, the lead is lost, or the server fails.
 pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
+    let address = config.advertise.clone().unwrap_or_else(|| local.to_string());
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
-    let journal = folder.join("journal");
-    let takes_over = journal.exists();
-    let opened = tokio::task::spawn_blocking(move || Journal::open(&journal, Arc::new(RealDisk))).await;
-    let opened = opened.map_err(|_| Error::StoreFailed("opening the journal panicked".into()))??;
-    let world = World {
-        context: Arc::new(Context::system()),
-        dial: Dial::tcp(),
-        store: opened,
-        takes_over,
-        blobs: BlobStore::open(&folder.join("blobs"), &config.limits)?,
-        address: config.advertise.clone().unwrap_or_else(|| local.to_string()),
+    let mut shutdown = Box::pin(shutdown);
+    let (store, takes_over, led) = match &config.etcd {
+        None => {
+            let journal = folder.join("journal");
+            let takes_over = journal.exists();
+            let opened = tokio::task::spawn_blocking(move || Journal::open(&journal, Arc::new(RealDisk))).await;
+            (opened.map_err(|_| Error::StoreFailed("opening the journal panicked".into()))??, takes_over, None)
+        }
+        Some(etcd) => {
+            let stopped = CancellationToken::new();
+            let led = tokio::select! {
+                led = stand_by(etcd, &address, &listener, &stopped) => led?,
+                () = &mut shutdown => return Ok(()),
+            };
+            (EtcdStore::open(etcd, &led).await?, true, Some(led))
+        }
     };
+    let blobs = match &config.object_store {
+        Some(place) => BlobStore::open_remote(&folder.join("incoming"), place, &config.limits).await?,
+        None => BlobStore::open(&folder.join("blobs"), &config.limits)?,
+    };
+    let lost = led.as_ref().map_or_else(CancellationToken::new, |led| led.lost.clone());
+    let place = config.object_store.clone().unwrap_or_else(|| Place::Folder(folder.join("objects")));
+    let world = World { context: Arc::new(Context::system()), dial: Dial::tcp(), store, takes_over, lost, blobs, place, address };
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     run_in(config, world, incoming, shutdown).await
+}
+
+/// Waits until this coordinator leads; meanwhile calls are told to come back.
+async fn stand_by(etcd: &EtcdConfig, address: &str, listener: &TcpListener, stop: &CancellationToken) -> Result<Led> {
+    let _stop_on_return = stop.clone().drop_guard();
+    let clone = || {
+        use std::os::fd::AsFd;
+        let socket = std::net::TcpListener::from(listener.as_fd().try_clone_to_owned()?);
+        TcpListener::from_std(socket)
+    };
+    let over = CancellationToken::new();
+    let waiting = standby::serve(clone().map_err(Error::io("share the listener"))?, over.clone().cancelled_owned());
+    tokio::pin!(waiting);
+    tokio::select! {
+        led = leadership::campaign(etcd, address, stop) => {
+            over.cancel();
+            // Calls that go on do so on connections of their own.
+            drop(tokio::time::timeout(DRAIN_DEADLINE, waiting).await);
+            led
+        }
+        ended = &mut waiting => Err(ended.err().unwrap_or(Error::Stopping)),
+    }
 }
 
 /// Where a coordinator finds itself: what it shares with others, and how it reaches them.
@@ -83,8 +124,12 @@ pub struct World {
     pub store: (StoreHandle, Recovered),
     /// Another coordinator may have led before: its workers are waited for.
     pub takes_over: bool,
+    /// Cancelled when another coordinator may lead.
+    pub lost: CancellationToken,
     /// Pictures.
     pub blobs: BlobStore,
+    /// Where checkpoints are.
+    pub place: Place,
     /// host:port at which workers reach this coordinator.
     pub address: String,
 }
@@ -98,7 +143,7 @@ where
     S: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    let World { context, dial, store: (store, recovered), takes_over, blobs, address } = world;
+    let World { context, dial, store: (store, recovered), takes_over, lost, blobs, place, address } = world;
     let Recovered { jobs, term } = recovered;
     let settings = Settings {
         models: config.models.clone(),
@@ -111,29 +156,37 @@ where
         first_epoch: context.now(),
     };
     let mut state = State::new(settings);
+    let live = LiveJobs::default();
+    jobs.iter().for_each(|record| live.note(record));
+    let is_live = live.clone();
+    let checkpoints =
+        CheckpointStore::open(&place, CheckpointLimits::default(), Arc::new(move |job_id| is_live.contains(job_id))).await?;
     if takes_over {
-        state.recover(context.now(), jobs, SavedSteps::new());
+        let saved = |job_id: &String| checkpoints.list(job_id).into_iter().map(|saved| (saved.stage, saved.step)).collect();
+        let saved: SavedSteps = live.all().into_iter().map(|job_id| (job_id.clone(), saved(&job_id))).collect();
+        state.recover(context.now(), jobs, saved);
     }
 
     let stop = CancellationToken::new();
     let _stop_on_return = stop.clone().drop_guard();
     let (health, health_server) = tonic_health::server::health_reporter();
     announce(&health, &config).await;
-    let (done_with, _not_needed) = mpsc::unbounded_channel();
-    let parts = Parts { state, context: context.clone(), health, store, done_with };
+    let (done_with, not_needed) = mpsc::unbounded_channel();
+    let parts = Parts { state, context: context.clone(), health, store, live: live.clone(), done_with };
     let (handle, owner) = Handle::spawn(parts, stop.clone());
 
     let tasks = TaskTracker::new();
     let (changes, changed) = mpsc::channel(membership::MAX_CHANGES);
-    let lines = Lines { handle: handle.clone(), lead: Lead { term }, dial };
+    let lines = Lines { handle: handle.clone(), lead: Lead { term, blob_address: address.clone() }, dial };
     tasks.spawn(control::run(changed, lines, stop.clone()));
     tasks.spawn(sweep(blobs.clone(), handle.clone(), stop.clone()));
+    tasks.spawn(clear(checkpoints.clone(), not_needed, live, stop.clone()));
 
     let mut server = Server::builder()
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
-    let mut router = services(&mut server, handle, blobs, context)?.add_service(health_server);
+    let mut router = services(&mut server, handle, blobs, context)?.add_service(health_server).add_service(CheckpointApi::server(checkpoints));
     match config.etcd {
         Some(etcd) => drop(tasks.spawn(membership::etcd::watch(etcd, changes, stop.clone()))),
         None => {
@@ -152,6 +205,7 @@ where
     let ended = tokio::select! {
         served = serve(router, incoming, shutdown, &stop) => served,
         error = broken => Err(error),
+        () = lost.cancelled() => Err(Error::StoreFailed("another coordinator leads".into())),
     };
 
     stop.cancel();
@@ -221,6 +275,21 @@ async fn sweep(blobs: BlobStore, handle: Handle, stop: CancellationToken) {
             return;
         };
         blobs.sweep(&in_use, UNUSED_BLOB_TTL).await;
+    }
+}
+
+/// Removes the checkpoints of jobs that are over: at once, and now and then those that were missed.
+async fn clear(checkpoints: CheckpointStore, mut over: mpsc::UnboundedReceiver<String>, live: LiveJobs, stop: CancellationToken) {
+    let mut interval = tokio::time::interval(SWEEP_INTERVAL);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = interval.tick() => checkpoints.sweep(&live.all()).await,
+            job_id = over.recv() => match job_id {
+                Some(job_id) => checkpoints.forget(&job_id).await,
+                None => return,
+            },
+        }
     }
 }
 
