@@ -1,5 +1,6 @@
 //! `atelier bench kernels`: their speed, beside what the machine can do at most, measured in the same run.
 
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -15,7 +16,7 @@ use crate::error::Error;
 /// How long a row is repeated; its best time counts.
 const PER_ROW: Duration = Duration::from_millis(700);
 /// What memory's limit is measured on: far over any cache.
-const COPIED_BYTES: usize = 256 << 20;
+const COPIED_BYTES: usize = 64 << 20;
 
 #[derive(Debug, Args)]
 pub(crate) struct KernelsArgs {
@@ -33,8 +34,7 @@ pub(crate) struct KernelsArgs {
 pub(super) fn run(args: &KernelsArgs) -> Result<(), Error> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build();
     let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
-    pool.install(|| kernels(args));
-    Ok(())
+    Ok(pool.install(|| kernels(args))?)
 }
 
 /// One line of the table.
@@ -53,29 +53,54 @@ struct Row {
 /// Measures and prints rows.
 struct Table {
     json: bool,
-    /// GFLOP/s and GB/s.
-    limits: [f64; 2],
+}
+
+/// What bounds an operation.
+#[derive(Clone, Copy)]
+enum Bound {
+    Arithmetic,
+    Memory,
+}
+
+impl Bound {
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Arithmetic => "GFLOP/s",
+            Self::Memory => "GB/s",
+        }
+    }
+
+    fn measure(self) -> f64 {
+        match self {
+            Self::Arithmetic => limit::gflops(),
+            Self::Memory => limit::copy_gbps(COPIED_BYTES),
+        }
+    }
 }
 
 impl Table {
-    /// A row whose limit is arithmetic.
-    fn flops(&self, op: &'static str, shape: String, flops: usize, f: impl FnMut()) {
-        self.row(op, shape, flops, ("GFLOP/s", self.limits[0]), f);
+    /// A row that does `flops` operations.
+    fn flops(&self, op: &'static str, shape: String, flops: usize, f: impl FnMut()) -> io::Result<()> {
+        self.row(op, shape, flops, Bound::Arithmetic, f)
     }
 
-    /// A row whose limit is memory: `bytes` read and written.
-    fn bytes(&self, op: &'static str, shape: String, bytes: usize, f: impl FnMut()) {
-        self.row(op, shape, bytes, ("GB/s", self.limits[1]), f);
+    /// A row that reads and writes `bytes`.
+    fn bytes(&self, op: &'static str, shape: String, bytes: usize, f: impl FnMut()) -> io::Result<()> {
+        self.row(op, shape, bytes, Bound::Memory, f)
     }
 
-    fn row(&self, op: &'static str, shape: String, amount: usize, (unit, limit): (&'static str, f64), f: impl FnMut()) {
+    /// The limit is measured before and after: a machine with other work changes from minute to minute.
+    fn row(&self, op: &'static str, shape: String, amount: usize, bound: Bound, f: impl FnMut()) -> io::Result<()> {
+        let before = bound.measure();
         let value = amount as f64 / best(f).as_secs_f64() / 1e9;
+        let limit = before.max(bound.measure());
         let (threads, path) = (rayon::current_num_threads(), format!("{:?}", cpu::path()).to_lowercase());
-        let row = Row { op, shape, threads, path, value, unit, limit, ratio: value / limit };
+        let row = Row { op, shape, threads, path, value, unit: bound.unit(), limit, ratio: value / limit };
+        let mut out = io::stdout().lock();
         if self.json {
-            println!("{}", serde_json::json!(row));
+            writeln!(out, "{}", serde_json::json!(row))
         } else {
-            println!("{:<20} {:<22} {value:>8.1} {unit:<8} {limit:>8.1} {:>6.2}", row.op, row.shape, row.ratio);
+            writeln!(out, "{op:<20} {:<22} {value:>8.1} {:<8} {limit:>8.1} {:>6.2}", row.shape, row.unit, row.ratio)
         }
     }
 }
@@ -91,20 +116,20 @@ fn best(mut f: impl FnMut()) -> Duration {
     }
 }
 
-fn kernels(args: &KernelsArgs) {
-    let table = Table { json: args.json, limits: [limit::gflops(), limit::copy_gbps(COPIED_BYTES)] };
+fn kernels(args: &KernelsArgs) -> io::Result<()> {
+    let table = Table { json: args.json };
     if !args.json {
         println!("{} threads, {:?}; each row's best of {PER_ROW:?}", rayon::current_num_threads(), cpu::path());
         println!("{:<20} {:<22} {:>8} {:<8} {:>8} {:>6}", "op", "shape", "", "", "limit", "ratio");
     }
     let tokens: &[usize] = if args.full { &[64, 512, 1536, 4608] } else { &[64, 512, 1536] };
-    linears(&table, tokens);
-    attentions(&table, &tokens[1..]);
-    convolutions(&table);
-    passes(&table);
+    linears(&table, tokens)?;
+    attentions(&table, &tokens[1..])?;
+    convolutions(&table)?;
+    passes(&table)
 }
 
-fn linears(table: &Table, tokens: &[usize]) {
+fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
     for (k, n) in [(3072, 3072), (3072, 12288), (12288, 3072)] {
         let weight = values(n * k);
         let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
@@ -113,13 +138,15 @@ fn linears(table: &Table, tokens: &[usize]) {
         for &m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
             let (x, shape, flops) = (Rows::new(&x, m, k), format!("{m} x {k} x {n}"), 2 * m * k * n);
-            table.flops("linear", shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y));
-            table.flops("linear, eight chunks", shape, flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y));
+            table.flops("linear", shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
+            table
+                .flops("linear, eight chunks", shape, flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
         }
     }
+    Ok(())
 }
 
-fn attentions(table: &Table, tokens: &[usize]) {
+fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
     let (heads, width) = (24, 128);
     for &l in tokens {
         let of = Attention { heads, queries: l, keys: l, width, scale: 0.088 };
@@ -127,38 +154,40 @@ fn attentions(table: &Table, tokens: &[usize]) {
         let x = Heads::dense(&x, l, width);
         table.flops("attention", format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width, || {
             of.run(x, x, x, None, &mut y)
-        });
+        })?;
     }
+    Ok(())
 }
 
-fn convolutions(table: &Table) {
+fn convolutions(table: &Table) -> io::Result<()> {
     for (channels, side) in [(128, 128), (512, 64)] {
         let conv = Conv2d::pack(&values(channels * channels * 9), [channels, channels, 3], None);
         let geometry = Geometry { input: [side, side], stride: 1, before: 1, after: 1, doubled: false };
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
-        table.flops("conv 3x3", shape, flops, || conv.run(&x, geometry, None, &mut y));
+        table.flops("conv 3x3", shape, flops, || conv.run(&x, geometry, None, &mut y))?;
     }
+    Ok(())
 }
 
 /// What reads and writes each element once.
-fn passes(table: &Table) {
+fn passes(table: &Table) -> io::Result<()> {
     let (tokens, width) = (4608, 3072);
     let (x, mut y, weight) = (values(tokens * width), values(tokens * width), values(width));
     let (shape, bytes) = (format!("{tokens} x {width}"), 8 * tokens * width);
     let modulate = |y: &mut [f32]| rows::layer_norm_modulate(&x, y, [tokens, width], &weight, &weight, 1e-6);
-    table.bytes("layer norm, modulate", shape.clone(), bytes, || modulate(&mut y));
-    table.bytes("rms norm", shape.clone(), bytes, || rows::rms_norm(&x, &mut y, &weight, 1e-6));
-    table.bytes("softmax", shape.clone(), bytes, || rows::softmax(&mut y, width));
+    table.bytes("layer norm, modulate", shape.clone(), bytes, || modulate(&mut y))?;
+    table.bytes("rms norm", shape.clone(), bytes, || rows::rms_norm(&x, &mut y, &weight, 1e-6))?;
+    table.bytes("softmax", shape.clone(), bytes, || rows::softmax(&mut y, width))?;
     for (op, activation) in [("gelu", Activation::Gelu), ("gelu tanh", Activation::GeluTanh), ("silu", Activation::Silu)] {
-        table.bytes(op, shape.clone(), bytes, || activation.apply_all(&mut y));
+        table.bytes(op, shape.clone(), bytes, || activation.apply_all(&mut y))?;
     }
     let (channels, spatial) = (128, 128 * 128);
     let (x, y, affine) = (&x[..channels * spatial], &mut y[..channels * spatial], [&weight[..channels], &weight[..channels]]);
     let silu = Some(Activation::Silu);
     table.bytes("group norm, silu", "128 x 128 x 128".into(), 8 * x.len(), || {
         rows::group_norm(x, y, [32, spatial], affine, 1e-6, silu);
-    });
+    })
 }
 
 /// Numbers in -1..1 without a pattern that arithmetic could profit from.
