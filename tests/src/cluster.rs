@@ -28,6 +28,18 @@ impl Process {
         let _ = self.0.wait();
     }
 
+    /// How it ended by itself, if it does in time.
+    pub fn wait(&mut self, patience: Duration) -> Option<std::process::ExitStatus> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.0.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(10)),
+                _ => return None,
+            }
+        }
+    }
+
     /// Sends a signal by name, such as "STOP".
     pub fn signal(&self, name: &str) {
         let _ = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).status();
@@ -50,32 +62,35 @@ pub struct Cluster {
     pub coordinator: Process,
     /// http://host:port of the coordinator.
     pub address: String,
+    /// host:port the coordinator listens on.
+    listen: String,
     etcd: Option<String>,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Cluster {
     /// Starts a coordinator with this models.toml, and a worker for each of `labels` ("role=encoder", or "" for none).
     pub fn start(models: &str, labels: &[&str], etcd: Option<&str>) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let file = dir.path().join("models.toml");
-        std::fs::write(&file, models).expect("models.toml can be written");
+        std::fs::write(dir.path().join("models.toml"), models).expect("models.toml can be written");
         let listen = format!("127.0.0.1:{}", free_port());
-        let mut command = atelier();
-        command.args(["coordinator", "--listen", &listen, "--models"]).arg(&file);
-        if let Some(etcd) = etcd {
-            command.args(["--etcd", etcd]);
-        }
-        let coordinator = Process(command.spawn().expect("the coordinator starts"));
-        let mut cluster = Self {
-            workers: Vec::new(),
-            coordinator,
-            address: format!("http://{listen}"),
-            etcd: etcd.map(str::to_owned),
-            _dir: dir,
-        };
+        let coordinator = coordinator(&listen, dir.path(), etcd);
+        let (address, etcd) = (format!("http://{listen}"), etcd.map(str::to_owned));
+        let mut cluster = Self { workers: Vec::new(), coordinator, address, listen, etcd, dir };
         labels.iter().for_each(|labels| cluster.add_worker(labels));
         cluster
+    }
+
+    /// kill -9 to the coordinator, and another on the same address and data.
+    pub fn restart_coordinator(&mut self) {
+        self.coordinator.kill();
+        self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref());
+    }
+
+    /// Another coordinator of the same cluster, at an address of its own. It stands by.
+    pub fn add_coordinator(&self) -> (Process, String) {
+        let listen = format!("127.0.0.1:{}", free_port());
+        (coordinator(&listen, self.dir.path(), self.etcd.as_deref()), format!("http://{listen}"))
     }
 
     /// Starts one more worker.
@@ -94,13 +109,7 @@ impl Cluster {
 
     /// A client, once the coordinator answers.
     pub async fn client(&self) -> Client {
-        let endpoint = Endpoint::from_shared(self.address.clone()).expect("an address");
-        let channel = eventually("the coordinator answers", async || endpoint.connect().await.ok()).await;
-        Client {
-            jobs: JobServiceClient::new(channel.clone()),
-            blobs: BlobServiceClient::new(channel.clone()),
-            cluster: ClusterServiceClient::new(channel),
-        }
+        Client::connect(&self.address).await
     }
 
     /// A client, once every model is ready.
@@ -109,6 +118,16 @@ impl Cluster {
         client.wait_ready().await;
         client
     }
+}
+
+fn coordinator(listen: &str, dir: &Path, etcd: Option<&str>) -> Process {
+    let mut command = atelier();
+    command.args(["coordinator", "--listen", listen, "--models"]).arg(dir.join("models.toml"));
+    command.arg("--data-dir").arg(dir.join("data"));
+    if let Some(etcd) = etcd {
+        command.args(["--etcd", etcd]);
+    }
+    Process(command.spawn().expect("the coordinator starts"))
 }
 
 /// Clients of a coordinator's services.
@@ -123,10 +142,48 @@ pub struct Client {
 }
 
 impl Client {
+    /// To a coordinator, once it answers.
+    pub async fn connect(address: &str) -> Self {
+        let endpoint = Endpoint::from_shared(address.to_owned()).expect("an address");
+        let channel = eventually("the coordinator answers", async || endpoint.connect().await.ok()).await;
+        Self {
+            jobs: JobServiceClient::new(channel.clone()),
+            blobs: BlobServiceClient::new(channel.clone()),
+            cluster: ClusterServiceClient::new(channel),
+        }
+    }
+
     /// Waits until every model is ready.
     pub async fn wait_ready(&mut self) {
         let client = self.clone();
-        eventually("every model is ready", async || client.clone().models().await.iter().all(|m| m.ready).then_some(())).await;
+        let ready = async || {
+            let models = client.clone().models().await;
+            (!models.is_empty() && models.iter().all(|m| m.ready)).then_some(())
+        };
+        eventually("every model is ready", ready).await;
+    }
+
+    /// Every event of a job after `after_sequence` until it is over, from whatever coordinator leads meanwhile.
+    pub async fn follow(&mut self, job_id: &str, mut after_sequence: u64) -> Vec<JobEvent> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut events: Vec<JobEvent> = Vec::new();
+        while Instant::now() < deadline {
+            let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence };
+            if let Ok(stream) = self.jobs.watch_job(request).await {
+                let mut stream = stream.into_inner();
+                while let Ok(Ok(Some(message))) = tokio::time::timeout(PATIENCE, stream.message()).await {
+                    let event = message.event.expect("an event");
+                    after_sequence = event.sequence;
+                    events.push(event);
+                }
+            }
+            let over = |event: &JobEvent| matches!(&event.kind, Some(Kind::StateChanged(job)) if job.finish_time.is_some());
+            if events.last().is_some_and(over) {
+                return events;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("job {job_id} does not end: {:?}", events.last());
     }
 
     /// The models.
@@ -165,7 +222,7 @@ impl Client {
 
     /// Follows a job to its end.
     pub async fn finish(&mut self, job_id: &str) -> Job {
-        let events = self.watch(job_id, 0, |_| false).await;
+        let events = self.follow(job_id, 0).await;
         let mut jobs = events.into_iter().rev().filter_map(|e| match e.kind {
             Some(Kind::StateChanged(job)) => Some(job),
             _ => None,
