@@ -1,9 +1,11 @@
-//! Pictures on their way in and out: content-addressed files, streamed in chunks, never whole in memory.
+//! Pictures on their way in and out: content-addressed, streamed in chunks, never whole in memory. Files of a folder, or
+//! objects in S3 when there are several coordinators (`remote.rs`).
 //!
 //! A blob's id is the sha256 of its bytes, so storing it twice is storing it once. What no job refers to is swept away
 //! some minutes after it was used last.
 
 mod incoming;
+mod remote;
 mod service;
 
 use std::{
@@ -19,8 +21,12 @@ use proto::v1::{BlobHeader, DownloadBlobResponse, UploadBlobRequest, download_bl
 use tokio::fs::File;
 use tonic::Status;
 
-use self::incoming::{Incoming, next_part};
+use self::{
+    incoming::{Incoming, next_part},
+    remote::Remote,
+};
 use crate::{
+    checkpoints::Place,
     config::Limits,
     error::{Error, Result},
     request::is_blob_id,
@@ -43,10 +49,14 @@ pub struct BlobStore {
 
 #[derive(Debug)]
 struct Shared {
+    /// Of the blobs; with `remote`, only of uploads that are not whole yet.
     folder: PathBuf,
+    remote: Option<Remote>,
     max_blob_bytes: u64,
     max_total_bytes: u64,
     index: Mutex<Index>,
+    /// Read by uploads that become blobs, written by sweeps: what is swept is never what was just stored.
+    sweeping: tokio::sync::RwLock<()>,
 }
 
 #[derive(Debug, Default)]
@@ -81,13 +91,29 @@ impl BlobStore {
                 index.blobs.insert(id.to_owned(), Blob { byte_size, media_type, extension, used: Instant::now() });
             }
         }
+        Ok(Self::new(folder, None, limits, index))
+    }
+
+    /// Opens the blobs of an object store. Uploads come in through `folder`, which is made if need be. What another
+    /// coordinator stores later is not seen: a coordinator opens this once it leads.
+    pub async fn open_remote(folder: &Path, place: &Place, limits: &Limits) -> Result<Self> {
+        // Whatever is in it is from before.
+        drop(Self::open(folder, limits)?);
+        let remote = Remote::new(place.open()?);
+        let index = remote.index().await?;
+        Ok(Self::new(folder, Some(remote), limits, index))
+    }
+
+    fn new(folder: &Path, remote: Option<Remote>, limits: &Limits, index: Index) -> Self {
         let shared = Shared {
             folder: folder.to_owned(),
+            remote,
             max_blob_bytes: limits.blob_bytes,
             max_total_bytes: limits.total_blob_bytes,
             index: Mutex::new(index),
+            sweeping: tokio::sync::RwLock::default(),
         };
-        Ok(Self { shared: Arc::new(shared) })
+        Self { shared: Arc::new(shared) }
     }
 
     /// The blob is there; asking counts as a use.
@@ -115,16 +141,27 @@ impl BlobStore {
     /// The blob's header and its bytes.
     pub async fn send(&self, id: &str) -> Result<impl Stream<Item = Result<DownloadBlobResponse, Status>> + Send + 'static> {
         let blob = self.shared.use_blob(id).ok_or_else(|| not_found(id))?;
-        let file = File::open(self.shared.path(id, &blob)).await.map_err(Error::io("open a blob"))?;
+        let chunks = match &self.shared.remote {
+            Some(remote) => remote.chunks(id, &blob).await?.left_stream(),
+            None => {
+                let file = File::open(self.shared.path(id, &blob)).await.map_err(Error::io("open a blob"))?;
+                service::chunks(file).right_stream()
+            }
+        };
         let header = BlobHeader { byte_size: blob.byte_size, sha256: id.to_owned(), media_type: blob.media_type.to_owned() };
         let header = DownloadBlobResponse { part: Some(download_blob_response::Part::Header(header)) };
-        Ok(stream::once(async { Ok(header) }).chain(service::chunks(file)))
+        Ok(stream::once(async { Ok(header) }).chain(chunks))
     }
 
     /// Removes what is not in use and was last used longer ago than `ttl`.
     pub async fn sweep(&self, in_use: &BTreeSet<String>, ttl: Duration) {
-        for path in self.shared.forget_unused(in_use, ttl) {
-            if let Err(error) = tokio::fs::remove_file(&path).await {
+        let _no_uploads = self.shared.sweeping.write().await;
+        for (id, blob) in self.shared.forget_unused(in_use, ttl) {
+            let removed = match &self.shared.remote {
+                Some(remote) => remote.remove(&id, &blob).await,
+                None => tokio::fs::remove_file(self.shared.path(&id, &blob)).await.map_err(Error::io("remove a blob")),
+            };
+            if let Err(error) = removed {
                 tracing::warn!(%error, "removing a blob failed");
             }
         }
@@ -153,18 +190,18 @@ impl Shared {
         self.folder.join(format!("{id}.{}", blob.extension))
     }
 
-    fn forget_unused(&self, in_use: &BTreeSet<String>, ttl: Duration) -> Vec<PathBuf> {
+    fn forget_unused(&self, in_use: &BTreeSet<String>, ttl: Duration) -> Vec<(String, Blob)> {
         let mut index = self.lock();
         let is_unused = |id: &str, blob: &Blob| !in_use.contains(id) && blob.used.elapsed() >= ttl;
         let unused: Vec<String> = index.blobs.iter().filter(|(id, blob)| is_unused(id, blob)).map(|(id, _)| id.clone()).collect();
-        let mut paths = Vec::new();
+        let mut forgotten = Vec::new();
         for id in unused {
             if let Some(blob) = index.blobs.remove(&id) {
                 index.bytes = index.bytes.saturating_sub(blob.byte_size);
-                paths.push(self.path(&id, &blob));
+                forgotten.push((id, blob));
             }
         }
-        paths
+        forgotten
     }
 }
 
@@ -183,6 +220,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
+    use crate::checkpoints::tests::Home;
 
     const LIMITS: Limits = Limits { queued_jobs: 1, blob_bytes: 2_000_000, total_blob_bytes: 3_000_000, pixels: 1 };
 
@@ -301,6 +339,34 @@ mod tests {
         store.sweep(&[kept.clone()].into(), Duration::ZERO).await;
         assert!(store.contains(&kept) && !store.contains(&swept));
         assert_eq!((files(&folder), store.bytes()), (1, 4));
+    }
+
+    #[tokio::test]
+    async fn blobs_of_an_object_store_come_back_and_are_swept() {
+        let (folder, home) = (tempfile::tempdir().unwrap(), Home::s3().await);
+        let limits = Limits { blob_bytes: 20_000_000, total_blob_bytes: 20_000_000, ..LIMITS };
+        let open = || BlobStore::open_remote(folder.path(), &home.place, &limits);
+        let store = open().await.unwrap();
+        // One request, and several parts.
+        let large: Vec<u8> = (0..12_000_001u32).map(|i| (i * 7 % 251) as u8).collect();
+        let large_id = upload(&store, header(12_000_001, ""), &large).await.unwrap();
+        let small_id = upload(&store, header(10, ""), b"ten bytes.").await.unwrap();
+        assert_eq!(upload(&store, header(10, ""), b"ten bytes.").await.unwrap(), small_id, "stored once");
+        assert_eq!(refused_field(upload(&store, header(9, ""), b"ten bytes.").await), "header.byte_size");
+        assert_eq!(files(&folder), 0, "nothing stays in the folder");
+        let next = open().await.unwrap();
+        assert_eq!(next.bytes(), 12_000_011);
+        let mut back = vec![];
+        for response in download(&next, &large_id).await {
+            if let Some(download_blob_response::Part::Chunk(chunk)) = response.part {
+                assert!(chunk.len() <= proto::CHUNK_BYTES);
+                back.extend_from_slice(&chunk);
+            }
+        }
+        assert!(back == large);
+        next.sweep(&[small_id.clone()].into(), Duration::ZERO).await;
+        assert!(next.contains(&small_id) && !next.contains(&large_id));
+        assert_eq!(open().await.unwrap().bytes(), 10);
     }
 
     #[tokio::test]

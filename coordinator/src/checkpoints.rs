@@ -20,11 +20,13 @@ mod object;
 mod place;
 mod service;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fmt, io,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -57,6 +59,8 @@ const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
 const PART_BYTES: usize = 5 << 20;
 /// Parts on their way at once: with the one that fills, all that an upload holds in memory.
 const PARTS_IN_FLIGHT: usize = 2;
+/// Jobs whose objects appear or go at once.
+const CHANGES_AT_ONCE: usize = 64;
 /// Folder of all keys.
 const FOLDER: &str = "checkpoints";
 
@@ -173,7 +177,8 @@ impl Default for CheckpointLimits {
     }
 }
 
-/// Says whether a job is known and not over. Asked at the beginning and at the end of every put; must not block.
+/// Says whether a job is known and not over. Asked at the beginning and at the end of every put;
+/// must not block. A job must be over by this before it is forgotten.
 pub type IsLive = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// The checkpoints of a cluster. Cheap to clone.
@@ -183,6 +188,7 @@ pub struct CheckpointStore {
     index: Arc<Mutex<Index>>,
     limits: CheckpointLimits,
     is_live: IsLive,
+    changes: Arc<[tokio::sync::Mutex<()>; CHANGES_AT_ONCE]>,
 }
 
 impl fmt::Debug for CheckpointStore {
@@ -207,7 +213,13 @@ impl CheckpointStore {
                 index.insert(key, object.size);
             }
         }
-        Ok(Self { objects, index: Arc::new(Mutex::new(index)), limits, is_live })
+        Ok(Self {
+            objects,
+            index: Arc::new(Mutex::new(index)),
+            limits,
+            is_live,
+            changes: Arc::new(std::array::from_fn(|_| tokio::sync::Mutex::default())),
+        })
     }
 
     /// Stores a checkpoint: a header, then chunks. Durable when this returns; in place of one with the same key.
@@ -226,9 +238,15 @@ impl CheckpointStore {
         let share = Share::take(&self.index, header.byte_size, self.limits.total_bytes)?;
         let upload = BufWriter::with_capacity(self.objects.clone(), path(&key), PART_BYTES).with_max_concurrency(PARTS_IN_FLIGHT);
         let mut writer = Writer::begin(upload, &header).await?;
-        if let Err(error) = self.receive(&key, &mut writer, parts).await {
+        if let Err(error) = receive(&mut writer, parts).await {
             writer.abort().await;
             return Err(error);
+        }
+        let _one_at_a_time = self.changes(&key.job_id).await;
+        // Asked under the lock: either this is refused, or `forget` comes later and finds what is stored here.
+        if let Err(over) = self.check_live(&key) {
+            writer.abort().await;
+            return Err(over);
         }
         writer.finish().await?;
         let superseded = {
@@ -238,11 +256,6 @@ impl CheckpointStore {
         };
         for old in superseded {
             self.remove(&old).await;
-        }
-        // It may have ended meanwhile, and what there was of it been removed.
-        if let Err(over) = self.check_live(&key) {
-            self.remove(&key).await;
-            return Err(over);
         }
         Ok(())
     }
@@ -268,8 +281,9 @@ impl CheckpointStore {
         self.lock().of_job(job_id).map(Saved::from).collect()
     }
 
-    /// Removes all there is of a job.
+    /// Removes all there is of a job, which must not be live any more.
     pub async fn forget(&self, job_id: &str) {
+        let _one_at_a_time = self.changes(job_id).await;
         let keys: Vec<Key> = self.lock().of_job(job_id).collect();
         for key in keys {
             self.remove(&key).await;
@@ -289,27 +303,18 @@ impl CheckpointStore {
         self.lock().bytes()
     }
 
-    async fn receive(
-        &self,
-        key: &Key,
-        writer: &mut Writer,
-        mut parts: impl Stream<Item = Result<PutCheckpointRequest, Status>> + Unpin,
-    ) -> Result<(), CheckpointError> {
-        while let Some(part) = next_part(&mut parts).await? {
-            match part {
-                Part::Chunk(chunk) => writer.write(chunk).await?,
-                Part::Header(_) => return Err(refused("header", "must come only once")),
-            }
-        }
-        writer.check()?;
-        self.check_live(key)
-    }
-
     fn check_live(&self, key: &Key) -> Result<(), CheckpointError> {
         if (self.is_live)(&key.job_id) { Ok(()) } else { Err(CheckpointError::JobOver(key.job_id.clone())) }
     }
 
-    /// What cannot be removed stays known, and the next sweep tries again.
+    /// Objects of a job appear and go one after the other: what is removed is never what another call just stored.
+    async fn changes(&self, job_id: &str) -> tokio::sync::MutexGuard<'_, ()> {
+        let mut hasher = DefaultHasher::new();
+        job_id.hash(&mut hasher);
+        self.changes[hasher.finish() as usize % CHANGES_AT_ONCE].lock().await
+    }
+
+    /// Under [`Self::changes`] of the job. What cannot be removed stays known, and the next sweep tries again.
     async fn remove(&self, key: &Key) {
         match self.objects.delete(&path(key)).await {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => self.lock().remove(key),
@@ -320,6 +325,19 @@ impl CheckpointStore {
     fn lock(&self) -> MutexGuard<'_, Index> {
         lock(&self.index)
     }
+}
+
+async fn receive(
+    writer: &mut Writer,
+    mut parts: impl Stream<Item = Result<PutCheckpointRequest, Status>> + Unpin,
+) -> Result<(), CheckpointError> {
+    while let Some(part) = next_part(&mut parts).await? {
+        match part {
+            Part::Chunk(chunk) => writer.write(chunk).await?,
+            Part::Header(_) => return Err(refused("header", "must come only once")),
+        }
+    }
+    writer.check()
 }
 
 fn lock(index: &Mutex<Index>) -> MutexGuard<'_, Index> {

@@ -6,8 +6,10 @@ use std::{
 };
 
 use clap::Parser;
+use object_store::aws::AmazonS3Builder;
 
 use crate::{
+    checkpoints::Place,
     error::{Error, Result},
     models_file::{self, ModelConfig},
 };
@@ -43,6 +45,11 @@ pub struct Args {
     #[arg(long, env = "ATELIER_DATA_DIR")]
     pub data_dir: Option<PathBuf>,
 
+    /// Where pictures and checkpoints are kept: s3://bucket/prefix, with the usual AWS_* variables (AWS_ENDPOINT_URL for
+    /// other servers than Amazon's), or file:///folder. Without it: in the data folder.
+    #[arg(long, env = "ATELIER_OBJECT_STORE")]
+    pub object_store: Option<String>,
+
     /// etcd endpoints, by comma. Workers then register there, not at this coordinator.
     #[arg(long, env = "ATELIER_ETCD", value_delimiter = ',')]
     pub etcd: Vec<String>,
@@ -77,6 +84,8 @@ pub struct Config {
     pub advertise: Option<String>,
     /// Where pictures are kept; a temporary folder if absent.
     pub data_dir: Option<PathBuf>,
+    /// Where pictures and checkpoints are kept instead, for several coordinators.
+    pub object_store: Option<Place>,
     /// Where workers are found; without it they register at the coordinator itself.
     pub etcd: Option<EtcdConfig>,
     /// What clients may ask for.
@@ -123,6 +132,7 @@ impl Config {
             models: models_file::read(models_file)?,
             advertise: None,
             data_dir: None,
+            object_store: None,
             etcd: None,
             limits: Limits::default(),
         })
@@ -153,7 +163,15 @@ impl TryFrom<Args> for Config {
         }
         let has_etcd = !args.etcd.is_empty();
         let etcd = has_etcd.then_some(EtcdConfig { endpoints: args.etcd, prefix: args.etcd_prefix });
-        Ok(Self { models: models_file::read(&args.models)?, advertise: args.advertise, data_dir: args.data_dir, etcd, limits })
+        let object_store = args.object_store.as_deref().map(|url| Place::parse(url, AmazonS3Builder::from_env)).transpose();
+        Ok(Self {
+            models: models_file::read(&args.models)?,
+            advertise: args.advertise,
+            data_dir: args.data_dir,
+            object_store: object_store.map_err(|problem| wrong("--object-store", &problem))?,
+            etcd,
+            limits,
+        })
     }
 }
 
@@ -190,6 +208,14 @@ mod tests {
         let etcd = config(&["--etcd", "http://a:1,http://b:2"]).unwrap().etcd.unwrap();
         assert_eq!(etcd.endpoints, ["http://a:1", "http://b:2"]);
         assert_eq!(etcd.prefix, "/atelier");
+    }
+
+    #[test]
+    fn an_object_store_is_a_bucket_or_a_folder() {
+        let place = config(&["--object-store", "s3://pictures/atelier"]).unwrap().object_store.unwrap();
+        assert_eq!(format!("{place:?}"), "s3://pictures/atelier");
+        let problem = config(&["--object-store", "pictures"]).unwrap_err().to_string();
+        assert!(problem.starts_with("--object-store: must be"), "{problem}");
     }
 
     #[test]

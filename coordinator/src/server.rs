@@ -44,7 +44,10 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from
 pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
-    let blobs = BlobStore::open(&folder.join("blobs"), &config.limits)?;
+    let blobs = match &config.object_store {
+        Some(place) => BlobStore::open_remote(&folder.join("incoming"), place, &config.limits).await?,
+        None => BlobStore::open(&folder.join("blobs"), &config.limits)?,
+    };
     let settings = Settings {
         models: config.models.clone(),
         limits: config.limits,

@@ -80,9 +80,18 @@ impl Incoming {
         file.sync_all().await.map_err(Error::io("write a blob"))?;
         drop(file);
         let blob = Blob { byte_size: received, media_type, extension, used: Instant::now() };
+        let _no_sweep = shared.sweeping.read().await;
+        if let Some(remote) = &shared.remote
+            && shared.use_blob(&id).is_none()
+        {
+            remote.store(&path, &id, &blob).await?;
+        }
         let mut index = shared.lock();
         if let Some(known) = index.blobs.get_mut(&id) {
             known.used = Instant::now();
+        } else if shared.remote.is_some() {
+            index.blobs.insert(id.clone(), blob);
+            share.keep();
         } else {
             path.persist(shared.path(&id, &blob)).map_err(|error| Error::io("name a blob")(error.error))?;
             index.blobs.insert(id.clone(), blob);

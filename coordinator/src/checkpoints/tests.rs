@@ -16,10 +16,13 @@ use super::*;
 const JOB: &str = "6b1c2b0e-7f7e-4a51-8a53-0d9c4d1f8a01";
 const OTHER: &str = "6b1c2b0e-7f7e-4a51-8a53-0d9c4d1f8a02";
 
+/// Something that happens to a file.
+type Damage = dyn Fn(&mut Vec<u8>);
+
 /// A place that lives as long as this.
-struct Home {
+pub(crate) struct Home {
     folder: tempfile::TempDir,
-    place: Place,
+    pub(crate) place: Place,
     live: Arc<RwLock<HashSet<String>>>,
 }
 
@@ -30,7 +33,7 @@ impl Home {
         Self::new(folder, place)
     }
 
-    async fn s3() -> Self {
+    pub(crate) async fn s3() -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("pictures")).unwrap();
         let endpoint = serve_s3(folder.path()).await;
@@ -192,7 +195,7 @@ async fn proves_itself(home: Home) {
     put(&store, JOB, 1, &bytes(900_000, 1)).await.unwrap();
     let file = home.files().pop().unwrap();
     let whole = std::fs::read(&file).unwrap();
-    let damages: [&dyn Fn(&mut Vec<u8>); 4] =
+    let damages: [&Damage; 4] =
         [&|bytes| bytes[800_000] ^= 1, &|bytes| bytes.truncate(900_000), &|bytes| bytes[1] ^= 1, &|bytes| bytes.clear()];
     for damage in damages {
         let mut bytes = whole.clone();
