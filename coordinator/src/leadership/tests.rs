@@ -248,7 +248,7 @@ async fn a_short_outage_is_waited_out_and_a_long_one_ends_the_lead() {
     let (handle, _) = etcd.open(&led).await;
     signal(etcd.child.id(), "-STOP");
     let batch = handle.write(vec![put(1, 1)]);
-    sleep(Duration::from_millis(700)).await;
+    sleep(Duration::from_millis(300)).await;
     signal(etcd.child.id(), "-CONT");
     timeout(DEADLINE, handle.until_durable(batch)).await.unwrap().unwrap();
     assert!(!led.lost.is_cancelled());
