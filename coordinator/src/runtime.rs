@@ -48,9 +48,12 @@ pub(crate) struct Parts {
     pub(crate) done_with: mpsc::UnboundedSender<String>,
 }
 
+/// Hands out what was read.
+type Show = Box<dyn FnOnce() + Send>;
+
 enum Message {
     Client { event: Event, answer: oneshot::Sender<Result<Job>> },
-    Read(Box<dyn FnOnce(&State) -> Box<dyn FnOnce() + Send> + Send>),
+    Read(Box<dyn FnOnce(&State) -> Show + Send>),
     Follow { job_id: String, after: u64, reply: oneshot::Sender<Result<Followed>> },
     Connected { worker: Registration, holding: Holding, link: WorkerLink },
     Happened(Event),
@@ -109,7 +112,7 @@ impl Handle {
     pub(crate) async fn read<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static) -> Result<T> {
         let (reply, answer) = oneshot::channel();
         // A client that has gone does not want to know.
-        let read = move |state: &State| -> Box<dyn FnOnce() + Send> {
+        let read = move |state: &State| -> Show {
             let seen = look(state);
             Box::new(move || drop(reply.send(seen)))
         };
@@ -158,7 +161,7 @@ enum Deed {
         given: Result<Job>,
     },
     /// Hands a client what it asked to read.
-    Show(Box<dyn FnOnce() + Send>),
+    Show(Show),
 }
 
 struct Owner {

@@ -88,7 +88,7 @@ pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     let place = config.object_store.clone().unwrap_or_else(|| Place::Folder(folder.join("objects")));
     let world = World { context: Arc::new(Context::system()), dial: Dial::tcp(), store, takes_over, lost, blobs, place, address };
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    run_in(config, world, incoming, shutdown).await
+    Box::pin(run_in(config, world, incoming, shutdown)).await
 }
 
 /// Waits until this coordinator leads; meanwhile calls are told to come back.
@@ -186,7 +186,8 @@ where
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
-    let mut router = services(&mut server, handle, blobs, context)?.add_service(health_server).add_service(CheckpointApi::server(checkpoints));
+    let mut router =
+        services(&mut server, handle, blobs, context)?.add_service(health_server).add_service(CheckpointApi::server(checkpoints));
     match config.etcd {
         Some(etcd) => drop(tasks.spawn(membership::etcd::watch(etcd, changes, stop.clone()))),
         None => {

@@ -123,7 +123,7 @@ impl State {
 
     /// Groups whose every rank came back ready in one epoch go on.
     fn adopt_groups(&mut self, holdings: &BTreeMap<String, Holding>) {
-        let mut epochs: BTreeMap<(String, u64), BTreeMap<u32, (&str, &HeldRank)>> = BTreeMap::new();
+        let mut epochs: BTreeMap<(String, u64), Seats<'_>> = BTreeMap::new();
         for (worker, holding) in holdings {
             for rank in &holding.ranks {
                 if let Some(join) = &rank.join {
@@ -142,7 +142,7 @@ impl State {
         }
     }
 
-    fn try_adopt(&mut self, group_id: &str, epoch: u64, ranks: &BTreeMap<u32, (&str, &HeldRank)>) -> bool {
+    fn try_adopt(&mut self, group_id: &str, epoch: u64, ranks: &Seats<'_>) -> bool {
         let Some(group) = self.groups.get(group_id).filter(|group| group.members.is_empty()) else {
             return false;
         };
@@ -290,6 +290,9 @@ impl State {
         }
     }
 }
+
+/// The ranks of one epoch that came back, with the worker of each.
+type Seats<'a> = BTreeMap<u32, (&'a str, &'a HeldRank)>;
 
 /// A task that a worker holds or has reported.
 struct Claim {

@@ -1,6 +1,6 @@
 //! Jobs are accepted, placed, sent to their groups, and asked to stop.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use prost::Message;
 use proto::v1::{self, Destination, Layout, RunTask, control_request::Command};
@@ -175,13 +175,15 @@ impl State {
 
     /// How each component of the job is cut: "text_encoder=tp1x1,transformer=tp2x2".
     fn layout(&self, job: &Job) -> String {
-        let layouts: BTreeMap<&str, Layout> = job
-            .tasks
-            .values()
-            .filter_map(|task| self.groups.get(&task.group_id))
-            .map(|group| (group.wanted.component.as_str(), group.wanted.layout))
-            .collect();
-        let parts: Vec<String> = layouts.iter().map(|(name, cut)| format!("{name}=tp{}x{}", cut.tp, cut.block_ranges)).collect();
+        // Of all its stages, those too that an earlier try had done: what is written into a picture does not depend on tries.
+        let components: BTreeSet<&str> = job.plan.stages.iter().map(|stage| stage.component.as_str()).collect();
+        let configured = self.model(&job.spec.model).map(|model| &model.config.components);
+        let layout = |name: &str| configured.and_then(|components| components.get(name)).cloned().unwrap_or_default().layout();
+        let part = |name: &&str| {
+            let Layout { tp, block_ranges } = layout(name);
+            format!("{name}=tp{tp}x{block_ranges}")
+        };
+        let parts: Vec<String> = components.iter().map(part).collect();
         parts.join(",")
     }
 }
