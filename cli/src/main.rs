@@ -74,7 +74,7 @@ fn run(command: Command) -> Result<(), Error> {
             Command::Coordinator(args) => {
                 let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
                 let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;
-                Ok(Box::pin(coordinator::run(args.try_into()?, listener, stop_signal())).await?)
+                Ok(coordinator::run(args.try_into()?, listener, stop_signal()).await?)
             }
             Command::Worker(args) => Ok(worker::run(args.try_into()?, stop_signal()).await?),
         }

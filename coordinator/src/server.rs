@@ -60,6 +60,11 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from
 /// # Errors
 /// When the data folder cannot be used, the store breaks, the lead is lost, or the server fails.
 pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
+    // What it holds over its awaits is some kilobytes.
+    Box::pin(run_tcp(config, listener, shutdown)).await
+}
+
+async fn run_tcp(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let address = config.advertise.clone().unwrap_or_else(|| local.to_string());
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
