@@ -1,8 +1,8 @@
 //! `atelier bench`: how close this machine's cluster is to what the machine can do.
 
-mod kernels;
 mod load;
 mod queue;
+mod speed;
 mod table;
 
 use clap::Subcommand;
@@ -12,14 +12,14 @@ use crate::error::Error;
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// One row for each operation and shape of FLUX.1: its speed, the limit, the ratio.
-    Kernels(kernels::KernelsArgs),
+    Kernels(speed::KernelsArgs),
     /// Durable submits, watchers and a deep queue, against a coordinator with stand-in workers.
     Load(load::LoadArgs),
 }
 
 pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
     match command {
-        BenchCommand::Kernels(args) => kernels::run(&args),
+        BenchCommand::Kernels(args) => speed::run(&args),
         BenchCommand::Load(args) => load::run(args).await,
     }
 }

@@ -42,11 +42,11 @@ const STEPS: u32 = 400;
 
 /// Where the last try of the denoising began.
 fn resumed_step(events: &[JobEvent]) -> u32 {
-    let started = events.iter().filter_map(|event| match &event.kind {
+    let mut started = events.iter().rev().filter_map(|event| match &event.kind {
         Some(Kind::StageStarted(started)) if started.stage == "denoise" => Some(started.resumed_step),
         _ => None,
     });
-    started.last().unwrap()
+    started.next().unwrap()
 }
 
 fn requeue_reason(event: JobEvent) -> Option<String> {
@@ -121,7 +121,8 @@ async fn a_killed_ranks_job_goes_on_from_its_last_saved_step_with_the_same_bits(
     cluster.add_worker("");
     let done = client.finish(&running.id).await;
     assert_eq!(sha256(&done), undisturbed);
-    assert_eq!(done.attempt, 2);
+    // The worker may have held more than this rank, and each of its groups is lost by itself.
+    assert!(done.attempt >= 2);
     assert!(resumed_step(&client.follow(&running.id, 0).await) >= 40, "what was done is not done again");
 }
 

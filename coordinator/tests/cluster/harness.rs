@@ -61,8 +61,13 @@ impl Coordinator {
         ClusterServiceClient::new(self.channel())
     }
 
+    /// None while it does not lead.
     pub(crate) async fn models(&self) -> Vec<ModelStatus> {
-        self.cluster().list_models(ListModelsRequest {}).await.unwrap().into_inner().models
+        match self.cluster().list_models(ListModelsRequest {}).await {
+            Ok(response) => response.into_inner().models,
+            Err(status) if status.code() == tonic::Code::Unavailable => vec![],
+            Err(status) => panic!("{status}"),
+        }
     }
 
     pub(crate) async fn until(&self, what: &str, condition: impl AsyncFn() -> bool) {
@@ -74,7 +79,7 @@ impl Coordinator {
     }
 
     pub(crate) async fn until_ready(&self) {
-        self.until("the model is ready", async || self.models().await[0].ready).await;
+        self.until("the model is ready", async || self.models().await.first().is_some_and(|model| model.ready)).await;
     }
 
     pub(crate) async fn create(&self, spec: JobSpec) -> Job {
