@@ -27,7 +27,7 @@ use tonic::transport::{
     server::{Connected, Router, TcpIncoming},
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     api::{ClusterApi, JobApi},
@@ -155,6 +155,7 @@ where
         limits: config.limits,
         blob_address: address.clone(),
         key: Key(context.key()),
+        max_record_bytes: store.max_accepted_bytes(),
         term,
         // Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms
         // a thousand times a second.
@@ -304,6 +305,7 @@ fn data_folder(configured: Option<&Path>) -> Result<(Option<tempfile::TempDir>, 
     if let Some(folder) = configured {
         return Ok((None, folder.to_owned()));
     }
+    warn!("no data folder is named: jobs and pictures are gone when this coordinator ends");
     let temporary = tempfile::Builder::new().prefix("atelier-").tempdir().map_err(Error::io("make a temporary folder"))?;
     let folder = temporary.path().to_owned();
     Ok((Some(temporary), folder))

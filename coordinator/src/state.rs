@@ -85,6 +85,8 @@ pub struct Settings {
     pub blob_address: String,
     /// Every group's secret is derived from this. Random, and never leaves the process.
     pub key: Key,
+    /// Most bytes of a new job's record, if the store has such a limit.
+    pub max_record_bytes: Option<usize>,
     /// Grows with every coordinator that leads this cluster.
     pub term: u64,
     /// The first epoch of every group. Greater in each life of the coordinator, so that epochs never come twice.

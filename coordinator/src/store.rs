@@ -28,7 +28,6 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use prost::Message;
 use proto::v1::JobRecord;
 use tokio::sync::{mpsc, watch};
 
@@ -208,17 +207,10 @@ impl StoreHandle {
         }
     }
 
-    /// Refuses the record of a new job that is too large for this store. To be asked before a job is accepted: a record
-    /// that is too large breaks a store for good when it is written.
-    ///
-    /// # Errors
-    /// [`StoreError::TooLarge`].
-    pub fn check(&self, record: &JobRecord) -> Result<()> {
-        let bytes = record.encoded_len();
-        match self.max_accepted_bytes {
-            Some(limit) if bytes > limit => Err(StoreError::TooLarge { job_id: record.id.clone(), bytes, limit }),
-            _ => Ok(()),
-        }
+    /// Most bytes that the record of a new job may have; none: any. To be asked before a job is accepted: a record that is
+    /// too large breaks a store for good when it is written.
+    pub fn max_accepted_bytes(&self) -> Option<usize> {
+        self.max_accepted_bytes
     }
 
     /// A handle, and what a store reads and writes at its other end.

@@ -123,7 +123,7 @@ impl Cluster {
 fn coordinator(listen: &str, dir: &Path, etcd: Option<&str>) -> Process {
     let mut command = atelier();
     command.args(["coordinator", "--listen", listen, "--models"]).arg(dir.join("models.toml"));
-    command.arg("--data-dir").arg(dir.join("data"));
+    command.arg("--data-dir").arg(dir.join("data")).args(["--queue-limit", "1000000"]);
     if let Some(etcd) = etcd {
         command.args(["--etcd", etcd]);
     }

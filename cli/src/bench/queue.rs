@@ -39,6 +39,7 @@ impl Fleet {
             limits: Limits { queued_jobs: 2 * jobs, ..Limits::default() },
             blob_address: "127.0.0.1:1".into(),
             key: Key([7; 32]),
+            max_record_bytes: None,
             term: 1,
             first_epoch: 1,
         };

@@ -352,6 +352,16 @@ fn a_worker_that_comes_back_late_gives_up_what_has_begun_anew() {
 }
 
 #[test]
+fn a_job_that_the_store_cannot_hold_is_refused_before_it_is_accepted() {
+    let mut cluster = Cluster::ready();
+    cluster.state.settings.max_record_bytes = Some(6000);
+    let mut submission = cluster.submission();
+    submission.spec.prompt = "p".repeat(6000);
+    assert!(matches!(cluster.submit(submission), Err(Error::InvalidRequest(violations)) if violations[0].field == "spec"));
+    assert!(cluster.records.is_empty());
+}
+
+#[test]
 fn a_finished_job_is_found_again_by_its_request() {
     let mut cluster = Cluster::ready();
     let submission = cluster.submission();

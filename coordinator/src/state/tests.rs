@@ -42,6 +42,7 @@ impl Cluster {
             limits,
             blob_address: "coordinator:7700".into(),
             key: Key([7; 32]),
+            max_record_bytes: None,
             term: 1,
             first_epoch: 1,
         };

@@ -53,6 +53,10 @@ impl State {
         {
             return Err(Error::DeadlineUnreachable { timeout, predicted });
         }
+        let bytes = job.record().encoded_len();
+        if let Some(limit) = self.settings.max_record_bytes.filter(|limit| bytes > *limit) {
+            return Err(Error::invalid("spec", format!("takes {bytes} bytes; the store of jobs takes {limit}")));
+        }
         self.watch_deadline(&job);
         let (number, view) = (job.number, job.view());
         self.queue.add(&job.spec.model, priority, number);
