@@ -1,6 +1,9 @@
 //! One job: where it stands, the tasks it has, and everything that happened to it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use proto::v1::{
     ImageResult, Job as JobView, JobEvent, JobFailure, JobRequeued, JobSpec, JobState, StageFinished, StageProgress,
@@ -26,7 +29,8 @@ pub(super) struct Job {
     /// sha256 of what the client asked for, before defaults.
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
-    pub(super) plan: Plan,
+    /// Shared by all jobs with the same stages.
+    pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
     /// The client's: it is ended then.
     pub(super) deadline: Option<Millis>,
@@ -122,7 +126,8 @@ pub(super) struct NewJob {
     pub(super) request_id: String,
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
-    pub(super) plan: Plan,
+    /// Shared by all jobs with the same stages.
+    pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
     pub(super) deadline: Option<Millis>,
 }
@@ -156,7 +161,8 @@ impl Job {
             furthest_at_loss: (0, 0),
             progress_events: 0,
             next_sequence: 1,
-            log: Vec::new(),
+            // Most jobs wait, and nothing has happened to them yet.
+            log: Vec::with_capacity(1),
         };
         job.enter(JobState::Queued, now);
         job
@@ -387,7 +393,7 @@ mod tests {
             request_id: "r".into(),
             fingerprint: [0; 32],
             spec: JobSpec::default(),
-            plan: Plan { stages: vec![stage] },
+            plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 0,
             deadline: None,
         };

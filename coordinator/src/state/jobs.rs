@@ -1,13 +1,18 @@
 //! All jobs: by number, by id, by the client's request id, and the finished ones by age.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
+};
 
 use super::{FINISHED_JOB_TTL, MAX_FINISHED_JOBS, Millis, job::Job};
+use crate::plan::Plan;
 
 /// Every job that can be asked for.
 #[derive(Debug, Default)]
 pub(super) struct Jobs {
-    by_number: BTreeMap<u64, Job>,
+    /// Boxed: nodes of a tree that grows at its end are half empty.
+    by_number: BTreeMap<u64, Box<Job>>,
     by_id: HashMap<String, u64>,
     by_request: HashMap<String, u64>,
     /// Oldest end first.
@@ -15,11 +20,23 @@ pub(super) struct Jobs {
     /// Bytes of the pictures of finished jobs.
     result_bytes: u64,
     last_number: u64,
+    /// One of each kind that any job has had: a few for each model.
+    plans: Vec<Arc<Plan>>,
     /// Priorities of the jobs that are placed, with how many there are, by model.
     running: BTreeMap<String, BTreeMap<i32, usize>>,
 }
 
 impl Jobs {
+    /// The plan, as all jobs with the same one hold it.
+    pub(super) fn share(&mut self, plan: Plan) -> Arc<Plan> {
+        if let Some(known) = self.plans.iter().find(|known| ***known == plan) {
+            return known.clone();
+        }
+        let plan = Arc::new(plan);
+        self.plans.push(plan.clone());
+        plan
+    }
+
     /// The number of the next job.
     pub(super) fn next_number(&self) -> u64 {
         self.last_number + 1
@@ -32,35 +49,35 @@ impl Jobs {
         self.by_id.insert(job.id.clone(), number);
         self.by_request.insert(job.request_id.clone(), number);
         let over = job.is_over();
-        self.by_number.insert(number, job);
+        self.by_number.insert(number, Box::new(job));
         if over {
             self.finished(number);
         }
     }
 
     pub(super) fn get(&self, number: u64) -> Option<&Job> {
-        self.by_number.get(&number)
+        self.by_number.get(&number).map(Box::as_ref)
     }
 
     pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut Job> {
-        self.by_number.get_mut(&number)
+        self.by_number.get_mut(&number).map(Box::as_mut)
     }
 
     pub(super) fn by_id(&self, id: &str) -> Option<&Job> {
-        self.by_id.get(id).and_then(|number| self.by_number.get(number))
+        self.by_id.get(id).and_then(|number| self.get(*number))
     }
 
     pub(super) fn by_request(&self, request_id: &str) -> Option<&Job> {
-        self.by_request.get(request_id).and_then(|number| self.by_number.get(number))
+        self.by_request.get(request_id).and_then(|number| self.get(*number))
     }
 
     /// Newest first, beginning below `number`.
     pub(super) fn newest_before(&self, number: u64) -> impl Iterator<Item = &Job> {
-        self.by_number.range(..number).rev().map(|(_, job)| job)
+        self.by_number.range(..number).rev().map(|(_, job)| job.as_ref())
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {
-        self.by_number.values()
+        self.by_number.values().map(Box::as_ref)
     }
 
     /// The job was placed.
@@ -72,7 +89,7 @@ impl Jobs {
 
     /// The job, which was placed, is not any more.
     pub(super) fn unplaced(&mut self, number: u64) {
-        if let Some(job) = self.by_number.get(&number)
+        if let Some(job) = self.by_number.get(&number).map(Box::as_ref)
             && let Some(running) = self.running.get_mut(&job.spec.model)
             && let Some(count) = running.get_mut(&job.priority)
         {

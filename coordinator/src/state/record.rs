@@ -1,5 +1,7 @@
 //! A job as it is written down, and back.
 
+use std::sync::Arc;
+
 use proto::v1::{JobEnd, JobRecord, JobState, PlannedStage};
 
 use super::{
@@ -54,7 +56,7 @@ impl Job {
             request_id: record.request_id,
             fingerprint: <[u8; 32]>::try_from(&record.fingerprint[..]).unwrap_or_default(),
             spec: record.spec.unwrap_or_default(),
-            plan: Plan { stages: stages.collect() },
+            plan: Arc::new(Plan { stages: stages.collect() }),
             priority: record.priority,
             deadline: record.deadline.as_ref().map(millis),
         };
@@ -94,7 +96,7 @@ mod tests {
             request_id: "r".into(),
             fingerprint: [7; 32],
             spec: JobSpec { prompt: "a car".into(), seed: Some(3), ..JobSpec::default() },
-            plan: Plan { stages: vec![stage] },
+            plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 5,
             deadline: Some(9000),
         };

@@ -17,7 +17,7 @@ use super::{
     requeue::Why,
     tasks::End,
 };
-use crate::placement::Members;
+use crate::{placement::Members, plan::Plan};
 
 /// How long a new coordinator waits for the workers of the one before.
 pub const SETTLE: Millis = 2000;
@@ -52,6 +52,7 @@ impl State {
                     job.saw_saved(&stage, step);
                 }
             }
+            job.plan = self.jobs.share(Plan::clone(&job.plan));
             self.watch_deadline(&job);
             if !job.is_over() {
                 self.queue.add(&job.spec.model, job.priority, job.number);

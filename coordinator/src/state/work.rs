@@ -43,6 +43,7 @@ impl State {
             return Err(Error::QueueFull(limit));
         }
         let plan = Plan::new(&request, card);
+        let plan = self.jobs.share(plan);
         let deadline = timeout.map(|timeout| self.now.saturating_add(timeout));
         let spec = request.into_spec();
         let new = NewJob { id: job_id, request_id, fingerprint, spec, plan, priority, deadline };
