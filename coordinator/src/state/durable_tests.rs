@@ -174,6 +174,19 @@ fn a_draining_worker_hands_its_jobs_over_at_the_next_step_and_is_let_go() {
 }
 
 #[test]
+fn a_job_that_is_cancelled_while_it_is_handed_over_does_not_come_back() {
+    let (mut cluster, job, tasks) = denoising();
+    let leader = stage(&tasks, "denoise").0.clone();
+    cluster.report(&leader, Report::Draining(Draining {}));
+    cluster.cancel(&job);
+    for task in ["decode", "denoise"] {
+        cluster.fail(stage(&tasks, task), "CANCELLED");
+    }
+    assert_eq!(cluster.job(&job).state(), JobState::Cancelled);
+    assert_eq!(cluster.state.queue.len(), 0);
+}
+
+#[test]
 fn an_urgent_job_takes_the_place_of_a_running_one_at_a_step_boundary() {
     let mut cluster = Cluster::ready();
     let (older, younger) = (new_job(&mut cluster), new_job(&mut cluster));

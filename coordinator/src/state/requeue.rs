@@ -143,7 +143,8 @@ impl State {
             return;
         };
         let held = job.has_task(TaskPhase::Sent) || job.has_task(TaskPhase::Running);
-        if let Some(why) = job.parking.filter(|_| !held && job.images.is_empty() && !job.is_over()) {
+        let may_go_on = job.images.is_empty() && !job.is_over() && !job.cancelling;
+        if let Some(why) = job.parking.filter(|_| !held && may_go_on) {
             let message = match why {
                 Why::Drained => "its worker is going".to_owned(),
                 _ => "a more urgent job takes its place".to_owned(),
