@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use coordinator::stand_in::{POISON, picture};
 use proto::v1::{GroupState, Job, JobEvent, JobSpec, JobState, ModelStatus, job_event::Kind};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 /// What a run came to.
@@ -26,6 +27,19 @@ pub(crate) struct Outcome {
 }
 
 impl Outcome {
+    /// For another process.
+    pub(crate) fn to_json(&self) -> Value {
+        let Self { history, violations, simulated, accepted, succeeded, faults, lives } = self;
+        json!([history, violations, simulated.as_millis() as u64, accepted, succeeded, faults, lives])
+    }
+
+    /// From another process.
+    pub(crate) fn from_json(text: &str) -> Option<Self> {
+        let (history, violations, simulated, accepted, succeeded, faults, lives) = serde_json::from_str(text).ok()?;
+        let simulated = Duration::from_millis(simulated);
+        Some(Self { history, violations, simulated, accepted, succeeded, faults, lives })
+    }
+
     /// The same for the same history.
     pub(crate) fn hash(&self) -> String {
         let digest = self.history.iter().fold(Sha256::new(), |hash, line| hash.chain_update(line).chain_update("\n"));
