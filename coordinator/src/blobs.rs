@@ -49,8 +49,8 @@ pub struct BlobStore {
 
 #[derive(Debug)]
 struct Shared {
-    /// Of the blobs; with `remote`, only of uploads that are not whole yet.
-    folder: PathBuf,
+    /// Of the blobs; with `remote`, only of uploads that are not whole yet. None: those wait in memory.
+    folder: Option<PathBuf>,
     remote: Option<Remote>,
     max_blob_bytes: u64,
     max_total_bytes: u64,
@@ -91,7 +91,7 @@ impl BlobStore {
                 index.blobs.insert(id.to_owned(), Blob { byte_size, media_type, extension, used: Instant::now() });
             }
         }
-        Ok(Self::new(folder, None, limits, index))
+        Ok(Self::new(Some(folder), None, limits, index))
     }
 
     /// Opens the blobs of an object store. Uploads come in through `folder`, which is made if need be. What another
@@ -101,12 +101,20 @@ impl BlobStore {
         drop(Self::open(folder, limits)?);
         let remote = Remote::new(place.open()?);
         let index = remote.index().await?;
-        Ok(Self::new(folder, Some(remote), limits, index))
+        Ok(Self::new(Some(folder), Some(remote), limits, index))
     }
 
-    fn new(folder: &Path, remote: Option<Remote>, limits: &Limits, index: Index) -> Self {
+    /// As [`Self::open_remote`] without a folder: uploads are whole in memory before they are stored. For simulations,
+    /// with [`Place::Memory`].
+    pub async fn open_in_memory(place: &Place, limits: &Limits) -> Result<Self> {
+        let remote = Remote::new(place.open()?);
+        let index = remote.index().await?;
+        Ok(Self::new(None, Some(remote), limits, index))
+    }
+
+    fn new(folder: Option<&Path>, remote: Option<Remote>, limits: &Limits, index: Index) -> Self {
         let shared = Shared {
-            folder: folder.to_owned(),
+            folder: folder.map(Path::to_owned),
             remote,
             max_blob_bytes: limits.blob_bytes,
             max_total_bytes: limits.total_blob_bytes,
@@ -187,7 +195,8 @@ impl Shared {
     }
 
     fn path(&self, id: &str, blob: &Blob) -> PathBuf {
-        self.folder.join(format!("{id}.{}", blob.extension))
+        // Asked only where there is no remote store, and then there is a folder.
+        self.folder.clone().unwrap_or_default().join(format!("{id}.{}", blob.extension))
     }
 
     fn forget_unused(&self, in_use: &BTreeSet<String>, ttl: Duration) -> Vec<(String, Blob)> {

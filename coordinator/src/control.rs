@@ -3,7 +3,7 @@
 //! A worker is there, to the state, exactly as long as its stream is. When the stream breaks the worker has left; while
 //! it is still a member it is dialled again, and then has joined anew.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use proto::v1::{
     ControlRequest, ControlResponse, Heartbeat, Holding, Lead, Registration, control_request::Command, control_response::Report,
@@ -49,9 +49,10 @@ pub(crate) struct Lines {
 
 /// Keeps a stream to every member, until `stop`.
 pub(crate) async fn run(mut changes: mpsc::Receiver<Change>, lines: Lines, stop: CancellationToken) {
-    let mut members: HashMap<String, Member> = HashMap::new();
+    let mut members: BTreeMap<String, Member> = BTreeMap::new();
     loop {
         let change = tokio::select! {
+            biased;
             () = stop.cancelled() => break,
             change = changes.recv() => match change {
                 Some(change) => change,
@@ -107,6 +108,7 @@ async fn stay_connected(worker: Registration, lines: Lines, mut left: oneshot::R
     let mut pause = FIRST_PAUSE;
     loop {
         let dialled = tokio::select! {
+            biased;
             _ = &mut left => return,
             dialled = timeout(HELLO_DEADLINE, Connection::dial(&worker, &lines)) => dialled,
         };
@@ -121,6 +123,7 @@ async fn stay_connected(worker: Registration, lines: Lines, mut left: oneshot::R
             Err(_) => warn!(worker.id = worker.worker_id, "worker does not say hello"),
         }
         tokio::select! {
+            biased;
             _ = &mut left => return,
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(LAST_PAUSE),
         }
@@ -178,6 +181,7 @@ impl Connection {
             return std::ops::ControlFlow::Break(());
         }
         let (cause, next) = tokio::select! {
+            biased;
             cause = left => {
                 let cause = cause.unwrap_or_else(|_| "the coordinator is shutting down".into());
                 (cause, std::ops::ControlFlow::Break(()))
@@ -197,7 +201,7 @@ impl Connection {
         let mut deadline = Instant::now() + SILENCE;
         loop {
             tokio::select! {
-                () = sleep_until(deadline) => return format!("it was silent for {} s", SILENCE.as_secs()),
+                biased;
                 // Where commands wait, no heartbeat is needed.
                 _ = beat.tick() => drop(self.commands.try_send(heartbeat())),
                 message = self.reports.message() => {
@@ -215,6 +219,8 @@ impl Connection {
                     }
                     deadline = Instant::now() + SILENCE;
                 }
+                // Last: what has come was not silence, however late it is read.
+                () = sleep_until(deadline) => return format!("it was silent for {} s", SILENCE.as_secs()),
             }
         }
     }

@@ -4,7 +4,7 @@
 //! and a slow watcher reads the job's log when it comes to it.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::Arc,
     time::Duration,
 };
@@ -85,8 +85,8 @@ impl Handle {
         let owner = Owner {
             state,
             context,
-            links: HashMap::new(),
-            followers: HashMap::new(),
+            links: BTreeMap::new(),
+            followers: BTreeMap::new(),
             health,
             store,
             durable,
@@ -167,9 +167,9 @@ enum Deed {
 struct Owner {
     state: State,
     context: Arc<Context>,
-    links: HashMap<String, WorkerLink>,
+    links: BTreeMap<String, WorkerLink>,
     /// By job; only those somebody has asked for and that are not over.
-    followers: HashMap<String, watch::Sender<()>>,
+    followers: BTreeMap<String, watch::Sender<()>>,
     health: HealthReporter,
     store: StoreHandle,
     durable: watch::Receiver<Durable>,
@@ -189,6 +189,7 @@ impl Owner {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return Ok(()),
                 _ = tick.tick() => self.apply(Event::Tick, None).await,
                 changed = self.durable.changed() => {

@@ -79,6 +79,7 @@ async fn run_tcp(config: Config, listener: TcpListener, shutdown: impl Future<Ou
         Some(etcd) => {
             let stopped = CancellationToken::new();
             let led = tokio::select! {
+                biased;
                 led = stand_by(etcd, &address, &listener, &stopped) => led?,
                 () = &mut shutdown => return Ok(()),
             };
@@ -108,6 +109,7 @@ async fn stand_by(etcd: &EtcdConfig, address: &str, listener: &TcpListener, stop
     let waiting = standby::serve(clone().map_err(Error::io("share the listener"))?, over.clone().cancelled_owned());
     tokio::pin!(waiting);
     tokio::select! {
+        biased;
         led = leadership::campaign(etcd, address, stop) => {
             over.cancel();
             // Calls that go on do so on connections of their own.
@@ -210,6 +212,7 @@ where
         }
     };
     let ended = tokio::select! {
+        biased;
         served = serve(router, incoming, shutdown, &stop) => served,
         error = broken => Err(error),
         () = lost.cancelled() => Err(Error::StoreFailed("another coordinator leads".into())),
@@ -237,6 +240,7 @@ where
     let serving = router.serve_with_incoming_shutdown(incoming, stop.cancelled());
     tokio::pin!(serving);
     tokio::select! {
+        biased;
         ended = &mut serving => return Ok(ended?),
         () = shutdown => stop.cancel(),
     }
@@ -275,6 +279,7 @@ async fn sweep(blobs: BlobStore, handle: Handle, stop: CancellationToken) {
     let mut interval = tokio::time::interval(SWEEP_INTERVAL);
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             _ = interval.tick() => {}
         }
@@ -290,6 +295,7 @@ async fn clear(checkpoints: CheckpointStore, mut over: mpsc::UnboundedReceiver<S
     let mut interval = tokio::time::interval(SWEEP_INTERVAL);
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             _ = interval.tick() => checkpoints.sweep(&live.all()).await,
             job_id = over.recv() => match job_id {

@@ -72,6 +72,7 @@ impl StandIn {
         let registering = tokio::spawn(stay_registered(coordinator, self.registration, self.dial, life.clone()));
         let service = WorkerServiceServer::new(fake).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         let served = tokio::select! {
+            biased;
             served = Server::builder().add_service(service).serve_with_incoming(incoming) => served,
             // Open connections are cut, as by kill -9.
             () = life.cancelled() => Ok(()),
@@ -97,6 +98,7 @@ async fn register(coordinator: &str, registration: &Registration, dial: &Dial) -
     let mut beat = tokio::time::interval(HEARTBEAT);
     loop {
         tokio::select! {
+            biased;
             _ = beat.tick() => {
                 if sender.try_send(RegisterRequest { registration: None }).is_err() {
                     return Ok(());

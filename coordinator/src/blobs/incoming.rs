@@ -1,11 +1,12 @@
 //! An upload on its way in: a file under a temporary name that becomes a blob when it is whole and as announced.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt};
 use proto::v1::{BlobHeader, UploadBlobRequest, upload_blob_request::Part};
 use sha2::{Digest, Sha256};
@@ -22,14 +23,61 @@ use crate::{
 /// Longest wait for the next chunk of an upload: a stalled client must not hold its share of the store.
 const CHUNK_DEADLINE: Duration = Duration::from_secs(30);
 
-/// An upload: a file under a temporary name, and its share of the store. Dropping it gives both back.
+/// What came of an upload so far.
+enum Body {
+    /// A file under a temporary name.
+    File(File, TempPath),
+    /// For stores without a folder.
+    Memory(BytesMut),
+}
+
+impl Body {
+    fn begin(folder: Option<&Path>) -> Result<Self> {
+        let Some(folder) = folder else {
+            return Ok(Self::Memory(BytesMut::new()));
+        };
+        let file = tempfile::Builder::new().prefix(INCOMING).tempfile_in(folder);
+        let (file, path) = file.map_err(Error::io("make a file for an upload"))?.into_parts();
+        Ok(Self::File(File::from_std(file), path))
+    }
+
+    async fn write(&mut self, chunk: &Bytes) -> Result<()> {
+        match self {
+            Self::File(file, _) => file.write_all(chunk).await.map_err(Error::io("write a blob")),
+            Self::Memory(bytes) => {
+                bytes.extend_from_slice(chunk);
+                Ok(())
+            }
+        }
+    }
+
+    /// Durable, as far as it can be before it has its name.
+    async fn finish(self) -> Result<Whole> {
+        match self {
+            Self::File(file, path) => {
+                file.sync_all().await.map_err(Error::io("write a blob"))?;
+                Ok(Whole::File(path))
+            }
+            Self::Memory(bytes) => Ok(Whole::Memory(bytes.freeze())),
+        }
+    }
+}
+
+/// All of an upload.
+pub(super) enum Whole {
+    /// A file under a temporary name, which goes with this.
+    File(TempPath),
+    /// Its bytes.
+    Memory(Bytes),
+}
+
+/// An upload: what came of it, and its share of the store. Dropping it gives both back.
 pub(super) struct Incoming {
     shared: Arc<Shared>,
     header: BlobHeader,
     media_type: &'static str,
     extension: &'static str,
-    file: File,
-    path: TempPath,
+    body: Body,
     sha256: Sha256,
     received: u64,
     share: Share,
@@ -48,13 +96,8 @@ impl Incoming {
             return Err(Error::invalid("header.byte_size", format!("{}: must be 1 to {most}", header.byte_size)));
         }
         let share = Share::take(&shared, header.byte_size)?;
-        let file = tempfile::Builder::new()
-            .prefix(INCOMING)
-            .tempfile_in(&shared.folder)
-            .map_err(Error::io("make a file for an upload"))?;
-        let (file, path) = file.into_parts();
-        let file = File::from_std(file);
-        Ok(Self { shared, header, media_type, extension, file, path, sha256: Sha256::new(), received: 0, share })
+        let body = Body::begin(shared.folder.as_deref())?;
+        Ok(Self { shared, header, media_type, extension, body, sha256: Sha256::new(), received: 0, share })
     }
 
     pub(super) async fn write(&mut self, chunk: &Bytes) -> Result<()> {
@@ -64,11 +107,11 @@ impl Incoming {
             return Err(Error::invalid("header.byte_size", format!("{announced} bytes were announced, more came")));
         }
         self.sha256.update(chunk);
-        self.file.write_all(chunk).await.map_err(Error::io("write a blob"))
+        self.body.write(chunk).await
     }
 
     pub(super) async fn finish(self) -> Result<String> {
-        let Self { shared, header, media_type, extension, file, path, sha256, received, share } = self;
+        let Self { shared, header, media_type, extension, body, sha256, received, share } = self;
         if received < header.byte_size {
             let text = format!("{} bytes were announced, {received} came", header.byte_size);
             return Err(Error::invalid("header.byte_size", text));
@@ -77,23 +120,23 @@ impl Incoming {
         if !header.sha256.is_empty() && header.sha256 != id {
             return Err(Error::invalid("header.sha256", format!("the bytes have the sha256 {id}")));
         }
-        file.sync_all().await.map_err(Error::io("write a blob"))?;
-        drop(file);
+        let whole = body.finish().await?;
         let blob = Blob { byte_size: received, media_type, extension, used: Instant::now() };
         let _no_sweep = shared.sweeping.read().await;
         if let Some(remote) = &shared.remote
             && shared.use_blob(&id).is_none()
         {
-            remote.store(&path, &id, &blob).await?;
+            remote.store(&whole, &id, &blob).await?;
         }
         let mut index = shared.lock();
         if let Some(known) = index.blobs.get_mut(&id) {
             known.used = Instant::now();
-        } else if shared.remote.is_some() {
-            index.blobs.insert(id.clone(), blob);
-            share.keep();
         } else {
-            path.persist(shared.path(&id, &blob)).map_err(|error| Error::io("name a blob")(error.error))?;
+            if shared.remote.is_none()
+                && let Whole::File(path) = whole
+            {
+                path.persist(shared.path(&id, &blob)).map_err(|error| Error::io("name a blob")(error.error))?;
+            }
             index.blobs.insert(id.clone(), blob);
             share.keep();
         }

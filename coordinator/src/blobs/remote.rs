@@ -16,7 +16,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{Blob, Index, not_found, parse_name};
+use super::{Blob, Index, incoming::Whole, not_found, parse_name};
 use crate::{
     api::status,
     error::{Error, Result},
@@ -54,8 +54,15 @@ impl Remote {
         Ok(index)
     }
 
-    /// Stores a file that was checked. Durable when this returns.
-    pub(super) async fn store(&self, file: &FilePath, id: &str, blob: &Blob) -> Result<()> {
+    /// Stores an upload that was checked. Durable when this returns.
+    pub(super) async fn store(&self, upload: &Whole, id: &str, blob: &Blob) -> Result<()> {
+        let file = match upload {
+            Whole::File(file) => file,
+            Whole::Memory(bytes) => {
+                let stored = self.objects.put(&path(id, blob), bytes.clone().into()).await;
+                return stored.map(drop).map_err(failed("store a blob"));
+            }
+        };
         let upload = BufWriter::with_capacity(self.objects.clone(), path(id, blob), PART_BYTES);
         let mut upload = upload.with_max_concurrency(PARTS_IN_FLIGHT);
         let stored = copy(file, &mut upload).await;

@@ -11,6 +11,7 @@ use object_store::{
     ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     local::LocalFileSystem,
+    memory::InMemory,
     prefix::PrefixStore,
 };
 
@@ -34,6 +35,8 @@ pub enum Place {
         /// No slash at its ends; may be empty.
         prefix: String,
     },
+    /// This process's memory, shared by all that are given the same one: for simulations, which have no threads.
+    Memory(Arc<InMemory>),
 }
 
 /// Without the credentials.
@@ -42,6 +45,7 @@ impl fmt::Debug for Place {
         match self {
             Self::Folder(folder) => write!(f, "file://{}", folder.display()),
             Self::S3 { bucket, prefix, .. } => write!(f, "s3://{bucket}/{prefix}"),
+            Self::Memory(_) => f.write_str("memory"),
         }
     }
 }
@@ -91,6 +95,7 @@ impl Place {
                 let client = client.build().map_err(failed)?;
                 if prefix.is_empty() { Ok(Arc::new(client)) } else { Ok(Arc::new(PrefixStore::new(client, prefix.as_str()))) }
             }
+            Self::Memory(objects) => Ok(objects.clone()),
         }
     }
 }

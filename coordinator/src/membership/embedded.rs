@@ -65,6 +65,7 @@ impl EmbeddedMembership {
         let mut deadline = tokio::time::Instant::now() + SILENCE;
         loop {
             tokio::select! {
+                biased;
                 () = self.stop.cancelled() => return "the coordinator is shutting down".into(),
                 () = tokio::time::sleep_until(deadline) => return format!("it was silent for {} s", SILENCE.as_secs()),
                 // A full channel means that the worker does not read; its own silence decides.

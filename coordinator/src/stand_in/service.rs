@@ -105,6 +105,7 @@ impl Fake {
         let mut silence = 0;
         loop {
             tokio::select! {
+                biased;
                 () = self.life.cancelled() => return,
                 _ = beat.tick() => {
                     silence += 1;

@@ -108,6 +108,7 @@ impl Fake {
     pub(super) async fn run(self, run: RunTask, running: Running) {
         let work = self.work(&run, &running);
         let outcome = tokio::select! {
+            biased;
             outcome = work => outcome,
             () = self.life.cancelled() => return,
         };

@@ -19,7 +19,8 @@ pub(super) struct Loaded {
     pub(super) jobs: HashMap<String, Box<[u8]>>,
     /// The newest opening that wrote something; 0 in an empty folder.
     pub(super) term: u64,
-    /// Number of the first frame that a new log may have: of the last frame, if nothing shows that it was synced.
+    /// Number of the first frame that a new log may have: of the last frame, if nothing shows that it was synced, and then
+    /// of the empty one before it, if there is one, for that was to be synced with it.
     pub(super) next: u64,
     /// The changes of that last frame, which the new log must hold again.
     pub(super) unconfirmed: Vec<u8>,
@@ -116,7 +117,7 @@ impl Loaded {
     fn read_log(&mut self, disk: &dyn Disk, path: &Path, first: u64, end: Option<u64>) -> Result<()> {
         let (header, bytes) = self.read(disk, path, Kind::Log, first)?;
         let (mut at, mut number) = (HEADER_BYTES, first);
-        let mut last = 0..0;
+        let (mut last, mut confirms) = (0..0, false);
         while end != Some(number) {
             let Some(frame) = frame::frame_at(&bytes, at, header.salt).filter(|frame| frame.number == number) else {
                 // A log's first frame was synced before the log had its name.
@@ -126,13 +127,14 @@ impl Loaded {
                 break;
             };
             self.take(path, at, frame.changes)?;
+            confirms = number > first + 1 && last.is_empty();
             last = frame.end - frame.changes.len()..frame.end;
             (at, number) = (frame.end, number + 1);
         }
         if end.is_some() || number == first + 1 {
             self.next = number;
         } else {
-            self.next = number - 1;
+            self.next = number - 1 - u64::from(confirms);
             self.unconfirmed = bytes[last].to_vec();
         }
         Ok(())

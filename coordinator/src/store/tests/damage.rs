@@ -133,3 +133,25 @@ fn a_later_format_is_left_alone() {
     disk.put(&path, &bytes);
     assert!(matches!(open(&disk), Err(StoreError::Version { found: 2, known: 1, .. })));
 }
+
+/// A process that is killed between writing and syncing leaves what its successor reads and the disk does not have yet.
+#[test]
+fn what_was_never_synced_may_be_lost_after_another_process_has_read_it() {
+    for seed in 0..20 {
+        let disk = MemoryDisk::new();
+        let (handle, _) = open(&disk).unwrap();
+        write_each(&handle, [vec![put(1, 1)], vec![put(2, 1)]]);
+        settle(&disk);
+        disk.fail(Call::Sync, 0, Failure::Broken);
+        let batch = handle.write(vec![put(3, 1)]);
+        block_on(handle.until_durable(batch)).unwrap_err();
+        drop(handle);
+        // It was not acknowledged, and is there; from now on it stays.
+        let (handle, recovered) = open(&disk).unwrap();
+        assert_eq!(numbers(&recovered.jobs), [1, 2, 3]);
+        write_each(&handle, [vec![put(4, 1)]]);
+        disk.crash(seed);
+        drop(handle);
+        assert_eq!(numbers(&reopened(&disk)), [1, 2, 3, 4], "seed {seed}");
+    }
+}
