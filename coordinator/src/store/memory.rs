@@ -63,6 +63,8 @@ struct State {
     calls: u64,
     crash_at: Option<u64>,
     faults: Vec<(Call, u64, Failure)>,
+    /// Files are not synced when they are said to be.
+    lies: bool,
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +103,11 @@ impl MemoryDisk {
     /// The `nth` call of this kind from now on (0: the next) fails, once.
     pub fn fail(&self, call: Call, nth: u64, failure: Failure) {
         self.lock_state().faults.push((call, nth, failure));
+    }
+
+    /// From now on a file's sync does nothing and says that all is well: for tests of tests, which must find out.
+    pub fn lie(&self) {
+        self.lock_state().lies = true;
     }
 
     /// From the `nth` changing call from now on (0: the next), every call fails, as if the machine had stopped there.
@@ -328,6 +335,9 @@ impl DiskFile for MemoryFile {
 
     fn sync(&mut self) -> io::Result<()> {
         let mut state = self.mounted.call(Call::Sync)?;
+        if state.lies {
+            return Ok(());
+        }
         let content = &mut state.contents[self.content];
         content.synced = content.bytes.len();
         Ok(())

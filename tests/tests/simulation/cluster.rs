@@ -57,9 +57,36 @@ pub(crate) fn worker(index: u64) -> String {
     format!("worker-{index}")
 }
 
+/// What is broken on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mutation {
+    /// Nothing.
+    None,
+    /// What is acknowledged is not synced.
+    NoSync,
+    /// A coordinator that takes over does not know what its predecessor accepted.
+    NoRecovery,
+}
+
+impl Mutation {
+    /// All that break something.
+    pub(crate) const ALL: [Self; 2] = [Self::NoSync, Self::NoRecovery];
+
+    /// For another process.
+    pub(crate) fn name(self) -> String {
+        format!("{self:?}")
+    }
+
+    /// From another process.
+    pub(crate) fn named(name: &str) -> Self {
+        Self::ALL.into_iter().find(|mutation| mutation.name() == name).unwrap_or(Self::None)
+    }
+}
+
 /// What outlives the coordinator's process.
 pub(crate) struct Machine {
     seed: u64,
+    mutation: Mutation,
     /// Its journal.
     pub(crate) disk: MemoryDisk,
     /// Pictures and checkpoints.
@@ -69,7 +96,7 @@ pub(crate) struct Machine {
 }
 
 /// Runs a seed.
-pub(crate) fn run(seed: u64) -> Outcome {
+pub(crate) fn run(seed: u64, mutation: Mutation) -> Outcome {
     let mut random = Random::of(seed, 0);
     let mut builder = turmoil::Builder::new();
     builder.rng_seed(seed).simulation_duration(LONGEST).tick_duration(TICK).enable_random_order();
@@ -77,8 +104,12 @@ pub(crate) fn run(seed: u64) -> Outcome {
     builder.tcp_capacity(4096);
     let mut sim = builder.build();
 
-    let machine = Rc::new(Machine { seed, disk: MemoryDisk::new(), objects: Arc::new(InMemory::new()), lives: Cell::new(0) });
+    let machine =
+        Rc::new(Machine { seed, mutation, disk: MemoryDisk::new(), objects: Arc::new(InMemory::new()), lives: Cell::new(0) });
     let history = Rc::new(RefCell::new(History::default()));
+    if mutation == Mutation::NoSync {
+        machine.disk.lie();
+    }
     let (of_machine, of_history) = (machine.clone(), history.clone());
     sim.host(COORDINATOR, move || {
         let (machine, history) = (of_machine.clone(), of_history.clone());
@@ -215,7 +246,7 @@ async fn serve(machine: Rc<Machine>, history: Rc<RefCell<History>>) {
     machine.lives.set(life + 1);
     let place = Place::Memory(machine.objects.clone());
     let opened = Journal::open_driven(Path::new("/journal"), machine.disk.mount(), SYNC);
-    let (handle, recovered, drive) = match opened {
+    let (handle, mut recovered, drive) = match opened {
         Ok(opened) => opened,
         // The disk may fail while it is opened, too.
         Err(StoreError::Io { .. }) => return,
@@ -224,10 +255,13 @@ async fn serve(machine: Rc<Machine>, history: Rc<RefCell<History>>) {
             return std::future::pending().await;
         }
     };
+    if machine.mutation == Mutation::NoRecovery {
+        recovered.jobs.clear();
+    }
     let mut failures = handle.durable();
     tokio::spawn(drive);
     let config = config();
-    let now = EPOCH + turmoil::sim_elapsed().unwrap_or_default();
+    let now = EPOCH + History::now();
     let world = World {
         context: Arc::new(Context::seeded(Random::of(machine.seed, 1000 + life).next(), now)),
         dial: dial(),

@@ -2,7 +2,7 @@
 //! seed.
 //!
 //! ```text
-//! cargo test --release -p tests --test simulation                        100 seeds
+//! cargo test --release -p tests --test simulation                        150 seeds
 //! SIM_SEEDS=10000 cargo test --release -p tests --test simulation        as many as you like
 //! SIM_SEEDS=1 SIM_FIRST=17 SIM_SHOW=1 cargo test ...                     one of them, with its history
 //! ```
@@ -33,12 +33,19 @@ use std::{
     time::Instant,
 };
 
-use crate::{cluster::run, history::Outcome};
+use crate::{
+    cluster::{Mutation, run},
+    history::Outcome,
+};
 
 /// What a run takes on a slow machine is half a second.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 150;
 /// Seeds that are run twice.
 const REPLAYED: u64 = 5;
+/// Tells a process that runs a seed what to break.
+const MUTATION: &str = "SIM_MUTATION";
+/// Within so many seeds whatever is broken is found.
+const FOUND_WITHIN: u64 = 200;
 /// What a process that runs a seed says before its outcome.
 const OUTCOME: &str = "OUTCOME ";
 
@@ -48,9 +55,10 @@ fn number(name: &str, default: u64) -> u64 {
 
 /// Runs a seed in a process of its own: the order in which tokio ends the tasks of a runtime depends on how many tasks the
 /// process had before.
-fn run_apart(seed: u64) -> Outcome {
+fn run_apart(seed: u64, mutation: Mutation) -> Outcome {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "one_seed", "--ignored", "--nocapture"]).env("SIM_FIRST", seed.to_string());
+    command.env(MUTATION, mutation.name());
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let outcome = text.lines().find_map(|line| line.split_once(OUTCOME)).and_then(|(_, json)| Outcome::from_json(json));
@@ -60,7 +68,7 @@ fn run_apart(seed: u64) -> Outcome {
 #[test]
 #[ignore = "the other tests run it, in processes of their own"]
 fn one_seed() {
-    println!("{OUTCOME}{}", run(number("SIM_FIRST", 0)).to_json());
+    println!("{OUTCOME}{}", run(number("SIM_FIRST", 0), Mutation::named(&env::var(MUTATION).unwrap_or_default())).to_json());
 }
 
 /// Runs seeds on all cores; what each came to, by seed.
@@ -74,7 +82,7 @@ fn run_all(first: u64, seeds: u64) -> Vec<(u64, Outcome)> {
             if seed >= first + seeds {
                 return outcomes;
             }
-            outcomes.push((seed, run_apart(seed)));
+            outcomes.push((seed, run_apart(seed, Mutation::None)));
         }
     };
     let mut outcomes: Vec<_> = thread::scope(|scope| {
@@ -117,10 +125,20 @@ fn nothing_that_was_accepted_is_lost_whatever_breaks() {
 fn a_seed_runs_the_same_way_again() {
     let first = number("SIM_FIRST", 0);
     for seed in first..first + REPLAYED {
-        let [once, again] = [run_apart(seed), run_apart(seed)];
+        let [once, again] = [run_apart(seed, Mutation::None), run_apart(seed, Mutation::None)];
         let differs = once.history.iter().zip(&again.history).find(|(a, b)| a != b);
         assert_eq!(differs, None, "seed {seed}");
         assert_eq!(once.hash(), again.hash(), "seed {seed}");
     }
-    assert_ne!(run_apart(first).hash(), run_apart(first + 1).hash());
+    assert_ne!(run_apart(first, Mutation::None).hash(), run_apart(first + 1, Mutation::None).hash());
+}
+
+/// A checker that finds nothing is worth nothing: what must hold is broken on purpose.
+#[test]
+fn what_is_broken_on_purpose_is_found() {
+    for mutation in Mutation::ALL {
+        let found = (0..FOUND_WITHIN).find_map(|seed| Some((seed, run_apart(seed, mutation).violations.into_iter().next()?)));
+        let (seed, violation) = found.unwrap_or_else(|| panic!("{mutation:?} was not found"));
+        println!("{mutation:?} is found by seed {seed}: {violation}");
+    }
 }
