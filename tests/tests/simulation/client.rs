@@ -111,7 +111,7 @@ pub(crate) async fn run(seed: u64, machine: Rc<Machine>, seen: Seen) -> turmoil:
         spec.prompt = "the last picture".into();
     }
     let id = last.id().to_owned();
-    if timeout(PATIENCE, live(last, Instant::now(), seen.clone())).await.is_err() || !seen.borrow().has_succeeded(&id) {
+    if timeout(PATIENCE, Box::pin(live(last, Instant::now(), seen.clone()))).await.is_err() || !seen.borrow().has_succeeded(&id) {
         seen.borrow_mut().violation("the cluster does not serve after all is mended".into());
     }
     polling.abort();
