@@ -61,6 +61,6 @@ async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
             _ = interrupt.recv() => {}
         }
     };
-    coordinator::run(config, listener, shutdown).await?;
+    Box::pin(coordinator::run(config, listener, shutdown)).await?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 //! seed.
 //!
 //! ```text
-//! cargo test --release -p tests --test simulation                        150 seeds
+//! cargo test --release -p tests --test simulation                        100 seeds
 //! SIM_SEEDS=10000 cargo test --release -p tests --test simulation        as many as you like
 //! SIM_SEEDS=1 SIM_FIRST=17 SIM_SHOW=1 cargo test ...                     one of them, with its history
 //! ```
@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// What a run takes on a slow machine is half a second.
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 100;
 /// Seeds that are run twice.
 const REPLAYED: u64 = 5;
 /// Tells a process that runs a seed what to break.
