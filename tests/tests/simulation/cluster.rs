@@ -170,7 +170,7 @@ impl Downs {
             match self.0.get(&host) {
                 None if !sim.is_host_running(host.as_str()) => {
                     history.borrow_mut().note(sim.elapsed(), format!("{host} has ended"));
-                    // What its process left running ends with it.
+                    // To turmoil a host that has ended cannot crash; what it left running ends when it starts again.
                     sim.crash(host.as_str());
                     self.0.insert(host, Some(sim.elapsed() + RESTART));
                 }
