@@ -55,7 +55,7 @@ pub(crate) struct JobArgs {
     /// True classifier-free guidance; 1 is off.
     #[arg(long)]
     cfg: Option<f64>,
-    /// Distilled guidance, for models that have it.
+    /// Guidance, distilled or classifier-free, for models that have it.
     #[arg(long)]
     guidance: Option<f64>,
     /// Start from this picture.
@@ -70,6 +70,36 @@ pub(crate) struct JobArgs {
     /// Tokens of the prompt that are read.
     #[arg(long)]
     max_sequence_length: Option<u32>,
+    /// What the second text encoder reads, if not the prompt.
+    #[arg(long)]
+    prompt_2: Option<String>,
+    /// What the third text encoder reads, if not the prompt.
+    #[arg(long)]
+    prompt_3: Option<String>,
+    /// What the second text encoder reads, if not --negative.
+    #[arg(long)]
+    negative_2: Option<String>,
+    /// What the third text encoder reads, if not --negative.
+    #[arg(long)]
+    negative_3: Option<String>,
+    /// How many of the CLIP text encoder's last layers are left out.
+    #[arg(long)]
+    clip_skip: Option<u32>,
+    /// Shift of the flow-matching timesteps, in place of the model's own.
+    #[arg(long)]
+    shift: Option<f64>,
+    /// Skip-layer guidance: the blocks that an extra, repelling pass leaves out, such as 7,8,9.
+    #[arg(long, value_delimiter = ',')]
+    skip_guidance_layers: Vec<u32>,
+    /// How strongly that pass repels.
+    #[arg(long)]
+    skip_layer_guidance_scale: Option<f64>,
+    /// From this part of the steps on, 0 to 1.
+    #[arg(long)]
+    skip_layer_guidance_start: Option<f64>,
+    /// Up to this part of the steps, 0 to 1.
+    #[arg(long)]
+    skip_layer_guidance_stop: Option<f64>,
     /// Draw the noise as torch does on CUDA.
     #[arg(long)]
     cuda_noise: bool,
@@ -232,6 +262,16 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         strength: args.strength,
         max_sequence_length: args.max_sequence_length,
         embed_prompt: args.embed_prompt,
+        prompt_2: args.prompt_2.clone(),
+        prompt_3: args.prompt_3.clone(),
+        negative_prompt_2: args.negative_2.clone(),
+        negative_prompt_3: args.negative_3.clone(),
+        clip_skip: args.clip_skip,
+        shift: args.shift,
+        skip_guidance_layers: args.skip_guidance_layers.clone(),
+        skip_layer_guidance_scale: args.skip_layer_guidance_scale,
+        skip_layer_guidance_start: args.skip_layer_guidance_start,
+        skip_layer_guidance_stop: args.skip_layer_guidance_stop,
         ..Default::default()
     };
     if args.cuda_noise {

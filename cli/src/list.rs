@@ -153,9 +153,11 @@ fn print_model(model: &ModelStatus) {
 
 fn parameter(p: &Parameter) -> String {
     if p.maximum == 0.0 && p.minimum == 0.0 {
-        return p.default_text.as_ref().map_or_else(|| p.name.clone(), |text| format!("{:<24} default {text:?}", p.name));
+        let text = p.default_text.as_ref().map(|text| format!("default {text:?}"));
+        let what = text.or_else(|| p.required.then(|| "needed".to_owned()));
+        return what.map_or_else(|| p.name.clone(), |what| format!("{:<28} {what}", p.name));
     }
     let multiple = if p.multiple_of > 1.0 { format!(", a multiple of {}", p.multiple_of) } else { String::new() };
     let default = p.default_value.map(|d| format!(", default {d}")).unwrap_or_default();
-    format!("{:<24} {} to {}{multiple}{default}", p.name, p.minimum, p.maximum)
+    format!("{:<28} {} to {}{multiple}{default}", p.name, p.minimum, p.maximum)
 }

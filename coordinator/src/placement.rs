@@ -241,6 +241,7 @@ mod tests {
             id: id.into(),
             kind: proto::v1::StageKind::Denoise,
             component: component.into(),
+            with_pictures: false,
             inputs: vec![],
         };
         let plan = Plan { stages: vec![stage("denoise", "transformer"), stage("decode", "vae")] };

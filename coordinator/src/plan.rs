@@ -24,6 +24,8 @@ pub struct Stage {
     pub component: String,
     /// Stages of this plan whose outputs it takes.
     pub inputs: Vec<String>,
+    /// It is given the job's own pictures.
+    pub with_pictures: bool,
 }
 
 impl Plan {
@@ -42,6 +44,7 @@ impl Plan {
                 kind: template.kind(),
                 component: template.component.clone(),
                 inputs: template.inputs.iter().filter(|id| present.contains(id.as_str())).cloned().collect(),
+                with_pictures: template.with_pictures,
             })
             .collect();
         Self { stages }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result, Violation};
 pub const BLOB_ID_CHARS: usize = 64;
 
 /// Fields every model takes, named in its card or not: they are about the request, not about the model.
-const ALWAYS_TAKEN: [&str; 2] = ["seed", "embed_prompt"];
+const ALWAYS_TAKEN: [&str; 1] = ["embed_prompt"];
 
 /// A job's specification, complete and within all limits.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +40,7 @@ impl Request {
         check.taken(&spec);
         check.images(&spec, context.missing_blobs);
         fill_in(&mut spec, card, context.seed);
+        check.required(&spec);
         check.numbers(&spec);
         check.noise_generator(&spec);
         check.pixels(&spec, card.max_pixels.min(context.max_pixels));
@@ -90,7 +91,7 @@ pub fn is_blob_id(id: &str) -> bool {
 }
 
 /// The numeric fields of a specification that are set.
-fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 7] {
+fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 13] {
     [
         ("width", spec.width.map(f64::from)),
         ("height", spec.height.map(f64::from)),
@@ -99,6 +100,29 @@ fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 7] {
         ("true_cfg_scale", spec.true_cfg_scale),
         ("num_images_per_prompt", spec.num_images_per_prompt.map(f64::from)),
         ("max_sequence_length", spec.max_sequence_length.map(f64::from)),
+        ("strength", spec.strength),
+        ("clip_skip", spec.clip_skip.map(f64::from)),
+        ("shift", spec.shift),
+        ("skip_layer_guidance_scale", spec.skip_layer_guidance_scale),
+        ("skip_layer_guidance_start", spec.skip_layer_guidance_start),
+        ("skip_layer_guidance_stop", spec.skip_layer_guidance_stop),
+    ]
+}
+
+/// Whether each field that is not a number is set.
+fn others(spec: &JobSpec) -> [(&'static str, bool); 11] {
+    [
+        ("prompt_2", spec.prompt_2.is_some()),
+        ("prompt_3", spec.prompt_3.is_some()),
+        ("negative_prompt", spec.negative_prompt.is_some()),
+        ("negative_prompt_2", spec.negative_prompt_2.is_some()),
+        ("negative_prompt_3", spec.negative_prompt_3.is_some()),
+        ("image_blob_id", !spec.image_blob_id.is_empty()),
+        ("mask_image_blob_id", !spec.mask_image_blob_id.is_empty()),
+        ("noise_generator", spec.noise_generator != NoiseGenerator::Unspecified as i32),
+        ("skip_guidance_layers", !spec.skip_guidance_layers.is_empty()),
+        ("loras", !spec.loras.is_empty()),
+        ("embed_prompt", spec.embed_prompt),
     ]
 }
 
@@ -112,6 +136,16 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
     spec.guidance_scale = spec.guidance_scale.or(default("guidance_scale"));
     spec.true_cfg_scale = spec.true_cfg_scale.or(default("true_cfg_scale"));
     spec.max_sequence_length = spec.max_sequence_length.or(whole("max_sequence_length"));
+    spec.clip_skip = spec.clip_skip.or(whole("clip_skip"));
+    spec.shift = spec.shift.or(default("shift"));
+    if !spec.skip_guidance_layers.is_empty() {
+        spec.skip_layer_guidance_scale = spec.skip_layer_guidance_scale.or(default("skip_layer_guidance_scale"));
+        spec.skip_layer_guidance_start = spec.skip_layer_guidance_start.or(default("skip_layer_guidance_start"));
+        spec.skip_layer_guidance_stop = spec.skip_layer_guidance_stop.or(default("skip_layer_guidance_stop"));
+    }
+    for lora in &mut spec.loras {
+        lora.scale = lora.scale.or(Some(1.0));
+    }
     spec.num_images_per_prompt = spec.num_images_per_prompt.or(whole("num_images_per_prompt")).or(Some(1));
     // Without guidance by two passes it would have no effect.
     if spec.true_cfg_scale.is_some_and(|scale| scale > 1.0) {
@@ -142,8 +176,10 @@ impl Check<'_> {
     }
 
     fn prompts(&mut self, spec: &JobSpec) {
-        if spec.negative_prompt_2.is_some() && spec.negative_prompt.is_none() {
-            self.refuse("negative_prompt_2", "needs negative_prompt");
+        for (field, text) in [("negative_prompt_2", &spec.negative_prompt_2), ("negative_prompt_3", &spec.negative_prompt_3)] {
+            if text.is_some() && spec.negative_prompt.is_none() {
+                self.refuse(field, "needs negative_prompt");
+            }
         }
         if spec.prompt.trim().is_empty() {
             self.refuse("prompt", "must not be empty");
@@ -153,6 +189,8 @@ impl Check<'_> {
             ("prompt_2", spec.prompt_2.as_ref()),
             ("negative_prompt", spec.negative_prompt.as_ref()),
             ("negative_prompt_2", spec.negative_prompt_2.as_ref()),
+            ("prompt_3", spec.prompt_3.as_ref()),
+            ("negative_prompt_3", spec.negative_prompt_3.as_ref()),
         ] {
             if text.is_some_and(|text| text.chars().nth(MAX_PROMPT_CHARS).is_some()) {
                 self.refuse(field, format!("must be at most {MAX_PROMPT_CHARS} characters"));
@@ -162,18 +200,7 @@ impl Check<'_> {
 
     /// Refuses what the client set and the model does not take: ignoring it would give another picture than asked for.
     fn taken(&mut self, spec: &JobSpec) {
-        let others = [
-            ("prompt_2", spec.prompt_2.is_some()),
-            ("negative_prompt", spec.negative_prompt.is_some()),
-            ("negative_prompt_2", spec.negative_prompt_2.is_some()),
-            ("seed", spec.seed.is_some()),
-            ("strength", spec.strength.is_some()),
-            ("image_blob_id", !spec.image_blob_id.is_empty()),
-            ("mask_image_blob_id", !spec.mask_image_blob_id.is_empty()),
-            ("noise_generator", spec.noise_generator != NoiseGenerator::Unspecified as i32),
-            ("embed_prompt", spec.embed_prompt),
-        ];
-        let set = numbers(spec).map(|(name, value)| (name, value.is_some())).into_iter().chain(others);
+        let set = numbers(spec).map(|(name, value)| (name, value.is_some())).into_iter().chain(others(spec));
         for (name, _) in set.filter(|(_, is_set)| *is_set) {
             if !ALWAYS_TAKEN.contains(&name) && parameter(self.card, name).is_none() {
                 self.refuse(name, format!("model {:?} does not take it", self.card.name));
@@ -192,6 +219,15 @@ impl Check<'_> {
                 self.refuse(field, "no blob has this id: upload it first");
             }
         }
+        for (field, value) in [
+            ("skip_layer_guidance_scale", spec.skip_layer_guidance_scale),
+            ("skip_layer_guidance_start", spec.skip_layer_guidance_start),
+            ("skip_layer_guidance_stop", spec.skip_layer_guidance_stop),
+        ] {
+            if value.is_some() && spec.skip_guidance_layers.is_empty() {
+                self.refuse(field, "needs skip_guidance_layers");
+            }
+        }
         if spec.image_blob_id.is_empty() && spec.strength.is_some() {
             self.refuse("strength", "needs image_blob_id");
         }
@@ -200,8 +236,18 @@ impl Check<'_> {
         }
     }
 
+    fn required(&mut self, spec: &JobSpec) {
+        let given =
+            |name: &str| others(spec).contains(&(name, true)) || numbers(spec).iter().any(|(n, v)| *n == name && v.is_some());
+        for parameter in self.card.parameters.iter().filter(|parameter| parameter.required) {
+            if !given(&parameter.name) {
+                self.refuse(&parameter.name, format!("model {:?} needs it", self.card.name));
+            }
+        }
+    }
+
     fn numbers(&mut self, spec: &JobSpec) {
-        for (name, value) in numbers(spec).into_iter().chain([("strength", spec.strength)]) {
+        for (name, value) in numbers(spec) {
             let Some(value) = value else { continue };
             if !value.is_finite() {
                 self.refuse(name, "must be a finite number");
@@ -258,7 +304,7 @@ mod tests {
     use super::*;
 
     fn number(name: &str, minimum: f64, maximum: f64, multiple_of: f64, default: f64) -> Parameter {
-        Parameter { name: name.into(), minimum, maximum, multiple_of, default_value: Some(default), default_text: None }
+        Parameter { name: name.into(), minimum, maximum, multiple_of, default_value: Some(default), ..Parameter::default() }
     }
 
     fn card() -> ModelCard {

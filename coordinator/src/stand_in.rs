@@ -141,6 +141,7 @@ pub fn card(model: &str) -> ModelCard {
         component: component.into(),
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: 0,
+        with_pictures: false,
     };
     let component =
         |name: &str| Component { name: name.into(), weight_bytes: 1, tp_options: vec![1, 2, 4, 8], max_block_ranges: 8 };
@@ -148,9 +149,8 @@ pub fn card(model: &str) -> ModelCard {
         name: name.into(),
         minimum,
         maximum,
-        multiple_of: 0.0,
         default_value: Some(default),
-        default_text: None,
+        ..Parameter::default()
     };
     ModelCard {
         name: model.into(),

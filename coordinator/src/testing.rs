@@ -9,6 +9,7 @@ fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTe
         component: component.into(),
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: StageCondition::Unspecified as i32,
+        with_pictures: kind == StageKind::EncodeImage,
     }
 }
 
@@ -17,7 +18,7 @@ fn component(name: &str, tp_options: &[u32], max_block_ranges: u32) -> Component
 }
 
 fn number(name: &str, minimum: f64, maximum: f64, default: f64) -> Parameter {
-    Parameter { name: name.into(), minimum, maximum, multiple_of: 0.0, default_value: Some(default), default_text: None }
+    Parameter { name: name.into(), minimum, maximum, default_value: Some(default), ..Parameter::default() }
 }
 
 /// A model of four stages; `encode_image` only for jobs with a picture.

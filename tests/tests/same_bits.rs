@@ -25,19 +25,12 @@ fn request(key: u64) -> Request {
     let prompts = ["red heart", "pizza on a blue background", "a strawberry on a green background", "a cat"];
     Request {
         prompt: prompts[key as usize].into(),
-        prompt_2: None,
         negative_prompt: Some(String::new()),
-        negative_prompt_2: None,
-        width: 64,
-        height: 64,
         num_inference_steps: STEPS,
-        guidance_scale: None,
         true_cfg_scale: 3.0,
         seed: key,
-        num_images_per_prompt: 1,
-        strength: None,
         max_sequence_length: 32,
-        noise_generator: Default::default(),
+        ..Request::default()
     }
 }
 

@@ -35,6 +35,7 @@ fn stage(card: &StageCard) -> v1::StageTemplate {
         component: card.component.clone(),
         inputs: card.inputs.clone(),
         condition: condition.into(),
+        with_pictures: card.with_pictures,
     }
 }
 
@@ -55,6 +56,7 @@ fn parameter(card: &ParameterCard) -> v1::Parameter {
         multiple_of: card.multiple_of,
         default_value: card.default,
         default_text: card.default_text.clone(),
+        required: card.required,
     }
 }
 
@@ -85,6 +87,7 @@ mod tests {
                 component: "vae".into(),
                 inputs: vec![],
                 with_image: true,
+                with_pictures: true,
             }],
             parameters: vec![ParameterCard::number("width", 64.0, 2048.0, 1024.0).multiple(16.0)],
             max_pixels: 9,
@@ -96,6 +99,7 @@ mod tests {
         assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
         assert_eq!(wire.stages[0].kind(), v1::StageKind::EncodeImage);
         assert_eq!(wire.stages[0].condition(), v1::StageCondition::WithImage);
+        assert!(wire.stages[0].with_pictures);
         assert_eq!((wire.parameters[0].multiple_of, wire.parameters[0].default_value), (16.0, Some(1024.0)));
     }
 }

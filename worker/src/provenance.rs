@@ -15,6 +15,10 @@ pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index
     say("size", spec.width.zip(spec.height).map(|(width, height)| format!("{width}x{height}")));
     say("guidance_scale", spec.guidance_scale.map(|v| v.to_string()));
     say("true_cfg_scale", spec.true_cfg_scale.map(|v| v.to_string()));
+    say("shift", spec.shift.map(|v| v.to_string()));
+    say("clip_skip", spec.clip_skip.map(|v| v.to_string()));
+    say("skip_layer_guidance", skip_layer_guidance(spec));
+    say("loras", non_empty(&loras(spec)));
     say("strength", spec.strength.filter(|_| !spec.image_blob_id.is_empty()).map(|v| v.to_string()));
     say("image", spec.num_images_per_prompt.filter(|n| *n > 1).map(|n| format!("{} of {n}", index + 1)));
     say("scheduler", scheduler.map(str::to_owned));
@@ -26,10 +30,25 @@ pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index
             ("prompt_2", &spec.prompt_2),
             ("negative_prompt", &spec.negative_prompt),
             ("negative_prompt_2", &spec.negative_prompt_2),
+            ("prompt_3", &spec.prompt_3),
+            ("negative_prompt_3", &spec.negative_prompt_3),
         ];
         text.extend(more.into_iter().filter_map(|(key, prompt)| Some((key.to_owned(), prompt.clone()?))));
     }
     text
+}
+
+/// "7,8,9 x 2.8 from 0.01 to 0.2".
+fn skip_layer_guidance(spec: &JobSpec) -> Option<String> {
+    let layers: Vec<String> = spec.skip_guidance_layers.iter().map(u32::to_string).collect();
+    let (scale, start, stop) = (spec.skip_layer_guidance_scale?, spec.skip_layer_guidance_start?, spec.skip_layer_guidance_stop?);
+    (!layers.is_empty()).then(|| format!("{} x {scale} from {start} to {stop}", layers.join(",")))
+}
+
+/// "pixel:0.8,outline:1".
+fn loras(spec: &JobSpec) -> String {
+    let each: Vec<String> = spec.loras.iter().map(|lora| format!("{}:{}", lora.name, lora.scale.unwrap_or(1.0))).collect();
+    each.join(",")
 }
 
 fn noise_generator(spec: &JobSpec) -> &'static str {

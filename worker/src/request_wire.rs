@@ -1,7 +1,7 @@
 //! A job's specification as a stage needs it.
 
 use models::Request;
-use models::request::NoiseGenerator;
+use models::request::{Lora, NoiseGenerator, SkipLayerGuidance};
 use proto::v1::{self, JobSpec};
 
 use crate::{Error, Result};
@@ -16,12 +16,17 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         prompt_2: spec.prompt_2.clone(),
         negative_prompt: spec.negative_prompt.clone(),
         negative_prompt_2: spec.negative_prompt_2.clone(),
+        prompt_3: spec.prompt_3.clone(),
+        negative_prompt_3: spec.negative_prompt_3.clone(),
         width: count("width", spec.width)?,
         height: count("height", spec.height)?,
         num_inference_steps: count("num_inference_steps", spec.num_inference_steps)?,
         guidance_scale: spec.guidance_scale,
         // A model that has no such parameter has no default for it either: off.
         true_cfg_scale: spec.true_cfg_scale.unwrap_or(1.0),
+        skip_layer_guidance: skip_layer_guidance(spec)?,
+        clip_skip: spec.clip_skip.map(|layers| layers as usize),
+        shift: spec.shift,
         seed: spec.seed.ok_or_else(|| missing("seed"))?,
         num_images_per_prompt: count("num_images_per_prompt", spec.num_images_per_prompt)?,
         strength: spec.strength,
@@ -30,7 +35,20 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
             v1::NoiseGenerator::Unspecified | v1::NoiseGenerator::TorchCpu => NoiseGenerator::TorchCpu,
             v1::NoiseGenerator::TorchCuda => NoiseGenerator::TorchCuda,
         },
+        loras: spec.loras.iter().map(|lora| Lora { name: lora.name.clone(), scale: lora.scale.unwrap_or(1.0) }).collect(),
     })
+}
+
+fn skip_layer_guidance(spec: &JobSpec) -> Result<Option<SkipLayerGuidance>> {
+    if spec.skip_guidance_layers.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(SkipLayerGuidance {
+        layers: spec.skip_guidance_layers.iter().map(|layer| *layer as usize).collect(),
+        scale: spec.skip_layer_guidance_scale.ok_or_else(|| missing("skip_layer_guidance_scale"))?,
+        start: spec.skip_layer_guidance_start.ok_or_else(|| missing("skip_layer_guidance_start"))?,
+        stop: spec.skip_layer_guidance_stop.ok_or_else(|| missing("skip_layer_guidance_stop"))?,
+    }))
 }
 
 fn count(field: &'static str, value: Option<u32>) -> Result<usize> {

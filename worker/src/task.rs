@@ -109,16 +109,12 @@ impl Task {
             let state = store.state(&self.id.stage, self.run.resume_step).await;
             inputs.checkpoint = Some(state.map_err(|error| Failure::checkpoint_lost(&error))?);
         }
-        if self.run.kind() == StageKind::EncodeImage {
-            if spec.image_blob_id.is_empty() {
-                return Err(invalid("image_blob_id: is missing".into()));
-            }
+        if self.run.kind() == StageKind::EncodeImage && spec.image_blob_id.is_empty() {
+            return Err(invalid("image_blob_id: is missing".into()));
+        }
+        if self.run.with_pictures {
             let image = self.picture(&spec.image_blob_id).await?;
-            let mask_image = match spec.mask_image_blob_id.as_str() {
-                "" => None,
-                blob_id => Some(self.picture(blob_id).await?),
-            };
-            inputs.pictures = Pictures { image: Some(image), mask_image };
+            inputs.pictures = Pictures { image, mask_image: self.picture(&spec.mask_image_blob_id).await? };
         }
         Ok((request, inputs))
     }
@@ -129,9 +125,13 @@ impl Task {
         try_join_all(outputs).await.map_err(|error| Failure::checkpoint_lost(&error))
     }
 
-    async fn picture(&self, blob_id: &str) -> Result<Vec<u8>, Failure> {
+    /// The picture of this id; an empty one is none.
+    async fn picture(&self, blob_id: &str) -> Result<Option<Vec<u8>>, Failure> {
+        if blob_id.is_empty() {
+            return Ok(None);
+        }
         let downloaded = self.blobs().download(blob_id).await;
-        downloaded.map_err(|error| match &error {
+        downloaded.map(Some).map_err(|error| match &error {
             Error::Blob { .. } | Error::Call { code: tonic::Code::NotFound, .. } => {
                 Failure::new("INVALID_IMAGE", error.to_string())
             }

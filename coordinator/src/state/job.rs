@@ -387,7 +387,13 @@ mod tests {
     use crate::plan::Stage;
 
     fn job() -> Job {
-        let stage = Stage { id: "denoise".into(), kind: StageKind::Denoise, component: "transformer".into(), inputs: vec![] };
+        let stage = Stage {
+            id: "denoise".into(),
+            kind: StageKind::Denoise,
+            component: "transformer".into(),
+            inputs: vec![],
+            with_pictures: false,
+        };
         let new = NewJob {
             id: "j".into(),
             request_id: "r".into(),

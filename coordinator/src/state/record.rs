@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use proto::v1::{JobEnd, JobRecord, JobState, PlannedStage};
+use proto::v1::{JobEnd, JobRecord, JobState, PlannedStage, StageKind};
 
 use super::{
     Millis,
@@ -18,6 +18,7 @@ impl Job {
             kind: stage.kind as i32,
             component: stage.component.clone(),
             inputs: stage.inputs.clone(),
+            with_pictures: stage.with_pictures,
         };
         let end = self.finished.map(|finished| JobEnd {
             state: self.state as i32,
@@ -46,6 +47,8 @@ impl Job {
     /// The job as it was written down, seen by the coordinator of `term`. One that is not over waits.
     pub(super) fn recovered(record: JobRecord, term: u64) -> Self {
         let stages = record.stages.into_iter().map(|stage| Stage {
+            // Records of before this was written down: only that kind had pictures then.
+            with_pictures: stage.with_pictures || stage.kind() == StageKind::EncodeImage,
             kind: stage.kind(),
             id: stage.id,
             component: stage.component,
@@ -90,7 +93,13 @@ mod tests {
     use super::*;
 
     fn job() -> Job {
-        let stage = Stage { id: "denoise".into(), kind: StageKind::Denoise, component: "transformer".into(), inputs: vec![] };
+        let stage = Stage {
+            id: "denoise".into(),
+            kind: StageKind::Denoise,
+            component: "transformer".into(),
+            inputs: vec![],
+            with_pictures: false,
+        };
         let new = NewJob {
             id: "j".into(),
             request_id: "r".into(),

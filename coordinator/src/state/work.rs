@@ -174,6 +174,7 @@ impl State {
             model_digest: card.digest.clone(),
             stored_inputs: stage.inputs.iter().filter(|input| !job.tasks.contains_key(*input)).cloned().collect(),
             resume_step: task.resumed_step,
+            with_pictures: stage.with_pictures,
         };
         Some((task.leader.clone(), command))
     }

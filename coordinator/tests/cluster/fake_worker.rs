@@ -275,6 +275,7 @@ fn card() -> ModelCard {
         component: component.into(),
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: 0,
+        with_pictures: false,
     };
     let component = |name: &str, tp_options: &[u32]| Component {
         name: name.into(),
@@ -286,9 +287,8 @@ fn card() -> ModelCard {
         name: name.into(),
         minimum,
         maximum,
-        multiple_of: 0.0,
         default_value: Some(default),
-        default_text: None,
+        ..Parameter::default()
     };
     ModelCard {
         name: "emoji".into(),

@@ -57,6 +57,8 @@ pub struct StageCard {
     pub inputs: Vec<String>,
     /// Only in jobs that start from a picture.
     pub with_image: bool,
+    /// It is given the job's own pictures.
+    pub with_pictures: bool,
 }
 
 impl Card {
@@ -115,12 +117,14 @@ pub struct ParameterCard {
     pub default: Option<f64>,
     /// The same for text.
     pub default_text: Option<String>,
+    /// A job without it is refused.
+    pub required: bool,
 }
 
 impl ParameterCard {
     /// A number between two bounds, with a default.
     pub fn number(name: &str, minimum: f64, maximum: f64, default: f64) -> Self {
-        Self { name: name.into(), minimum, maximum, multiple_of: 0.0, default: Some(default), default_text: None }
+        Self { minimum, maximum, default: Some(default), ..Self::field(name) }
     }
 
     /// Whether it is a number.
@@ -135,6 +139,24 @@ impl ParameterCard {
 
     /// A field that is not a number, such as a prompt or a picture.
     pub fn field(name: &str) -> Self {
-        Self { name: name.into(), minimum: 0.0, maximum: 0.0, multiple_of: 0.0, default: None, default_text: None }
+        Self {
+            name: name.into(),
+            minimum: 0.0,
+            maximum: 0.0,
+            multiple_of: 0.0,
+            default: None,
+            default_text: None,
+            required: false,
+        }
+    }
+
+    /// The same, without a default: the job may leave it out.
+    pub fn optional(self) -> Self {
+        Self { default: None, ..self }
+    }
+
+    /// The same, in every job.
+    pub fn required(self) -> Self {
+        Self { required: true, ..self }
     }
 }

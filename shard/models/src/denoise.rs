@@ -56,8 +56,8 @@ pub trait Denoiser: Send {
     /// Inputs that are the same for all pictures of a forward, such as position ids.
     fn shared_inputs(&self) -> &'static [&'static str];
 
-    /// Two jobs with equal keys may share a forward.
-    fn batch_key(&self, state: &DenoiseState) -> Vec<usize>;
+    /// Branches with equal keys, of one job or of several, may share a forward. `branch` counts as [`Self::branches`] does.
+    fn batch_key(&self, state: &DenoiseState, branch: usize) -> Vec<usize>;
 
     /// Takes the network's output for each branch: guidance, then the scheduler's step.
     fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()>;

@@ -125,15 +125,15 @@ impl Engine {
     fn pick(&self) -> Vec<BranchRef> {
         let waiting: Vec<(&Active, usize)> =
             self.active.iter().filter(|job| job.leaving.is_none()).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
-        let Some((first, _)) = waiting.first() else { return Vec::new() };
+        let Some((first, branch)) = waiting.first() else { return Vec::new() };
         // Leave something for the other block ranges: a batch that takes all of it would let them idle.
         let free = self.runner.depth().saturating_sub(self.in_flight.len()).max(1);
         let share = waiting.len().div_ceil(free);
-        let key = self.denoiser.batch_key(&first.state);
+        let key = self.denoiser.batch_key(&first.state, *branch);
         let (mut picked, mut pictures) = (Vec::new(), 0);
         for (job, branch) in &waiting {
             let fits = picked.is_empty() || pictures + job.state.pictures() <= self.limits.max_batch;
-            if picked.len() < share && fits && self.denoiser.batch_key(&job.state) == key {
+            if picked.len() < share && fits && self.denoiser.batch_key(&job.state, *branch) == key {
                 picked.push(BranchRef { key: job.key, branch: *branch });
                 pictures += job.state.pictures();
             }

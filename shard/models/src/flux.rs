@@ -22,7 +22,7 @@ use crate::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
-use crate::request::{Encoder, NoiseGenerator};
+use crate::request::{Encoder, Guidance, NoiseGenerator};
 use crate::scheduler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule, Scheduler};
 use crate::stage::Inputs;
 use crate::t5::{T5Config, T5Encoder};
@@ -33,6 +33,8 @@ use crate::{Error, Payload, Request, Result};
 /// The reference's classes that this file serves.
 pub const CLASSES: &[&str] = &["FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline"];
 
+/// Of the kind with two passes; the distilled kind is an input of the network.
+const GUIDANCE: Guidance = Guidance::TrueCfg;
 /// Tokens CLIP reads, always.
 const CLIP_TOKENS: usize = 77;
 /// Side limits of a picture, in pixels.
@@ -81,6 +83,7 @@ fn stages() -> Vec<StageCard> {
         component: component.into(),
         inputs: inputs.iter().map(|i| (*i).to_owned()).collect(),
         with_image,
+        with_pictures: kind == StageKind::EncodeImage,
     };
     vec![
         stage("encode_text", StageKind::EncodeText, "text_encoder", &[], false),
@@ -153,10 +156,10 @@ fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
     Ok(TextEncoding {
         tokenizer,
         tokens: Some(CLIP_TOKENS),
-        output: "pooler_output",
-        name: "pooled_prompt_embeds",
+        outputs: vec![("pooler_output", "pooled_prompt_embeds")],
         with_mask: false,
         encoder: Encoder::First,
+        guidance: GUIDANCE,
     })
 }
 
@@ -166,10 +169,10 @@ fn t5_encoding(dir: &Path) -> Result<TextEncoding> {
     Ok(TextEncoding {
         tokenizer,
         tokens: None,
-        output: "last_hidden_state",
-        name: "prompt_embeds",
+        outputs: vec![("last_hidden_state", "prompt_embeds")],
         with_mask: false,
         encoder: Encoder::Second,
+        guidance: GUIDANCE,
     })
 }
 
@@ -294,7 +297,10 @@ impl Denoiser for FluxDenoiser {
             }
             Ok(inputs)
         };
-        if state.request.do_true_cfg() { Ok(vec![branch("")?, branch("negative_")?]) } else { Ok(vec![branch("")?]) }
+        match state.request.cfg_scale(GUIDANCE) {
+            Some(_) => Ok(vec![branch("")?, branch("negative_")?]),
+            None => Ok(vec![branch("")?]),
+        }
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
@@ -302,7 +308,7 @@ impl Denoiser for FluxDenoiser {
     }
 
     /// Jobs of one picture size and one text length go together.
-    fn batch_key(&self, state: &DenoiseState) -> Vec<usize> {
+    fn batch_key(&self, state: &DenoiseState, _branch: usize) -> Vec<usize> {
         let (h, w) = self.grid(&state.request);
         vec![h, w, state.request.max_sequence_length]
     }

@@ -13,16 +13,26 @@ pub struct Request {
     pub negative_prompt: Option<String>,
     /// What the second text encoder reads, if not `negative_prompt`.
     pub negative_prompt_2: Option<String>,
+    /// What the third text encoder reads, if not `prompt`.
+    pub prompt_3: Option<String>,
+    /// What the third text encoder reads, if not `negative_prompt`.
+    pub negative_prompt_3: Option<String>,
     /// Pixels.
     pub width: usize,
     /// Pixels.
     pub height: usize,
     /// Denoising steps.
     pub num_inference_steps: usize,
-    /// Distilled (embedded) guidance; models without the embedding have none.
+    /// Distilled (embedded) guidance, or classifier-free guidance by two passes where the family has no other.
     pub guidance_scale: Option<f64>,
     /// Classifier-free guidance by two passes; 1 is off.
     pub true_cfg_scale: f64,
+    /// An extra pass without some blocks, which repels.
+    pub skip_layer_guidance: Option<SkipLayerGuidance>,
+    /// How many of the CLIP text encoder's last layers are left out.
+    pub clip_skip: Option<usize>,
+    /// Shift of the flow-matching timesteps, in place of the model's own.
+    pub shift: Option<f64>,
     /// Of the noise.
     pub seed: u64,
     /// Pictures drawn from one generator.
@@ -33,6 +43,58 @@ pub struct Request {
     pub max_sequence_length: usize,
     /// Whose random numbers.
     pub noise_generator: NoiseGenerator,
+    /// What the weights are changed by, each with its scale.
+    pub loras: Vec<Lora>,
+}
+
+/// An adapter that takes part in a job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lora {
+    /// Its name in the cluster.
+    pub name: String,
+    /// How strongly it takes part.
+    pub scale: f64,
+}
+
+/// Skip-layer guidance (SD3.5): besides the two passes of classifier-free guidance a third, without some blocks, which repels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SkipLayerGuidance {
+    /// The blocks that are left out.
+    pub layers: Vec<usize>,
+    /// How strongly it repels.
+    pub scale: f64,
+    /// Begins after this part of the steps.
+    pub start: f64,
+    /// Ends before this part of the steps.
+    pub stop: f64,
+}
+
+/// The job of a test or an example: a square of 64 pixels, one step, no guidance.
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            prompt: String::new(),
+            prompt_2: None,
+            negative_prompt: None,
+            negative_prompt_2: None,
+            prompt_3: None,
+            negative_prompt_3: None,
+            width: 64,
+            height: 64,
+            num_inference_steps: 1,
+            guidance_scale: None,
+            true_cfg_scale: 1.0,
+            skip_layer_guidance: None,
+            clip_skip: None,
+            shift: None,
+            seed: 0,
+            num_images_per_prompt: 1,
+            strength: None,
+            max_sequence_length: 512,
+            noise_generator: NoiseGenerator::TorchCpu,
+            loras: Vec::new(),
+        }
+    }
 }
 
 /// Whose random numbers the noise is made of.
@@ -46,27 +108,44 @@ pub enum NoiseGenerator {
     TorchCuda,
 }
 
+/// How a family does classifier-free guidance, where the conditional pass has an unconditional one beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Guidance {
+    /// By `true_cfg_scale`, and only with a negative prompt (FLUX, Qwen-Image).
+    TrueCfg,
+    /// By `guidance_scale`; the negative prompt is empty unless given (SD3).
+    Cfg,
+}
+
 impl Request {
-    /// Whether the job makes two passes a step.
-    pub fn do_true_cfg(&self) -> bool {
-        self.true_cfg_scale > 1.0 && self.negative_prompt.is_some()
+    /// The scale of classifier-free guidance; `None`: the job makes one pass a step.
+    pub fn cfg_scale(&self, guidance: Guidance) -> Option<f64> {
+        let scale = match guidance {
+            Guidance::TrueCfg => self.negative_prompt.as_ref().map(|_| self.true_cfg_scale),
+            Guidance::Cfg => self.guidance_scale,
+        };
+        scale.filter(|scale| *scale > 1.0)
     }
 
     /// What a text encoder reads.
     pub fn prompt_of(&self, encoder: Encoder) -> &str {
-        match encoder {
-            Encoder::First => &self.prompt,
-            Encoder::Second => self.prompt_2.as_deref().unwrap_or(&self.prompt),
-        }
+        let own = match encoder {
+            Encoder::First => None,
+            Encoder::Second => self.prompt_2.as_deref(),
+            Encoder::Third => self.prompt_3.as_deref(),
+        };
+        own.unwrap_or(&self.prompt)
     }
 
-    /// What a text encoder reads for the unguided half; `None` when the job is not guided so.
-    pub fn negative_prompt_of(&self, encoder: Encoder) -> Option<&str> {
-        let first = self.negative_prompt.as_deref().filter(|_| self.do_true_cfg())?;
-        Some(match encoder {
-            Encoder::First => first,
-            Encoder::Second => self.negative_prompt_2.as_deref().unwrap_or(first),
-        })
+    /// What a text encoder reads for the unconditional pass; `None` when there is none.
+    pub fn negative_prompt_of(&self, encoder: Encoder, guidance: Guidance) -> Option<&str> {
+        self.cfg_scale(guidance)?;
+        let own = match encoder {
+            Encoder::First => None,
+            Encoder::Second => self.negative_prompt_2.as_deref(),
+            Encoder::Third => self.negative_prompt_3.as_deref(),
+        };
+        Some(own.or(self.negative_prompt.as_deref()).unwrap_or_default())
     }
 }
 
@@ -77,4 +156,6 @@ pub enum Encoder {
     First,
     /// `text_encoder_2`, which reads `prompt_2`.
     Second,
+    /// `text_encoder_3`, which reads `prompt_3`.
+    Third,
 }

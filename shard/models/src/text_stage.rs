@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use parallel::{Tensor, Tensors};
 
 use crate::block_runner::BlockRunner;
-use crate::request::Encoder;
+use crate::request::{Encoder, Guidance};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::tokenizer::Tokenizer;
 use crate::{Payload, Request, Result};
@@ -17,14 +17,15 @@ pub struct TextEncoding {
     pub tokenizer: Tokenizer,
     /// How many tokens the encoder reads; `None`: the job's `max_sequence_length`.
     pub tokens: Option<usize>,
-    /// The network's output that is kept: `last_hidden_state` or `pooler_output`.
-    pub output: &'static str,
-    /// What the denoiser calls it: `prompt_embeds` or `pooled_prompt_embeds`.
-    pub name: &'static str,
+    /// The network's outputs that are kept (`last_hidden_state`, `pooler_output`), each with what the denoiser calls it
+    /// (`prompt_embeds`, `pooled_prompt_embeds`).
+    pub outputs: Vec<(&'static str, &'static str)>,
     /// Whether it takes `attention_mask` besides `input_ids`.
     pub with_mask: bool,
     /// Which of the job's prompts it reads.
     pub encoder: Encoder,
+    /// Whether it reads a negative prompt too.
+    pub guidance: Guidance,
 }
 
 /// A text encoder, on the leader of its group.
@@ -56,22 +57,26 @@ impl TextStage {
         Ok(inputs)
     }
 
-    fn encode(&mut self, text: &str, request: &Request) -> Result<Tensor> {
+    /// What the denoiser is given for `text`, by its names.
+    fn encode(&mut self, text: &str, request: &Request) -> Result<Tensors> {
         let key = (text.to_owned(), self.encoding.tokens.unwrap_or(request.max_sequence_length));
         if let Some(known) = self.cache.get(&key) {
             return Ok(known);
         }
         let inputs = self.tokenize(text, request)?;
-        let embeds = self.runner.forward(&inputs)?.take(self.encoding.output)?;
+        let mut network = self.runner.forward(&inputs)?;
+        let kept = self.encoding.outputs.iter().map(|(output, name)| Ok(((*name).to_owned(), network.take(output)?)));
+        let embeds: Tensors = kept.collect::<Result<_>>()?;
         self.cache.put(key, embeds.clone());
         Ok(embeds)
     }
 
     fn run(&mut self, request: &Request) -> Result<Payload> {
-        let TextEncoding { name, encoder, .. } = self.encoding;
-        let mut out = Tensors::new().with(name, self.encode(request.prompt_of(encoder), request)?);
-        if let Some(negative) = request.negative_prompt_of(encoder) {
-            out.insert(format!("negative_{name}"), self.encode(negative, request)?);
+        let TextEncoding { encoder, guidance, .. } = self.encoding;
+        let mut out = self.encode(request.prompt_of(encoder), request)?;
+        if let Some(negative) = request.negative_prompt_of(encoder, guidance) {
+            let negative = self.encode(negative, request)?;
+            negative.into_iter().for_each(|(name, embeds)| out.insert(format!("negative_{name}"), embeds));
         }
         Ok(Payload::Conditioning(out))
     }
@@ -100,7 +105,7 @@ impl Stage for TextStage {
 
 impl std::fmt::Debug for TextStage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "TextStage({})", self.encoding.name)
+        write!(f, "TextStage({:?})", self.encoding.outputs)
     }
 }
 
@@ -109,7 +114,7 @@ impl std::fmt::Debug for TextStage {
 struct PromptCache {
     limit: usize,
     bytes: usize,
-    entries: HashMap<(String, usize), Tensor>,
+    entries: HashMap<(String, usize), Tensors>,
     order: VecDeque<(String, usize)>,
 }
 
@@ -118,22 +123,22 @@ impl PromptCache {
         Self { limit, bytes: 0, entries: HashMap::new(), order: VecDeque::new() }
     }
 
-    fn get(&mut self, key: &(String, usize)) -> Option<Tensor> {
+    fn get(&mut self, key: &(String, usize)) -> Option<Tensors> {
         let found = self.entries.get(key)?.clone();
         self.order.retain(|k| k != key);
         self.order.push_back(key.clone());
         Some(found)
     }
 
-    fn put(&mut self, key: (String, usize), embeds: Tensor) {
-        let size = byte_size(&embeds) + key.0.len();
+    fn put(&mut self, key: (String, usize), embeds: Tensors) {
+        let size = embeds.byte_size() + key.0.len();
         if size > self.limit {
             return;
         }
         while self.bytes + size > self.limit {
             let Some(oldest) = self.order.pop_front() else { break };
             if let Some(gone) = self.entries.remove(&oldest) {
-                self.bytes -= byte_size(&gone) + oldest.0.len();
+                self.bytes -= gone.byte_size() + oldest.0.len();
             }
         }
         self.bytes += size;
@@ -142,26 +147,25 @@ impl PromptCache {
     }
 }
 
-fn byte_size(t: &Tensor) -> usize {
-    t.elem_count() * t.dtype().size_in_bytes()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn the_cache_drops_what_was_used_longest_ago() {
-        let embeds = |v: f32| Tensor::full(v, 25, &parallel::Device::Cpu).unwrap(); // 100 bytes
+        let embeds = |floats: usize| {
+            let zeros = Tensor::zeros(floats, parallel::DType::F32, &parallel::Device::Cpu).unwrap();
+            Tensors::new().with("prompt_embeds", zeros)
+        };
         let mut cache = PromptCache::new(220);
         let key = |s: &str| (s.to_owned(), 8);
-        cache.put(key("a"), embeds(1.0));
-        cache.put(key("b"), embeds(2.0));
+        cache.put(key("a"), embeds(25)); // 100 bytes
+        cache.put(key("b"), embeds(25));
         assert!(cache.get(&key("a")).is_some());
-        cache.put(key("c"), embeds(3.0));
+        cache.put(key("c"), embeds(25));
         assert!(cache.get(&key("b")).is_none() && cache.get(&key("a")).is_some() && cache.get(&key("c")).is_some());
         assert!(cache.bytes <= 220);
-        cache.put(key("too big"), Tensor::zeros(100, parallel::DType::F32, &parallel::Device::Cpu).unwrap());
+        cache.put(key("too big"), embeds(100));
         assert!(cache.get(&key("too big")).is_none());
     }
 }

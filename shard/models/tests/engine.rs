@@ -11,6 +11,7 @@ use models::blocks::{BlockModel, Layout, RankGroup};
 use models::denoise::{DenoiseState, Denoiser, LastStep};
 use models::engine::Engine;
 use models::registry::Limits;
+use models::request::Guidance;
 use models::scheduler::{Scheduler, SchedulerState};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Error, Payload, Request, Result};
@@ -76,14 +77,14 @@ impl Denoiser for Plain {
 
     fn branches(&self, state: &DenoiseState) -> Result<Vec<Tensors>> {
         let branch = Tensors::new().with("hidden_states", state.latents.clone());
-        Ok(if state.request.do_true_cfg() { vec![branch.clone(), branch] } else { vec![branch] })
+        Ok(if state.request.cfg_scale(Guidance::TrueCfg).is_some() { vec![branch.clone(), branch] } else { vec![branch] })
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
         &[]
     }
 
-    fn batch_key(&self, state: &DenoiseState) -> Vec<usize> {
+    fn batch_key(&self, state: &DenoiseState, _branch: usize) -> Vec<usize> {
         vec![state.request.width]
     }
 
@@ -99,22 +100,7 @@ impl Denoiser for Plain {
 }
 
 fn request(steps: usize, seed: u64) -> Request {
-    Request {
-        prompt: String::new(),
-        prompt_2: None,
-        negative_prompt: None,
-        negative_prompt_2: None,
-        width: 4,
-        height: 4,
-        num_inference_steps: steps,
-        guidance_scale: None,
-        true_cfg_scale: 1.0,
-        seed,
-        num_images_per_prompt: 1,
-        strength: None,
-        max_sequence_length: 8,
-        noise_generator: Default::default(),
-    }
+    Request { width: 4, height: 4, num_inference_steps: steps, seed, ..Request::default() }
 }
 
 /// What the engine told of a task.

@@ -87,7 +87,7 @@ impl Denoiser for Family {
         &[]
     }
 
-    fn batch_key(&self, _: &DenoiseState) -> Vec<usize> {
+    fn batch_key(&self, _: &DenoiseState, _branch: usize) -> Vec<usize> {
         Vec::new()
     }
 
@@ -110,22 +110,7 @@ fn engine(kind: Kind) -> Engine {
 }
 
 fn request() -> Request {
-    Request {
-        prompt: String::new(),
-        prompt_2: None,
-        negative_prompt: None,
-        negative_prompt_2: None,
-        width: 4,
-        height: 4,
-        num_inference_steps: STEPS,
-        guidance_scale: None,
-        true_cfg_scale: 1.0,
-        seed: 7,
-        num_images_per_prompt: 1,
-        strength: None,
-        max_sequence_length: 8,
-        noise_generator: Default::default(),
-    }
+    Request { width: 4, height: 4, num_inference_steps: STEPS, seed: 7, ..Request::default() }
 }
 
 fn from(checkpoint: Option<Checkpoint>) -> Inputs {

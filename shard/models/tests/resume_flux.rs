@@ -39,11 +39,7 @@ fn run(stage: &mut dyn Stage, request: &Request, inputs: Inputs) -> (Payload, Ve
 fn request(strength: Option<f64>) -> Request {
     Request {
         prompt: "red heart".into(),
-        prompt_2: None,
         negative_prompt: Some("blue".into()),
-        negative_prompt_2: None,
-        width: 64,
-        height: 64,
         num_inference_steps: STEPS,
         guidance_scale: Some(3.5),
         true_cfg_scale: 1.5,
@@ -51,7 +47,7 @@ fn request(strength: Option<f64>) -> Request {
         num_images_per_prompt: 2,
         strength,
         max_sequence_length: 64,
-        noise_generator: Default::default(),
+        ..Request::default()
     }
 }
 

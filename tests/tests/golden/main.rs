@@ -12,6 +12,7 @@ use tests::golden::{Case, Outcome};
 mod autoencoders;
 mod flux;
 mod flux_pipeline;
+mod pipeline;
 mod rng;
 mod schedulers;
 mod text_encoders;

@@ -56,7 +56,14 @@ fn run(task: TaskRef, steps: u32) -> RunTask {
         "denoise" => StageKind::Denoise,
         _ => StageKind::Decode,
     };
-    RunTask { task: Some(task), kind: kind.into(), spec: Some(spec(steps)), layout: "all=tp1x1".into(), ..RunTask::default() }
+    RunTask {
+        task: Some(task),
+        kind: kind.into(),
+        spec: Some(spec(steps)),
+        layout: "all=tp1x1".into(),
+        with_pictures: kind == StageKind::EncodeImage,
+        ..RunTask::default()
+    }
 }
 
 /// A header that promises four floats for `task`.

@@ -115,7 +115,7 @@ impl Denoiser for Family {
         &[]
     }
 
-    fn batch_key(&self, state: &DenoiseState) -> Vec<usize> {
+    fn batch_key(&self, state: &DenoiseState, _branch: usize) -> Vec<usize> {
         vec![state.request.width, state.request.height]
     }
 
