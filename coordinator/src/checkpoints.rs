@@ -260,7 +260,9 @@ impl CheckpointStore {
         Ok(())
     }
 
-    /// What was stored: its header, then chunks. The last chunk comes only if the sha256 of all is right.
+    /// What was stored: its header, then chunks. The last chunk comes only if the sha256 of all is right. In place of a state that
+    /// is not there any more comes the newest later one of its stage: a worker that was given up and does not know it yet may have
+    /// stored more, and a job's states are the same whoever computed them.
     ///
     /// # Errors
     /// [`CheckpointError::NotFound`], [`CheckpointError::Damaged`], at the beginning or within the stream.
@@ -268,11 +270,17 @@ impl CheckpointStore {
         &self,
         key: Option<CheckpointKey>,
     ) -> Result<impl Stream<Item = Result<GetCheckpointResponse, CheckpointError>> + Send + use<>, CheckpointError> {
-        let key = Key::check(key)?;
-        match self.objects.get(&path(&key)).await {
-            Ok(object) => object::read(&key, object).await,
-            Err(object_store::Error::NotFound { .. }) => Err(CheckpointError::NotFound(key.into())),
-            Err(source) => Err(CheckpointError::storage("read an object", source)),
+        let asked = Key::check(key)?;
+        let mut key = asked.clone();
+        loop {
+            match self.objects.get(&path(&key)).await {
+                Ok(object) => return object::read(&key, object).await,
+                Err(object_store::Error::NotFound { .. }) => {}
+                Err(source) => return Err(CheckpointError::storage("read an object", source)),
+            }
+            // It may go in its turn; steps only grow.
+            let later = self.lock().latest_state(&asked).filter(|latest| latest.step > key.step);
+            key = later.ok_or_else(|| CheckpointError::NotFound(asked.clone().into()))?;
         }
     }
 

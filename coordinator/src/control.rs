@@ -1,7 +1,8 @@
 //! One control stream to each member: commands out, reports in, both in order.
 //!
-//! A worker is there, to the state, exactly as long as its stream is. When the stream breaks the worker has left; while
-//! it is still a member it is dialled again, and then has joined anew.
+//! A worker is there, to the state, as long as its stream is. When the stream breaks it is away, and is dialled at once: a cut
+//! connection is made good in a moment. When that fails it has left; while it is still a member it is dialled again, and then has
+//! joined anew.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -16,7 +17,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Endpoint};
+use tonic::{Streaming, transport::Endpoint};
 use tracing::{debug, warn};
 
 use crate::{
@@ -33,6 +34,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(5);
 /// Longest wait for a worker to answer the dial and say hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a worker whose stream broke may take to be back on a new one. A process that died refuses the dial at once.
+const BACK_DEADLINE: Duration = Duration::from_secs(2);
 /// Pause after the first failed dial; doubles with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause between two dials.
@@ -106,21 +109,48 @@ impl Member {
 /// Dials the worker, again and again, for as long as it is a member.
 async fn stay_connected(worker: Registration, lines: Lines, mut left: oneshot::Receiver<String>) {
     let mut pause = FIRST_PAUSE;
+    // Why it is away, while it is.
+    let mut away: Option<String> = None;
     loop {
+        let deadline = if away.is_some() { BACK_DEADLINE } else { HELLO_DEADLINE };
         let dialled = tokio::select! {
             biased;
-            _ = &mut left => return,
-            dialled = timeout(HELLO_DEADLINE, Connection::dial(&worker, &lines)) => dialled,
+            cause = &mut left => {
+                if away.is_some() {
+                    // The state may have ended before.
+                    drop(lines.handle.disconnected(worker.worker_id.clone(), why_left(cause)).await);
+                }
+                return;
+            }
+            dialled = timeout(deadline, Connection::dial(&worker, &lines)) => dialled,
         };
-        match dialled {
+        let failed = match dialled {
             Ok(Ok(connection)) => {
                 pause = FIRST_PAUSE;
-                if connection.serve(&worker, &lines.handle, &mut left).await.is_break() {
+                away = match connection.serve(&worker, &lines.handle, &mut left).await {
+                    Served::Over => return,
+                    Served::Left => None,
+                    Served::Away(cause) => {
+                        warn!(worker.id = worker.worker_id, cause, "a control stream broke, dialling again");
+                        Some(cause)
+                    }
+                };
+                if away.is_some() {
+                    continue;
+                }
+                None
+            }
+            Ok(Err(cause)) => Some(cause),
+            Err(_) => Some(format!("it does not say hello within {} s", deadline.as_secs())),
+        };
+        if let Some(failed) = failed {
+            debug!(worker.id = worker.worker_id, cause = failed, "dialling the worker failed");
+            if let Some(cause) = away.take() {
+                let cause = format!("{cause}, and it is not back: {failed}");
+                if lines.handle.disconnected(worker.worker_id.clone(), cause).await.is_err() {
                     return;
                 }
             }
-            Ok(Err(cause)) => debug!(worker.id = worker.worker_id, cause, "dialling the worker failed"),
-            Err(_) => warn!(worker.id = worker.worker_id, "worker does not say hello"),
         }
         tokio::select! {
             biased;
@@ -167,36 +197,35 @@ impl Connection {
         }
     }
 
-    /// Lives as long as the stream. Breaks when the worker need not be dialled again.
-    async fn serve(
-        mut self,
-        worker: &Registration,
-        handle: &Handle,
-        left: &mut oneshot::Receiver<String>,
-    ) -> std::ops::ControlFlow<()> {
+    /// Lives as long as the stream.
+    async fn serve(mut self, worker: &Registration, handle: &Handle, left: &mut oneshot::Receiver<String>) -> Served {
         let clogged = CancellationToken::new();
         let link = WorkerLink { commands: self.commands.clone(), clogged: clogged.clone() };
         let holding = std::mem::take(&mut self.holding);
         if handle.connected(worker.clone(), holding, link).await.is_err() {
-            return std::ops::ControlFlow::Break(());
+            return Served::Over;
         }
-        let (cause, next) = tokio::select! {
+        let worker_id = worker.worker_id.clone();
+        let (told, next) = tokio::select! {
             biased;
-            cause = left => {
-                let cause = cause.unwrap_or_else(|_| "the coordinator is shutting down".into());
-                (cause, std::ops::ControlFlow::Break(()))
+            cause = left => (handle.disconnected(worker_id, why_left(cause)).await, Served::Over),
+            () = clogged.cancelled() => {
+                (handle.disconnected(worker_id, "it does not read its commands".into()).await, Served::Left)
             }
-            () = clogged.cancelled() => ("it does not read its commands".into(), std::ops::ControlFlow::Continue(())),
-            cause = self.exchange(&worker.worker_id, handle) => (cause, std::ops::ControlFlow::Continue(())),
+            ended = self.exchange(&worker_id, handle) => match ended {
+                Ended::Broke(cause) => (handle.away(worker_id).await, Served::Away(cause)),
+                Ended::Silent => {
+                    let cause = format!("it was silent for {} s", SILENCE.as_secs());
+                    (handle.disconnected(worker_id, cause).await, Served::Left)
+                }
+                Ended::Stopping => return Served::Over,
+            },
         };
-        match handle.disconnected(worker.worker_id.clone(), cause).await {
-            Ok(()) => next,
-            Err(_) => std::ops::ControlFlow::Break(()),
-        }
+        if told.is_ok() { next } else { Served::Over }
     }
 
     /// Passes reports on and sends heartbeats; says why it ended.
-    async fn exchange(mut self, worker_id: &str, handle: &Handle) -> String {
+    async fn exchange(mut self, worker_id: &str, handle: &Handle) -> Ended {
         let mut beat = tokio::time::interval(HEARTBEAT);
         let mut deadline = Instant::now() + SILENCE;
         loop {
@@ -210,24 +239,42 @@ impl Connection {
                             if !matches!(report, Report::Heartbeat(_))
                                 && handle.report(worker_id.to_owned(), report).await.is_err()
                             {
-                                return "the coordinator is shutting down".into();
+                                return Ended::Stopping;
                             }
                         }
                         Ok(Some(ControlResponse { report: None })) => {}
-                        Ok(None) => return "its control stream ended".into(),
-                        Err(status) => return describe_break(&status),
+                        Ok(None) => return Ended::Broke("its control stream ended".into()),
+                        Err(status) => return Ended::Broke(format!("its control stream broke: {}", status.message())),
                     }
                     deadline = Instant::now() + SILENCE;
                 }
                 // Last: what has come was not silence, however late it is read.
-                () = sleep_until(deadline) => return format!("it was silent for {} s", SILENCE.as_secs()),
+                () = sleep_until(deadline) => return Ended::Silent,
             }
         }
     }
 }
 
-fn describe_break(status: &Status) -> String {
-    format!("its control stream broke: {}", status.message())
+/// What becomes of a worker after its stream.
+enum Served {
+    /// It need not be dialled again.
+    Over,
+    /// It has left, and may join anew.
+    Left,
+    /// It may be back at once; this is why it is away.
+    Away(String),
+}
+
+/// Why a stream ended.
+enum Ended {
+    Broke(String),
+    Silent,
+    /// The coordinator is.
+    Stopping,
+}
+
+fn why_left(cause: Result<String, oneshot::error::RecvError>) -> String {
+    cause.unwrap_or_else(|_| "the coordinator is shutting down".into())
 }
 
 fn heartbeat() -> ControlRequest {

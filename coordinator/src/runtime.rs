@@ -132,6 +132,11 @@ impl Handle {
         self.send(Message::Connected { worker, holding, link }).await
     }
 
+    /// A worker cannot be commanded for the moment; [`Self::connected`] or [`Self::disconnected`] follows within seconds.
+    pub(crate) async fn away(&self, worker_id: String) -> Result<()> {
+        self.send(Message::Happened(Event::WorkerAway { worker_id })).await
+    }
+
     /// A worker can no longer be commanded.
     pub(crate) async fn disconnected(&self, worker_id: String, cause: String) -> Result<()> {
         self.send(Message::Happened(Event::WorkerLeft { worker_id, cause })).await
@@ -225,9 +230,13 @@ impl Owner {
                 self.apply(Event::WorkerJoined { worker, holding }, None).await;
             }
             Message::Happened(event) => {
-                if let Event::WorkerLeft { worker_id, cause } = &event {
-                    warn!(worker.id = worker_id, cause, "worker left");
-                    self.links.remove(worker_id);
+                match &event {
+                    Event::WorkerAway { worker_id } => drop(self.links.remove(worker_id)),
+                    Event::WorkerLeft { worker_id, cause } => {
+                        warn!(worker.id = worker_id, cause, "worker left");
+                        self.links.remove(worker_id);
+                    }
+                    _ => {}
                 }
                 self.apply(event, None).await;
             }

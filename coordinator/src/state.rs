@@ -5,7 +5,7 @@
 //!
 //! - `group.rs`, `model.rs`, `job.rs`: what is known of one group, model, job; `groups.rs`: which groups have room
 //! - `jobs.rs`, `queue.rs`, `record.rs`: all jobs, by id, by request, by age; those that wait; as they are written down
-//! - `cluster.rs`: workers come and go, groups form and end
+//! - `cluster.rs`: workers come and go, groups form and end; `away.rs`: a worker's stream breaks and it is back
 //! - `work.rs`: jobs are accepted, started, cancelled
 //! - `tasks.rs`: what leaders report, and how jobs come to their end
 //! - `requeue.rs`: a job is taken off its groups and waits again; jobs that kill workers
@@ -14,6 +14,7 @@
 //! - `recovery.rs`: what a new coordinator takes over from the one before
 //! - `view.rs`: what can be asked; changes nothing
 
+mod away;
 mod cluster;
 mod drain;
 mod estimate;
@@ -31,6 +32,8 @@ mod tasks;
 mod view;
 mod work;
 
+#[cfg(test)]
+mod away_tests;
 #[cfg(test)]
 mod chaos;
 #[cfg(test)]
@@ -112,6 +115,11 @@ pub enum Event {
         worker: Registration,
         /// What it holds from before.
         holding: Holding,
+    },
+    /// A worker cannot be commanded for the moment: its stream broke. It joins again or leaves within seconds.
+    WorkerAway {
+        /// Which.
+        worker_id: String,
     },
     /// A worker can no longer be commanded.
     WorkerLeft {
@@ -228,6 +236,8 @@ pub struct State {
     queue: Queue,
     /// Workers that want to go.
     draining: BTreeSet<String>,
+    /// Workers whose stream broke a moment ago.
+    away: BTreeSet<String>,
     /// When something is due of a job; looked at then, whether it still is or not.
     due: BTreeSet<(Millis, u64)>,
     /// By model.
@@ -251,6 +261,7 @@ impl State {
             jobs: Jobs::default(),
             queue: Queue::default(),
             draining: BTreeSet::new(),
+            away: BTreeSet::new(),
             due: BTreeSet::new(),
             costs: BTreeMap::new(),
             settling: None,
@@ -265,6 +276,7 @@ impl State {
         let is_news = event.is_news();
         match event {
             Event::WorkerJoined { worker, holding } => self.worker_joined(worker, holding),
+            Event::WorkerAway { worker_id } => self.worker_away(&worker_id),
             Event::WorkerLeft { worker_id, cause } => self.worker_left(&worker_id, &cause),
             Event::Report { worker_id, report } => {
                 if let Some(report) = self.set_aside(&worker_id, report) {
@@ -289,18 +301,19 @@ impl State {
             self.describe_models();
             if self.settling.is_none() {
                 self.drain_groups();
-                self.groups.refresh(&self.draining);
+                self.groups.refresh(&self.draining, &self.away);
                 self.form_groups();
-                self.groups.refresh(&self.draining);
+                self.groups.refresh(&self.draining, &self.away);
                 self.start_jobs();
             }
-            self.groups.refresh(&self.draining);
+            self.groups.refresh(&self.draining, &self.away);
             self.announce_models();
         }
         std::mem::take(&mut self.effects)
     }
 
     fn report(&mut self, worker_id: &str, report: Report) {
+        self.is_over_long_ago(worker_id, &report);
         let known = match report {
             Report::ModelDescribed(described) => self.model_described(worker_id, described),
             Report::GroupLoading(loading) => self.group_loading(worker_id, &loading),
@@ -324,7 +337,8 @@ impl State {
     }
 
     fn send(&mut self, worker_id: &str, command: Command) {
-        if self.workers.contains_key(worker_id) {
+        // One who is away is told when it is back.
+        if self.workers.contains_key(worker_id) && !self.away.contains(worker_id) {
             self.effects.push(Effect::Send { worker_id: worker_id.to_owned(), command });
         }
     }

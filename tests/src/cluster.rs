@@ -14,6 +14,8 @@ use proto::v1::{
 };
 use tonic::transport::{Channel, Endpoint};
 
+use crate::proxy::Proxy;
+
 /// Longest wait for anything that a healthy cluster does in a second or two; the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -95,8 +97,20 @@ impl Cluster {
 
     /// Starts one more worker.
     pub fn add_worker(&mut self, labels: &str) {
+        self.add_worker_with(labels, &[]);
+    }
+
+    /// Starts one more worker that others reach through a proxy: it listens on 127.0.0.1, and says that it is at 127.0.0.2.
+    pub async fn add_worker_behind_proxy(&mut self, labels: &str) -> Proxy {
+        let port = free_port();
+        let proxy = Proxy::start(([127, 0, 0, 2], port).into(), ([127, 0, 0, 1], port).into()).await;
+        self.add_worker_with(labels, &["--listen", &format!("127.0.0.1:{port}"), "--advertise-host", "127.0.0.2"]);
+        proxy
+    }
+
+    fn add_worker_with(&mut self, labels: &str, flags: &[&str]) {
         let mut command = atelier();
-        command.args(["worker", "--threads", "1"]);
+        command.args(["worker", "--threads", "1"]).args(flags);
         match &self.etcd {
             Some(etcd) => command.args(["--etcd", etcd]),
             None => command.args(["--coordinator", &self.address]),

@@ -2,5 +2,6 @@
 
 pub mod cluster;
 pub mod golden;
+pub mod proxy;
 pub mod ranks;
 pub mod synthetic;

@@ -56,6 +56,13 @@ fn requeue_reason(event: JobEvent) -> Option<String> {
     }
 }
 
+fn requeue_message(event: &JobEvent) -> Option<String> {
+    match &event.kind {
+        Some(Kind::Requeued(requeued)) => Some(requeued.message.clone()),
+        _ => None,
+    }
+}
+
 fn denoise_step(event: &JobEvent) -> Option<u32> {
     match &event.kind {
         Some(Kind::StageProgress(p)) if p.stage == "denoise" => Some(p.step),
@@ -265,4 +272,45 @@ async fn a_layout_or_checkpoint_that_cannot_be_served_is_the_models_problem() {
     })
     .await;
     assert!(problem.contains("truncated"), "{problem}");
+}
+
+/// The epoch of each group of the only model.
+async fn epochs(client: &mut Client) -> Vec<u64> {
+    client.models().await[0].groups.iter().map(|group| group.epoch).collect()
+}
+
+#[tokio::test]
+async fn a_control_stream_that_is_cut_costs_no_step_and_no_epoch() {
+    let mut cluster = Cluster::start(&models(1, 1, false), &[], None);
+    let proxy = cluster.add_worker_behind_proxy("").await;
+    let mut client = cluster.ready().await;
+    let undisturbed = sha256(&client.run(job(STEPS)).await);
+    let before = epochs(&mut client).await;
+    let running = client.create(job(STEPS)).await.unwrap();
+    for step in [30, 100, 200] {
+        client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|at| at >= step)).await;
+        proxy.cut();
+    }
+    let events = client.follow(&running.id, 0).await;
+    assert!(!events.iter().any(|e| matches!(e.kind, Some(Kind::Requeued(_)))), "it went on where it was");
+    assert_eq!(sha256(&client.finish(&running.id).await), undisturbed);
+    assert_eq!(epochs(&mut client).await, before, "no weights were read again");
+}
+
+#[tokio::test]
+async fn a_worker_behind_a_dead_route_loses_its_jobs_to_another_with_the_same_bits() {
+    let mut cluster = Cluster::start(&models(1, 1, false), &[], None);
+    let proxy = cluster.add_worker_behind_proxy("").await;
+    let mut client = cluster.ready().await;
+    let undisturbed = sha256(&client.run(job(STEPS)).await);
+    cluster.add_worker("");
+    eventually("the second worker is there", async || (client.clone().workers().await.len() == 2).then_some(())).await;
+    let running = client.create(job(STEPS)).await.unwrap();
+    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 30)).await;
+    proxy.stall(true);
+    let events = client.follow(&running.id, 0).await;
+    // By its silence or by the steps it does not make, whichever is seen first; and its last states are of use to the other.
+    let causes: Vec<String> = events.iter().filter_map(requeue_message).collect();
+    assert!(matches!(causes.as_slice(), [cause] if cause.contains("was lost")), "{causes:?}");
+    assert_eq!(sha256(&client.finish(&running.id).await), undisturbed);
 }

@@ -3,7 +3,7 @@
 //! What comes in is checked before anything is allocated for it: a header can claim what it likes and costs nothing.
 
 use bytes::Bytes;
-use models::Payload;
+use models::{Checkpoint, Payload};
 use parallel::{DType, Device, Tensor, Tensors, bytes as tensor_bytes};
 use proto::v1::put_payload_request::Part;
 use proto::v1::{
@@ -99,6 +99,8 @@ impl Outgoing {
 
 /// A payload on its way in.
 pub(crate) struct Incoming {
+    /// Of a checkpoint: the steps done.
+    step: u32,
     kind: String,
     tensors: Vec<Slot>,
     sha256: Bytes,
@@ -119,16 +121,18 @@ impl Incoming {
         Self::begin(header.kind, &PAYLOADS, header.tensors, header.sha256)
     }
 
-    /// Checks what the header of a checkpoint claims, and that it is the one that was asked for.
+    /// Checks what the header of a checkpoint claims, and that it is the one that was asked for, or a later state in its place.
     pub(crate) fn of_checkpoint(header: CheckpointHeader, key: &CheckpointKey, model_digest: &str) -> Result<Self> {
-        if header.key.as_ref() != Some(key) {
+        let found = header.key.as_ref().filter(|found| found.job_id == key.job_id && found.stage == key.stage);
+        let step = found.map(|found| found.step).filter(|step| *step == key.step || (key.step > 0 && *step > key.step));
+        let Some(step) = step else {
             return Err(Error::message("header.key", "is another than was asked for"));
-        }
+        };
         if header.model_digest != model_digest {
             return Err(Error::message("header.model_digest", "is that of other weights"));
         }
         let kinds: &[&str] = if key.step > 0 { &[DENOISE_STATE] } else { &PAYLOADS };
-        let incoming = Self::begin(header.kind, kinds, header.tensors, header.sha256)?;
+        let incoming = Self { step, ..Self::begin(header.kind, kinds, header.tensors, header.sha256)? };
         if header.byte_size != incoming.expected {
             return Err(Error::message("header.byte_size", format!("is not the {} bytes of its tensors", incoming.expected)));
         }
@@ -150,7 +154,7 @@ impl Incoming {
         if expected > MAX_PAYLOAD_BYTES {
             return Err(Error::message("header.tensors", format!("are {expected} bytes; the limit is {MAX_PAYLOAD_BYTES}")));
         }
-        Ok(Self { kind, tensors, sha256, expected, bytes: Vec::new() })
+        Ok(Self { step: 0, kind, tensors, sha256, expected, bytes: Vec::new() })
     }
 
     /// Bytes it will have.
@@ -173,8 +177,14 @@ impl Incoming {
         Payload::from_parts(&kind, self.finish_tensors()?).ok_or_else(|| Error::message("header.kind", "is unknown"))
     }
 
+    /// As [`Self::finish`], for a denoiser's state.
+    pub(crate) fn finish_state(self) -> Result<Checkpoint> {
+        let step = self.step as usize;
+        Ok(Checkpoint { step, tensors: self.finish_tensors()? })
+    }
+
     /// As [`Self::finish`], whatever kind it is of.
-    pub(crate) fn finish_tensors(self) -> Result<Tensors> {
+    fn finish_tensors(self) -> Result<Tensors> {
         if self.bytes.len() as u64 != self.expected {
             let reason = format!("ended after {} of {} bytes", self.bytes.len(), self.expected);
             return Err(Error::message("chunk", reason));

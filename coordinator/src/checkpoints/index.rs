@@ -66,6 +66,13 @@ impl Index {
         states.into_iter().skip(kept).map(|(_, key)| key.clone()).collect()
     }
 
+    /// The state of the key's stage with the most steps, and no fewer than the key's; a stage's output is no state.
+    pub(super) fn latest_state(&self, key: &Key) -> Option<Key> {
+        let last = Key { step: u32::MAX, ..key.clone() };
+        let mut states = self.known.range(key.clone()..=last).filter(|_| key.step > 0);
+        states.next_back().map(|(key, _)| key.clone())
+    }
+
     /// The bytes are counted already.
     fn take(&mut self, key: Key, bytes: u64) {
         self.writes += 1;

@@ -158,7 +158,10 @@ async fn proves_itself(home: Home) {
     put(&store, JOB, 0, &bytes(100, 0)).await.unwrap();
     put(&store, OTHER, 9, &bytes(100, 9)).await.unwrap();
     assert_eq!(steps(&store, JOB), [0, 3, 4], "the output and the two newest states");
-    assert!(matches!(get(&store, JOB, 1).await, Err(CheckpointError::NotFound(_))));
+    let latest = get(&store, JOB, 1).await.unwrap().0;
+    assert_eq!(latest.key.unwrap().step, 4, "the latest comes in place of one that is gone");
+    assert!(matches!(get(&store, JOB, 5).await, Err(CheckpointError::NotFound(_))), "nothing earlier does");
+    assert!(matches!(get(&store, OTHER, 0).await, Err(CheckpointError::NotFound(_))), "an output is no state");
     put(&store, JOB, 4, &bytes(50, 1)).await.unwrap();
     assert_eq!(get(&store, JOB, 4).await.unwrap().1, bytes(50, 1), "the newest put counts");
 

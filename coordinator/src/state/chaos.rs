@@ -14,6 +14,10 @@ const WORKERS: [&str; 4] = ["w1", "w2", "w3", "w4"];
 enum Act {
     Join(usize),
     Leave(usize),
+    /// Its control stream breaks.
+    Away(usize),
+    /// It is back, with the ranks that it should have and without tasks, if it was away; all of it is ready or none.
+    Back(usize, bool),
     Submit,
     Cancel(usize),
     Wait(Millis),
@@ -31,6 +35,8 @@ fn any_act() -> impl Strategy<Value = Act> {
     prop_oneof![
         2 => (0..WORKERS.len()).prop_map(Act::Join),
         1 => (0..WORKERS.len()).prop_map(Act::Leave),
+        1 => (0..WORKERS.len()).prop_map(Act::Away),
+        2 => (0..WORKERS.len(), any::<bool>()).prop_map(|(worker, ready)| Act::Back(worker, ready)),
         3 => Just(Act::Submit),
         1 => (0..8usize).prop_map(Act::Cancel),
         1 => (1..40_000u64).prop_map(Act::Wait),
@@ -59,6 +65,8 @@ impl Chaos {
         match act {
             Act::Join(worker) => self.cluster.join(WORKERS[*worker]),
             Act::Leave(worker) => self.cluster.leave(WORKERS[*worker]),
+            Act::Away(worker) => drop(self.cluster.apply(Event::WorkerAway { worker_id: WORKERS[*worker].into() })),
+            Act::Back(worker, ready) => self.back(WORKERS[*worker], *ready),
             Act::Submit => {
                 let mut submission = self.cluster.submission();
                 submission.priority = self.jobs.len() as i32 % 3;
@@ -84,6 +92,15 @@ impl Chaos {
             }
         }
         self.commands.append(&mut self.cluster.sent);
+    }
+
+    fn back(&mut self, worker: &str, ready: bool) {
+        if !self.cluster.state.away.contains(worker) {
+            return;
+        }
+        let mut holding = durable_tests::holdings(&self.cluster, &[]).remove(worker).unwrap_or_default();
+        holding.ranks.iter_mut().for_each(|rank| rank.ready = ready);
+        self.cluster.join_holding(worker, holding);
     }
 
     fn answer(&mut self, worker: &str, command: Command, how: usize) {
@@ -119,7 +136,7 @@ impl Chaos {
     /// Workers come, answer everything, and time passes, until nothing is left to do.
     fn settle(&mut self) {
         for worker in WORKERS {
-            if self.cluster.state.draining.contains(worker) {
+            if self.cluster.state.draining.contains(worker) || self.cluster.state.away.contains(worker) {
                 self.cluster.leave(worker);
             }
             if !self.cluster.state.workers.contains_key(worker) {

@@ -14,6 +14,9 @@ use crate::placement::{self, Members};
 impl State {
     pub(super) fn worker_joined(&mut self, worker: Registration, holding: Holding) {
         let worker_id = worker.worker_id.clone();
+        if self.away.contains(&worker_id) && self.settling.is_none() {
+            return self.worker_back(worker, holding);
+        }
         if self.workers.contains_key(&worker_id) {
             self.worker_left(&worker_id, "it registered again");
         }
@@ -25,7 +28,7 @@ impl State {
         if self.workers.remove(worker_id).is_none() {
             return;
         }
-        if self.draining.remove(worker_id) {
+        if self.draining.remove(worker_id) | self.away.remove(worker_id) {
             self.groups.members_changed(worker_id);
         }
         self.forget_holding(worker_id);
@@ -92,7 +95,7 @@ impl State {
             .filter(|(_, group)| group.phase != GroupState::Waiting)
             .map(|(id, group)| (id.clone(), group.members.clone()))
             .collect();
-        let staying = self.workers.iter().filter(|(id, _)| !self.draining.contains(*id));
+        let staying = self.workers.iter().filter(|(id, _)| !self.draining.contains(*id) && !self.away.contains(*id));
         let staying: BTreeMap<String, Registration> = staying.map(|(id, worker)| (id.clone(), worker.clone())).collect();
         for (group_id, members) in placement::form_groups(&waiting, &staying, &standing) {
             self.begin_epoch(&group_id, members);

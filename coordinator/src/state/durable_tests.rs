@@ -279,7 +279,7 @@ fn an_answer_never_comes_before_the_record_it_tells_of() {
 }
 
 /// What each worker of `cluster` would say it holds: all ranks ready, and the given tasks.
-fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> BTreeMap<String, Holding> {
+pub(super) fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> BTreeMap<String, Holding> {
     let mut holdings: BTreeMap<String, Holding> = BTreeMap::new();
     for (id, group) in cluster.state.groups.iter() {
         for (rank, member) in (0..).zip(&group.members) {

@@ -66,20 +66,21 @@ impl Groups {
         self.by_id.values()
     }
 
-    /// A member of these groups began to drain, or came or went.
+    /// A member of these groups began to drain, or came or went, for good or for a moment.
     pub(super) fn members_changed(&mut self, worker_id: &str) {
         let held = self.by_id.iter().filter(|(_, group)| group.members.iter().any(|member| member == worker_id));
         self.changed.extend(held.map(|(id, _)| id.clone()));
     }
 
     /// Looks again at the groups that changed.
-    pub(super) fn refresh(&mut self, draining: &BTreeSet<String>) {
+    pub(super) fn refresh(&mut self, draining: &BTreeSet<String>, away: &BTreeSet<String>) {
         for id in std::mem::take(&mut self.changed) {
             let Some(group) = self.by_id.get(&id) else {
                 continue;
             };
             let ready = takes_tasks(group, draining);
-            let has_room = ready && !group.alone && group.tasks.len() < group.limit;
+            let here = away.is_empty() || !group.members.iter().any(|member| away.contains(member));
+            let has_room = ready && here && !group.alone && group.tasks.len() < group.limit;
             let now = Noted {
                 room: has_room.then_some(group.tasks.len()),
                 ready,

@@ -279,7 +279,7 @@ impl State {
         }
     }
 
-    fn give_up_task(&mut self, worker_id: &str, task: TaskRef, forget: bool) {
+    pub(super) fn give_up_task(&mut self, worker_id: &str, task: TaskRef, forget: bool) {
         let job_id = task.job_id.clone();
         self.send(worker_id, Command::CancelTask(CancelTask { task: Some(task) }));
         if forget {

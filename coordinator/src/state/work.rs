@@ -118,7 +118,7 @@ impl State {
             job.tasks.insert(stage, Task::new(group_id, group.epoch, leader, resumed_step));
         }
         self.jobs.placed(number);
-        self.groups.refresh(&self.draining);
+        self.groups.refresh(&self.draining, &self.away);
         self.send_tasks(number);
         true
     }
@@ -155,7 +155,7 @@ impl State {
         }
     }
 
-    fn run_task(&self, job: &Job, stage: &Stage, layout: &str) -> Option<(String, RunTask)> {
+    pub(super) fn run_task(&self, job: &Job, stage: &Stage, layout: &str) -> Option<(String, RunTask)> {
         let task = job.tasks.get(&stage.id)?;
         let destination = |consumer: &Stage| {
             let task = job.tasks.get(&consumer.id)?;
@@ -180,7 +180,7 @@ impl State {
     }
 
     /// How each component of the job is cut: "text_encoder=tp1x1,transformer=tp2x2".
-    fn layout(&self, job: &Job) -> String {
+    pub(super) fn layout(&self, job: &Job) -> String {
         // Of all its stages, those too that an earlier try had done: what is written into a picture does not depend on tries.
         let components: BTreeSet<&str> = job.plan.stages.iter().map(|stage| stage.component.as_str()).collect();
         let configured = self.model(&job.spec.model).map(|model| &model.config.components);
