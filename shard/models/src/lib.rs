@@ -25,6 +25,8 @@ pub mod image_io;
 
 pub mod scheduler;
 
+mod mmdit;
+
 pub mod flux_transformer;
 
 pub mod checkpoint;
