@@ -28,6 +28,7 @@ pub mod scheduler;
 mod mmdit;
 
 pub mod flux_transformer;
+pub mod sd3_transformer;
 
 pub mod checkpoint;
 pub mod denoise;
@@ -41,6 +42,7 @@ pub mod text_stage;
 mod flow;
 
 pub mod flux;
+pub mod sd3;
 
 pub mod registry;
 
