@@ -28,6 +28,7 @@ pub mod scheduler;
 mod mmdit;
 
 pub mod flux_transformer;
+pub mod qwen_image_transformer;
 
 pub mod checkpoint;
 pub mod denoise;

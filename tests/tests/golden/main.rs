@@ -13,6 +13,7 @@ mod autoencoders;
 mod flux;
 mod flux_pipeline;
 mod pipeline;
+mod qwen_image;
 mod rng;
 mod schedulers;
 mod text_encoders;
@@ -74,6 +75,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ) => text_encoders::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
+        ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }
