@@ -39,6 +39,8 @@ pub mod autoencoder_stage;
 pub mod engine;
 pub mod text_stage;
 
+mod flow;
+
 pub mod flux;
 
 pub mod registry;

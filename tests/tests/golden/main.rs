@@ -18,6 +18,7 @@ mod rng;
 mod schedulers;
 mod text_encoders;
 mod tokenizers;
+mod transformers;
 
 #[test]
 fn every_case_equals_its_recording() {
