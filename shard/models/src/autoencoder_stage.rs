@@ -2,26 +2,55 @@
 
 use parallel::{Tensor, Tensors};
 
-use crate::autoencoder_kl::{AutoencoderKl, Tiling};
+use crate::autoencoder_kl::{AutoencoderKl, Moments, Tiling};
+use crate::autoencoder_kl_qwen::AutoencoderKlQwenImage;
 use crate::image_io::{self, PictureLimits};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::{Error, Payload, Request, Result};
 
-/// Above this many pixels a side the autoencoder works in tiles, whose size its configuration gives.
+/// Above this many pixels a side the autoencoder works in tiles, whose size the network gives.
 const TILING_ABOVE: usize = 1024;
 
-/// An autoencoder: decodes a task that has latents, encodes one that has pictures.
+/// What the stage asks of a network.
+pub trait Autoencoder: Send + std::fmt::Debug {
+    /// `image: [B, 3, H, W]`, in -1..1, gives the distribution of its latents, `[B, C, H/f, W/f]`, not scaled.
+    fn encode(&self, image: &Tensor, tiling: Tiling) -> Result<Moments>;
+    /// Latents as the denoiser leaves them, `[B, C, h, w]`, give `[B, 3, h f, w f]`, about -1..1.
+    fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor>;
+}
+
+impl Autoencoder for AutoencoderKl {
+    fn encode(&self, image: &Tensor, tiling: Tiling) -> Result<Moments> {
+        self.encode_with(image, tiling)
+    }
+
+    fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+        self.decode_with(&self.config().unscale(latents)?, tiling)
+    }
+}
+
+impl Autoencoder for AutoencoderKlQwenImage {
+    fn encode(&self, image: &Tensor, tiling: Tiling) -> Result<Moments> {
+        self.encode_with(image, tiling)
+    }
+
+    fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+        self.decode_with(&self.config().unscale(latents)?, tiling)
+    }
+}
+
+/// Decodes a task that has latents, encodes one that has pictures.
 #[derive(Debug)]
 pub struct AutoencoderStage {
-    vae: AutoencoderKl,
+    vae: Box<dyn Autoencoder>,
     limits: PictureLimits,
     waiting: Waiting,
 }
 
 impl AutoencoderStage {
     /// With limits for the pictures it is given.
-    pub fn new(vae: AutoencoderKl, limits: PictureLimits) -> Self {
-        Self { vae, limits, waiting: Waiting::default() }
+    pub fn new(vae: impl Autoencoder + 'static, limits: PictureLimits) -> Self {
+        Self { vae: Box::new(vae), limits, waiting: Waiting::default() }
     }
 
     fn run(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
@@ -33,7 +62,7 @@ impl AutoencoderStage {
         let (width, height) = (request.width, request.height);
         let missing = || Error::Invalid { field: "image", reason: "there is none".into() };
         let picture = image_io::decode_picture(inputs.pictures.image.as_deref().ok_or_else(missing)?, &self.limits)?;
-        let moments = self.vae.encode_with(&image_io::preprocess(&picture, width, height)?, tiling(request))?;
+        let moments = self.vae.encode(&image_io::preprocess(&picture, width, height)?, tiling(request))?;
         let mut out = Tensors::new().with("image.mean", moments.mean).with("image.logvar", moments.logvar);
         if let Some(mask) = &inputs.pictures.mask_image {
             let mask = image_io::decode_picture(mask, &self.limits)?;
@@ -44,7 +73,7 @@ impl AutoencoderStage {
 
     /// `latents: [B, C, H, W]` to pictures in 0..1.
     fn decode(&self, request: &Request, latents: &Tensor) -> Result<Payload> {
-        let image = self.vae.decode_with(&self.vae.config().unscale(latents)?, tiling(request))?;
+        let image = self.vae.decode(latents, tiling(request))?;
         let image = image_io::denormalize(&image)?;
         Ok(Payload::Image(Tensors::new().with("image", image)))
     }

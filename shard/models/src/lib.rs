@@ -20,6 +20,7 @@ pub mod clip;
 pub mod t5;
 
 pub mod autoencoder_kl;
+pub mod autoencoder_kl_qwen;
 
 pub mod image_io;
 

@@ -75,6 +75,7 @@ fn dispatch(case: &mut Case) -> Outcome {
             "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel",
         ) => text_encoders::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
+        ("component", "AutoencoderKLQwenImage") => autoencoders::qwen_image(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
         ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
