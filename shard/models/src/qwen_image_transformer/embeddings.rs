@@ -117,7 +117,7 @@ mod tests {
     use super::*;
 
     fn shapes(shapes: &[[u32; 3]], tokens: usize) -> Result<PictureShapes> {
-        PictureShapes::of(&Tensor::new(shapes, &Device::Cpu).unwrap(), tokens)
+        PictureShapes::of(&Tensor::new(shapes.iter().map(|s| s.to_vec()).collect::<Vec<_>>(), &Device::Cpu).unwrap(), tokens)
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_mask_of_ones_hides_nothing() {
-        let mask = |rows: &[[u32; 3]]| Tensor::new(rows, &Device::Cpu).unwrap();
+        let mask = |rows: &[[u32; 3]]| Tensor::new(rows.iter().map(|r| r.to_vec()).collect::<Vec<_>>(), &Device::Cpu).unwrap();
         assert!(padding_bias(&mask(&[[1, 1, 1]]), [1, 3], 2).unwrap().is_none());
         let bias = padding_bias(&mask(&[[1, 1, 0], [1, 1, 1]]), [2, 3], 2).unwrap().unwrap();
         assert_eq!(bias.dims(), [2, 1, 1, 5]);
