@@ -41,6 +41,7 @@ pub mod engine;
 pub mod text_stage;
 
 mod flow;
+mod packing;
 
 pub mod flux;
 
