@@ -20,6 +20,7 @@ pub mod clip;
 pub mod t5;
 
 pub mod autoencoder_kl;
+pub mod autoencoder_kl_qwen;
 
 pub mod image_io;
 
@@ -29,6 +30,7 @@ mod mmdit;
 
 pub mod flux_transformer;
 pub mod sd3_transformer;
+pub mod qwen_image_transformer;
 
 pub mod checkpoint;
 pub mod denoise;
@@ -40,6 +42,7 @@ pub mod engine;
 pub mod text_stage;
 
 mod flow;
+mod packing;
 
 pub mod flux;
 pub mod sd3;

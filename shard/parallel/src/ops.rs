@@ -4,7 +4,7 @@
 use candle_core::{D, DType, Tensor};
 /// What is behind the operations on the CPU, for those who measure it.
 pub use kernels;
-use kernels::{rope, rows};
+use kernels::{channels, rope, rows};
 
 use crate::Result;
 
@@ -129,6 +129,23 @@ pub fn group_norm(x: &Tensor, groups: usize, affine: [&Tensor; 2], eps: f64, act
     column[1] = dims[1];
     let y = layer_norm(&grouped, None, None, eps)?.reshape(dims)?;
     let y = y.broadcast_mul(&weight.reshape(column.as_slice())?)?.broadcast_add(&bias.reshape(column)?)?;
+    activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
+}
+
+/// RMS norm over the channels of every place of `x: [B, C, ..]` with `weight: [C]`, then `activation`. Where all channels are zero,
+/// so is the output.
+pub fn rms_norm_channels(x: &Tensor, weight: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
+    let dims = x.dims().to_vec();
+    let (channels, places) = (dims[1], dims[2..].iter().product());
+    if ours(x) {
+        let weight = vector(weight)?;
+        let activation = activation.map(Activation::kernel);
+        return produce(x, |x, y| channels::rms_norm(x, y, [channels, places], &weight, activation));
+    }
+    let length = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(channels::LEAST_LENGTH)?;
+    let mut column = vec![1; dims.len()];
+    column[1] = channels;
+    let y = (x.broadcast_div(&length)? * (channels as f64).sqrt())?.broadcast_mul(&weight.reshape(column)?)?;
     activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
 }
 
