@@ -8,8 +8,9 @@ use crate::image_io::{self, Picture, PictureLimits};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::{Error, Payload, Request, Result};
 
-/// Above this many pixels a side the autoencoder works in tiles, whose size the network gives.
-const TILING_ABOVE: usize = 1024;
+/// Above this many pixels the autoencoder works in tiles, whose size the network gives. The largest of the sizes of "one megapixel"
+/// that models are trained at, 1328 x 800, goes in one piece, as in the reference.
+const TILING_ABOVE: usize = 1328 * 800;
 
 /// What the stage asks of a network.
 pub trait Autoencoder: Send + std::fmt::Debug {
@@ -57,6 +58,7 @@ pub struct AutoencoderStage {
     vae: Box<dyn Autoencoder>,
     limits: PictureLimits,
     size: Box<EncodedSize>,
+    masked_picture: bool,
     waiting: Waiting,
 }
 
@@ -64,7 +66,7 @@ impl AutoencoderStage {
     /// With limits for the pictures it is given, which it encodes at the job's own size.
     pub fn new(vae: impl Autoencoder + 'static, limits: PictureLimits) -> Self {
         let size = |request: &Request, _: &Picture, _: usize| Ok((request.width, request.height));
-        Self { vae: Box::new(vae), limits, size: Box::new(size), waiting: Waiting::default() }
+        Self { vae: Box::new(vae), limits, size: Box::new(size), masked_picture: false, waiting: Waiting::default() }
     }
 
     /// The same, encoding at another size.
@@ -72,20 +74,36 @@ impl AutoencoderStage {
         Self { size: Box::new(size), ..self }
     }
 
+    /// The same, also encoding the picture with what the mask covers taken out.
+    pub fn with_masked_picture(self) -> Self {
+        Self { masked_picture: true, ..self }
+    }
+
     fn run(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
         if inputs.latents.is_some() { self.decode(inputs.latents()?) } else { self.encode(request, inputs) }
     }
 
-    /// `image.mean, image.logvar: [1, C, H, W]`, and `mask: [1, 1, height, width]` when there is one.
+    /// `image.mean, image.logvar: [1, C, H, W]`; when there is a mask `mask: [1, 1, height, width]` and, if asked for, the
+    /// moments of `masked_image`.
     fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
         let missing = || Error::Invalid { field: "image", reason: "there is none".into() };
         let picture = image_io::decode_picture(inputs.pictures.image.as_deref().ok_or_else(missing)?, &self.limits)?;
         let (width, height) = (self.size)(request, &picture, self.vae.scale_factor())?;
-        let moments = self.vae.encode(&image_io::preprocess(&picture, width, height)?, tiling(width, height))?;
-        let mut out = Tensors::new().with("image.mean", moments.mean).with("image.logvar", moments.logvar);
+        let image = image_io::preprocess(&picture, width, height)?;
+        let mut out = Tensors::new();
+        let encode = |name: &str, image: &Tensor, out: &mut Tensors| -> Result<()> {
+            let moments = self.vae.encode(image, tiling(width, height))?;
+            out.insert(format!("{name}.mean"), moments.mean);
+            out.insert(format!("{name}.logvar"), moments.logvar);
+            Ok(())
+        };
+        encode("image", &image, &mut out)?;
         if let Some(mask) = &inputs.pictures.mask_image {
-            let mask = image_io::decode_picture(mask, &self.limits)?;
-            out.insert("mask", image_io::preprocess_mask(&mask, width, height)?);
+            let mask = image_io::preprocess_mask(&image_io::decode_picture(mask, &self.limits)?, width, height)?;
+            if self.masked_picture {
+                encode("masked_image", &image.broadcast_mul(&mask.affine(-1.0, 1.0)?)?, &mut out)?;
+            }
+            out.insert("mask", mask);
         }
         Ok(Payload::ImageLatents(out))
     }
@@ -101,7 +119,7 @@ impl AutoencoderStage {
 }
 
 fn tiling(width: usize, height: usize) -> Tiling {
-    if width.max(height) > TILING_ABOVE { Tiling::On } else { Tiling::Off }
+    if width * height > TILING_ABOVE { Tiling::On } else { Tiling::Off }
 }
 
 impl Stage for AutoencoderStage {

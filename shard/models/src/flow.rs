@@ -63,6 +63,14 @@ pub(crate) fn begin(scheduler: FlowMatchEulerDiscrete, request: &Request) -> Res
     scheduler.with_begin((n - (n * strength).min(n)).max(0.0) as usize)
 }
 
+/// All that is random in a job comes from this.
+pub(crate) fn generator(request: &Request) -> Generator {
+    match request.noise_generator {
+        NoiseGenerator::TorchCpu => Generator::Cpu(TorchCpu::new(request.seed)),
+        NoiseGenerator::TorchCuda => Generator::Cuda(TorchCuda::new(request.seed)),
+    }
+}
+
 /// How a family's latents lie.
 pub(crate) struct Latents<'a> {
     /// `[C, H, W]` of one picture.
@@ -85,12 +93,20 @@ impl Latents<'_> {
         scheduler: &dyn Scheduler,
         kept: &mut Tensors,
     ) -> Result<Tensor> {
-        let mut generator = match request.noise_generator {
-            NoiseGenerator::TorchCpu => Generator::Cpu(TorchCpu::new(request.seed)),
-            NoiseGenerator::TorchCuda => Generator::Cuda(TorchCuda::new(request.seed)),
-        };
+        self.start_with(request, inputs, scheduler, kept, &mut generator(request))
+    }
+
+    /// The same, for a family that draws more afterwards.
+    pub(crate) fn start_with(
+        &self,
+        request: &Request,
+        inputs: &mut Inputs,
+        scheduler: &dyn Scheduler,
+        kept: &mut Tensors,
+        generator: &mut Generator,
+    ) -> Result<Tensor> {
         let picture = inputs.image_latents.take();
-        let image_latents = picture.as_ref().map(|picture| self.image_latents(picture, &mut generator)).transpose()?;
+        let image_latents = picture.as_ref().map(|picture| self.image_latents(picture, "image", generator)).transpose()?;
         let [c, h, w] = self.shape;
         let noise = match inputs.noise.take() {
             Some(noise) => noise,
@@ -108,9 +124,10 @@ impl Latents<'_> {
         Ok(latents)
     }
 
-    /// Latents of the input picture: a draw from their distribution, scaled and packed.
-    fn image_latents(&self, picture: &Tensors, generator: &mut Generator) -> Result<Tensor> {
-        let moments = Moments { mean: picture.get("image.mean")?.clone(), logvar: picture.get("image.logvar")?.clone() };
+    /// Latents of a picture, by the name it was encoded under: a draw from their distribution, scaled and packed.
+    pub(crate) fn image_latents(&self, picture: &Tensors, name: &str, generator: &mut Generator) -> Result<Tensor> {
+        let moment = |part: &str| picture.get(&format!("{name}.{part}")).cloned();
+        let moments = Moments { mean: moment("mean")?, logvar: moment("logvar")? };
         let noise = generator.randn(moments.mean.dims())?;
         (self.pack)(&(self.scale)(&moments.sample(&noise)?)?)
     }

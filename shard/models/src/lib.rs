@@ -29,8 +29,8 @@ pub mod scheduler;
 mod mmdit;
 
 pub mod flux_transformer;
-pub mod sd3_transformer;
 pub mod qwen_image_transformer;
+pub mod sd3_transformer;
 
 pub mod checkpoint;
 pub mod denoise;

@@ -10,7 +10,7 @@ use models::model_dir::ModelDir;
 use models::registry::{Limits, LoadSpec, Rank, load};
 use models::stage::{Inputs, Pictures, Stage, StageEvent};
 use models::{Checkpoint, Payload, Request};
-use parallel::Device;
+use parallel::{Device, Tensor, Tensors};
 
 const STEPS: usize = 4;
 
@@ -81,14 +81,48 @@ fn flux_goes_on_from_any_step_with_the_same_bits() {
             let to_encode = Inputs { pictures, ..Inputs::default() };
             inputs.add(run(&mut *stage(&dir, "vae"), &request, to_encode).0).unwrap();
         }
-        let (latents, checkpoints) = run(&mut *stage(&dir, "transformer"), &request, inputs.clone());
-        assert_eq!(checkpoints.len(), if request.strength.is_some() { 3 } else { STEPS });
-        for checkpoint in checkpoints {
-            let step = checkpoint.step;
-            let inputs = Inputs { checkpoint: Some(checkpoint), ..inputs.clone() };
-            let (resumed, rest) = run(&mut *stage(&dir, "transformer"), &request, inputs);
-            assert_eq!(rest.first().map_or(step + 1, |next| next.step), step + 1);
-            assert_eq!(bits(&resumed), bits(&latents), "strength {:?} from {step}", request.strength);
-        }
+        let steps = if request.strength.is_some() { 3 } else { STEPS };
+        goes_on_from_any_step(&dir, &request, &inputs, steps);
     }
+}
+
+/// Denoises once from the start and once from each of its checkpoints.
+fn goes_on_from_any_step(dir: &ModelDir, request: &Request, inputs: &Inputs, steps: usize) {
+    let (latents, checkpoints) = run(&mut *stage(dir, "transformer"), request, inputs.clone());
+    assert_eq!(checkpoints.len(), steps);
+    for checkpoint in checkpoints {
+        let step = checkpoint.step;
+        let inputs = Inputs { checkpoint: Some(checkpoint), ..inputs.clone() };
+        let (resumed, rest) = run(&mut *stage(dir, "transformer"), request, inputs);
+        assert_eq!(rest.first().map_or(step + 1, |next| next.step), step + 1);
+        assert_eq!(bits(&resumed), bits(&latents), "strength {:?} from {step}", request.strength);
+    }
+}
+
+#[test]
+fn kontext_looks_at_its_picture_again_when_it_goes_on() {
+    // The bundled weights as a Kontext model: it was never trained to look, but every token takes part all the same.
+    let bundled = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bundled/emoji");
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(&bundled).unwrap() {
+        let path = entry.unwrap().path().canonicalize().unwrap();
+        std::os::unix::fs::symlink(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let index = std::fs::read_to_string(bundled.join("model_index.json")).unwrap();
+    std::fs::remove_file(folder.path().join("model_index.json")).unwrap();
+    std::fs::write(folder.path().join("model_index.json"), index.replace("FluxPipeline", "FluxKontextPipeline")).unwrap();
+    let dir = ModelDir::open(folder.path()).unwrap();
+
+    let (mut plain, request) = (Inputs::default(), request(None));
+    for encoder in ["text_encoder", "text_encoder_2"] {
+        plain.add(run(&mut *stage(&dir, encoder), &request, Inputs::default()).0).unwrap();
+    }
+    let mut latents = Tensors::new();
+    for (name, value) in [("image.mean", 0.5f32), ("image.logvar", -3.0)] {
+        latents.insert(name, Tensor::full(value, (1, 16, 6, 10), &Device::Cpu).unwrap());
+    }
+    let looking = Inputs { image_latents: Some(latents), ..plain.clone() };
+    goes_on_from_any_step(&dir, &request, &looking, STEPS);
+    let draw = |inputs: &Inputs| bits(&run(&mut *stage(&dir, "transformer"), &request, inputs.clone()).0);
+    assert_ne!(draw(&plain), draw(&looking), "the picture has its part in what is drawn");
 }

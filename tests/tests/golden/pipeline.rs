@@ -35,9 +35,16 @@ pub(crate) struct Family<'a> {
     pub(crate) embeds: Vec<(&'static str, &'static str)>,
     /// Inputs of the network that are compared at the first step, where they are recorded.
     pub(crate) inputs: Vec<&'static str>,
+    /// Pictures that the autoencoder encodes, in the order it is called.
+    pub(crate) pictures: Vec<&'static str>,
+    /// How it encodes them, if not as the model's stage does.
+    pub(crate) encode: Option<&'a Encode<'a>>,
     /// The denoiser's output to what the decoder works on.
     pub(crate) unscale: &'a dyn Fn(&Tensor) -> models::Result<Tensor>,
 }
+
+/// Each job's pictures encoded.
+pub(crate) type Encode<'a> = dyn Fn(&[Request], &[Inputs]) -> Result<Vec<Payload>, String> + 'a;
 
 /// A whole generation, stage by stage, each compared with its recording.
 pub(crate) fn generation(case: &mut Case, dir: &ModelDir, family: &Family<'_>) -> Outcome {
@@ -49,7 +56,7 @@ pub(crate) fn generation(case: &mut Case, dir: &ModelDir, family: &Family<'_>) -
         let outputs = one_by_one(dir, component, &jobs, &inputs)?;
         add(&mut inputs, outputs)?;
     }
-    encode_pictures(case, dir, &jobs, &mut inputs)?;
+    encode_pictures(case, dir, family, &jobs, &mut inputs)?;
     feed_noise(case, &jobs, &mut inputs)?;
     let states = start(family, &jobs, &inputs)?;
     check_embeds(case, family, &states)?;
@@ -128,12 +135,18 @@ pub(crate) fn pictures(case: &Case) -> Result<Option<Pictures>, String> {
 }
 
 /// The pictures' latents, if the jobs start from some.
-fn encode_pictures(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
+fn encode_pictures(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
     let Some(pictures) = pictures(case)? else { return Ok(()) };
     inputs.iter_mut().for_each(|inputs| inputs.pictures = pictures.clone());
-    let outputs = one_by_one(dir, "vae", jobs, inputs)?;
-    for name in ["mean", "logvar"] {
-        case.check(&format!("vae_encode.call0.{name}"), outputs[0].tensors().get(&format!("image.{name}")).map_err(text)?)?;
+    let outputs = match family.encode {
+        Some(encode) => encode(jobs, inputs)?,
+        None => one_by_one(dir, "vae", jobs, inputs)?,
+    };
+    for (call, picture) in family.pictures.iter().enumerate() {
+        for moment in ["mean", "logvar"] {
+            let encoded = outputs[0].tensors().get(&format!("{picture}.{moment}")).map_err(text)?;
+            case.check(&format!("vae_encode.call{call}.{moment}"), encoded)?;
+        }
     }
     add(inputs, outputs)
 }

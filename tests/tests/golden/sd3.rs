@@ -75,6 +75,8 @@ pub(crate) fn pipeline(case: &mut Case) -> Outcome {
         ],
         // The embeddings among them are compared above, at their own tolerances.
         inputs: vec!["timestep"],
+        pictures: vec!["image"],
+        encode: None,
         unscale: &|latents| vae.unscale(latents),
     };
     generation(case, &dir, &family)
