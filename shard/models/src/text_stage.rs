@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use parallel::{Tensor, Tensors};
 
 use crate::block_runner::BlockRunner;
+use crate::lora::Share;
 use crate::request::{Encoder, Guidance};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::tokenizer::Tokenizer;
@@ -59,12 +60,13 @@ impl TextStage {
 
     /// What the denoiser is given for `text`, by its names.
     fn encode(&mut self, text: &str, request: &Request) -> Result<Tensors> {
-        let key = (text.to_owned(), self.encoding.tokens.unwrap_or(request.max_sequence_length));
+        let share = Share::new(1, &self.runner.relevant(&request.loras)?);
+        let key = Key { text: text.to_owned(), tokens: self.encoding.tokens.unwrap_or(request.max_sequence_length), share };
         if let Some(known) = self.cache.get(&key) {
             return Ok(known);
         }
         let inputs = self.tokenize(text, request)?;
-        let mut network = self.runner.forward(&inputs)?;
+        let mut network = self.runner.forward(&inputs, std::slice::from_ref(&key.share))?;
         let kept = self.encoding.outputs.iter().map(|(output, name)| Ok(((*name).to_owned(), network.take(output)?)));
         let embeds: Tensors = kept.collect::<Result<_>>()?;
         self.cache.put(key, embeds.clone());
@@ -109,13 +111,22 @@ impl std::fmt::Debug for TextStage {
     }
 }
 
-/// Embeddings by (text, tokens), the least recently used dropped first. One cache an encoder: its digest is its place.
+/// What embeddings depend on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    text: String,
+    tokens: usize,
+    /// The adapters that change the encoder.
+    share: Share,
+}
+
+/// Embeddings by what they depend on, the least recently used dropped first. One cache an encoder: its digest is its place.
 #[derive(Debug)]
 struct PromptCache {
     limit: usize,
     bytes: usize,
-    entries: HashMap<(String, usize), Tensors>,
-    order: VecDeque<(String, usize)>,
+    entries: HashMap<Key, Tensors>,
+    order: VecDeque<Key>,
 }
 
 impl PromptCache {
@@ -123,22 +134,22 @@ impl PromptCache {
         Self { limit, bytes: 0, entries: HashMap::new(), order: VecDeque::new() }
     }
 
-    fn get(&mut self, key: &(String, usize)) -> Option<Tensors> {
+    fn get(&mut self, key: &Key) -> Option<Tensors> {
         let found = self.entries.get(key)?.clone();
         self.order.retain(|k| k != key);
         self.order.push_back(key.clone());
         Some(found)
     }
 
-    fn put(&mut self, key: (String, usize), embeds: Tensors) {
-        let size = embeds.byte_size() + key.0.len();
+    fn put(&mut self, key: Key, embeds: Tensors) {
+        let size = embeds.byte_size() + key.text.len();
         if size > self.limit {
             return;
         }
         while self.bytes + size > self.limit {
             let Some(oldest) = self.order.pop_front() else { break };
             if let Some(gone) = self.entries.remove(&oldest) {
-                self.bytes -= gone.byte_size() + oldest.0.len();
+                self.bytes -= gone.byte_size() + oldest.text.len();
             }
         }
         self.bytes += size;
@@ -158,7 +169,7 @@ mod tests {
             Tensors::new().with("prompt_embeds", zeros)
         };
         let mut cache = PromptCache::new(220);
-        let key = |s: &str| (s.to_owned(), 8);
+        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, share: Share::default() };
         cache.put(key("a"), embeds(25)); // 100 bytes
         cache.put(key("b"), embeds(25));
         assert!(cache.get(&key("a")).is_some());

@@ -21,7 +21,7 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
 
     let mut inputs: Vec<Inputs> = jobs.iter().map(|_| Inputs::default()).collect();
     for component in ["text_encoder", "text_encoder_2"] {
-        let outputs = one_by_one(&dir, component, &jobs, &inputs)?;
+        let outputs = one_by_one(case, &dir, component, &jobs, &inputs)?;
         for (inputs, output) in inputs.iter_mut().zip(outputs) {
             inputs.add(output).map_err(text)?;
         }
@@ -30,7 +30,7 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
 
     if let Some(pictures) = pictures(case)? {
         inputs.iter_mut().for_each(|inputs| inputs.pictures = pictures.clone());
-        let outputs = one_by_one(&dir, "vae", &jobs, &inputs)?;
+        let outputs = one_by_one(case, &dir, "vae", &jobs, &inputs)?;
         for name in ["mean", "logvar"] {
             case.check(&format!("vae_encode.call0.{name}"), outputs[0].tensors().get(&format!("image.{name}")).map_err(text)?)?;
         }
@@ -113,7 +113,7 @@ fn decode(case: &mut Case, dir: &ModelDir, jobs: &[Request], latents: Vec<Payloa
     let rows = latents.iter().map(|l| l.tensors().get("latents").cloned().map_err(text)).collect::<Result<Vec<_>, String>>()?;
     let unscaled = config.unscale(&Tensor::cat(&rows, 0).map_err(text)?).map_err(text)?;
     case.check("vae_decode.in", &unscaled)?;
-    let mut stage = load(dir, "vae")?;
+    let mut stage = load(case, dir, "vae")?;
     let mut images = Vec::new();
     for (job, latents) in jobs.iter().zip(latents) {
         let mut inputs = Inputs::default();

@@ -3,8 +3,11 @@
 
 use candle_core::{Device, Tensor};
 use models::blocks::RankGroup;
+use models::lora::card::{self, Registered};
+use models::lora::store::{DEFAULT_CACHE_BYTES, Source, Sources};
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
+use models::request::Lora;
 use models::stage::{Inputs, Pictures, Stage, StageEvent};
 use models::{Payload, Request};
 use parallel::rng::{Generator, TorchCpu};
@@ -24,6 +27,7 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
     let number = |name: &str| case.param(name).as_f64();
     let size = |name: &str| number(name).map(|v| v as usize);
     let (second, negative) = (list("prompt_2"), list("negative_prompt"));
+    let loras = loras(case)?;
     let job = |(i, prompt): (usize, String)| {
         Some(Request {
             prompt,
@@ -38,10 +42,37 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             num_images_per_prompt: size("num_images_per_prompt").unwrap_or(1),
             strength: number("strength"),
             max_sequence_length: size("max_sequence_length")?,
+            loras: loras.clone(),
             ..Request::default()
         })
     };
     list("prompt").into_iter().enumerate().map(job).collect::<Option<_>>().ok_or_else(|| "a parameter is missing".into())
+}
+
+/// The case's adapters, by the names of their files, and the weight of each.
+fn loras(case: &Case) -> Result<Vec<Lora>, String> {
+    let one = |lora: &Value| Some(Lora { name: lora["file"].as_str()?.to_owned(), scale: lora["weight"].as_f64()? });
+    let all = case.json["lora"].as_array().into_iter().flatten().map(one);
+    all.collect::<Option<_>>().ok_or_else(|| "an adapter has no file or no weight".into())
+}
+
+/// The same, as a worker checks and registers them.
+fn sources(case: &Case, dir: &ModelDir) -> Result<Sources, String> {
+    let registered: Vec<Registered> = loras(case)?
+        .into_iter()
+        .map(|Lora { name, .. }| Registered { path: case.dir.join(&name), name, defaults: Default::default() })
+        .collect();
+    let cards = card::describe(dir, &registry::describe(dir).map_err(text)?, &registered).map_err(text)?;
+    if let Some(card) = cards.iter().find(|card| !card.problem.is_empty()) {
+        return Err(card.problem.clone());
+    }
+    let source = |(card, Registered { name, path, .. }): (card::AdapterCard, Registered)| Source {
+        name,
+        path,
+        digest: card.digest,
+        components: card.components,
+    };
+    Ok(Sources { named: cards.into_iter().zip(registered).map(source).collect(), cache_bytes: DEFAULT_CACHE_BYTES })
 }
 
 /// The draws of the run, in order, from its seed.
@@ -77,7 +108,7 @@ pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -
 
 /// All jobs at once in one engine.
 pub(crate) fn denoise(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<Payload>, String> {
-    let mut stage = load(dir, "transformer")?;
+    let mut stage = load(case, dir, "transformer")?;
     let tasks: Vec<_> = jobs.iter().cloned().zip(inputs.iter().cloned()).collect();
     let mut steps: Vec<Vec<Tensor>> = Vec::new();
     let outputs = run_stage(&mut *stage, &tasks, |step, sample| {
@@ -94,18 +125,24 @@ pub(crate) fn denoise(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs:
 }
 
 /// Every job through a component's stage, one after the other.
-pub(crate) fn one_by_one(dir: &ModelDir, component: &str, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<Payload>, String> {
-    let mut stage = load(dir, component)?;
+pub(crate) fn one_by_one(
+    case: &Case,
+    dir: &ModelDir,
+    component: &str,
+    jobs: &[Request],
+    inputs: &[Inputs],
+) -> Result<Vec<Payload>, String> {
+    let mut stage = load(case, dir, component)?;
     let alone = |(job, inputs): (&Request, &Inputs)| {
         Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| Ok(()))?.remove(0))
     };
     jobs.iter().zip(inputs).map(alone).collect()
 }
 
-/// A component's stage on a group of one.
-pub(crate) fn load(dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
+/// A component's stage on a group of one, with the case's adapters.
+pub(crate) fn load(case: &Case, dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
     let spec = LoadSpec { dir, component, group: RankGroup::solo(), device: Device::Cpu, limits: Limits::default() };
-    match registry::load(spec, &mut |_| ()).map_err(text)? {
+    match registry::load_with(spec, sources(case, dir)?, &mut |_| ()).map_err(text)? {
         Rank::Leader(stage) => Ok(stage),
         Rank::Follower(_) => Err("a group of one has a leader only".into()),
     }
