@@ -204,23 +204,20 @@ impl Engine {
     /// Gives each branch its rows of a forward's output, or the reason why there are none. What an adapter is to blame for fails
     /// the jobs that use it; the others' branches wait again.
     fn hand_out(&mut self, picked: &[BranchRef], output: &Result<Tensor>) {
-        let blamed = match output {
-            Err(Error::Adapter { name, .. }) => Some(name.as_str()),
-            _ => None,
-        };
+        let blamed = |job: &Active| matches!(output, Err(Error::Adapter { name, .. }) if job.share.names(name));
+        let is_picked = |job: &&Active| picked.iter().any(|reference| reference.key == job.key);
+        let some_blamed = self.active.iter().filter(is_picked).any(blamed);
         let mut row = 0;
         for reference in picked {
             let Some(job) = self.active.iter_mut().find(|job| job.key == reference.key) else { continue };
             let rows = job.state.pictures();
             let mine = match output {
                 Ok(output) => Branch::Done(output.narrow(0, row, rows).map_err(Error::from)),
-                Err(Error::Adapter { name, reason }) if job.share.names(name) => {
+                Err(Error::Adapter { name, reason }) if blamed(job) => {
                     Branch::Done(Err(Error::Adapter { name: name.clone(), reason: reason.clone() }))
                 }
-                Err(error) => match blamed {
-                    Some(_) => again(&*self.denoiser, &job.state, reference.branch),
-                    None => Branch::Done(Err(Error::Rank { reason: error.to_string() })),
-                },
+                Err(_) if some_blamed => again(&*self.denoiser, &job.state, reference.branch),
+                Err(error) => Branch::Done(Err(Error::Rank { reason: error.to_string() })),
             };
             row += rows;
             if let Some(slot) = job.branches.get_mut(reference.branch) {

@@ -84,7 +84,9 @@ fn bad(path: &std::path::Path, reason: impl Into<String>) -> Error {
 /// The first few of a list of keys, and how many there are more.
 fn listed(keys: &[String]) -> String {
     const SHOWN: usize = 8;
-    let shown: Vec<String> = keys.iter().take(SHOWN).map(|key| format!("`{key}`")).collect();
+    const KEY_CHARS: usize = 120;
+    let key = |key: &String| format!("`{}`", key.chars().take(KEY_CHARS).collect::<String>());
+    let shown: Vec<String> = keys.iter().take(SHOWN).map(key).collect();
     let more = keys.len().saturating_sub(SHOWN);
     if more == 0 { shown.join(", ") } else { format!("{} and {more} more", shown.join(", ")) }
 }

@@ -12,6 +12,8 @@ use crate::{Error, Result, registry};
 
 /// What an adapter may want for the jobs that use it: few-step adapters are made for one number of steps and for no guidance.
 pub const DEFAULTS: [&str; 4] = ["num_inference_steps", "true_cfg_scale", "guidance_scale", "shift"];
+/// Longest reason: the card of a model with many adapters is one message.
+const MAX_PROBLEM_CHARS: usize = 1000;
 
 /// An adapter that is to be served.
 #[derive(Clone, Debug, PartialEq)]
@@ -52,7 +54,10 @@ pub fn describe(dir: &ModelDir, card: &Card, registered: &[Registered]) -> Resul
     let names = card.components.iter().map(|component| component.name.as_str()).filter(|name| Part::of(name).is_some());
     let sites = names.map(|name| registry::sites(dir, name)).collect::<Result<Vec<_>>>()?;
     let each = registered.iter().map(|adapter| {
-        let failed = |error: Error| AdapterCard { problem: error.to_string(), ..AdapterCard::default() };
+        let failed = |error: Error| {
+            let problem = error.to_string().chars().take(MAX_PROBLEM_CHARS).collect();
+            AdapterCard { problem, ..AdapterCard::default() }
+        };
         let card = one(card, &sites, adapter).unwrap_or_else(failed);
         AdapterCard { name: adapter.name.clone(), ..card }
     });
