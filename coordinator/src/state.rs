@@ -32,6 +32,8 @@ mod view;
 mod work;
 
 #[cfg(test)]
+mod adapter_tests;
+#[cfg(test)]
 mod chaos;
 #[cfg(test)]
 mod durable_tests;
