@@ -61,6 +61,36 @@ pub struct StageCard {
     pub with_pictures: bool,
 }
 
+impl ComponentCard {
+    /// The component `name` of `dir`, whose `heads` are divided over the ranks of each of at most `max_block_ranges` ranges.
+    pub fn of(dir: &ModelDir, name: &str, heads: usize, max_block_ranges: usize) -> Result<Self> {
+        let tp_options = [1, 2, 4, 8].into_iter().filter(|tp| heads.is_multiple_of(*tp)).collect();
+        Ok(Self { name: name.into(), weight_bytes: dir.weight_bytes(name)?, tp_options, max_block_ranges })
+    }
+}
+
+impl StageCard {
+    /// A stage; an EncodeImage stage is there only in jobs that start from a picture, and is given it.
+    pub fn new(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> Self {
+        let pictures = kind == StageKind::EncodeImage;
+        let inputs = inputs.iter().map(|input| (*input).to_owned()).collect();
+        Self { id: id.into(), kind, component: component.into(), inputs, with_image: pictures, with_pictures: pictures }
+    }
+
+    /// The stages of a family whose text encoders each read their prompt alone: they and, with an input picture, the autoencoder
+    /// side by side, then `transformer`, then the autoencoder.
+    pub fn of_text_encoders(encoders: &[&str]) -> Vec<Self> {
+        let ids: Vec<String> = encoders.iter().map(|name| name.replace("text_encoder", "encode_text")).collect();
+        let mut stages: Vec<Self> =
+            ids.iter().zip(encoders).map(|(id, component)| Self::new(id, StageKind::EncodeText, component, &[])).collect();
+        let inputs: Vec<&str> = ids.iter().map(String::as_str).chain(["encode_image"]).collect();
+        stages.push(Self::new("encode_image", StageKind::EncodeImage, "vae", &[]));
+        stages.push(Self::new("denoise", StageKind::Denoise, "transformer", &inputs));
+        stages.push(Self::new("decode", StageKind::Decode, "vae", &["denoise"]));
+        stages
+    }
+}
+
 impl Card {
     /// Takes the defaults that the model's directory names.
     ///

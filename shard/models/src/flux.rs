@@ -1,32 +1,30 @@
 //! FLUX.1: how the family's components become stages.
 //!
 //! Follows diffusers' `pipeline_flux.py`, `pipeline_flux_img2img.py` and `pipeline_flux_inpaint.py` (0.42): text to image,
-//! image to image and inpainting by one denoiser, distilled guidance and true classifier-free guidance. The order of random
-//! draws is theirs: latents of the input picture first, then the noise.
+//! image to image and inpainting by one denoiser, distilled guidance and true classifier-free guidance.
 
 use std::path::Path;
 
-use parallel::Weights;
-use parallel::rng::{Generator, TorchCpu, TorchCuda};
-use parallel::{Device, Tensor, Tensors};
+use parallel::{DType, Device, Tensor, Tensors, Weights};
 
-use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig, Moments};
+use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
 use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
-use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
 use crate::clip::{ClipTextConfig, ClipTextEncoder};
-use crate::denoise::{DenoiseState, Denoiser, LastStep};
+use crate::denoise::{DenoiseState, Denoiser};
 use crate::engine::Engine;
+use crate::flow::{self, Defaults, Latents};
 use crate::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
-use crate::request::{Encoder, Guidance, NoiseGenerator};
-use crate::scheduler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule, Scheduler};
+use crate::request::{Encoder, Guidance};
+use crate::scheduler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule};
 use crate::stage::Inputs;
 use crate::t5::{T5Config, T5Encoder};
-use crate::text_stage::{TextEncoding, TextStage};
+use crate::text_stage::{Kept, TextEncoding, TextStage};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Payload, Request, Result};
 
@@ -37,11 +35,6 @@ pub const CLASSES: &[&str] = &["FluxPipeline", "FluxImg2ImgPipeline", "FluxInpai
 const GUIDANCE: Guidance = Guidance::TrueCfg;
 /// Tokens CLIP reads, always.
 const CLIP_TOKENS: usize = 77;
-/// Side limits of a picture, in pixels.
-const MAX_SIDE: usize = 4096;
-/// 2048 x 2048: what the position embedding was made for, and then some.
-const MAX_PIXELS: u64 = 4 << 20;
-const MAX_STEPS: usize = 500;
 /// Parts that FLUX is made of, the text encoders' tokenizers beside them.
 const COMPONENTS: [&str; 4] = ["text_encoder", "text_encoder_2", "transformer", "vae"];
 
@@ -52,46 +45,23 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let clip: ClipTextConfig = dir.config("text_encoder")?;
     let vae: AutoencoderKlConfig = dir.config("vae")?;
     let scheduler = scheduler_config(dir)?;
-    let component = |name: &str, heads: usize, max_block_ranges: usize| -> Result<ComponentCard> {
-        let tp_options = [1, 2, 4, 8].into_iter().filter(|tp| heads.is_multiple_of(*tp)).collect();
-        Ok(ComponentCard { name: name.into(), weight_bytes: dir.weight_bytes(name)?, tp_options, max_block_ranges })
-    };
-    let blocks = transformer.num_layers + transformer.num_single_layers;
     let card = Card {
         family: "flux".into(),
         pipeline_class: dir.pipeline_class().into(),
         scheduler: "FlowMatchEulerDiscreteScheduler".into(),
         digest: dir.digest()?,
         components: vec![
-            component("text_encoder", clip.num_attention_heads, 1)?,
-            component("text_encoder_2", t5.num_heads, t5.num_layers)?,
-            component("transformer", transformer.num_attention_heads, blocks)?,
+            ComponentCard::of(dir, "text_encoder", clip.num_attention_heads, 1)?,
+            ComponentCard::of(dir, "text_encoder_2", t5.num_heads, t5.num_layers)?,
+            ComponentCard::of(dir, "transformer", transformer.num_attention_heads, transformer.blocks())?,
             // One head, and small beside the rest: held whole.
-            component("vae", 1, 1)?,
+            ComponentCard::of(dir, "vae", 1, 1)?,
         ],
-        stages: stages(),
+        stages: StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"]),
         parameters: parameters(&transformer, &scheduler, &vae),
-        max_pixels: MAX_PIXELS,
+        max_pixels: flow::MAX_PIXELS,
     };
     card.with_defaults_of(dir)
-}
-
-fn stages() -> Vec<StageCard> {
-    let stage = |id: &str, kind, component: &str, inputs: &[&str], with_image| StageCard {
-        id: id.into(),
-        kind,
-        component: component.into(),
-        inputs: inputs.iter().map(|i| (*i).to_owned()).collect(),
-        with_image,
-        with_pictures: kind == StageKind::EncodeImage,
-    };
-    vec![
-        stage("encode_text", StageKind::EncodeText, "text_encoder", &[], false),
-        stage("encode_text_2", StageKind::EncodeText, "text_encoder_2", &[], false),
-        stage("encode_image", StageKind::EncodeImage, "vae", &[], true),
-        stage("denoise", StageKind::Denoise, "transformer", &["encode_text", "encode_text_2", "encode_image"], false),
-        stage("decode", StageKind::Decode, "vae", &["denoise"], false),
-    ]
 }
 
 /// What a job may set. Defaults are the pipelines'; a checkpoint without dynamic shifting is a few-step one (schnell) unless
@@ -102,24 +72,15 @@ fn parameters(
     vae: &AutoencoderKlConfig,
 ) -> Vec<ParameterCard> {
     let few_steps = !transformer.guidance_embeds && !scheduler.use_dynamic_shifting && scheduler.shift == 1.0;
-    let side = (vae.sample_size.max(16) as f64).min(1024.0);
-    let size = |name| ParameterCard::number(name, 16.0, MAX_SIDE as f64, side).multiple(16.0);
-    let mut parameters = vec![
-        ParameterCard::field("prompt_2"),
-        ParameterCard::field("negative_prompt"),
-        ParameterCard::field("negative_prompt_2"),
-        size("width"),
-        size("height"),
-        ParameterCard::number("num_inference_steps", 1.0, MAX_STEPS as f64, if few_steps { 4.0 } else { 28.0 }).multiple(1.0),
-        ParameterCard::number("true_cfg_scale", 1.0, 20.0, 1.0),
-        ParameterCard::number("num_images_per_prompt", 1.0, 10.0, 1.0).multiple(1.0),
-        // Above nothing: the least strength still makes one step.
-        ParameterCard::number("strength", 0.001, 1.0, 0.6),
-        ParameterCard::field("image_blob_id"),
-        ParameterCard::field("mask_image_blob_id"),
-        ParameterCard::number("max_sequence_length", 1.0, 512.0, if few_steps { 256.0 } else { 512.0 }).multiple(1.0),
-        ParameterCard::field("noise_generator"),
-    ];
+    let mut parameters = flow::parameters(&Defaults {
+        multiple: 16,
+        max_side: flow::MAX_SIDE,
+        side: vae.sample_size.clamp(16, 1024),
+        num_inference_steps: if few_steps { 4 } else { 28 },
+        max_sequence_length: if few_steps { 256 } else { 512 },
+    });
+    parameters.extend(["prompt_2", "negative_prompt", "negative_prompt_2"].map(ParameterCard::field));
+    parameters.push(ParameterCard::number("true_cfg_scale", 1.0, 20.0, 1.0));
     if transformer.guidance_embeds {
         parameters.push(ParameterCard::number("guidance_scale", 0.0, 100.0, 3.5));
     }
@@ -156,7 +117,7 @@ fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
     Ok(TextEncoding {
         tokenizer,
         tokens: Some(CLIP_TOKENS),
-        outputs: vec![("pooler_output", "pooled_prompt_embeds")],
+        outputs: vec![(Kept::Output("pooler_output"), "pooled_prompt_embeds")],
         with_mask: false,
         encoder: Encoder::First,
         guidance: GUIDANCE,
@@ -169,7 +130,7 @@ fn t5_encoding(dir: &Path) -> Result<TextEncoding> {
     Ok(TextEncoding {
         tokenizer,
         tokens: None,
-        outputs: vec![("last_hidden_state", "prompt_embeds")],
+        outputs: vec![(Kept::Output("last_hidden_state"), "prompt_embeds")],
         with_mask: false,
         encoder: Encoder::Second,
         guidance: GUIDANCE,
@@ -215,85 +176,42 @@ impl FluxDenoiser {
         let (h, w) = self.grid(request);
         let mu = Some(config.mu(h * w));
         let scheduler = FlowMatchEulerDiscrete::new(config, &Schedule { num_inference_steps: n, sigmas: Some(sigmas), mu })?;
-        match request.strength {
-            None => Ok(scheduler),
-            Some(strength) => {
-                // int(n - min(n strength, n)), as the reference rounds.
-                let begin = (n as f64 - (n as f64 * strength).min(n as f64)).max(0.0) as usize;
-                scheduler.with_begin(begin)
-            }
-        }
-    }
-
-    /// Latents of the input picture: a draw from their distribution, scaled and packed. `[1, C, H, W] -> [1, L, 4 C]`
-    fn image_latents(&self, image: &Tensors, generator: &mut Generator) -> Result<Tensor> {
-        let moments = Moments { mean: image.get("image.mean")?.clone(), logvar: image.get("image.logvar")?.clone() };
-        let noise = generator.randn(moments.mean.dims())?;
-        pack_latents(&self.vae.scale(&moments.sample(&noise)?)?)
-    }
-
-    /// The mask at latent size, packed as the latents are: 1 where to repaint.
-    fn mask(&self, mask: &Tensor) -> Result<Tensor> {
-        let (_, _, height, width) = mask.dims4()?;
-        let f = self.vae.scale_factor();
-        // Nearest neighbour down to the latent grid picks every f-th pixel.
-        let rows = Tensor::arange_step(0u32, height as u32, f as u32, mask.device())?;
-        let columns = Tensor::arange_step(0u32, width as u32, f as u32, mask.device())?;
-        let small = mask.index_select(&rows, 2)?.index_select(&columns, 3)?;
-        pack_latents(&small.repeat((1, self.channels, 1, 1))?)
+        flow::begin(scheduler, request)
     }
 }
 
 impl Denoiser for FluxDenoiser {
-    fn start(&self, request: Request, inputs: Inputs) -> Result<DenoiseState> {
+    fn start(&self, request: Request, mut inputs: Inputs) -> Result<DenoiseState> {
         let scheduler = self.scheduler(&request)?;
         let (h, w) = self.grid(&request);
-        let mut generator = match request.noise_generator {
-            NoiseGenerator::TorchCpu => Generator::Cpu(TorchCpu::new(request.seed)),
-            NoiseGenerator::TorchCuda => Generator::Cuda(TorchCuda::new(request.seed)),
+        let mut tensors = std::mem::take(&mut inputs.conditioning);
+        let space = Latents {
+            shape: [self.channels, 2 * h, 2 * w],
+            scale_factor: self.vae.scale_factor(),
+            scale: &|latents| self.vae.scale(latents),
+            pack: &pack_latents,
         };
-        let mut tensors = inputs.conditioning;
-        let start = inputs.image_latents.as_ref().map(|image| self.image_latents(image, &mut generator)).transpose()?;
-        let noise = match inputs.noise {
-            Some(noise) => noise,
-            None => generator.randn(&[request.num_images_per_prompt, self.channels, 2 * h, 2 * w])?,
-        };
-        let noise = pack_latents(&noise)?;
-        let latents = match &start {
-            None => noise.clone(),
-            Some(start) => scheduler.scale_noise(&start.broadcast_as(noise.shape())?.contiguous()?, 0, &noise)?,
-        };
-        if let (Some(start), Some(mask)) = (start, inputs.image_latents.as_ref().and_then(|image| image.find("mask"))) {
-            tensors.insert("mask", self.mask(mask)?);
-            tensors.insert("image_latents", start.broadcast_as(noise.shape())?.contiguous()?);
-            tensors.insert("noise", noise);
-        }
+        let latents = space.start(&request, &mut inputs, &scheduler, &mut tensors)?;
         tensors.insert("img_ids", image_ids(h, w)?);
         let text_tokens = tensors.get("prompt_embeds")?.dim(1)?;
-        tensors.insert("txt_ids", Tensor::zeros((text_tokens, 3), parallel::DType::F32, &Device::Cpu)?);
+        tensors.insert("txt_ids", Tensor::zeros((text_tokens, 3), DType::F32, &Device::Cpu)?);
         Ok(DenoiseState { request, latents, step: 0, scheduler: Box::new(scheduler), tensors, last: None })
     }
 
     fn branches(&self, state: &DenoiseState) -> Result<Vec<Tensors>> {
         let pictures = state.pictures();
         let timestep = state.scheduler.timesteps()[state.step] as f32 / 1000.0;
-        let each = |value: f32| Tensor::full(value, pictures, &Device::Cpu);
         let branch = |prefix: &str| -> Result<Tensors> {
-            let embeds = |name: &str| -> Result<Tensor> {
-                let one = state.tensors.get(&format!("{prefix}{name}"))?;
-                let mut shape = one.dims().to_vec();
-                shape[0] = pictures;
-                Ok(one.broadcast_as(shape)?.contiguous()?)
-            };
+            let embeds = |name: &str| flow::per_picture(state.tensors.get(&format!("{prefix}{name}"))?, pictures);
             let mut inputs = Tensors::new()
                 .with("hidden_states", state.latents.clone())
-                .with("timestep", each(timestep)?)
+                .with("timestep", flow::each(timestep, pictures)?)
                 .with("pooled_projections", embeds("pooled_prompt_embeds")?)
                 .with("encoder_hidden_states", embeds("prompt_embeds")?)
                 .with("img_ids", state.tensors.get("img_ids")?.clone())
                 .with("txt_ids", state.tensors.get("txt_ids")?.clone());
             if self.guidance_embeds {
-                inputs.insert("guidance", each(state.request.guidance_scale.unwrap_or(3.5) as f32)?);
+                inputs.insert("guidance", flow::each(state.request.guidance_scale.unwrap_or(3.5) as f32, pictures)?);
             }
             Ok(inputs)
         };
@@ -315,26 +233,11 @@ impl Denoiser for FluxDenoiser {
 
     fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()> {
         let model_output = match outputs.as_slice() {
-            [cond, uncond] => (uncond + ((cond - uncond)? * state.request.true_cfg_scale)?)?,
+            [cond, uncond] => flow::guided(uncond, cond, state.request.true_cfg_scale)?,
             [cond] => cond.clone(),
             other => return Err(Error::Rank { reason: format!("{} branches, expected 1 or 2", other.len()) }),
         };
-        let prev_sample = state.scheduler.step(&model_output, state.step, &state.latents)?;
-        state.latents = match state.tensors.find("mask") {
-            None => prev_sample.clone(),
-            Some(mask) => {
-                let image = state.tensors.get("image_latents")?;
-                let kept = if state.step + 1 < state.steps() {
-                    state.scheduler.scale_noise(image, state.step + 1, state.tensors.get("noise")?)?
-                } else {
-                    image.clone()
-                };
-                let outside = mask.affine(-1.0, 1.0)?;
-                (kept.broadcast_mul(&outside)? + prev_sample.broadcast_mul(mask)?)?
-            }
-        };
-        state.last = Some(LastStep { model_output, prev_sample });
-        Ok(())
+        flow::step(state, model_output)
     }
 
     fn finish(&self, state: DenoiseState) -> Result<Payload> {

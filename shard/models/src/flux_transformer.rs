@@ -10,23 +10,23 @@
 
 use std::ops::Range;
 
-use parallel::{Linear, Tensor, Tensors, Weights};
+use parallel::{DType, Linear, Tensor, Tensors, Weights};
 use serde::Deserialize;
 
+use crate::Result;
 use crate::blocks::{BlockModel, RangeOf};
-use crate::{Error, Result};
+use crate::mmdit::attention::{Heads, Rope};
+use crate::mmdit::embeddings::TimeTextEmbed;
+use crate::mmdit::layers::{AdaLayerNorm, linear};
+use crate::mmdit::residuals::Residuals;
+use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, not_held, unsupported};
 
-mod attention;
-mod embeddings;
-mod layers;
+mod blocks;
+mod pos_embed;
 
-use embeddings::{FluxPosEmbed, TimeTextEmbed};
-use layers::{AdaLayerNorm, FluxSingleTransformerBlock, FluxTransformerBlock, Rope, linear};
+use blocks::{FluxSingleTransformerBlock, FluxTransformerBlock};
+use pos_embed::FluxPosEmbed;
 
-/// Most blocks in one network, so that a configuration cannot make loading loop for hours. FLUX.1 has 57.
-const MAX_BLOCKS: usize = 1024;
-/// Largest width of any layer, so that products of widths cannot overflow. FLUX.1's largest is 15,360.
-const MAX_WIDTH: usize = 1 << 20;
 /// Ids of a token: picture, row, column.
 const AXES: usize = 3;
 
@@ -82,6 +82,10 @@ impl FluxTransformerConfig {
         self.num_attention_heads * self.attention_head_dim
     }
 
+    fn heads(&self) -> Heads {
+        Heads { count: self.num_attention_heads, width: self.attention_head_dim, qk_norm: true }
+    }
+
     /// Blocks in the row.
     pub fn blocks(&self) -> usize {
         self.num_layers + self.num_single_layers
@@ -92,10 +96,7 @@ impl FluxTransformerConfig {
     /// # Errors
     /// [`Error::Unsupported`] with the first field that cannot be.
     pub fn validate(&self) -> Result<()> {
-        let unsupported = |field: &str, value: &dyn std::fmt::Debug| {
-            Err(Error::Unsupported { field: field.into(), value: format!("{value:?}") })
-        };
-        let widths = [
+        check_widths([
             ("patch_size", self.patch_size),
             ("in_channels", self.in_channels),
             ("out_channels", self.out_channels.unwrap_or(self.in_channels)),
@@ -103,24 +104,19 @@ impl FluxTransformerConfig {
             ("num_attention_heads", self.num_attention_heads),
             ("joint_attention_dim", self.joint_attention_dim),
             ("pooled_projection_dim", self.pooled_projection_dim),
-        ];
-        for (field, width) in widths {
-            if !(1..=MAX_WIDTH).contains(&width) {
-                return unsupported(field, &width);
-            }
-        }
+        ])?;
         if self.inner_dim() > MAX_WIDTH {
-            return unsupported("num_attention_heads", &self.num_attention_heads);
+            return Err(unsupported("num_attention_heads", &self.num_attention_heads));
         }
         for (field, layers) in [("num_layers", self.num_layers), ("num_single_layers", self.num_single_layers)] {
             if layers > MAX_BLOCKS {
-                return unsupported(field, &layers);
+                return Err(unsupported(field, &layers));
             }
         }
         let axes = &self.axes_dims_rope;
         let fits = axes.iter().try_fold(0usize, |sum, dim| sum.checked_add(*dim)) == Some(self.attention_head_dim);
         if axes.len() != AXES || !fits || axes.iter().any(|dim| dim % 2 == 1) {
-            return unsupported("axes_dims_rope", axes);
+            return Err(unsupported("axes_dims_rope", axes));
         }
         Ok(())
     }
@@ -143,13 +139,15 @@ pub struct FluxTransformer {
     /// On the last range.
     head: Option<Head>,
     num_layers: usize,
-    num_single_layers: usize,
+    /// Of the double-stream and of the single-stream blocks.
+    residuals: [Residuals; 2],
 }
 
 /// What comes before the blocks.
 #[derive(Debug)]
 struct Embedders {
     pos_embed: FluxPosEmbed,
+    guidance_embeds: bool,
     time_text_embed: TimeTextEmbed,
     context_embedder: Linear,
     x_embedder: Linear,
@@ -166,10 +164,7 @@ impl FluxTransformer {
     /// Reads what this rank holds of `w`, whose group shares every split tensor: `range` of the row of blocks.
     pub fn load(w: &Weights, config: &FluxTransformerConfig, range: RangeOf) -> Result<Self> {
         config.validate()?;
-        let (heads, tp) = (config.num_attention_heads, w.group().size());
-        if heads % tp != 0 {
-            return Err(parallel::Error::Indivisible { what: "num_attention_heads".into(), size: heads, tp }.into());
-        }
+        check_heads(w, config.num_attention_heads)?;
         let blocks = range.of(config.blocks());
         let (doubles, singles) = kinds(&blocks, config.num_layers);
         let skip_others = |name: &str, count: usize, mine: &Range<usize>| {
@@ -177,18 +172,9 @@ impl FluxTransformer {
         };
         skip_others("transformer_blocks", config.num_layers, &doubles);
         skip_others("single_transformer_blocks", config.num_single_layers, &singles);
-        let embedders = if range.is_first() {
-            Some(Embedders::load(w, config)?)
-        } else {
-            ["time_text_embed", "context_embedder", "x_embedder"].into_iter().for_each(|name| w.skip(name));
-            None
-        };
-        let head = if range.is_last() {
-            Some(Head::load(w, config)?)
-        } else {
-            ["norm_out", "proj_out"].into_iter().for_each(|name| w.skip(name));
-            None
-        };
+        let before = ["time_text_embed", "context_embedder", "x_embedder"];
+        let embedders = load_if(range.is_first(), w, &before, || Embedders::load(w, config))?;
+        let head = load_if(range.is_last(), w, &["norm_out", "proj_out"], || Head::load(w, config))?;
         let double = |i| FluxTransformerBlock::load(&w.pp("transformer_blocks").pp(i), config);
         let single = |i| FluxSingleTransformerBlock::load(&w.pp("single_transformer_blocks").pp(i), config);
         let model = Self {
@@ -198,7 +184,10 @@ impl FluxTransformer {
             start: blocks.start,
             head,
             num_layers: config.num_layers,
-            num_single_layers: config.num_single_layers,
+            residuals: [
+                Residuals { name: "controlnet_block_samples", blocks: config.num_layers },
+                Residuals { name: "controlnet_single_block_samples", blocks: config.num_single_layers },
+            ],
         };
         w.finish()?;
         Ok(model)
@@ -209,10 +198,24 @@ impl Embedders {
     fn load(w: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
         Ok(Self {
             pos_embed: FluxPosEmbed::new(&config.axes_dims_rope),
-            time_text_embed: TimeTextEmbed::load(&w.pp("time_text_embed"), config)?,
+            guidance_embeds: config.guidance_embeds,
+            time_text_embed: TimeTextEmbed::load(
+                &w.pp("time_text_embed"),
+                config.pooled_projection_dim,
+                config.inner_dim(),
+                config.guidance_embeds,
+            )?,
             context_embedder: linear(&w.pp("context_embedder"), config.joint_attention_dim, config.inner_dim())?,
             x_embedder: linear(&w.pp("x_embedder"), config.in_channels, config.inner_dim())?,
         })
+    }
+
+    /// `temb: [B, D]`. Time and guidance are rounded to `dtype`, that of the hidden states, before they are multiplied by 1000,
+    /// as in the reference.
+    fn temb(&self, inputs: &Tensors, dtype: DType) -> Result<Tensor> {
+        let thousandfold = |name: &str| -> Result<Tensor> { Ok((inputs.get(name)?.to_dtype(dtype)? * 1000.0)?) };
+        let guidance = self.guidance_embeds.then(|| thousandfold("guidance")).transpose()?;
+        self.time_text_embed.forward(&thousandfold("timestep")?, guidance.as_ref(), inputs.get("pooled_projections")?)
     }
 }
 
@@ -220,7 +223,7 @@ impl Head {
     fn load(w: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
         let out_channels = config.out_channels.unwrap_or(config.in_channels);
         Ok(Self {
-            norm_out: AdaLayerNorm::load(&w.pp("norm_out"), config.inner_dim(), 2)?,
+            norm_out: AdaLayerNorm::load(&w.pp("norm_out.linear"), config.inner_dim(), 2)?,
             proj_out: linear(&w.pp("proj_out"), config.inner_dim(), config.patch_size * config.patch_size * out_channels)?,
         })
     }
@@ -232,7 +235,7 @@ impl BlockModel for FluxTransformer {
     fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
         let embedders = self.embedders.as_ref().ok_or_else(|| not_held("embedders"))?;
         let hidden_states = embedders.x_embedder.forward(inputs.get("hidden_states")?)?; // [B, L_img, D]
-        let temb = embedders.time_text_embed.forward(inputs, hidden_states.dtype())?; // [B, D]
+        let temb = embedders.temb(inputs, hidden_states.dtype())?; // [B, D]
         let encoder_hidden_states = embedders.context_embedder.forward(inputs.get("encoder_hidden_states")?)?; // [B, L_txt, D]
         let ids = Tensor::cat(&[inputs.get("txt_ids")?, inputs.get("img_ids")?], 0)?; // [L_txt + L_img, 3]
         let rope = embedders.pos_embed.forward(&ids)?;
@@ -242,8 +245,10 @@ impl BlockModel for FluxTransformer {
             .with("temb", temb)
             .with("image_rotary_emb.cos", rope.cos)
             .with("image_rotary_emb.sin", rope.sin);
-        place_residuals(inputs, CONTROLNET_BLOCKS, self.num_layers, &mut hidden);
-        place_residuals(inputs, CONTROLNET_SINGLE_BLOCKS, self.num_single_layers, &mut hidden);
+        for residuals in &self.residuals {
+            // Every residual goes to the same number of blocks in a row, the last perhaps to fewer.
+            residuals.place(inputs, &mut hidden, |block, count| block / residuals.blocks.div_ceil(count));
+        }
         Ok(hidden)
     }
 
@@ -252,18 +257,17 @@ impl BlockModel for FluxTransformer {
         let rope = Rope { cos: hidden.get("image_rotary_emb.cos")?.clone(), sin: hidden.get("image_rotary_emb.sin")?.clone() };
         let mut hidden_states = hidden.take("hidden_states")?;
         let mut encoder_hidden_states = hidden.take("encoder_hidden_states")?;
+        let [of_doubles, of_singles] = &self.residuals;
         for (index, block) in (self.start..).zip(&self.transformer_blocks) {
             (encoder_hidden_states, hidden_states) = block.forward(&hidden_states, &encoder_hidden_states, &temb, &rope)?;
-            if let Some(residual) = residual_of(&hidden, CONTROLNET_BLOCKS, index) {
-                hidden_states = (hidden_states + residual)?;
-            }
+            hidden_states = of_doubles.add(hidden_states, &hidden, index)?;
         }
         if !self.single_transformer_blocks.is_empty() {
             let (l_txt, l_img) = (encoder_hidden_states.dim(1)?, hidden_states.dim(1)?);
             let mut stream = Tensor::cat(&[&encoder_hidden_states, &hidden_states], 1)?; // [B, L_txt + L_img, D]
             for (index, block) in (self.start.saturating_sub(self.num_layers)..).zip(&self.single_transformer_blocks) {
                 stream = block.forward(&stream, &temb, &rope)?;
-                if let Some(residual) = residual_of(&hidden, CONTROLNET_SINGLE_BLOCKS, index) {
+                if let Some(residual) = of_singles.of(&hidden, index) {
                     stream = (stream + residual.pad_with_zeros(1, l_txt, 0)?)?;
                 }
             }
@@ -271,17 +275,15 @@ impl BlockModel for FluxTransformer {
             hidden_states = stream.narrow(1, l_txt, l_img)?.contiguous()?;
         }
         let end = self.start + self.transformer_blocks.len() + self.single_transformer_blocks.len();
-        drop_residuals(&mut hidden, CONTROLNET_BLOCKS, self.num_layers, end);
-        drop_residuals(&mut hidden, CONTROLNET_SINGLE_BLOCKS, self.num_single_layers, end.saturating_sub(self.num_layers));
+        of_doubles.drop_before(&mut hidden, end);
+        of_singles.drop_before(&mut hidden, end.saturating_sub(self.num_layers));
         Ok(hidden.with("hidden_states", hidden_states).with("encoder_hidden_states", encoder_hidden_states))
     }
 
     fn output(&self, hidden: Tensors) -> Result<Tensors> {
         let head = self.head.as_ref().ok_or_else(|| not_held("output layers"))?;
         let (hidden_states, temb) = (hidden.get("hidden_states")?, hidden.get("temb")?);
-        // Scale before shift, unlike in the blocks.
-        let [scale, shift] = head.norm_out.modulation(temb)?;
-        let hidden_states = head.norm_out.norm(hidden_states, &shift, &scale)?;
+        let hidden_states = head.norm_out.continuous(hidden_states, temb)?;
         Ok(Tensors::new().with("sample", head.proj_out.forward(&hidden_states)?))
     }
 }
@@ -293,60 +295,10 @@ fn kinds(blocks: &Range<usize>, num_layers: usize) -> (Range<usize>, Range<usize
     (doubles, singles)
 }
 
-fn not_held(what: &str) -> Error {
-    Error::Invalid { field: "block range", reason: format!("the {what} are in another range") }
-}
-
-const CONTROLNET_BLOCKS: &str = "controlnet_block_samples";
-const CONTROLNET_SINGLE_BLOCKS: &str = "controlnet_single_block_samples";
-
-/// Block `i` of `blocks` gets residual `i // ceil(blocks / residuals)`. So that a range need not know how many residuals there
-/// were, each goes under the index of the first block that gets it.
-fn place_residuals(inputs: &Tensors, name: &str, blocks: usize, hidden: &mut Tensors) {
-    let samples = inputs.list(name);
-    let interval_control = blocks.div_ceil(samples.len().max(1));
-    for (i, sample) in samples.into_iter().enumerate().take_while(|(i, _)| i * interval_control < blocks) {
-        hidden.insert(format!("{name}.{}", i * interval_control), sample);
-    }
-}
-
-/// The residual that block `index` gets.
-fn residual_of<'a>(hidden: &'a Tensors, name: &str, index: usize) -> Option<&'a Tensor> {
-    (0..=index).rev().find_map(|first| hidden.find(&format!("{name}.{first}")))
-}
-
-/// Drops the residuals that no block from `end` on gets.
-fn drop_residuals(hidden: &mut Tensors, name: &str, blocks: usize, end: usize) {
-    let needed = (end < blocks).then(|| (0..=end).rev().find(|first| hidden.find(&format!("{name}.{first}")).is_some()));
-    let needed = needed.map_or(blocks, |first| first.unwrap_or(end));
-    for first in 0..needed {
-        // Most indices name no residual.
-        let _ = hidden.take(&format!("{name}.{first}"));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn tensors(name: &str, count: usize) -> Tensors {
-        let at = |i: usize| (format!("{name}.{i}"), Tensor::new(&[i as f32], &parallel::Device::Cpu).unwrap());
-        (0..count).map(at).collect()
-    }
-
-    #[test]
-    fn every_block_gets_the_residual_of_the_reference_whatever_was_dropped_before() {
-        for (blocks, residuals) in [(19, 5), (19, 19), (38, 10), (4, 2), (3, 2), (3, 7), (1, 1), (0, 2)] {
-            let mut hidden = Tensors::new();
-            place_residuals(&tensors("r", residuals), "r", blocks, &mut hidden);
-            for block in 0..blocks {
-                let got = residual_of(&hidden, "r", block).unwrap().to_vec1::<f32>().unwrap()[0];
-                assert_eq!(got as usize, block / blocks.div_ceil(residuals), "{blocks} blocks, {residuals} residuals");
-                drop_residuals(&mut hidden, "r", blocks, block + 1);
-            }
-            assert!(hidden.is_empty());
-        }
-    }
+    use crate::Error;
 
     #[test]
     fn a_nonsensical_configuration_is_a_typed_error() {

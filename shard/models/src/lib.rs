@@ -27,7 +27,10 @@ pub mod image_io;
 
 pub mod scheduler;
 
+mod mmdit;
+
 pub mod flux_transformer;
+pub mod sd3_transformer;
 
 pub mod checkpoint;
 pub mod denoise;
@@ -38,7 +41,10 @@ pub mod autoencoder_stage;
 pub mod engine;
 pub mod text_stage;
 
+mod flow;
+
 pub mod flux;
+pub mod sd3;
 
 pub mod registry;
 

@@ -9,7 +9,16 @@ use crate::lora::Share;
 use crate::request::{Encoder, Guidance};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::tokenizer::Tokenizer;
-use crate::{Payload, Request, Result};
+use crate::{Error, Payload, Request, Result};
+
+/// What of a text encoder's outputs is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// The one of that name, such as `last_hidden_state`.
+    Output(&'static str),
+    /// `hidden_states[-n]`; the job's `clip_skip` is added to n. As in the reference, not for the negative prompt.
+    HiddenState(usize),
+}
 
 /// What a family does with one text encoder.
 #[derive(Debug)]
@@ -18,9 +27,8 @@ pub struct TextEncoding {
     pub tokenizer: Tokenizer,
     /// How many tokens the encoder reads; `None`: the job's `max_sequence_length`.
     pub tokens: Option<usize>,
-    /// The network's outputs that are kept (`last_hidden_state`, `pooler_output`), each with what the denoiser calls it
-    /// (`prompt_embeds`, `pooled_prompt_embeds`).
-    pub outputs: Vec<(&'static str, &'static str)>,
+    /// What is kept, each with what the denoiser calls it (`prompt_embeds`, `pooled_prompt_embeds`).
+    pub outputs: Vec<(Kept, &'static str)>,
     /// Whether it takes `attention_mask` besides `input_ids`.
     pub with_mask: bool,
     /// Which of the job's prompts it reads.
@@ -59,25 +67,36 @@ impl TextStage {
     }
 
     /// What the denoiser is given for `text`, by its names.
-    fn encode(&mut self, text: &str, request: &Request) -> Result<Tensors> {
-        let share = Share::new(1, &self.runner.relevant(&request.loras)?);
-        let key = Key { text: text.to_owned(), tokens: self.encoding.tokens.unwrap_or(request.max_sequence_length), share };
+    fn encode(&mut self, text: &str, request: &Request, clip_skip: usize) -> Result<Tensors> {
+        let skips = self.encoding.outputs.iter().any(|(kept, _)| matches!(kept, Kept::HiddenState(_)));
+        let key = Key {
+            text: text.to_owned(),
+            tokens: self.encoding.tokens.unwrap_or(request.max_sequence_length),
+            clip_skip: if skips { clip_skip } else { 0 },
+            share: Share::new(1, &self.runner.relevant(&request.loras)?),
+        };
         if let Some(known) = self.cache.get(&key) {
             return Ok(known);
         }
         let inputs = self.tokenize(text, request)?;
         let mut network = self.runner.forward(&inputs, std::slice::from_ref(&key.share))?;
-        let kept = self.encoding.outputs.iter().map(|(output, name)| Ok(((*name).to_owned(), network.take(output)?)));
-        let embeds: Tensors = kept.collect::<Result<_>>()?;
+        let mut embeds = Tensors::new();
+        for (kept, name) in &self.encoding.outputs {
+            let output = match kept {
+                Kept::Output(output) => network.take(output)?,
+                Kept::HiddenState(n) => hidden_state(&network, *n, clip_skip)?,
+            };
+            embeds.insert(*name, output);
+        }
         self.cache.put(key, embeds.clone());
         Ok(embeds)
     }
 
     fn run(&mut self, request: &Request) -> Result<Payload> {
         let TextEncoding { encoder, guidance, .. } = self.encoding;
-        let mut out = self.encode(request.prompt_of(encoder), request)?;
+        let mut out = self.encode(request.prompt_of(encoder), request, request.clip_skip.unwrap_or(0))?;
         if let Some(negative) = request.negative_prompt_of(encoder, guidance) {
-            let negative = self.encode(negative, request)?;
+            let negative = self.encode(negative, request, 0)?;
             negative.into_iter().for_each(|(name, embeds)| out.insert(format!("negative_{name}"), embeds));
         }
         Ok(Payload::Conditioning(out))
@@ -111,16 +130,25 @@ impl std::fmt::Debug for TextStage {
     }
 }
 
-/// What embeddings depend on.
+/// `hidden_states[-(n + clip_skip)]`, where the first is the embeddings and the last the last block's output.
+fn hidden_state(network: &Tensors, n: usize, clip_skip: usize) -> Result<Tensor> {
+    let states = network.list("hidden_states");
+    let at = n.checked_add(clip_skip).and_then(|n| states.len().checked_sub(n));
+    let state = at.and_then(|at| states.into_iter().nth(at));
+    state.ok_or_else(|| Error::Invalid { field: "clip_skip", reason: format!("{clip_skip} is more than the encoder's blocks") })
+}
+
+/// All that an encoder's embeddings of a text depend on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
     text: String,
     tokens: usize,
+    clip_skip: usize,
     /// The adapters that change the encoder.
     share: Share,
 }
 
-/// Embeddings by what they depend on, the least recently used dropped first. One cache an encoder: its digest is its place.
+/// Embeddings that were made, the least recently used dropped first. One cache an encoder: its digest is its place.
 #[derive(Debug)]
 struct PromptCache {
     limit: usize,
@@ -169,7 +197,7 @@ mod tests {
             Tensors::new().with("prompt_embeds", zeros)
         };
         let mut cache = PromptCache::new(220);
-        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, share: Share::default() };
+        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, share: Share::default() };
         cache.put(key("a"), embeds(25)); // 100 bytes
         cache.put(key("b"), embeds(25));
         assert!(cache.get(&key("a")).is_some());
@@ -178,5 +206,16 @@ mod tests {
         assert!(cache.bytes <= 220);
         cache.put(key("too big"), embeds(100));
         assert!(cache.get(&key("too big")).is_none());
+    }
+
+    #[test]
+    fn clip_skip_counts_from_the_end_and_may_not_pass_the_beginning() {
+        let state = |i: u32| (format!("hidden_states.{i}"), Tensor::new(&[i], &parallel::Device::Cpu).unwrap());
+        let network: Tensors = (0..4).map(state).collect();
+        let at = |n, clip_skip| hidden_state(&network, n, clip_skip).map(|state| state.to_vec1::<u32>().unwrap()[0]);
+        assert_eq!((at(2, 0).unwrap(), at(2, 1).unwrap(), at(2, 2).unwrap()), (2, 1, 0));
+        for too_many in [3, usize::MAX] {
+            assert!(matches!(at(2, too_many), Err(Error::Invalid { field: "clip_skip", .. })));
+        }
     }
 }

@@ -1,60 +1,20 @@
-//! FLUX.1: the transformer alone, whole and cut, and whole pictures.
+//! The FLUX.1 transformer alone, whole and cut.
 
-use std::path::Path;
-
-use models::blocks::{BlockModel, Layout, RangeOf};
+use models::blocks::RangeOf;
 use models::flux_transformer::{FluxTransformer, FluxTransformerConfig};
-use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
+use models::model_dir::read_json;
+use parallel::{Tensor, Tensors, Weights};
 use tests::golden::{Case, Outcome};
-use tests::ranks::run_block_model;
 
-/// The layouts every transformer case is run at, besides one rank; those that its heads cannot be divided by are left out.
-const LAYOUTS: [Layout; 5] = [
-    Layout { tp: 2, block_ranges: 1 },
-    Layout { tp: 1, block_ranges: 2 },
-    Layout { tp: 2, block_ranges: 2 },
-    Layout { tp: 4, block_ranges: 1 },
-    Layout { tp: 1, block_ranges: 3 },
-];
+use crate::transformers::{at_every_layout, block_by_block};
 
 pub(crate) fn component(case: &mut Case) -> Outcome {
     let dir = case.folder("weights")?;
-    let text = std::fs::read(dir.join("config.json")).map_err(|e| format!("config.json: {e}"))?;
-    let config: FluxTransformerConfig = serde_json::from_slice(&text).map_err(|e| format!("config.json: {e}"))?;
-    let inputs: Tensors = case.below("in.").map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
-    block_by_block(case, &dir, &config, &inputs)?;
-    for layout in std::iter::once(Layout::SOLO).chain(LAYOUTS) {
-        if config.num_attention_heads.is_multiple_of(layout.tp) {
-            let at_layout = |e: String| format!("at tp {} x {} ranges: {e}", layout.tp, layout.block_ranges);
-            let load = |w: &Weights, range: RangeOf| FluxTransformer::load(w, &config, range);
-            let ran = run_block_model(&dir, layout, &inputs, load).map_err(|e| at_layout(e.to_string()))?;
-            for output in &ran.outputs {
-                case.check("out.sample", output.get("sample").map_err(|e| at_layout(e.to_string()))?).map_err(at_layout)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Every block as a range of its own, one after the other, so that each one's output can be looked at.
-fn block_by_block(case: &mut Case, dir: &Path, config: &FluxTransformerConfig, inputs: &Tensors) -> Outcome {
-    let text = |e: models::Error| e.to_string();
-    let load = |index: usize| -> models::Result<FluxTransformer> {
-        let w = Weights::open(dir, std::sync::Arc::new(Solo), DType::F32, &Device::Cpu)?;
-        FluxTransformer::load(&w, config, RangeOf { index, count: config.blocks() })
-    };
-    let mut hidden = load(0).and_then(|first| first.embed(inputs)).map_err(text)?;
-    check_embedded(case, &hidden)?;
-    for block in 0..config.blocks() {
-        let model = load(block).map_err(text)?;
-        hidden = model.blocks(hidden).map_err(text)?;
-        check_block(case, config, &hidden, block)?;
-        if block + 1 == config.blocks() {
-            let output = model.output(std::mem::take(&mut hidden)).map_err(text)?;
-            case.check("out.sample", output.get("sample").map_err(|e| e.to_string())?)?;
-        }
-    }
-    Ok(())
+    let config: FluxTransformerConfig = read_json(&dir.join("config.json")).map_err(|e| e.to_string())?;
+    let load = |w: &Weights, range: RangeOf| FluxTransformer::load(w, &config, range);
+    let check_block = |case: &mut Case, hidden: &Tensors, block: usize| check_block(case, &config, hidden, block);
+    block_by_block(case, &dir, config.blocks(), load, check_embedded, check_block)?;
+    at_every_layout(case, &dir, config.num_attention_heads, load)
 }
 
 fn check_embedded(case: &mut Case, hidden: &Tensors) -> Outcome {

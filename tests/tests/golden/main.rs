@@ -15,8 +15,10 @@ mod flux_pipeline;
 mod pipeline;
 mod rng;
 mod schedulers;
+mod sd3;
 mod text_encoders;
 mod tokenizers;
+mod transformers;
 
 #[test]
 fn every_case_equals_its_recording() {
@@ -74,6 +76,8 @@ fn dispatch(case: &mut Case) -> Outcome {
         ) => text_encoders::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
+        ("component", "SD3Transformer2DModel") => sd3::component(case),
+        ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }

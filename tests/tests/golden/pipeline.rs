@@ -3,12 +3,14 @@
 
 use candle_core::{Device, Tensor};
 use models::blocks::RankGroup;
+use models::denoise::{DenoiseState, Denoiser};
 use models::lora::card::{self, Registered};
 use models::lora::store::{DEFAULT_CACHE_BYTES, Source, Sources};
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
-use models::request::Lora;
+use models::request::{Encoder, Guidance, Lora};
 use models::stage::{Inputs, Pictures, Stage, StageEvent};
+use models::tokenizer::Tokenizer;
 use models::{Payload, Request};
 use parallel::rng::{Generator, TorchCpu};
 use serde_json::Value;
@@ -16,6 +18,47 @@ use tests::golden::{Case, Outcome};
 
 /// Normals may differ from torch's in the last bits of the logarithm; the case `rng_cpu` says by how much.
 pub(crate) const NOISE_TOLERANCE: f64 = 2e-6;
+
+/// What one text encoder reads.
+pub(crate) struct TextEncoder {
+    pub(crate) component: &'static str,
+    pub(crate) tokenizer: &'static str,
+    pub(crate) encoder: Encoder,
+    /// `None`: the job's `max_sequence_length`.
+    pub(crate) tokens: Option<usize>,
+}
+
+/// What a family's generations are compared by.
+pub(crate) struct Family<'a> {
+    pub(crate) denoiser: &'a dyn Denoiser,
+    pub(crate) guidance: Guidance,
+    pub(crate) encoders: Vec<TextEncoder>,
+    /// Recorded embeddings, and what the denoiser calls them.
+    pub(crate) embeds: Vec<(&'static str, &'static str)>,
+    /// Inputs of the network that are compared at the first step, where they are recorded.
+    pub(crate) inputs: Vec<&'static str>,
+    /// The denoiser's output to what the decoder works on.
+    pub(crate) unscale: &'a dyn Fn(&Tensor) -> models::Result<Tensor>,
+}
+
+/// A whole generation, stage by stage, each compared with its recording.
+pub(crate) fn generation(case: &mut Case, dir: &ModelDir, family: &Family<'_>) -> Outcome {
+    let jobs = jobs(case)?;
+    check_ids(case, dir, family, &jobs)?;
+    check_draws(case)?;
+    let mut inputs: Vec<Inputs> = jobs.iter().map(|_| Inputs::default()).collect();
+    for TextEncoder { component, .. } in &family.encoders {
+        let outputs = one_by_one(case, dir, component, &jobs, &inputs)?;
+        add(&mut inputs, outputs)?;
+    }
+    encode_pictures(case, dir, &jobs, &mut inputs)?;
+    feed_noise(case, &jobs, &mut inputs)?;
+    let states = start(family, &jobs, &inputs)?;
+    check_embeds(case, family, &states)?;
+    check_start(case, family, &states)?;
+    let latents = denoise(case, dir, &jobs, &inputs)?;
+    decode(case, dir, family, &jobs, latents)
+}
 
 /// One job for each prompt of the case.
 pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
@@ -26,12 +69,13 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
     };
     let number = |name: &str| case.param(name).as_f64();
     let size = |name: &str| number(name).map(|v| v as usize);
-    let (second, negative) = (list("prompt_2"), list("negative_prompt"));
     let loras = loras(case)?;
+    let [second, third, negative] = ["prompt_2", "prompt_3", "negative_prompt"].map(list);
     let job = |(i, prompt): (usize, String)| {
         Some(Request {
             prompt,
             prompt_2: second.get(i).cloned(),
+            prompt_3: third.get(i).cloned(),
             negative_prompt: negative.get(i).cloned(),
             width: size("width")?,
             height: size("height")?,
@@ -47,6 +91,26 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
         })
     };
     list("prompt").into_iter().enumerate().map(job).collect::<Option<_>>().ok_or_else(|| "a parameter is missing".into())
+}
+
+/// The ids every text encoder is given: for the prompts at its first call, and with guidance for the negative ones at its second.
+pub(crate) fn check_ids(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs: &[Request]) -> Outcome {
+    for TextEncoder { component, tokenizer, encoder, tokens } in &family.encoders {
+        let tokenizer = Tokenizer::load(&dir.root().join(tokenizer)).map_err(text)?;
+        let tokens = tokens.unwrap_or(jobs[0].max_sequence_length);
+        let ids = |prompt: &str| {
+            Ok(tokenizer.encode(prompt, tokens).map_err(text)?.input_ids.into_iter().map(i64::from).collect::<Vec<_>>())
+        };
+        let check = |case: &mut Case, call: usize, rows: Vec<Vec<i64>>| {
+            case.check_within(&format!("{component}.call{call}.input_ids"), &Tensor::new(rows, &Device::Cpu).map_err(text)?, 0.0)
+        };
+        check(case, 0, jobs.iter().map(|job| ids(job.prompt_of(*encoder))).collect::<Result<_, String>>()?)?;
+        if jobs[0].cfg_scale(family.guidance).is_some() {
+            let negative = jobs.iter().filter_map(|job| job.negative_prompt_of(*encoder, family.guidance));
+            check(case, 1, negative.map(ids).collect::<Result<_, String>>()?)?;
+        }
+    }
+    Ok(())
 }
 
 /// The case's adapters, by the names of their files, and the weight of each.
@@ -93,6 +157,70 @@ pub(crate) fn pictures(case: &Case) -> Result<Option<Pictures>, String> {
     Ok(image.is_some().then_some(Pictures { image, mask_image }))
 }
 
+/// The pictures' latents, if the jobs start from some.
+fn encode_pictures(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
+    let Some(pictures) = pictures(case)? else { return Ok(()) };
+    inputs.iter_mut().for_each(|inputs| inputs.pictures = pictures.clone());
+    let outputs = one_by_one(case, dir, "vae", jobs, inputs)?;
+    for name in ["mean", "logvar"] {
+        case.check(&format!("vae_encode.call0.{name}"), outputs[0].tensors().get(&format!("image.{name}")).map_err(text)?)?;
+    }
+    add(inputs, outputs)
+}
+
+/// Every job's output of a stage, to its inputs of the next.
+pub(crate) fn add(inputs: &mut [Inputs], outputs: Vec<Payload>) -> Outcome {
+    inputs.iter_mut().zip(outputs).try_for_each(|(inputs, output)| inputs.add(output).map_err(text))
+}
+
+/// Every job as the denoiser starts it.
+pub(crate) fn start(family: &Family<'_>, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<DenoiseState>, String> {
+    jobs.iter().zip(inputs).map(|(job, inputs)| family.denoiser.start(job.clone(), inputs.clone()).map_err(text)).collect()
+}
+
+/// What the denoiser makes of the text encoders' outputs.
+pub(crate) fn check_embeds(case: &mut Case, family: &Family<'_>, states: &[DenoiseState]) -> Outcome {
+    let guided = states[0].request.cfg_scale(family.guidance).is_some();
+    for (recorded, name) in family.embeds.iter().filter(|(_, name)| guided || !name.starts_with("negative_")) {
+        let mut rows = Vec::new();
+        for state in states {
+            let one = state.tensors.get(name).map_err(text)?;
+            rows.extend(std::iter::repeat_n(one.clone(), state.pictures()));
+        }
+        case.check(recorded, &Tensor::cat(&rows, 0).map_err(text)?)?;
+    }
+    Ok(())
+}
+
+/// Where the denoiser starts, and what the network is given first.
+pub(crate) fn check_start(case: &mut Case, family: &Family<'_>, states: &[DenoiseState]) -> Outcome {
+    let timesteps: Vec<f64> =
+        case.json["timesteps_passed_to_step"].as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
+    if states[0].scheduler.timesteps().len() != timesteps.len() {
+        return Err(format!("{} timesteps, expected {}", states[0].scheduler.timesteps().len(), timesteps.len()));
+    }
+    if let Some((got, expected)) = states[0].scheduler.timesteps().iter().zip(&timesteps).find(|(a, b)| (*a - *b).abs() > 1e-3) {
+        return Err(format!("timestep {got}, expected {expected}"));
+    }
+    let tolerance = case.tolerance("step00.prev_sample")?;
+    let latents: Vec<Tensor> = states.iter().map(|s| s.latents.clone()).collect();
+    case.check_within("latents_init", &Tensor::cat(&latents, 0).map_err(text)?, tolerance)?;
+    let branches = family.denoiser.branches(&states[0]).map_err(text)?;
+    for name in &family.inputs {
+        let recorded = format!("transformer.call0.in.{name}");
+        if states.len() > 1 || !case.has(&recorded) {
+            continue;
+        }
+        let each: Vec<Tensor> = branches.iter().map(|b| b.get(name).cloned()).collect::<Result<_, _>>().map_err(text)?;
+        // Some pipelines pass both branches at once.
+        let one = case.tensor(&recorded)?.dims()[0] == each[0].dims()[0];
+        let got = if one { each[0].clone() } else { Tensor::cat(&each, 0).map_err(text)? };
+        let tolerance = case.tolerance(&recorded).unwrap_or(NOISE_TOLERANCE);
+        case.check_within(&recorded, &got, tolerance)?;
+    }
+    Ok(())
+}
+
 /// Several prompts of one generator: each job gets its rows of the one draw. A single job draws for itself.
 pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
     if jobs.len() == 1 {
@@ -116,12 +244,23 @@ pub(crate) fn denoise(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs:
             steps.resize(step, Vec::new());
         }
         steps[step - 1].push(sample.clone());
-        Ok(())
     })?;
     for (step, rows) in steps.iter().enumerate() {
         case.check(&format!("step{step:02}.prev_sample"), &Tensor::cat(rows, 0).map_err(text)?)?;
     }
     Ok(outputs)
+}
+
+/// The latents as the decoder takes them, and the picture.
+pub(crate) fn decode(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs: &[Request], latents: Vec<Payload>) -> Outcome {
+    let rows = latents.iter().map(|l| l.tensors().get("latents").cloned().map_err(text)).collect::<Result<Vec<_>, String>>()?;
+    case.check("vae_decode.in", &(family.unscale)(&Tensor::cat(&rows, 0).map_err(text)?).map_err(text)?)?;
+    let mut inputs: Vec<Inputs> = jobs.iter().map(|_| Inputs::default()).collect();
+    add(&mut inputs, latents)?;
+    let pictures = one_by_one(case, dir, "vae", jobs, &inputs)?;
+    let images = pictures.iter().map(|p| p.image().cloned().map_err(text)).collect::<Result<Vec<_>, String>>()?;
+    let image = Tensor::cat(&images, 0).and_then(|image| image.permute((0, 2, 3, 1))).map_err(text)?;
+    case.check("image", &image)
 }
 
 /// Every job through a component's stage, one after the other.
@@ -133,9 +272,8 @@ pub(crate) fn one_by_one(
     inputs: &[Inputs],
 ) -> Result<Vec<Payload>, String> {
     let mut stage = load(case, dir, component)?;
-    let alone = |(job, inputs): (&Request, &Inputs)| {
-        Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| Ok(()))?.remove(0))
-    };
+    let alone =
+        |(job, inputs): (&Request, &Inputs)| Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| ())?.remove(0));
     jobs.iter().zip(inputs).map(alone).collect()
 }
 
@@ -152,7 +290,7 @@ pub(crate) fn load(case: &Case, dir: &ModelDir, component: &str) -> Result<Box<d
 pub(crate) fn run_stage(
     stage: &mut dyn Stage,
     tasks: &[(Request, Inputs)],
-    mut on_step: impl FnMut(usize, &Tensor) -> Outcome,
+    mut on_step: impl FnMut(usize, &Tensor),
 ) -> Result<Vec<Payload>, String> {
     for (key, (request, inputs)) in tasks.iter().enumerate() {
         stage.start(key as u64, request.clone(), inputs.clone());
@@ -163,7 +301,7 @@ pub(crate) fn run_stage(
         let worked = stage.turn(&mut |event| match event {
             StageEvent::Step { step, state: Some(state), .. } => {
                 if let Some(last) = &state.last {
-                    failed = on_step(step, &last.prev_sample).err();
+                    on_step(step, &last.prev_sample);
                 }
             }
             StageEvent::Done { key, payload } => done[key as usize] = Some(payload),

@@ -1,0 +1,164 @@
+//! What the flow-matching families (FLUX, Stable Diffusion 3) do alike around their networks: how a job starts from noise or
+//! from a picture, the step, the masked picture of inpainting, and what a job may set.
+//!
+//! Follows diffusers 0.42.1, `pipeline_flux*.py` and `pipeline_stable_diffusion_3*.py`. The order of random draws is theirs:
+//! latents of the input picture first, then the noise.
+
+use parallel::rng::{Generator, TorchCpu, TorchCuda};
+use parallel::{Device, Tensor, Tensors};
+
+use crate::autoencoder_kl::Moments;
+use crate::card::ParameterCard;
+use crate::denoise::{DenoiseState, LastStep};
+use crate::request::NoiseGenerator;
+use crate::scheduler::{FlowMatchEulerDiscrete, Scheduler};
+use crate::stage::Inputs;
+use crate::{Request, Result};
+
+/// Side limit of a picture, in pixels.
+pub(crate) const MAX_SIDE: usize = 4096;
+/// 2048 x 2048: what the position embeddings were made for, and then some.
+pub(crate) const MAX_PIXELS: u64 = 4 << 20;
+const MAX_STEPS: usize = 500;
+
+/// Where a family differs in what every job may set.
+#[derive(Debug)]
+pub(crate) struct Defaults {
+    /// Sides are multiples of this.
+    pub(crate) multiple: usize,
+    /// Longest side, in pixels.
+    pub(crate) max_side: usize,
+    /// Pixels of a side when the job does not say.
+    pub(crate) side: usize,
+    /// Steps when the job does not say.
+    pub(crate) num_inference_steps: usize,
+    /// Tokens of the large text encoder when the job does not say.
+    pub(crate) max_sequence_length: usize,
+}
+
+/// What every job may set, but for the prompts.
+pub(crate) fn parameters(defaults: &Defaults) -> Vec<ParameterCard> {
+    let multiple = defaults.multiple as f64;
+    let size = |name| ParameterCard::number(name, multiple, defaults.max_side as f64, defaults.side as f64).multiple(multiple);
+    let steps = defaults.num_inference_steps as f64;
+    vec![
+        size("width"),
+        size("height"),
+        ParameterCard::number("num_inference_steps", 1.0, MAX_STEPS as f64, steps).multiple(1.0),
+        ParameterCard::number("num_images_per_prompt", 1.0, 10.0, 1.0).multiple(1.0),
+        // Above nothing: the least strength still makes one step.
+        ParameterCard::number("strength", 0.001, 1.0, 0.6),
+        ParameterCard::field("image_blob_id"),
+        ParameterCard::field("mask_image_blob_id"),
+        ParameterCard::number("max_sequence_length", 1.0, 512.0, defaults.max_sequence_length as f64).multiple(1.0),
+        ParameterCard::field("noise_generator"),
+    ]
+}
+
+/// The part of the schedule that the job's `strength` leaves.
+pub(crate) fn begin(scheduler: FlowMatchEulerDiscrete, request: &Request) -> Result<FlowMatchEulerDiscrete> {
+    let Some(strength) = request.strength else { return Ok(scheduler) };
+    let n = request.num_inference_steps as f64;
+    // int(n - min(n strength, n)), as the reference rounds.
+    scheduler.with_begin((n - (n * strength).min(n)).max(0.0) as usize)
+}
+
+/// How a family's latents lie.
+pub(crate) struct Latents<'a> {
+    /// `[C, H, W]` of one picture.
+    pub(crate) shape: [usize; 3],
+    /// Pixels of a picture's side to one of its latents'.
+    pub(crate) scale_factor: usize,
+    /// What the autoencoder gives, `[B, C, H, W]`, to what the network works on.
+    pub(crate) scale: &'a dyn Fn(&Tensor) -> Result<Tensor>,
+    /// `[B, C, H, W]` to the form that the network takes.
+    pub(crate) pack: &'a dyn Fn(&Tensor) -> Result<Tensor>,
+}
+
+impl Latents<'_> {
+    /// What a job starts from, packed: noise, or with an input picture that picture noised to the first timestep. With a mask,
+    /// `kept` gets what [`step`] then needs.
+    pub(crate) fn start(
+        &self,
+        request: &Request,
+        inputs: &mut Inputs,
+        scheduler: &dyn Scheduler,
+        kept: &mut Tensors,
+    ) -> Result<Tensor> {
+        let mut generator = match request.noise_generator {
+            NoiseGenerator::TorchCpu => Generator::Cpu(TorchCpu::new(request.seed)),
+            NoiseGenerator::TorchCuda => Generator::Cuda(TorchCuda::new(request.seed)),
+        };
+        let picture = inputs.image_latents.take();
+        let image_latents = picture.as_ref().map(|picture| self.image_latents(picture, &mut generator)).transpose()?;
+        let [c, h, w] = self.shape;
+        let noise = match inputs.noise.take() {
+            Some(noise) => noise,
+            None => generator.randn(&[request.num_images_per_prompt, c, h, w])?,
+        };
+        let noise = (self.pack)(&noise)?;
+        let Some(image_latents) = image_latents else { return Ok(noise) };
+        let image_latents = image_latents.broadcast_as(noise.shape())?.contiguous()?;
+        let latents = scheduler.scale_noise(&image_latents, 0, &noise)?;
+        if let Some(mask) = picture.as_ref().and_then(|picture| picture.find("mask")) {
+            kept.insert("mask", self.mask(mask)?);
+            kept.insert("image_latents", image_latents);
+            kept.insert("noise", noise);
+        }
+        Ok(latents)
+    }
+
+    /// Latents of the input picture: a draw from their distribution, scaled and packed.
+    fn image_latents(&self, picture: &Tensors, generator: &mut Generator) -> Result<Tensor> {
+        let moments = Moments { mean: picture.get("image.mean")?.clone(), logvar: picture.get("image.logvar")?.clone() };
+        let noise = generator.randn(moments.mean.dims())?;
+        (self.pack)(&(self.scale)(&moments.sample(&noise)?)?)
+    }
+
+    /// `[1, 1, height, width]` at latent size, packed as the latents are: 1 where to repaint.
+    fn mask(&self, mask: &Tensor) -> Result<Tensor> {
+        let (_, _, height, width) = mask.dims4()?;
+        // Nearest neighbour down to the latent grid picks the first pixel of every window.
+        let rows = Tensor::arange_step(0u32, height as u32, self.scale_factor as u32, mask.device())?;
+        let columns = Tensor::arange_step(0u32, width as u32, self.scale_factor as u32, mask.device())?;
+        let small = mask.index_select(&rows, 2)?.index_select(&columns, 3)?;
+        (self.pack)(&small.repeat((1, self.shape[0], 1, 1))?)
+    }
+}
+
+/// The scheduler's step by `model_output`; outside a mask the input picture, noised to the next timestep, takes its place.
+pub(crate) fn step(state: &mut DenoiseState, model_output: Tensor) -> Result<()> {
+    let prev_sample = state.scheduler.step(&model_output, state.step, &state.latents)?;
+    state.latents = match state.tensors.find("mask") {
+        None => prev_sample.clone(),
+        Some(mask) => {
+            let image = state.tensors.get("image_latents")?;
+            let kept = if state.step + 1 < state.steps() {
+                state.scheduler.scale_noise(image, state.step + 1, state.tensors.get("noise")?)?
+            } else {
+                image.clone()
+            };
+            let outside = mask.affine(-1.0, 1.0)?;
+            (kept.broadcast_mul(&outside)? + prev_sample.broadcast_mul(mask)?)?
+        }
+    };
+    state.last = Some(LastStep { model_output, prev_sample });
+    Ok(())
+}
+
+/// `uncond + scale (cond - uncond)`: classifier-free guidance.
+pub(crate) fn guided(uncond: &Tensor, cond: &Tensor, scale: f64) -> Result<Tensor> {
+    Ok((uncond + ((cond - uncond)? * scale)?)?)
+}
+
+/// One prompt's embeddings for each of a job's pictures: `[1, ..] -> [N, ..]`.
+pub(crate) fn per_picture(embeds: &Tensor, pictures: usize) -> Result<Tensor> {
+    let mut shape = embeds.dims().to_vec();
+    shape[0] = pictures;
+    Ok(embeds.broadcast_as(shape)?.contiguous()?)
+}
+
+/// One number for each of a job's pictures: `[N]`.
+pub(crate) fn each(value: f32, pictures: usize) -> Result<Tensor> {
+    Ok(Tensor::full(value, pictures, &Device::Cpu)?)
+}
