@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use proto::v1::job_event::Kind;
-use proto::v1::{CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, NoiseGenerator, WatchJobRequest};
+use proto::v1::{CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, Lora, NoiseGenerator, WatchJobRequest};
 
 use tonic::Code;
 
@@ -100,6 +100,9 @@ pub(crate) struct JobArgs {
     /// Up to this part of the steps, 0 to 1.
     #[arg(long)]
     skip_layer_guidance_stop: Option<f64>,
+    /// An adapter from `atelier models`, and how strongly it takes part: NAME or NAME:SCALE. May be repeated.
+    #[arg(long = "lora", value_parser = lora)]
+    loras: Vec<Lora>,
     /// Draw the noise as torch does on CUDA.
     #[arg(long)]
     cuda_noise: bool,
@@ -272,6 +275,7 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         skip_layer_guidance_scale: args.skip_layer_guidance_scale,
         skip_layer_guidance_start: args.skip_layer_guidance_start,
         skip_layer_guidance_stop: args.skip_layer_guidance_stop,
+        loras: args.loras.clone(),
         ..Default::default()
     };
     if args.cuda_noise {
@@ -298,6 +302,14 @@ async fn only_model(client: &mut Client) -> Result<String, Error> {
     }
 }
 
+fn lora(text: &str) -> Result<Lora, String> {
+    let Some((name, scale)) = text.split_once(':') else {
+        return Ok(Lora { name: text.to_owned(), scale: None });
+    };
+    let scale: f64 = scale.parse().map_err(|_| format!("`{text}` is not NAME or NAME:SCALE"))?;
+    Ok(Lora { name: name.to_owned(), scale: Some(scale) })
+}
+
 fn size(text: &str) -> Result<(u32, u32), String> {
     let parse = |s: &str| s.parse::<u32>().map_err(|_| format!("`{text}` is not WIDTHxHEIGHT"));
     let (width, height) = text.split_once('x').ok_or_else(|| format!("`{text}` is not WIDTHxHEIGHT"))?;
@@ -321,6 +333,13 @@ mod tests {
     fn sizes_are_width_by_height() {
         assert_eq!(size("1024x768"), Ok((1024, 768)));
         assert!(size("1024").is_err() && size("ax3").is_err() && size("-1x3").is_err());
+    }
+
+    #[test]
+    fn an_adapter_may_have_a_scale() {
+        assert_eq!(lora("pixel"), Ok(Lora { name: "pixel".into(), scale: None }));
+        assert_eq!(lora("pixel:-0.8"), Ok(Lora { name: "pixel".into(), scale: Some(-0.8) }));
+        assert!(lora("pixel:much").is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use proto::v1::{
-    CancelJobRequest, GetJobRequest, GroupState, Job, JobState, ListJobsRequest, ListModelsRequest, ListWorkersRequest,
+    Adapter, CancelJobRequest, GetJobRequest, GroupState, Job, JobState, ListJobsRequest, ListModelsRequest, ListWorkersRequest,
     ModelStatus, Parameter,
 };
 
@@ -140,6 +140,10 @@ fn print_model(model: &ModelStatus) {
         );
         println!("  at most {} pixels a job; takes:", card.max_pixels);
         card.parameters.iter().for_each(|p| println!("    {}", parameter(p)));
+        if !card.adapters.is_empty() {
+            println!("  adapters:");
+            card.adapters.iter().for_each(|a| println!("    {}", adapter(a)));
+        }
     }
     for group in &model.groups {
         let layout = group.layout.unwrap_or_default();
@@ -151,6 +155,16 @@ fn print_model(model: &ModelStatus) {
         let cut = format!("tp={} block_ranges={}", layout.tp, layout.block_ranges);
         println!("  {:<32} epoch {:<3} {cut:<22} {state}, {} tasks", group.group_id, group.epoch, group.running_tasks);
     }
+}
+
+fn adapter(a: &Adapter) -> String {
+    if !a.problem.is_empty() {
+        return format!("{:<28} problem: {}", a.name, a.problem);
+    }
+    let digest = a.digest.get(..16).unwrap_or(&a.digest);
+    let defaults: Vec<String> = a.defaults.iter().map(|d| format!("{}={}", d.name, d.value)).collect();
+    let defaults = if defaults.is_empty() { String::new() } else { format!(", {}", defaults.join(" ")) };
+    format!("{:<28} changes {}, digest {digest}, {} bytes{defaults}", a.name, a.components.join(" and "), a.byte_size)
 }
 
 fn parameter(p: &Parameter) -> String {

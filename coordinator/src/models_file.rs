@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use proto::v1::Layout;
+use proto::v1::{AdapterDefault, AdapterFile, Layout};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -29,9 +29,11 @@ pub const TP_DEGREES: [u32; 4] = [1, 2, 4, 8];
 pub const MAX_BLOCK_RANGES: u32 = 64;
 /// The longest name of a model.
 pub const MAX_NAME_CHARS: usize = 64;
+/// The most adapters of one model: its card travels in one message.
+pub const MAX_ADAPTERS: usize = 256;
 
 /// A model to serve.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// What jobs call it.
     pub name: String,
@@ -43,6 +45,31 @@ pub struct ModelConfig {
     pub max_jobs: u32,
     /// How its components are held; one that is not here gets the default.
     pub components: BTreeMap<String, ComponentConfig>,
+    /// The adapters that its jobs may name.
+    pub adapters: Vec<AdapterConfig>,
+}
+
+/// An adapter (LoRA) that jobs may name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterConfig {
+    /// What jobs call it.
+    pub name: String,
+    /// Its file, or a folder with it, on every worker.
+    pub path: PathBuf,
+    /// What it wants for the jobs that use it.
+    pub defaults: BTreeMap<String, f64>,
+}
+
+impl AdapterConfig {
+    /// Where it is, as workers are told.
+    pub fn file(&self) -> AdapterFile {
+        AdapterFile {
+            name: self.name.clone(),
+            path: self.path.to_string_lossy().into_owned(),
+            defaults: self.defaults.iter().map(|(name, value)| AdapterDefault { name: name.clone(), value: *value }).collect(),
+            ..AdapterFile::default()
+        }
+    }
 }
 
 /// How a component is held.
@@ -90,6 +117,18 @@ pub fn read(path: &Path) -> Result<Vec<ModelConfig>> {
 struct File {
     #[serde(default)]
     model: Vec<Spanned<Model>>,
+    #[serde(default)]
+    adapter: Vec<Spanned<Adapter>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Adapter {
+    name: String,
+    path: PathBuf,
+    models: Vec<String>,
+    #[serde(default)]
+    defaults: BTreeMap<String, f64>,
 }
 
 #[derive(Deserialize)]
@@ -137,15 +176,52 @@ fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>> {
             max_batch: model.max_batch,
             max_jobs: model.max_jobs,
             components: model.components,
+            adapters: Vec::new(),
         });
+    }
+    for entry in file.adapter {
+        let offset = entry.span().start;
+        add_adapter(entry.into_inner(), folder, &mut models).map_err(|problem| error(offset, problem))?;
     }
     Ok(models)
 }
 
+/// Gives an adapter to the models that it names.
+fn add_adapter(adapter: Adapter, folder: &Path, models: &mut [ModelConfig]) -> Result<(), String> {
+    let name = &adapter.name;
+    if !is_name(name) {
+        return Err(format!("adapter.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"));
+    }
+    if adapter.models.is_empty() {
+        return Err(format!("adapter {name:?}: models: must name at least one"));
+    }
+    if let Some((default, value)) = adapter.defaults.iter().find(|(_, value)| !value.is_finite()) {
+        return Err(format!("adapter {name:?}: defaults.{default} = {value}: must be a finite number"));
+    }
+    for wanted in &adapter.models {
+        let model = models.iter_mut().find(|model| model.name == *wanted);
+        let model = model.ok_or_else(|| format!("adapter {name:?}: models: no model is named {wanted:?}"))?;
+        if model.adapters.iter().any(|other| other.name == *name) {
+            return Err(format!("adapter.name = {name:?}: model {wanted:?} has another adapter of this name"));
+        }
+        if model.adapters.len() == MAX_ADAPTERS {
+            return Err(format!("adapter {name:?}: model {wanted:?} has {MAX_ADAPTERS} adapters already"));
+        }
+        let config = AdapterConfig { name: name.clone(), path: folder.join(&adapter.path), defaults: adapter.defaults.clone() };
+        model.adapters.push(config);
+    }
+    Ok(())
+}
+
+/// Whether this can be a model's or an adapter's name: nothing that could be a path.
+pub fn is_name(name: &str) -> bool {
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
+    !name.is_empty() && name.len() <= MAX_NAME_CHARS && name.chars().all(legal)
+}
+
 fn check(model: &Model) -> Result<(), String> {
     let name = &model.name;
-    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
-    if name.is_empty() || name.len() > MAX_NAME_CHARS || !name.chars().all(legal) {
+    if !is_name(name) {
         return Err(format!("model.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"));
     }
     for (field, value) in [("max_batch", model.max_batch), ("max_jobs", model.max_jobs)] {
@@ -219,6 +295,28 @@ mod tests {
         let problem = problem("[[model]]\nname = \"emoji\"\npath = \"x\"\n[model.components.transformer]\ntp = 3\n");
         let expected = "models.toml:1: model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8";
         assert_eq!(problem, expected);
+    }
+
+    #[test]
+    fn an_adapter_goes_to_the_models_it_names() {
+        let models = "[[model]]\nname = \"emoji\"\npath = \"x\"\n[[model]]\nname = \"other\"\npath = \"y\"\n";
+        let adapter = "[[adapter]]\nname = \"pixel\"\npath = \"loras/pixel.safetensors\"\nmodels = [\"emoji\"]\n";
+        let read = parse_text(&format!("{models}{adapter}[adapter.defaults]\nnum_inference_steps = 8\n")).unwrap();
+        let expected = AdapterConfig {
+            name: "pixel".into(),
+            path: "/srv/loras/pixel.safetensors".into(),
+            defaults: [("num_inference_steps".to_owned(), 8.0)].into(),
+        };
+        assert_eq!((read[0].adapters.as_slice(), read[1].adapters.len()), (&[expected][..], 0));
+        let wrong = |text: &str, part: &str| {
+            let problem = problem(&format!("{models}{text}"));
+            assert!(problem.starts_with("models.toml:") && problem.contains(part), "{problem}");
+        };
+        wrong(&adapter.replace("pixel\"\n", "../pixel\"\n"), "adapter.name = \"../pixel\"");
+        wrong(&adapter.replace("[\"emoji\"]", "[\"nobody\"]"), "no model is named \"nobody\"");
+        wrong(&adapter.replace("[\"emoji\"]", "[]"), "models: must name at least one");
+        wrong(&format!("{adapter}scale = 1\n"), "unknown field `scale`");
+        wrong(&format!("{adapter}{adapter}"), "another adapter of this name");
     }
 
     #[test]

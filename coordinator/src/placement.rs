@@ -170,6 +170,7 @@ mod tests {
             max_batch: 4,
             max_jobs: 16,
             components: components.iter().map(|(name, config)| ((*name).to_owned(), config.clone())).collect(),
+            adapters: vec![],
         }
     }
 

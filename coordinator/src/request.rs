@@ -4,7 +4,7 @@
 
 use proto::{
     MAX_PROMPT_CHARS,
-    v1::{JobSpec, ModelCard, NoiseGenerator, Parameter},
+    v1::{Adapter, JobSpec, ModelCard, NoiseGenerator, Parameter},
 };
 
 use crate::error::{Error, Result, Violation};
@@ -12,8 +12,12 @@ use crate::error::{Error, Result, Violation};
 /// Hex digits of a blob's id, which is a sha256.
 pub const BLOB_ID_CHARS: usize = 64;
 
-/// Fields every model takes, named in its card or not: they are about the request, not about the model.
-const ALWAYS_TAKEN: [&str; 1] = ["embed_prompt"];
+/// Fields every model takes, named in its card or not: they are about the request, not about the model, or checked by name.
+const ALWAYS_TAKEN: [&str; 2] = ["embed_prompt", "loras"];
+/// Most adapters of one job; the same as workers take.
+pub const MAX_LORAS: usize = 8;
+/// Largest scale of an adapter, and smallest with a minus: beyond it nothing is left of the picture.
+pub const MAX_LORA_SCALE: f64 = 100.0;
 
 /// A job's specification, complete and within all limits.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +43,8 @@ impl Request {
         check.prompts(&spec);
         check.taken(&spec);
         check.images(&spec, context.missing_blobs);
+        check.loras(&spec);
+        check.adapter_defaults(&mut spec);
         fill_in(&mut spec, card, context.seed);
         check.required(&spec);
         check.numbers(&spec);
@@ -161,6 +167,10 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
     }
 }
 
+fn adapter<'a>(card: &'a ModelCard, name: &str) -> Option<&'a Adapter> {
+    card.adapters.iter().find(|adapter| adapter.name == name)
+}
+
 fn parameter<'a>(card: &'a ModelCard, name: &str) -> Option<&'a Parameter> {
     card.parameters.iter().find(|parameter| parameter.name == name)
 }
@@ -236,6 +246,61 @@ impl Check<'_> {
         }
     }
 
+    fn loras(&mut self, spec: &JobSpec) {
+        if spec.loras.len() > MAX_LORAS {
+            return self.refuse("loras", format!("must be at most {MAX_LORAS}"));
+        }
+        for (index, lora) in spec.loras.iter().enumerate() {
+            let field = format!("loras[{index}].name");
+            match adapter(self.card, &lora.name) {
+                None => {
+                    let names: Vec<&str> = self.card.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
+                    let known = if names.is_empty() { "no adapters".to_owned() } else { format!("only {}", names.join(", ")) };
+                    self.refuse(&field, format!("model {:?} has no adapter of this name, {known}", self.card.name));
+                }
+                Some(adapter) if !adapter.problem.is_empty() => {
+                    self.refuse(&field, format!("adapter {:?} cannot be used: {}", adapter.name, adapter.problem));
+                }
+                Some(_) if spec.loras[..index].iter().any(|other| other.name == lora.name) => {
+                    self.refuse(&field, "is named twice");
+                }
+                Some(_) => {}
+            }
+            if lora.scale.is_some_and(|scale| !scale.is_finite() || scale.abs() > MAX_LORA_SCALE) {
+                self.refuse(&format!("loras[{index}].scale"), format!("must be -{MAX_LORA_SCALE} to {MAX_LORA_SCALE}"));
+            }
+        }
+    }
+
+    /// Takes what the job's adapters want where the job says nothing. Two that want different things cannot both be pleased.
+    fn adapter_defaults(&mut self, spec: &mut JobSpec) {
+        let used: Vec<&Adapter> = spec.loras.iter().filter_map(|lora| adapter(self.card, &lora.name)).collect();
+        let mut wanted = |field: &str, is_set: bool| -> Option<f64> {
+            if is_set {
+                return None;
+            }
+            let wants = used.iter().filter_map(|adapter| {
+                let default = adapter.defaults.iter().find(|default| default.name == field)?;
+                Some((adapter.name.as_str(), default.value))
+            });
+            let wants: Vec<(&str, f64)> = wants.collect();
+            let (first, value) = *wants.first()?;
+            if let Some((second, other)) = wants.iter().find(|(_, other)| *other != value) {
+                let problem = format!("adapter {first:?} wants {field} = {value} and {second:?} wants {other}: say which");
+                self.refuse("loras", problem);
+            }
+            Some(value)
+        };
+        let steps = wanted("num_inference_steps", spec.num_inference_steps.is_some());
+        let (true_cfg, guidance) =
+            (wanted("true_cfg_scale", spec.true_cfg_scale.is_some()), wanted("guidance_scale", spec.guidance_scale.is_some()));
+        let shift = wanted("shift", spec.shift.is_some());
+        spec.num_inference_steps = spec.num_inference_steps.or(steps.map(|steps| steps as u32));
+        spec.true_cfg_scale = spec.true_cfg_scale.or(true_cfg);
+        spec.guidance_scale = spec.guidance_scale.or(guidance);
+        spec.shift = spec.shift.or(shift);
+    }
+
     fn required(&mut self, spec: &JobSpec) {
         let given =
             |name: &str| others(spec).contains(&(name, true)) || numbers(spec).iter().any(|(n, v)| *n == name && v.is_some());
@@ -301,6 +366,8 @@ fn outside(value: f64, limits: &Parameter) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use proto::v1::{AdapterDefault, Lora};
+
     use super::*;
 
     fn number(name: &str, minimum: f64, maximum: f64, multiple_of: f64, default: f64) -> Parameter {
@@ -321,8 +388,24 @@ mod tests {
                 Parameter { name: "mask_image_blob_id".into(), ..Parameter::default() },
             ],
             max_pixels: 1 << 30,
+            adapters: vec![
+                adapter("fast", &[("num_inference_steps", 8.0), ("guidance_scale", 1.0)]),
+                adapter("faster", &[("num_inference_steps", 4.0), ("guidance_scale", 1.0)]),
+                adapter("pixel", &[]),
+                Adapter { problem: "it is truncated".into(), ..adapter("torn", &[]) },
+            ],
             ..ModelCard::default()
         }
+    }
+
+    fn adapter(name: &str, defaults: &[(&str, f64)]) -> Adapter {
+        let default = |(name, value): &(&str, f64)| AdapterDefault { name: (*name).to_owned(), value: *value };
+        Adapter { name: name.into(), defaults: defaults.iter().map(default).collect(), ..Adapter::default() }
+    }
+
+    fn with_loras(loras: &[(&str, Option<f64>)]) -> JobSpec {
+        let lora = |(name, scale): &(&str, Option<f64>)| Lora { name: (*name).to_owned(), scale: *scale };
+        JobSpec { loras: loras.iter().map(lora).collect(), ..spec() }
     }
 
     fn spec() -> JobSpec {
@@ -388,6 +471,37 @@ mod tests {
         assert_eq!(fields(without), ["spec.strength", "spec.mask_image_blob_id"]);
         let with = JobSpec { image_blob_id: "a".repeat(64), ..spec() };
         assert_eq!(parse(with).unwrap().spec().strength, Some(0.6));
+    }
+
+    #[test]
+    fn an_adapter_that_cannot_be_used_is_refused_by_field() {
+        let names = with_loras(&[("pixel", None), ("nobody", None), ("../pixel", None), ("torn", None), ("pixel", None)]);
+        assert_eq!(fields(names), (1..5).map(|i| format!("spec.loras[{i}].name")).collect::<Vec<_>>());
+        let error = parse(with_loras(&[("torn", None)])).unwrap_err().to_string();
+        assert!(error.contains("it is truncated"), "{error}");
+        for scale in [f64::NAN, f64::INFINITY, 100.1, -100.1] {
+            assert_eq!(fields(with_loras(&[("pixel", Some(scale))])), ["spec.loras[0].scale"]);
+        }
+        assert_eq!(fields(with_loras(&[("pixel", None); 9])), ["spec.loras"]);
+        let plain = ModelCard { adapters: vec![], ..card() };
+        let context = Context { seed: 7, max_pixels: 10 * 2048 * 2048, missing_blobs: &[] };
+        let error = Request::parse(with_loras(&[("pixel", None)]), &plain, context).unwrap_err().to_string();
+        assert!(error.contains("spec.loras[0].name") && error.contains("no adapters"), "{error}");
+    }
+
+    #[test]
+    fn an_adapter_brings_defaults_and_the_job_has_the_last_word() {
+        let filled = parse(with_loras(&[("fast", None), ("pixel", Some(0.5))])).unwrap().into_spec();
+        assert_eq!((filled.num_inference_steps, filled.guidance_scale), (Some(8), Some(1.0)));
+        assert_eq!((filled.loras[0].scale, filled.loras[1].scale), (Some(1.0), Some(0.5)));
+        let said = JobSpec { num_inference_steps: Some(9), ..with_loras(&[("fast", None), ("faster", None)]) };
+        let filled = parse(said).unwrap().into_spec();
+        assert_eq!((filled.num_inference_steps, filled.guidance_scale), (Some(9), Some(1.0)));
+        let error = parse(with_loras(&[("fast", None), ("faster", None)])).unwrap_err().to_string();
+        assert!(
+            ["spec.loras", "\"fast\"", "\"faster\"", "num_inference_steps"].iter().all(|part| error.contains(part)),
+            "{error}"
+        );
     }
 
     #[test]

@@ -33,6 +33,8 @@ mod view;
 mod work;
 
 #[cfg(test)]
+mod adapter_tests;
+#[cfg(test)]
 mod away_tests;
 #[cfg(test)]
 mod chaos;

@@ -82,7 +82,7 @@ fn run_rank<M: BlockModel>(
         model.embed(inputs)?
     } else {
         let received = recv_tensors(group.whole(), group.previous())?;
-        received.map_err(|reason| parallel::Error::Frame(format!("the previous range failed: {reason}")))?
+        received.map_err(|error| parallel::Error::Frame(format!("the previous range failed: {error}")))?
     };
     let hidden = model.blocks(hidden);
     let output = if group.range.is_last() {

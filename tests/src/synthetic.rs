@@ -124,3 +124,21 @@ pub fn flux_inputs(
 pub fn write(dir: &Path, tensors: &HashMap<String, Tensor>) -> Result<()> {
     candle_core::safetensors::save(tensors, dir.join("diffusion_pytorch_model.safetensors"))
 }
+
+/// An adapter for a FLUX.1 transformer, in PEFT's format: most of its layers in every block, and the first embedder.
+pub fn flux_lora(config: &FluxTransformerConfig, rank: usize, strength: f32, seed: u64) -> Result<HashMap<String, Tensor>> {
+    let mut random = Random::new(seed);
+    let adapted = |name: &str| {
+        let layers = ["to_q", "to_k", "add_v_proj", "to_out.0", "ff.net.0.proj", "net.2", "proj_out", "norm1.linear", "proj_mlp"];
+        name == "x_embedder" || (name.contains("blocks.") && layers.iter().any(|layer| name.ends_with(layer)))
+    };
+    let mut tensors = HashMap::new();
+    for (name, shape) in flux_shapes(config) {
+        if let (Some(name), [d_out, d_in]) = (name.strip_suffix(".weight").filter(|name| adapted(name)), shape.as_slice()) {
+            let (a, b) = ((3.0 / *d_in as f32).sqrt(), strength * (3.0 / rank as f32).sqrt());
+            tensors.insert(format!("transformer.{name}.lora_A.weight"), random.tensor(&[rank, *d_in], 0.0, a)?);
+            tensors.insert(format!("transformer.{name}.lora_B.weight"), random.tensor(&[*d_out, rank], 0.0, b)?);
+        }
+    }
+    Ok(tensors)
+}

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use models::blocks::RankGroup;
 use models::card::Card;
+use models::lora::card::{AdapterCard, Registered};
+use models::lora::store::Sources;
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadProgress, LoadSpec, Rank};
 use parallel::Device;
@@ -15,6 +17,12 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// When it cannot be served.
     fn describe(&self, path: &Path) -> models::Result<Card>;
+
+    /// Checks adapters against the model at `path`, which was described as `card`.
+    ///
+    /// # Errors
+    /// When the model's own layers cannot be listed. What is wrong with an adapter is in its card.
+    fn describe_adapters(&self, path: &Path, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>>;
 
     /// Loads a rank, telling `on_open` how to watch.
     ///
@@ -34,6 +42,8 @@ pub struct RankSpec<'a> {
     pub group: RankGroup,
     /// Limits of its stage.
     pub limits: Limits,
+    /// Adapters that its jobs may name.
+    pub adapters: Sources,
 }
 
 /// The models this program has, on the CPU.
@@ -45,9 +55,13 @@ impl Backend for RegistryBackend {
         registry::describe(&ModelDir::open(path)?)
     }
 
+    fn describe_adapters(&self, path: &Path, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>> {
+        models::lora::card::describe(&ModelDir::open(path)?, card, adapters)
+    }
+
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
         let dir = ModelDir::open(spec.path)?;
-        let RankSpec { component, group, limits, .. } = spec;
-        registry::load(LoadSpec { dir: &dir, component, group, device: Device::Cpu, limits }, on_open)
+        let RankSpec { component, group, limits, adapters, .. } = spec;
+        registry::load_with(LoadSpec { dir: &dir, component, group, device: Device::Cpu, limits }, adapters, on_open)
     }
 }

@@ -1,10 +1,13 @@
 //! A model's card as it travels.
 
 use models::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
+use models::lora::card::AdapterCard;
 use proto::v1;
 
+use crate::adapter_wire;
+
 /// The card of the model that models.toml calls `name`.
-pub(crate) fn to_wire(name: &str, card: &Card) -> v1::ModelCard {
+pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>) -> v1::ModelCard {
     v1::ModelCard {
         name: name.to_owned(),
         family: card.family.clone(),
@@ -15,6 +18,7 @@ pub(crate) fn to_wire(name: &str, card: &Card) -> v1::ModelCard {
         parameters: card.parameters.iter().map(parameter).collect(),
         max_pixels: card.max_pixels,
         scheduler: card.scheduler.clone(),
+        adapters: adapters.into_iter().map(adapter_wire::card).collect(),
     }
 }
 
@@ -92,7 +96,18 @@ mod tests {
             parameters: vec![ParameterCard::number("width", 64.0, 2048.0, 1024.0).multiple(16.0)],
             max_pixels: 9,
         };
-        let wire = to_wire("flux-dev", &card);
+        let adapter = AdapterCard {
+            name: "pixel".into(),
+            digest: "cd".repeat(32),
+            bytes: 5,
+            components: vec!["transformer".into()],
+            defaults: [("shift".to_owned(), 3.0)].into(),
+            problem: String::new(),
+        };
+        let wire = to_wire("flux-dev", &card, vec![adapter]);
+        let adapter = &wire.adapters[0];
+        assert_eq!((adapter.name.as_str(), adapter.byte_size, &adapter.components[0]), ("pixel", 5, &"transformer".to_owned()));
+        assert_eq!((adapter.defaults[0].name.as_str(), adapter.defaults[0].value, adapter.problem.as_str()), ("shift", 3.0, ""));
         assert_eq!((wire.name.as_str(), wire.family.as_str(), wire.max_pixels), ("flux-dev", "flux", 9));
         assert_eq!((&wire.pipeline_class, &wire.scheduler, &wire.digest), (&card.pipeline_class, &card.scheduler, &card.digest));
         assert_eq!(wire.components[0].tp_options, [1, 2, 4]);

@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use models::card::Card;
+use models::lora::card::{AdapterCard, Registered};
 use proto::v1::model_described::Outcome;
 use proto::v1::{DescribeModel, ModelDescribed};
 
 use crate::backend::Backend;
-use crate::card_wire;
+use crate::{adapter_wire, card_wire};
 
 /// Most files of a model that are looked at. FLUX.1 has 25.
 const MAX_FILES: usize = 10_000;
@@ -38,11 +39,18 @@ impl Cards {
 
     /// Reads for long.
     pub(crate) fn describe(&self, ask: &DescribeModel) -> ModelDescribed {
-        let outcome = match self.card(Path::new(&ask.path)) {
-            Ok(card) => Outcome::Card(card_wire::to_wire(&ask.model, &card)),
+        let outcome = match self.card(Path::new(&ask.path)).and_then(|card| Ok((self.adapters(ask, &card)?, card))) {
+            Ok((adapters, card)) => Outcome::Card(card_wire::to_wire(&ask.model, &card, adapters)),
             Err(reason) => Outcome::Error(reason),
         };
         ModelDescribed { model: ask.model.clone(), outcome: Some(outcome) }
+    }
+
+    /// Read each time: few ask, and an adapter is small beside its model.
+    fn adapters(&self, ask: &DescribeModel, card: &Card) -> Result<Vec<AdapterCard>, String> {
+        let registered: Vec<Registered> = ask.adapters.iter().map(adapter_wire::registered).collect();
+        let described = self.backend.describe_adapters(Path::new(&ask.path), card, &registered);
+        described.map_err(|error| error.to_string())
     }
 
     fn card(&self, path: &Path) -> Result<Card, String> {
@@ -113,13 +121,17 @@ mod tests {
             })
         }
 
+        fn describe_adapters(&self, _: &Path, _: &Card, _: &[Registered]) -> models::Result<Vec<AdapterCard>> {
+            Ok(vec![])
+        }
+
         fn load(&self, _: RankSpec<'_>, _: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
             Err(models::Error::Cancelled)
         }
     }
 
     fn digest(cards: &Cards, path: &Path) -> Result<String, String> {
-        let ask = DescribeModel { model: "m".into(), path: path.to_string_lossy().into_owned() };
+        let ask = DescribeModel { model: "m".into(), path: path.to_string_lossy().into_owned(), adapters: vec![] };
         match cards.describe(&ask).outcome.unwrap() {
             Outcome::Card(card) => Ok(card.digest),
             Outcome::Error(reason) => Err(reason),

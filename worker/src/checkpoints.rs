@@ -7,9 +7,11 @@ use models::{Checkpoint, Payload};
 use proto::v1::checkpoint_service_client::CheckpointServiceClient;
 use proto::v1::get_checkpoint_response::Part;
 use proto::v1::{CheckpointKey, GetCheckpointRequest, GetCheckpointResponse, RunTask};
+use sha2::{Digest, Sha256};
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
+use crate::blobs::hex;
 use crate::home::Home;
 use crate::payload_wire::{DENOISE_STATE, Incoming, Outgoing};
 use crate::{Error, Result};
@@ -20,14 +22,15 @@ pub(crate) struct Store {
     home: Arc<Home>,
     address: String,
     job_id: String,
+    /// Of the model and of the job's adapters.
     model_digest: String,
 }
 
 impl Store {
     /// For the job of `run`.
     pub(crate) fn of(run: &RunTask, job_id: &str, home: &Arc<Home>) -> Self {
-        let (address, model_digest) = (run.blob_address.clone(), run.model_digest.clone());
-        Self { home: home.clone(), address, job_id: job_id.to_owned(), model_digest }
+        let address = run.blob_address.clone();
+        Self { home: home.clone(), address, job_id: job_id.to_owned(), model_digest: weights_digest(run) }
     }
 
     /// Stores what a denoiser has done. It is durable when this returns.
@@ -86,6 +89,19 @@ impl Store {
     }
 }
 
+/// What names the weights that a job runs with: the model's digest, or one of it and the adapters'.
+fn weights_digest(run: &RunTask) -> String {
+    if run.adapter_digests.is_empty() {
+        return run.model_digest.clone();
+    }
+    let mut digest = Sha256::new().chain_update(&run.model_digest);
+    for adapter in &run.adapter_digests {
+        digest.update(b" ");
+        digest.update(adapter);
+    }
+    hex(&digest.finalize())
+}
+
 fn client(channel: Channel) -> CheckpointServiceClient<Channel> {
     CheckpointServiceClient::new(channel)
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
@@ -112,4 +128,22 @@ async fn collect(
         }
     }
     Ok(incoming.ok_or_else(|| Error::message("header", "is missing")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_adapters_are_other_weights() {
+        let run = |adapters: &[&str]| RunTask {
+            model_digest: "m".into(),
+            adapter_digests: adapters.iter().map(|digest| (*digest).to_owned()).collect(),
+            ..RunTask::default()
+        };
+        assert_eq!(weights_digest(&run(&[])), "m");
+        let digests = [run(&["a"]), run(&["b"]), run(&["a", "b"]), run(&["b", "a"])].map(|run| weights_digest(&run));
+        assert!(digests.iter().all(|digest| digest.len() == 64));
+        assert_eq!(digests.iter().collect::<std::collections::BTreeSet<_>>().len(), 4);
+    }
 }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clap::{ArgGroup, ValueEnum};
+use models::lora::store::DEFAULT_CACHE_BYTES;
 
 use crate::{Error, Result};
 
@@ -55,6 +56,10 @@ pub struct Args {
     /// Bytes of prompt embeddings kept for prompts that come again.
     #[arg(long, env = "ATELIER_WORKER_PROMPT_CACHE_BYTES", default_value_t = 256 << 20)]
     pub prompt_cache_bytes: usize,
+    /// Bytes of adapters (LoRA) that a rank keeps for jobs that come again, counted as f32 and whole; the most that one forward
+    /// may need.
+    #[arg(long, env = "ATELIER_WORKER_ADAPTER_CACHE_BYTES", default_value_t = DEFAULT_CACHE_BYTES)]
+    pub adapter_cache_bytes: u64,
     /// Seconds a rank may take to read its weights.
     #[arg(long, env = "ATELIER_WORKER_LOAD_TIMEOUT", default_value_t = 1800)]
     pub load_timeout: u64,
@@ -94,6 +99,8 @@ pub struct Config {
     pub threads: usize,
     /// Bytes of prompt embeddings kept.
     pub prompt_cache_bytes: usize,
+    /// Bytes of adapters that a rank keeps.
+    pub adapter_cache_bytes: u64,
     /// How long a rank may take to read its weights.
     pub load_timeout: Duration,
     /// How long to wait, at the signal to stop, until the coordinator has taken over what this worker does.
@@ -145,6 +152,7 @@ impl TryFrom<Args> for Config {
             worker_id,
             threads: args.threads,
             prompt_cache_bytes: args.prompt_cache_bytes,
+            adapter_cache_bytes: args.adapter_cache_bytes,
             load_timeout: Duration::from_secs(args.load_timeout),
             drain_timeout: Duration::from_secs(args.drain_timeout),
             orphan_grace: ORPHAN_GRACE,

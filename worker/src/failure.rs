@@ -44,6 +44,7 @@ impl Failure {
     pub(crate) fn of_model(error: &models::Error, step: usize) -> Self {
         let (reason, message) = match error {
             models::Error::Cancelled => return Self::cancelled(step),
+            models::Error::Adapter { .. } => ("ADAPTER_UNUSABLE", error.to_string()),
             models::Error::Checkpoint { .. } => ("CHECKPOINT_LOST", error.to_string()),
             models::Error::Invalid { field, .. } if field.contains("image") => ("INVALID_IMAGE", error.to_string()),
             models::Error::Invalid { .. } => ("INVALID_REQUEST", error.to_string()),

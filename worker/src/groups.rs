@@ -22,7 +22,7 @@ use crate::inbox::TaskId;
 use crate::outbox::Reports;
 use crate::rank::{CONNECT_TIMEOUT, Command, End, Seat, Status, Stop};
 use crate::routes::{Routes, Seated};
-use crate::{Error, Result};
+use crate::{Error, Result, adapter_wire};
 
 /// Tasks a worker has at once, over all its groups. The coordinator keeps within `max_jobs` of each group; this is for when
 /// it does not.
@@ -33,6 +33,8 @@ const MAX_COMMANDS: usize = 3 * MAX_TASKS + 1;
 const LOADING_INTERVAL: Duration = Duration::from_millis(200);
 /// Most ranks in a group: each has a connection and a thread per peer.
 const MAX_RANKS: usize = 64;
+/// Most adapters of a model; the same as models.toml may name.
+const MAX_ADAPTERS: usize = 256;
 /// Longest id of a group and longest secret; both are in the first words of a data connection.
 const MAX_ID_BYTES: usize = 200;
 
@@ -40,13 +42,22 @@ const MAX_ID_BYTES: usize = 200;
 pub(crate) struct Groups {
     backend: Arc<dyn Backend>,
     routes: Arc<Routes>,
-    prompt_cache_bytes: usize,
+    caches: CacheBytes,
     load_timeout: Duration,
     reports: Reports,
     /// No more seats are taken.
     closed: AtomicBool,
     table: Mutex<Table>,
     attendants: TaskTracker,
+}
+
+/// Bytes that a rank keeps for jobs that come again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CacheBytes {
+    /// Of prompt embeddings.
+    pub(crate) prompts: usize,
+    /// Of adapters.
+    pub(crate) adapters: u64,
 }
 
 #[derive(Default)]
@@ -80,14 +91,14 @@ impl Groups {
     pub(crate) fn new(
         backend: Arc<dyn Backend>,
         routes: Arc<Routes>,
-        prompt_cache_bytes: usize,
+        caches: CacheBytes,
         load_timeout: Duration,
         reports: Reports,
     ) -> Arc<Self> {
         let attendants = TaskTracker::new();
         attendants.close();
         let (closed, table) = (AtomicBool::new(false), Mutex::default());
-        Arc::new(Self { backend, routes, prompt_cache_bytes, load_timeout, reports, closed, table, attendants })
+        Arc::new(Self { backend, routes, caches, load_timeout, reports, closed, table, attendants })
     }
 
     /// Takes no more seats.
@@ -176,6 +187,7 @@ impl Groups {
             path: leader.path.clone(),
             component: join.component.clone(),
             limits: self.limits(join),
+            adapters: adapter_wire::sources(join, self.caches.adapters),
             backend: self.backend.clone(),
             accepted: self.routes.expect(&seated),
             commands: to_obey,
@@ -212,7 +224,7 @@ impl Groups {
         Limits {
             max_batch: or(join.max_batch, max_batch),
             max_jobs: or(join.max_jobs, max_jobs),
-            prompt_cache_bytes: self.prompt_cache_bytes,
+            prompt_cache_bytes: self.caches.prompts,
         }
     }
 
@@ -343,6 +355,9 @@ fn check(join: &JoinGroup) -> Result<Layout> {
     let id = &join.group_id;
     if id.is_empty() || id.len() > MAX_ID_BYTES || id.chars().any(char::is_control) {
         return Err(Error::message("group_id", format!("must have 1 to {MAX_ID_BYTES} bytes, none of them a control character")));
+    }
+    if join.adapters.len() > MAX_ADAPTERS {
+        return Err(Error::message("adapters", format!("may be {MAX_ADAPTERS} at most")));
     }
     if join.secret.len() > MAX_ID_BYTES {
         return Err(Error::message("secret", format!("may have {MAX_ID_BYTES} bytes at most")));

@@ -13,6 +13,7 @@ pub mod error;
 
 pub mod config;
 
+mod adapter_wire;
 mod card_wire;
 mod request_wire;
 

@@ -19,6 +19,7 @@ pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index
     say("clip_skip", spec.clip_skip.map(|v| v.to_string()));
     say("skip_layer_guidance", skip_layer_guidance(spec));
     say("loras", non_empty(&loras(spec)));
+    say("loras_sha256", non_empty(&run.adapter_digests.join(",")));
     say("strength", spec.strength.filter(|_| !spec.image_blob_id.is_empty()).map(|v| v.to_string()));
     say("image", spec.num_images_per_prompt.filter(|n| *n > 1).map(|n| format!("{} of {n}", index + 1)));
     say("scheduler", scheduler.map(str::to_owned));
@@ -74,6 +75,13 @@ mod tests {
         assert!(kept.contains(&("atelier:seed".into(), "7".into())), "{kept:?}");
         assert!(kept.contains(&("atelier:scheduler".into(), "FlowMatchEulerDiscreteScheduler".into())), "{kept:?}");
         assert!(!format!("{kept:?}").contains("secret"), "{kept:?}");
+        assert!(!format!("{kept:?}").contains("lora"), "{kept:?}");
+        let lora = proto::v1::Lora { name: "pixel".into(), scale: Some(0.8) };
+        let adapted = JobSpec { loras: vec![lora], ..spec.clone() };
+        let with_adapter = RunTask { adapter_digests: vec!["ab".into()], ..run.clone() };
+        let kept = text(&with_adapter, &adapted, None, 0);
+        assert!(kept.contains(&("atelier:loras".into(), "pixel:0.8".into())), "{kept:?}");
+        assert!(kept.contains(&("atelier:loras_sha256".into(), "ab".into())), "{kept:?}");
         let told = text(&run, &JobSpec { embed_prompt: true, ..spec }, None, 0);
         assert!(told.contains(&("prompt".into(), "a secret garden".into())), "{told:?}");
     }

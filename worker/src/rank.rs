@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use models::blocks::{Layout, RankGroup};
+use models::lora::store::Sources;
 use models::registry::{Limits, LoadProgress, Rank};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Checkpoint, Payload, Request};
@@ -144,6 +145,7 @@ pub(crate) struct Seat {
     pub(crate) path: PathBuf,
     pub(crate) component: String,
     pub(crate) limits: Limits,
+    pub(crate) adapters: Sources,
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) accepted: Receiver<(Hello, TcpStream)>,
     pub(crate) commands: Receiver<Command>,
@@ -179,7 +181,13 @@ impl Seat {
         if self.stop.is_asked() {
             return End::left();
         }
-        let spec = RankSpec { path: &self.path, component: &self.component, group, limits: self.limits };
+        let spec = RankSpec {
+            path: &self.path,
+            component: &self.component,
+            group,
+            limits: self.limits,
+            adapters: self.adapters.clone(),
+        };
         let rank = self.backend.load(spec, &mut |progress| drop(self.status.send_replace(Status::Loading(progress))));
         let rank = match rank {
             Ok(rank) => rank,

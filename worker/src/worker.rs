@@ -15,7 +15,7 @@ use crate::cards::Cards;
 use crate::config::{Config, Membership};
 use crate::dial::Dial;
 use crate::drain::Drain;
-use crate::groups::Groups;
+use crate::groups::{CacheBytes, Groups};
 use crate::home::Home;
 use crate::mail::Mail;
 use crate::outbox::Reports;
@@ -82,8 +82,8 @@ impl Worker {
         };
         let routes = Arc::<Routes>::default();
         let reports = Reports::default();
-        let (cache, load_timeout) = (config.prompt_cache_bytes, config.load_timeout);
-        let groups = Groups::new(backend.clone(), routes.clone(), cache, load_timeout, reports.clone());
+        let caches = CacheBytes { prompts: config.prompt_cache_bytes, adapters: config.adapter_cache_bytes };
+        let groups = Groups::new(backend.clone(), routes.clone(), caches, config.load_timeout, reports.clone());
         let (cards, membership) = (Cards::new(backend), config.membership);
         let Config { drain_timeout, orphan_grace, .. } = config;
         Ok(Self {

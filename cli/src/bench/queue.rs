@@ -33,6 +33,7 @@ impl Fleet {
             max_batch: 1,
             max_jobs: 1,
             components: components.map(|(name, replicas)| (name.to_owned(), component(replicas))).into(),
+            adapters: vec![],
         };
         let settings = Settings {
             models: vec![model],

@@ -9,7 +9,10 @@ use proto::v1::{
 use sha2::{Digest, Sha256};
 
 use super::{Effect, Key, State, work::shortened};
-use crate::placement::{self, Members};
+use crate::{
+    models_file::AdapterConfig,
+    placement::{self, Members},
+};
 
 impl State {
     pub(super) fn worker_joined(&mut self, worker: Registration, holding: Holding) {
@@ -52,7 +55,8 @@ impl State {
         for model in &mut self.models {
             if let Some(worker) = model.ask(self.now, self.workers.keys()) {
                 let path = model.config.path.to_string_lossy().into_owned();
-                let question = DescribeModel { model: model.config.name.clone(), path };
+                let adapters = model.config.adapters.iter().map(AdapterConfig::file).collect();
+                let question = DescribeModel { model: model.config.name.clone(), path, adapters };
                 questions.push((worker.to_owned(), Command::DescribeModel(question)));
             }
         }
@@ -123,6 +127,7 @@ impl State {
             secret: secret(&self.settings.key, group_id, group.epoch).into(),
             max_batch: model.config.max_batch,
             max_jobs: model.config.max_jobs,
+            adapters: model.adapter_files(),
         };
         for (rank, member) in (0..).zip(&members) {
             self.send(member, Command::JoinGroup(JoinGroup { rank, ..join.clone() }));

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use proto::v1::{ModelCard, StageKind};
+use proto::v1::{Adapter, AdapterFile, JobSpec, Lora, ModelCard, StageKind};
 
 use super::{MAX_WAITING_TASKS, Millis, group::Group};
 use crate::{
     error::{Error, Result},
-    models_file::ModelConfig,
+    models_file::{AdapterConfig, ModelConfig},
     placement, plan,
 };
 
@@ -58,6 +58,29 @@ impl Model {
             None if self.problem.is_empty() => Err(Error::ModelNotReady(model)),
             None => Err(Error::ModelBroken { model, problem: self.problem.clone() }),
         }
+    }
+
+    /// The adapters that ranks may be asked for: those that a worker has read and found well.
+    pub(super) fn adapter_files(&self) -> Vec<AdapterFile> {
+        let usable = |name: &str| {
+            let adapters = self.card.as_ref().map(|card| card.adapters.as_slice()).unwrap_or_default();
+            adapters.iter().find(|adapter| adapter.name == name && adapter.problem.is_empty())
+        };
+        let file = |config: &AdapterConfig| {
+            let Adapter { digest, components, .. } = usable(&config.name)?.clone();
+            Some(AdapterFile { digest, components, defaults: vec![], ..config.file() })
+        };
+        self.config.adapters.iter().filter_map(file).collect()
+    }
+
+    /// The digests of a job's adapters, in its order.
+    pub(super) fn adapter_digests(&self, spec: &JobSpec) -> Vec<String> {
+        let adapters = self.card.as_ref().map(|card| card.adapters.as_slice()).unwrap_or_default();
+        let digest = |lora: &Lora| {
+            let found = adapters.iter().find(|adapter| adapter.name == lora.name);
+            found.map(|adapter| adapter.digest.clone()).unwrap_or_default()
+        };
+        spec.loras.iter().map(digest).collect()
     }
 
     /// The worker to ask for the card now, if one has to be asked.

@@ -148,11 +148,17 @@ impl State {
             return false;
         };
         let wanted = &group.wanted;
-        let path = self.model(&wanted.model).map(|model| model.config.path.to_string_lossy().into_owned());
+        let Some(model) = self.model(&wanted.model) else {
+            return false;
+        };
+        let (path, adapters) = (model.config.path.to_string_lossy().into_owned(), model.adapter_files());
         let fits = |rank: &HeldRank| {
             rank.ready
                 && rank.join.as_ref().is_some_and(|join| {
-                    join.layout == Some(wanted.layout) && join.component == wanted.component && Some(&join.path) == path.as_ref()
+                    join.layout == Some(wanted.layout)
+                        && join.component == wanted.component
+                        && join.path == path
+                        && join.adapters == adapters
                 })
         };
         let whole = ranks.keys().copied().eq(0..wanted.size() as u32) && ranks.values().all(|(_, rank)| fits(rank));

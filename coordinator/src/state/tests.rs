@@ -35,6 +35,7 @@ impl Cluster {
             max_batch: 4,
             max_jobs: 2,
             components: BTreeMap::from([("transformer".to_owned(), transformer)]),
+            adapters: vec![],
         };
         change(&mut model);
         let settings = Settings {

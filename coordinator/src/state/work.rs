@@ -162,7 +162,8 @@ impl State {
             let address = self.workers.get(&task.leader)?.address.clone();
             Some(Destination { task: Some(job.task_ref(&consumer.id, task)), address })
         };
-        let card = self.model(&job.spec.model)?.card.as_ref()?;
+        let model = self.model(&job.spec.model)?;
+        let card = model.card.as_ref()?;
         let command = RunTask {
             task: Some(job.task_ref(&stage.id, task)),
             kind: stage.kind as i32,
@@ -175,6 +176,7 @@ impl State {
             stored_inputs: stage.inputs.iter().filter(|input| !job.tasks.contains_key(*input)).cloned().collect(),
             resume_step: task.resumed_step,
             with_pictures: stage.with_pictures,
+            adapter_digests: model.adapter_digests(&job.spec),
         };
         Some((task.leader.clone(), command))
     }

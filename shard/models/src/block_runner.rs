@@ -3,13 +3,21 @@
 //! The leader (rank 0) repeats the inputs to the ranks that share the first range's tensors; hidden states go from range to
 //! range; the last range hands the output back to the leader. Several forwards may be under way at once, one per range:
 //! outputs come back in the order the inputs went in.
+//!
+//! Which adapters are active on which item goes along with the inputs and the hidden states, under a name of its own. The ranks
+//! of a range agree that all of them have the adapters before any begins: see [`RankGroup::activate`].
 
 use std::collections::VecDeque;
 
 use parallel::Tensors;
 
-use crate::blocks::{BlockModel, RankGroup, broadcast_tensors, recv_tensors, send_tensors};
+use crate::blocks::{BlockModel, RankGroup, broadcast_tensors, from_tensor, recv_tensors, send_tensors, to_tensor};
+use crate::lora::Share;
+use crate::request::Lora;
 use crate::{Error, Result};
+
+/// Under this name adapters travel; no network has such an input.
+const ADAPTERS: &str = "atelier.adapters";
 
 /// The leader's end of a network that a group holds.
 pub struct BlockRunner {
@@ -32,12 +40,34 @@ impl BlockRunner {
         self.group.range.count
     }
 
-    /// Begins a forward: the first range's part is done when this returns.
+    /// Those of a job's adapters that change this network.
+    ///
+    /// # Errors
+    /// [`Error::Adapter`] when one is not known here.
+    pub fn relevant(&self, loras: &[Lora]) -> Result<Vec<Lora>> {
+        match (loras.first(), self.group.adapters()) {
+            (None, _) => Ok(Vec::new()),
+            (Some(_), Some(adapters)) => adapters.relevant(loras),
+            (Some(lora), None) => Err(Error::Adapter { name: lora.name.clone(), reason: "this group has no adapters".into() }),
+        }
+    }
+
+    /// Whether these adapters can be active in one forward.
+    pub fn fit_together(&self, names: &[&str]) -> bool {
+        self.group.adapters().is_none_or(|adapters| adapters.fit_together(names))
+    }
+
+    /// Begins a forward: the first range's part is done when this returns. `shares` says which adapters are active on which of
+    /// the items, from the first to the last; empty: none on any.
     ///
     /// # Errors
     /// When a rank is lost. What goes wrong in the network itself comes out of [`Self::collect`].
-    pub fn issue(&mut self, inputs: &Tensors) -> Result<()> {
-        broadcast_tensors(&*self.group.tensor, Some(inputs), 0)?;
+    pub fn issue(&mut self, inputs: &Tensors, shares: &[Share]) -> Result<()> {
+        let mut inputs = inputs.clone();
+        if shares.iter().any(|share| !share.is_plain()) {
+            inputs.insert(ADAPTERS, to_tensor(&shares)?);
+        }
+        broadcast_tensors(&*self.group.tensor, Some(&inputs), 0)?;
         if let Some(output) = run_first_range(&*self.model, &self.group, inputs)? {
             self.ready.push_back(output);
         }
@@ -55,14 +85,13 @@ impl BlockRunner {
             return Ok(output);
         }
         let layout = self.group.layout();
-        let output = recv_tensors(self.group.whole(), layout.ranks() - layout.tp)?;
-        Ok(output.map_err(|reason| Error::Rank { reason }))
+        recv_tensors(self.group.whole(), layout.ranks() - layout.tp)
     }
 
-    /// One forward from beginning to end.
-    pub fn forward(&mut self, inputs: &Tensors) -> Result<Tensors> {
+    /// One forward from beginning to end; the rest as for [`Self::issue`].
+    pub fn forward(&mut self, inputs: &Tensors, shares: &[Share]) -> Result<Tensors> {
         debug_assert_eq!(self.in_flight, 0);
-        self.issue(inputs)?;
+        self.issue(inputs, shares)?;
         self.collect()?
     }
 }
@@ -93,28 +122,52 @@ impl Follower {
         let Self { model, group } = self;
         if group.range.is_first() {
             let inputs = broadcast_tensors(&*group.tensor, None, 0)?;
-            run_first_range(&**model, group, &inputs)?;
+            run_first_range(&**model, group, inputs)?;
             return Ok(());
         }
-        let hidden = recv_tensors(group.whole(), group.previous())?.map_err(|reason| Error::Rank { reason });
-        let hidden = stop_if_lost(hidden.and_then(|hidden| model.blocks(hidden)))?;
+        let hidden = recv_tensors(group.whole(), group.previous())?;
+        let output = in_range(group, hidden, |hidden| {
+            let hidden = model.blocks(hidden)?;
+            if group.range.is_last() { model.output(hidden) } else { Ok(hidden) }
+        })?;
         if !group.range.is_last() {
-            return send_tensors(group.whole(), &hidden, group.next());
+            return send_tensors(group.whole(), &output, group.next());
         }
-        let output = stop_if_lost(hidden.and_then(|hidden| model.output(hidden)))?;
         // The ranks of a range all have the output; the first of them hands it to the leader.
         if group.tensor.rank() == 0 { send_tensors(group.whole(), &output, 0) } else { Ok(()) }
     }
 }
 
 /// The first range's part, on every rank of it. With one range that is all, and the output is returned.
-fn run_first_range(model: &dyn BlockModel, group: &RankGroup, inputs: &Tensors) -> Result<Option<Result<Tensors>>> {
-    let hidden = stop_if_lost(model.embed(inputs).and_then(|hidden| model.blocks(hidden)))?;
-    if !group.range.is_last() {
-        send_tensors(group.whole(), &hidden, group.next())?;
-        return Ok(None);
+fn run_first_range(model: &dyn BlockModel, group: &RankGroup, inputs: Tensors) -> Result<Option<Result<Tensors>>> {
+    let output = in_range(group, Ok(inputs), |inputs| {
+        let hidden = model.embed(&inputs).and_then(|hidden| model.blocks(hidden))?;
+        if group.range.is_last() { model.output(hidden) } else { Ok(hidden) }
+    })?;
+    if group.range.is_last() {
+        return Ok(Some(output));
     }
-    stop_if_lost(hidden.and_then(|hidden| model.output(hidden))).map(Some)
+    send_tensors(group.whole(), &output, group.next())?;
+    Ok(None)
+}
+
+/// A range's part of a forward, with the adapters that came with it active; they go on to the next range.
+fn in_range(group: &RankGroup, hidden: Result<Tensors>, run: impl FnOnce(Tensors) -> Result<Tensors>) -> Result<Result<Tensors>> {
+    let mut hidden = match hidden {
+        Ok(hidden) => hidden,
+        failed => return Ok(failed),
+    };
+    if hidden.find(ADAPTERS).is_none() {
+        return stop_if_lost(run(hidden));
+    }
+    let adapters = hidden.take(ADAPTERS)?;
+    let shares: Vec<Share> = from_tensor(&adapters)?;
+    let _active = match group.activate(&shares)? {
+        Ok(active) => active,
+        Err(error) => return Ok(Err(error)),
+    };
+    let output = stop_if_lost(run(hidden))?;
+    Ok(if group.range.is_last() { output } else { output.map(|output| output.with(ADAPTERS, adapters)) })
 }
 
 /// Tells a failure of the group, which ends it, from one of the network, which every rank of a range sees alike.

@@ -7,10 +7,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parallel::collective::Placeholder;
+use parallel::lora::Activated;
 use parallel::mesh::{Link, Mesh};
 use parallel::{Collective, Solo, Tensor, Tensors};
 use serde::{Deserialize, Serialize};
 
+use crate::lora::Share;
+use crate::lora::store::AdapterStore;
 use crate::{Error, Result};
 
 /// A network that is a row of blocks, of which this rank holds one range.
@@ -84,12 +87,14 @@ pub struct RankGroup {
     /// Which range this rank holds.
     pub range: RangeOf,
     layout: Layout,
+    /// This rank's own; none where no adapter is registered.
+    adapters: Option<Arc<AdapterStore>>,
 }
 
 impl RankGroup {
     /// A group of one.
     pub fn solo() -> Self {
-        Self { whole: Arc::new(Solo), tensor: Arc::new(Solo), range: RangeOf::WHOLE, layout: Layout::SOLO }
+        Self { whole: Arc::new(Solo), tensor: Arc::new(Solo), range: RangeOf::WHOLE, layout: Layout::SOLO, adapters: None }
     }
 
     /// This rank's place in a group of `layout` connected by `link`.
@@ -106,14 +111,50 @@ impl RankGroup {
         let index = rank / layout.tp;
         let peers: Vec<usize> = (index * layout.tp..(index + 1) * layout.tp).collect();
         let tensor = Arc::new(whole.subgroup(&peers)?);
-        Ok(Self { whole: Arc::new(whole), tensor, range: RangeOf { index, count: layout.block_ranges }, layout })
+        Ok(Self { whole: Arc::new(whole), tensor, range: RangeOf { index, count: layout.block_ranges }, layout, adapters: None })
     }
 
     /// A place in a group that exists on paper only: enough to measure what a rank would load.
     pub fn placeholder(rank: usize, layout: Layout) -> Self {
         let whole = Arc::new(Placeholder { rank, size: layout.ranks() });
         let tensor = Arc::new(Placeholder { rank: rank % layout.tp, size: layout.tp });
-        Self { whole, tensor, range: RangeOf { index: rank / layout.tp, count: layout.block_ranges }, layout }
+        Self { whole, tensor, range: RangeOf { index: rank / layout.tp, count: layout.block_ranges }, layout, adapters: None }
+    }
+
+    /// The same place, with the adapters that jobs may name.
+    pub fn with_adapters(self, adapters: Arc<AdapterStore>) -> Self {
+        Self { adapters: Some(adapters), ..self }
+    }
+
+    /// This rank's adapters, if there are any to name.
+    pub fn adapters(&self) -> Option<&AdapterStore> {
+        self.adapters.as_deref()
+    }
+
+    /// Makes the adapters of a forward active, on every rank of this range or on none. The inner result is the same on all of
+    /// them: the first rank's reason why it cannot.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn activate(&self, shares: &[Share]) -> Result<Result<Activated>> {
+        let mine = match &self.adapters {
+            Some(adapters) => adapters.activate(shares),
+            None => {
+                let name = shares.iter().flat_map(Share::loras).map(|(name, _)| name).next().unwrap_or_default();
+                Err(Error::Adapter { name: name.to_owned(), reason: "this group has no adapters".into() })
+            }
+        };
+        if !self.tensor.any(mine.is_err())? {
+            return Ok(mine);
+        }
+        let reason = mine.err().map(|error| Failure::of(&error));
+        for rank in 0..self.tensor.size() {
+            let told = broadcast_value(&*self.tensor, (rank == self.tensor.rank()).then_some(&reason), rank)?;
+            if let Some(failure) = told {
+                return Ok(Err(failure.into()));
+            }
+        }
+        Err(parallel::Error::Frame("a rank cannot use an adapter and gives no reason".into()).into())
     }
 
     /// Rank 0 leads: it alone knows what to do next.
@@ -152,7 +193,7 @@ impl std::fmt::Debug for RankGroup {
 pub fn send_tensors(comm: &dyn Collective, tensors: &Result<Tensors>, to: usize) -> Result<()> {
     let header = match tensors {
         Ok(tensors) => Header::Tensors(tensors.iter().map(|(name, _)| name.to_owned()).collect()),
-        Err(e) => Header::Failed(e.to_string()),
+        Err(e) => Header::Failed(Failure::of(e)),
     };
     comm.send(&to_tensor(&header)?, to)?;
     if let Ok(tensors) = tensors {
@@ -164,9 +205,9 @@ pub fn send_tensors(comm: &dyn Collective, tensors: &Result<Tensors>, to: usize)
 }
 
 /// Takes what another rank sent by [`send_tensors`]. The inner result is what that rank's computation came to.
-pub fn recv_tensors(comm: &dyn Collective, from: usize) -> Result<Result<Tensors, String>> {
+pub fn recv_tensors(comm: &dyn Collective, from: usize) -> Result<Result<Tensors>> {
     match from_tensor(&comm.recv(from)?)? {
-        Header::Failed(reason) => Ok(Err(reason)),
+        Header::Failed(failure) => Ok(Err(failure.into())),
         Header::Tensors(names) => {
             let tensors = names.into_iter().map(|name| Ok((name, comm.recv(from)?)));
             Ok(Ok(tensors.collect::<Result<Tensors>>()?))
@@ -199,16 +240,42 @@ pub fn broadcast_tensors(comm: &dyn Collective, tensors: Option<&Tensors>, root:
 #[derive(Serialize, Deserialize)]
 enum Header {
     Tensors(Vec<String>),
-    Failed(String),
+    Failed(Failure),
 }
 
-fn to_tensor<T: Serialize>(value: &T) -> Result<Tensor> {
+/// Why a rank could not do its part, as it travels.
+#[derive(Serialize, Deserialize)]
+struct Failure {
+    /// The adapter that was the cause.
+    adapter: Option<String>,
+    reason: String,
+}
+
+impl Failure {
+    fn of(error: &Error) -> Self {
+        match error {
+            Error::Adapter { name, reason } => Self { adapter: Some(name.clone()), reason: reason.clone() },
+            error => Self { adapter: None, reason: error.to_string() },
+        }
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(Failure { adapter, reason }: Failure) -> Self {
+        match adapter {
+            Some(name) => Error::Adapter { name, reason },
+            None => Error::Rank { reason },
+        }
+    }
+}
+
+pub(crate) fn to_tensor<T: Serialize>(value: &T) -> Result<Tensor> {
     let bytes = serde_json::to_vec(value).map_err(|e| parallel::Error::Frame(e.to_string()))?;
     let len = bytes.len();
     Ok(Tensor::from_vec(bytes, len, &parallel::Device::Cpu)?)
 }
 
-fn from_tensor<T: for<'a> Deserialize<'a>>(tensor: &Tensor) -> Result<T> {
+pub(crate) fn from_tensor<T: for<'a> Deserialize<'a>>(tensor: &Tensor) -> Result<T> {
     let bytes = tensor.to_vec1::<u8>()?;
     serde_json::from_slice(&bytes).map_err(|e| Error::Parallel(parallel::Error::Frame(e.to_string())))
 }

@@ -10,6 +10,7 @@ use parallel::{Tensor, Tensors};
 
 use crate::block_runner::BlockRunner;
 use crate::denoise::{DenoiseState, Denoiser};
+use crate::lora::Share;
 use crate::registry::Limits;
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::{Error, Request, Result};
@@ -30,6 +31,8 @@ struct Active {
     key: TaskKey,
     state: DenoiseState,
     leaving: Option<Leaving>,
+    /// Its adapters, on each of its pictures.
+    share: Share,
     /// The branches of its next evaluation.
     branches: Vec<Branch>,
 }
@@ -73,12 +76,14 @@ impl Engine {
     /// A job before its next evaluation: the first, or where its checkpoint was.
     fn begin(&self, key: TaskKey, request: Request, mut inputs: Inputs) -> Result<Active> {
         let checkpoint = inputs.checkpoint.take();
+        let loras = self.runner.relevant(&request.loras)?;
         let mut state = self.denoiser.start(request, inputs)?;
         if let Some(checkpoint) = checkpoint {
             state.restore(checkpoint)?;
         }
         let branches = self.next_branches(&state)?;
-        Ok(Active { key, state, leaving: None, branches })
+        let share = Share::new(state.pictures(), &loras);
+        Ok(Active { key, state, leaving: None, share, branches })
     }
 
     /// Puts a job at the end of the row, so that jobs take turns, or lets it go when nothing is left to do.
@@ -131,14 +136,22 @@ impl Engine {
         let share = waiting.len().div_ceil(free);
         let key = self.denoiser.batch_key(&first.state, *branch);
         let (mut picked, mut pictures) = (Vec::new(), 0);
+        let mut adapters = Vec::new();
         for (job, branch) in &waiting {
-            let fits = picked.is_empty() || pictures + job.state.pictures() <= self.limits.max_batch;
+            let fits = picked.is_empty()
+                || (pictures + job.state.pictures() <= self.limits.max_batch && self.adapters_fit(&adapters, &job.share));
             if picked.len() < share && fits && self.denoiser.batch_key(&job.state, *branch) == key {
                 picked.push(BranchRef { key: job.key, branch: *branch });
                 pictures += job.state.pictures();
+                adapters = together(&adapters, &job.share);
             }
         }
         picked
+    }
+
+    /// Whether a job's adapters can be active beside others in one forward.
+    fn adapters_fit<'a>(&'a self, others: &[&'a str], share: &'a Share) -> bool {
+        share.is_plain() || self.runner.fit_together(&together(others, share))
     }
 
     /// Takes the picked branches' inputs, side by side along dimension 0.
@@ -162,7 +175,9 @@ impl Engine {
     fn issue(&mut self, picked: Vec<BranchRef>, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<()> {
         match self.take_inputs(&picked) {
             Ok(inputs) => {
-                self.runner.issue(&inputs)?;
+                let job = |reference: &BranchRef| self.active.iter().find(|job| job.key == reference.key);
+                let shares: Vec<Share> = picked.iter().filter_map(job).map(|job| job.share.clone()).collect();
+                self.runner.issue(&inputs, &shares)?;
                 self.in_flight.push_back(picked);
             }
             Err(error) => self.settle(&picked, &Err(error), on_event),
@@ -186,19 +201,27 @@ impl Engine {
         }
     }
 
-    /// Gives each branch its rows of a forward's output, or the reason why there are none.
+    /// Gives each branch its rows of a forward's output, or the reason why there are none. What an adapter is to blame for fails
+    /// the jobs that use it; the others' branches wait again.
     fn hand_out(&mut self, picked: &[BranchRef], output: &Result<Tensor>) {
+        let blamed = |job: &Active| matches!(output, Err(Error::Adapter { name, .. }) if job.share.names(name));
+        let is_picked = |job: &&Active| picked.iter().any(|reference| reference.key == job.key);
+        let some_blamed = self.active.iter().filter(is_picked).any(blamed);
         let mut row = 0;
         for reference in picked {
             let Some(job) = self.active.iter_mut().find(|job| job.key == reference.key) else { continue };
             let rows = job.state.pictures();
             let mine = match output {
-                Ok(output) => output.narrow(0, row, rows).map_err(Error::from),
-                Err(error) => Err(Error::Rank { reason: error.to_string() }),
+                Ok(output) => Branch::Done(output.narrow(0, row, rows).map_err(Error::from)),
+                Err(Error::Adapter { name, reason }) if blamed(job) => {
+                    Branch::Done(Err(Error::Adapter { name: name.clone(), reason: reason.clone() }))
+                }
+                Err(_) if some_blamed => again(&*self.denoiser, &job.state, reference.branch),
+                Err(error) => Branch::Done(Err(Error::Rank { reason: error.to_string() })),
             };
             row += rows;
             if let Some(slot) = job.branches.get_mut(reference.branch) {
-                *slot = Branch::Done(mine);
+                *slot = mine;
             }
         }
     }
@@ -275,6 +298,26 @@ impl Stage for Engine {
 
 fn ready(job: &Active) -> impl Iterator<Item = usize> + '_ {
     job.branches.iter().enumerate().filter(|(_, b)| matches!(b, Branch::Ready(_))).map(|(i, _)| i)
+}
+
+/// A branch whose inputs were taken and came to nothing, as it was before.
+fn again(denoiser: &dyn Denoiser, state: &DenoiseState, branch: usize) -> Branch {
+    match denoiser.branches(state) {
+        Ok(mut branches) if branch < branches.len() => Branch::Ready(branches.swap_remove(branch)),
+        Ok(_) => Branch::Done(Err(Error::Rank { reason: "a branch is gone".into() })),
+        Err(error) => Branch::Done(Err(error)),
+    }
+}
+
+/// The names of adapters, each once.
+fn together<'a>(others: &[&'a str], share: &'a Share) -> Vec<&'a str> {
+    let mut names = others.to_vec();
+    for (name, _) in share.loras() {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
 }
 
 /// Inputs side by side along dimension 0; shared ones are taken from the first.

@@ -51,6 +51,14 @@ pub enum Error {
         /// What that rank said.
         reason: String,
     },
+    /// An adapter that a rank of the group cannot use.
+    #[error("adapter `{name}`: {reason}")]
+    Adapter {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// A checkpoint that does not fit the job it is to be taken up in.
     #[error("checkpoint: {field} {reason}")]
     Checkpoint {

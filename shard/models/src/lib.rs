@@ -12,6 +12,8 @@ pub mod model_dir;
 
 pub mod blocks;
 
+pub mod lora;
+
 pub mod block_runner;
 
 pub mod tokenizer;

@@ -171,7 +171,7 @@ fn hash_file(path: &Path) -> Result<[u8; 32]> {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

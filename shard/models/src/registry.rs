@@ -8,6 +8,8 @@ use parallel::{DType, Device, Weights};
 use crate::block_runner::Follower;
 use crate::blocks::{Layout, RankGroup};
 use crate::card::Card;
+use crate::lora::mapping::Sites;
+use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
 use crate::{Error, Result, flux, sd3};
@@ -78,11 +80,41 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 /// # Errors
 /// When the component does not exist, cannot be cut so, or its checkpoint is not what its configuration says.
 pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
-    let path = spec.dir.require(spec.component)?.path;
-    let weights = Weights::open(&path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
-    let ranks = spec.group.layout().ranks() as u64;
+    load_with(spec, Sources::default(), on_open)
+}
+
+/// As [`load`], with adapters that jobs may name. None is read before a job needs it.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_with(spec: LoadSpec<'_>, adapters: Sources, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
+    let LoadSpec { dir, component, mut group, device, limits } = spec;
+    let path = dir.require(component)?.path;
+    let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &device)?;
+    let ranks = group.layout().ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
-    load_from(spec, &weights)
+    if !adapters.named.is_empty() {
+        let store = AdapterStore::new(weights.adapters().clone(), sites(dir, component)?, adapters);
+        group = group.with_adapters(Arc::new(store));
+    }
+    load_from(LoadSpec { dir, component, group, device, limits }, &weights)
+}
+
+/// The layers of a component that adapters can change, over all ranks. Reads no weights.
+///
+/// # Errors
+/// As [`load`].
+pub fn sites(dir: &ModelDir, component: &str) -> Result<Sites> {
+    let (_, weights) = measured(dir, component, RankGroup::placeholder(0, Layout::SOLO))?;
+    Ok(Sites::new(component, weights.adapters().sites()))
+}
+
+/// A rank's loading code, run without reading.
+fn measured(dir: &ModelDir, component: &str, group: RankGroup) -> Result<(Rank, Weights)> {
+    let path = dir.require(component)?.path;
+    let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
+    let rank = load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;
+    Ok((rank, weights))
 }
 
 /// What one rank needs.
@@ -96,11 +128,8 @@ pub struct Need {
 
 /// What each rank of a component would need, in rank order, by running its loading code without reading.
 pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Need>> {
-    let path = dir.require(component)?.path;
     let rank = |rank: usize| {
-        let group = RankGroup::placeholder(rank, layout);
-        let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
-        load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;
+        let (_, weights) = measured(dir, component, RankGroup::placeholder(rank, layout))?;
         let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
         Ok(Need { read_bytes, held_bytes: weights.bytes_held() })
     };

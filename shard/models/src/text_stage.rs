@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use parallel::{Tensor, Tensors};
 
 use crate::block_runner::BlockRunner;
+use crate::lora::Share;
 use crate::request::{Encoder, Guidance};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::tokenizer::Tokenizer;
@@ -73,12 +74,13 @@ impl TextStage {
             tokens: self.encoding.tokens.unwrap_or(request.max_sequence_length),
             clip_skip: if skips { clip_skip } else { 0 },
             picture: None,
+            share: Share::new(1, &self.runner.relevant(&request.loras)?),
         };
         if let Some(known) = self.cache.get(&key) {
             return Ok(known);
         }
         let inputs = self.tokenize(text, request)?;
-        let mut network = self.runner.forward(&inputs)?;
+        let mut network = self.runner.forward(&inputs, std::slice::from_ref(&key.share))?;
         let mut embeds = Tensors::new();
         for (kept, name) in &self.encoding.outputs {
             let output = match kept {
@@ -145,6 +147,8 @@ pub(crate) struct Key {
     pub(crate) clip_skip: usize,
     /// sha256 of a picture that is read along.
     pub(crate) picture: Option<[u8; 32]>,
+    /// The adapters that change the encoder.
+    pub(crate) share: Share,
 }
 
 /// Embeddings that were made, the least recently used dropped first. One cache an encoder: its digest is its place.
@@ -196,7 +200,7 @@ mod tests {
             Tensors::new().with("prompt_embeds", zeros)
         };
         let mut cache = PromptCache::new(220);
-        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, picture: None };
+        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, picture: None, share: Share::default() };
         cache.put(key("a"), embeds(25)); // 100 bytes
         cache.put(key("b"), embeds(25));
         assert!(cache.get(&key("a")).is_some());

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -10,12 +11,16 @@ use models::block_runner::{BlockRunner, Follower};
 use models::blocks::{BlockModel, Layout, RankGroup};
 use models::denoise::{DenoiseState, Denoiser, LastStep};
 use models::engine::Engine;
+use models::lora::file::AdapterFile;
+use models::lora::mapping::Sites;
+use models::lora::store::{AdapterStore, Source, Sources};
 use models::registry::Limits;
-use models::request::Guidance;
+use models::request::{Guidance, Lora};
 use models::scheduler::{Scheduler, SchedulerState};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Error, Payload, Request, Result};
-use parallel::{Device, InProcess, Tensor, Tensors};
+use parallel::lora::{Cut, Site};
+use parallel::{DType, Device, InProcess, Tensor, Tensors};
 
 /// A network that adds one per range, summed over the tensor-parallel ranks, and counts its forwards.
 struct Counting {
@@ -275,4 +280,35 @@ fn a_lost_rank_ends_the_leader_with_a_typed_error() {
     thread::spawn(move || send.send(engine.turn(&mut |_| ())));
     let result = receive.recv_timeout(std::time::Duration::from_secs(5)).expect("no hang");
     assert!(result.is_err_and(|e| e.loses_group()));
+}
+
+#[test]
+fn jobs_with_different_adapters_and_none_share_forwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = |name: &str| {
+        let path = dir.path().join(format!("{name}.safetensors"));
+        let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let tensors = HashMap::from([("block.lora_A.weight", zeros((1, 4))), ("block.lora_B.weight", zeros((4, 1)))]);
+        candle_core::safetensors::save(&tensors, &path).unwrap();
+        let digest = AdapterFile::open(&path).unwrap().digest().to_owned();
+        Source { name: name.into(), path, digest, components: vec!["transformer".into()] }
+    };
+    let named = vec![source("a"), source("b")];
+    // Each adapter has 8 numbers of 4 bytes.
+    for (cache_bytes, expected) in [(64, 4), (63, 6)] {
+        let sites = Sites::new("transformer", [Site { name: "block".into(), d_in: 4, d_out: 4, cut: Cut::Whole }]);
+        let store = AdapterStore::new(Arc::default(), sites, Sources { named: named.clone(), cache_bytes });
+        let group = RankGroup::solo().with_adapters(Arc::new(store));
+        let forwards = Arc::new(AtomicUsize::new(0));
+        let model = Counting { group: group.clone(), forwards: forwards.clone() };
+        let mut engine = Engine::new(Box::new(Plain), BlockRunner::new(Box::new(model), group), Limits::default());
+        for (key, adapter) in [(1, Some("a")), (2, Some("b")), (3, None)] {
+            let loras = adapter.map(|name| Lora { name: name.into(), scale: 1.0 }).into_iter().collect();
+            engine.start(key, Request { loras, ..request(3, 0) }, Inputs::default());
+        }
+        let told = drain(&mut engine);
+        assert_eq!(told.iter().filter(|told| matches!(told, Told::Done(_, 3.0))).count(), 3, "{told:?}");
+        // Alone they would need nine. The first forward of an adapter, of which nothing is known yet, goes without others.
+        assert_eq!(forwards.load(Ordering::SeqCst), expected, "{cache_bytes} bytes");
+    }
 }

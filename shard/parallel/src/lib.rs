@@ -22,6 +22,7 @@ pub mod ops;
 
 pub mod convolution;
 pub mod linear;
+pub mod lora;
 
 pub mod rng;
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::collective::Collective;
+use crate::lora::{Cut, Patch, Site};
 use crate::ops::{Chunks, Matrix};
 use crate::weights::{Shard, Weights};
 use crate::{Error, Result};
@@ -21,6 +22,7 @@ const CHUNKS: usize = 8;
 pub struct Linear {
     weight: Matrix,
     bias: Option<Tensor>,
+    patch: Patch,
 }
 
 impl Linear {
@@ -28,13 +30,19 @@ impl Linear {
     pub fn load(w: &Weights, d_in: usize, d_out: usize) -> Result<Self> {
         let weight = w.get("weight", &[d_out, d_in], Shard::Replicated)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
-        Ok(Self { weight: matrix(w, &weight)?, bias })
+        Ok(Self { weight: matrix(w, &weight)?, bias, patch: patch(w, d_in, d_out, Cut::Whole) })
     }
 
     /// `x: [.., d_in]` gives `[.., d_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.weight.forward(x, self.bias.as_ref())
+        let y = self.weight.product(x, self.bias.as_ref())?;
+        Ok(self.patch.add(x, y)?.to_dtype(x.dtype())?)
     }
+}
+
+/// The layer's place among those that adapters can change.
+fn patch(w: &Weights, d_in: usize, d_out: usize, cut: Cut) -> Patch {
+    w.adapters().register(Site { name: w.prefix().to_owned(), d_in, d_out, cut }, w.group())
 }
 
 fn matrix(w: &Weights, weight: &Tensor) -> Result<Matrix> {
@@ -63,7 +71,8 @@ impl ColumnParallelLinear {
         let weight = w.get("weight", &[&[rows], kernel].concat(), shard.clone())?;
         let weight = if kernel.len() == 1 { weight } else { weight.flatten_from(1)? };
         let bias = w.contains("bias").then(|| w.get("bias", &[rows], shard)).transpose()?;
-        Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias }, group: w.group().clone(), packed: d_out.len() })
+        let patch = patch(w, d_in, rows, Cut::Outputs(d_out.to_vec()));
+        Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias, patch }, group: w.group().clone(), packed: d_out.len() })
     }
 
     /// `x: [.., d_in]`, equal on every rank, gives this rank's `[.., d_out/tp]`: its slice of every packed part.
@@ -88,6 +97,7 @@ impl ColumnParallelLinear {
 pub struct RowParallelLinear {
     weight: Matrix,
     bias: Option<Tensor>,
+    patch: Patch,
     group: Arc<dyn Collective>,
 }
 
@@ -103,7 +113,8 @@ impl RowParallelLinear {
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
         let weight =
             if w.is_measuring() { Matrix::measured(&weight)? } else { Matrix::in_chunks(&weight, chunks(d_in, tp, rank))? };
-        Ok(Self { weight, bias, group: w.group().clone() })
+        let patch = patch(w, d_in.iter().sum(), d_out, Cut::Inputs(d_in.to_vec())).reducing(w.group());
+        Ok(Self { weight, bias, patch, group: w.group().clone() })
     }
 
     /// This rank's `x: [.., d_in/tp]` gives the same `[.., d_out]` on every rank.
@@ -115,12 +126,12 @@ impl RowParallelLinear {
             Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
             None => y,
         };
-        Ok(y.to_dtype(x.dtype())?)
+        Ok(self.patch.add(x, y)?.to_dtype(x.dtype())?)
     }
 }
 
 /// This rank's share of the eight: for each, the piece it reads of every part packed in the input, by its place on this rank.
-fn chunks(d_in: &[usize], tp: usize, rank: usize) -> Chunks {
+pub(crate) fn chunks(d_in: &[usize], tp: usize, rank: usize) -> Chunks {
     let pieces = |chunk: usize| {
         let mut before = 0; // features of this rank in earlier parts
         let piece = |part: &usize| {

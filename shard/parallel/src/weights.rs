@@ -14,6 +14,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
 use crate::collective::Collective;
+use crate::lora::Adapters;
 use crate::{Error, Result};
 
 /// Longest safetensors header that is read. The full FLUX.1 transformer's is 0.1 MB; a hostile one costs memory.
@@ -61,6 +62,7 @@ pub struct Weights {
     device: Device,
     /// Count bytes instead of reading them.
     measuring: bool,
+    adapters: Arc<Adapters>,
 }
 
 struct Checkpoint {
@@ -111,6 +113,7 @@ impl Weights {
             dtype,
             device: device.clone(),
             measuring: false,
+            adapters: Arc::default(),
         })
     }
 
@@ -134,6 +137,16 @@ impl Weights {
     /// The ranks that share the split tensors.
     pub fn group(&self) -> &Arc<dyn Collective> {
         &self.group
+    }
+
+    /// Where the layers that are loaded from here register, and look for adapters.
+    pub fn adapters(&self) -> &Arc<Adapters> {
+        &self.adapters
+    }
+
+    /// The full name of where this is in the checkpoint; empty at its root.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
     }
 
     /// The device tensors are made on.

@@ -4,9 +4,11 @@
 use candle_core::{Device, Tensor};
 use models::blocks::RankGroup;
 use models::denoise::{DenoiseState, Denoiser};
+use models::lora::card::{self, Registered};
+use models::lora::store::{DEFAULT_CACHE_BYTES, Source, Sources};
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
-use models::request::{Encoder, Guidance};
+use models::request::{Encoder, Guidance, Lora};
 use models::stage::{Inputs, Pictures, Stage, StageEvent};
 use models::tokenizer::Tokenizer;
 use models::{Payload, Request};
@@ -53,7 +55,7 @@ pub(crate) fn generation(case: &mut Case, dir: &ModelDir, family: &Family<'_>) -
     check_draws(case)?;
     let mut inputs: Vec<Inputs> = jobs.iter().map(|_| Inputs::default()).collect();
     for TextEncoder { component, .. } in &family.encoders {
-        let outputs = one_by_one(dir, component, &jobs, &inputs)?;
+        let outputs = one_by_one(case, dir, component, &jobs, &inputs)?;
         add(&mut inputs, outputs)?;
     }
     encode_pictures(case, dir, family, &jobs, &mut inputs)?;
@@ -74,6 +76,7 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
     };
     let number = |name: &str| case.param(name).as_f64();
     let size = |name: &str| number(name).map(|v| v as usize);
+    let loras = loras(case)?;
     let [second, third, negative] = ["prompt_2", "prompt_3", "negative_prompt"].map(list);
     let job = |(i, prompt): (usize, String)| {
         Some(Request {
@@ -90,6 +93,7 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             num_images_per_prompt: size("num_images_per_prompt").unwrap_or(1),
             strength: number("strength"),
             max_sequence_length: size("max_sequence_length")?,
+            loras: loras.clone(),
             ..Request::default()
         })
     };
@@ -116,6 +120,32 @@ pub(crate) fn check_ids(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jo
     Ok(())
 }
 
+/// The case's adapters, by the names of their files, and the weight of each.
+fn loras(case: &Case) -> Result<Vec<Lora>, String> {
+    let one = |lora: &Value| Some(Lora { name: lora["file"].as_str()?.to_owned(), scale: lora["weight"].as_f64()? });
+    let all = case.json["lora"].as_array().into_iter().flatten().map(one);
+    all.collect::<Option<_>>().ok_or_else(|| "an adapter has no file or no weight".into())
+}
+
+/// The same, as a worker checks and registers them.
+fn sources(case: &Case, dir: &ModelDir) -> Result<Sources, String> {
+    let registered: Vec<Registered> = loras(case)?
+        .into_iter()
+        .map(|Lora { name, .. }| Registered { path: case.dir.join(&name), name, defaults: Default::default() })
+        .collect();
+    let cards = card::describe(dir, &registry::describe(dir).map_err(text)?, &registered).map_err(text)?;
+    if let Some(card) = cards.iter().find(|card| !card.problem.is_empty()) {
+        return Err(card.problem.clone());
+    }
+    let source = |(card, Registered { name, path, .. }): (card::AdapterCard, Registered)| Source {
+        name,
+        path,
+        digest: card.digest,
+        components: card.components,
+    };
+    Ok(Sources { named: cards.into_iter().zip(registered).map(source).collect(), cache_bytes: DEFAULT_CACHE_BYTES })
+}
+
 /// The draws of the run, in order, from its seed.
 pub(crate) fn check_draws(case: &mut Case) -> Outcome {
     let seed = case.json["generator_seed"].as_u64().ok_or("no generator_seed")?;
@@ -140,7 +170,7 @@ fn encode_pictures(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs: &
     inputs.iter_mut().for_each(|inputs| inputs.pictures = pictures.clone());
     let outputs = match family.encode {
         Some(encode) => encode(jobs, inputs)?,
-        None => one_by_one(dir, "vae", jobs, inputs)?,
+        None => one_by_one(case, dir, "vae", jobs, inputs)?,
     };
     for (call, picture) in family.pictures.iter().enumerate() {
         for moment in ["mean", "logvar"] {
@@ -219,7 +249,7 @@ pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -
 
 /// All jobs at once in one engine.
 pub(crate) fn denoise(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<Payload>, String> {
-    let mut stage = load(dir, "transformer")?;
+    let mut stage = load(case, dir, "transformer")?;
     let tasks: Vec<_> = jobs.iter().cloned().zip(inputs.iter().cloned()).collect();
     let mut steps: Vec<Vec<Tensor>> = Vec::new();
     let outputs = run_stage(&mut *stage, &tasks, |step, sample| {
@@ -240,24 +270,30 @@ pub(crate) fn decode(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs:
     case.check("vae_decode.in", &(family.unscale)(&Tensor::cat(&rows, 0).map_err(text)?).map_err(text)?)?;
     let mut inputs: Vec<Inputs> = jobs.iter().map(|_| Inputs::default()).collect();
     add(&mut inputs, latents)?;
-    let pictures = one_by_one(dir, "vae", jobs, &inputs)?;
+    let pictures = one_by_one(case, dir, "vae", jobs, &inputs)?;
     let images = pictures.iter().map(|p| p.image().cloned().map_err(text)).collect::<Result<Vec<_>, String>>()?;
     let image = Tensor::cat(&images, 0).and_then(|image| image.permute((0, 2, 3, 1))).map_err(text)?;
     case.check("image", &image)
 }
 
 /// Every job through a component's stage, one after the other.
-pub(crate) fn one_by_one(dir: &ModelDir, component: &str, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<Payload>, String> {
-    let mut stage = load(dir, component)?;
+pub(crate) fn one_by_one(
+    case: &Case,
+    dir: &ModelDir,
+    component: &str,
+    jobs: &[Request],
+    inputs: &[Inputs],
+) -> Result<Vec<Payload>, String> {
+    let mut stage = load(case, dir, component)?;
     let alone =
         |(job, inputs): (&Request, &Inputs)| Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| ())?.remove(0));
     jobs.iter().zip(inputs).map(alone).collect()
 }
 
-/// A component's stage on a group of one.
-pub(crate) fn load(dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
+/// A component's stage on a group of one, with the case's adapters.
+pub(crate) fn load(case: &Case, dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
     let spec = LoadSpec { dir, component, group: RankGroup::solo(), device: Device::Cpu, limits: Limits::default() };
-    match registry::load(spec, &mut |_| ()).map_err(text)? {
+    match registry::load_with(spec, sources(case, dir)?, &mut |_| ()).map_err(text)? {
         Rank::Leader(stage) => Ok(stage),
         Rank::Follower(_) => Err("a group of one has a leader only".into()),
     }

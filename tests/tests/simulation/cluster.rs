@@ -236,6 +236,7 @@ fn config() -> Config {
         max_batch: 4,
         max_jobs: 4,
         components: [("transformer".to_owned(), transformer)].into(),
+        adapters: vec![],
     };
     Config { models: vec![model], advertise: None, data_dir: None, object_store: None, etcd: None, limits: Limits::default() }
 }

@@ -46,6 +46,7 @@ pub(crate) fn join(group_id: &str, epoch: u64, component: &str, workers: &[&Runn
         secret: vec![7; 16].into(),
         max_batch: 1,
         max_jobs: 4,
+        adapters: vec![],
     }
 }
 

@@ -9,6 +9,7 @@ use models::blocks::{BlockModel, RankGroup};
 use models::card::Card;
 use models::denoise::{DenoiseState, Denoiser, LastStep};
 use models::engine::Engine;
+use models::lora::card::{AdapterCard, Registered};
 use models::registry::{LoadProgress, Rank};
 use models::scheduler::{
     FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig, Schedule, Scheduler,
@@ -38,6 +39,10 @@ impl Backend for Small {
             };
             if path.is_dir() { Ok(card) } else { Err(error) }
         })
+    }
+
+    fn describe_adapters(&self, _: &Path, _: &Card, _: &[Registered]) -> Result<Vec<AdapterCard>> {
+        Ok(vec![])
     }
 
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {

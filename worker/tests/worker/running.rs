@@ -71,6 +71,7 @@ impl Running {
             worker_id: uuid::Uuid::new_v4().to_string(),
             threads: 1,
             prompt_cache_bytes: 0,
+            adapter_cache_bytes: 0,
             load_timeout: PATIENCE,
             drain_timeout: waits.drain,
             orphan_grace: waits.orphan,
@@ -251,7 +252,7 @@ impl Control {
     }
 
     pub(crate) async fn describe(&mut self, model: &str, path: &str) -> Result<(), String> {
-        self.send(Command::DescribeModel(DescribeModel { model: model.into(), path: path.into() })).await;
+        self.send(Command::DescribeModel(DescribeModel { model: model.into(), path: path.into(), adapters: vec![] })).await;
         let pick = |report: &Report| match report {
             Report::ModelDescribed(described) if described.model == model => described.outcome.clone(),
             _ => None,

@@ -55,12 +55,8 @@ impl Matrix {
         Ok(Self { chunks: Arc::default(), d_out: weight.dim(0)?, weight: Weight::Whole(Vec::new()) })
     }
 
-    /// `x W^T + bias`. `x: [.., d_in]`, `bias: [d_out]` give `[.., d_out]`: in `x`'s type, but see [`Self::product`].
-    pub(crate) fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        Ok(self.product(x, bias)?.to_dtype(x.dtype())?)
-    }
-
-    /// As [`Self::forward`], before it is rounded: in f32 if that is what the kernel adds in.
+    /// `x W^T + bias`. `x: [.., d_in]`, `bias: [d_out]` give `[.., d_out]`, not yet rounded to `x`'s type: in f32 if that is what
+    /// the kernel adds in.
     pub(crate) fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let mut shape = x.dims().to_vec();
         let Some(d_in) = shape.pop() else {
@@ -149,10 +145,10 @@ mod tests {
         let eight: Chunks = (0..8).map(|c| vec![(2 * c, 2), (16 + 3 * c, 3)]).collect();
         for chunks in [vec![vec![(0, 40)]], eight] {
             // The columns come out of order in chunks, and the weight's with them.
-            let theirs = Matrix::in_chunks(&weight, chunks.clone()).unwrap().forward(&x, Some(&bias)).unwrap();
+            let theirs = Matrix::in_chunks(&weight, chunks.clone()).unwrap().product(&x, Some(&bias)).unwrap();
             let narrow = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
             let ours = Matrix::in_chunks(&narrow(&weight), chunks).unwrap();
-            let ours = ours.forward(&narrow(&x), Some(&narrow(&bias))).unwrap();
+            let ours = ours.product(&narrow(&x), Some(&narrow(&bias))).unwrap();
             assert_eq!(ours.dims(), [2, 3, 17]);
             let difference = (ours - narrow(&theirs)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(difference < 1e-5, "differs by {difference}");
@@ -160,20 +156,19 @@ mod tests {
     }
 
     #[test]
-    fn bf16_activations_are_rounded_once() {
+    fn bf16_activations_are_multiplied_in_f32_and_not_rounded() {
         let x = Tensor::randn(0f32, 1.0, (3, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
         let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
         let narrow = Matrix::new(&weight).unwrap();
         let wide = Matrix::new(&weight.to_dtype(DType::F32).unwrap()).unwrap();
-        let expected = wide.forward(&x.to_dtype(DType::F32).unwrap(), None).unwrap();
+        let expected = wide.product(&x.to_dtype(DType::F32).unwrap(), None).unwrap();
         assert_eq!(narrow.product(&x, None).unwrap().to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
-        assert_eq!(narrow.forward(&x, None).unwrap().dtype(), DType::BF16);
     }
 
     #[test]
     fn an_input_of_another_width_is_a_typed_error() {
         let matrix = Matrix::new(&Tensor::zeros((4, 8), DType::F32, &Device::Cpu).unwrap()).unwrap();
         let x = Tensor::zeros((2, 7), DType::F32, &Device::Cpu).unwrap();
-        assert!(matches!(matrix.forward(&x, None), Err(Error::Operands { .. })));
+        assert!(matches!(matrix.product(&x, None), Err(Error::Operands { .. })));
     }
 }

@@ -1,0 +1,176 @@
+//! An adapter's file: one safetensors, checked before anything of it is believed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use parallel::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+use sha2::{Digest, Sha256};
+
+use super::bad;
+use crate::Result;
+use crate::model_dir::hex;
+
+/// Largest file that is read. The largest published ones (rank 128 for Qwen-Image) have 2.4 GB.
+pub const MAX_BYTES: u64 = 8 << 30;
+/// Longest safetensors header that is read.
+const MAX_HEADER_BYTES: u64 = 8 << 20;
+/// Most tensors: three for each layer of a network of thousands.
+const MAX_TENSORS: usize = 20_000;
+/// Key of the safetensors metadata under which diffusers keeps the adapter's configuration, as JSON.
+const CONFIG_KEY: &str = "lora_adapter_metadata";
+
+/// A file in memory.
+pub struct AdapterFile {
+    path: PathBuf,
+    bytes: Vec<u8>,
+    entries: BTreeMap<String, Entry>,
+    config: serde_json::Map<String, serde_json::Value>,
+    digest: String,
+}
+
+struct Entry {
+    dtype: DType,
+    shape: Vec<usize>,
+    start: usize,
+    end: usize,
+}
+
+impl AdapterFile {
+    /// Reads a safetensors file, or the only one in a folder.
+    ///
+    /// # Errors
+    /// When there is none or there are several, and when the file is too large, not whole, or holds types that are not numbers.
+    pub fn open(path: &Path) -> Result<Self> {
+        let path = resolve(path)?;
+        let bytes = read(&path)?;
+        let digest = hex(&Sha256::digest(&bytes));
+        let (entries, metadata) = entries(&path, &bytes)?;
+        let config = match metadata.get(CONFIG_KEY) {
+            Some(text) => serde_json::from_str(text).map_err(|e| bad(&path, format!("metadata `{CONFIG_KEY}`: {e}")))?,
+            None => serde_json::Map::new(),
+        };
+        Ok(Self { path, bytes, entries, config, digest })
+    }
+
+    /// The safetensors file itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// sha256 of the whole file, in hex.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Bytes of the whole file.
+    pub fn byte_size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    /// The names of its tensors.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor.
+    pub fn shape(&self, key: &str) -> Option<&[usize]> {
+        self.entries.get(key).map(|entry| entry.shape.as_slice())
+    }
+
+    /// An entry of the configuration that diffusers wrote into the file, such as `transformer.lora_alpha`.
+    pub fn config(&self, key: &str) -> Option<&serde_json::Value> {
+        self.config.get(key)
+    }
+
+    /// A tensor, in f32.
+    pub fn tensor(&self, key: &str) -> Result<Tensor> {
+        let entry = self.entries.get(key).ok_or_else(|| bad(&self.path, format!("there is no tensor `{key}`")))?;
+        let tensor = Tensor::from_raw_buffer(&self.bytes[entry.start..entry.end], entry.dtype, &entry.shape, &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    /// A tensor of one number.
+    pub fn number(&self, key: &str) -> Result<f64> {
+        let values = self.tensor(key)?.flatten_all()?.to_vec1::<f32>()?;
+        match values.as_slice() {
+            [value] if value.is_finite() => Ok(f64::from(*value)),
+            _ => Err(bad(&self.path, format!("tensor `{key}` is not one finite number"))),
+        }
+    }
+}
+
+impl std::fmt::Debug for AdapterFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AdapterFile({}, {} tensors)", self.path.display(), self.entries.len())
+    }
+}
+
+/// The file itself, or the only safetensors of the folder.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let unreadable = |error: std::io::Error| bad(path, format!("could not be read: {error}"));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(unreadable)? {
+        let file = entry.map_err(unreadable)?.path();
+        if file.extension().is_some_and(|extension| extension == "safetensors") {
+            found.push(file);
+        }
+    }
+    match (found.pop(), found.len()) {
+        (Some(file), 0) => Ok(file),
+        (None, _) => Err(bad(path, "there is no safetensors file in this folder")),
+        (Some(_), more) => Err(bad(path, format!("there are {} safetensors files in this folder: name one", more + 1))),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let unreadable = |error: std::io::Error| bad(path, format!("could not be read: {error}"));
+    let file = File::open(path).map_err(unreadable)?;
+    let size = file.metadata().map_err(unreadable)?.len();
+    if size > MAX_BYTES {
+        return Err(bad(path, format!("it has {size} bytes; the limit is {MAX_BYTES}")));
+    }
+    let mut bytes = Vec::with_capacity(size as usize);
+    file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(unreadable)?;
+    Ok(bytes)
+}
+
+fn entries(path: &Path, bytes: &[u8]) -> Result<(BTreeMap<String, Entry>, HashMap<String, String>)> {
+    let header = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
+    let header = header.ok_or_else(|| bad(path, "it is shorter than 8 bytes"))?;
+    if header > MAX_HEADER_BYTES {
+        return Err(bad(path, format!("its header claims {header} bytes; the limit is {MAX_HEADER_BYTES}")));
+    }
+    let whole = |e: safetensors::SafeTensorError| bad(path, format!("{e}; it may be truncated"));
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(whole)?;
+    let tensors = SafeTensors::deserialize(bytes).map_err(whole)?;
+    if tensors.len() > MAX_TENSORS {
+        return Err(bad(path, format!("it holds more than {MAX_TENSORS} tensors")));
+    }
+    let base = bytes.as_ptr() as usize;
+    let mut entries = BTreeMap::new();
+    for (name, view) in tensors.iter() {
+        let dtype = dtype(view.dtype())
+            .ok_or_else(|| bad(path, format!("tensor `{name}` has the unsupported type {:?}", view.dtype())))?;
+        let start = view.data().as_ptr() as usize - base;
+        let entry = Entry { dtype, shape: view.shape().to_vec(), start, end: start + view.data().len() };
+        entries.insert(name.to_owned(), entry);
+    }
+    Ok((entries, metadata.metadata().clone().unwrap_or_default()))
+}
+
+fn dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F64 => DType::F64,
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::I64 => DType::I64, // an alpha
+        _ => return None,
+    })
+}

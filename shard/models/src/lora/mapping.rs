@@ -1,0 +1,187 @@
+//! A file's keys, whatever their style, to the layers of a model.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+
+use parallel::Tensor;
+use parallel::lora::{Factors, Site};
+
+use super::file::AdapterFile;
+use super::peft::Role;
+use super::{Part, bad, flux_original, kohya, listed, peft};
+use crate::Result;
+
+/// The layers of one component that adapters can change, over all ranks.
+#[derive(Clone, Debug)]
+pub struct Sites {
+    component: String,
+    by_name: BTreeMap<String, Site>,
+    by_flat: HashMap<String, String>,
+}
+
+impl Sites {
+    /// Of a component.
+    pub fn new(component: &str, sites: impl IntoIterator<Item = Site>) -> Self {
+        let by_name: BTreeMap<String, Site> = sites.into_iter().map(|site| (site.name.clone(), site)).collect();
+        let flat = |name: &String| peft::spellings(name).map(|spelling| (kohya::flattened(&spelling), name.clone()));
+        let by_flat = by_name.keys().flat_map(flat).collect();
+        Self { component: component.to_owned(), by_name, by_flat }
+    }
+
+    /// The component.
+    pub fn component(&self) -> &str {
+        &self.component
+    }
+
+    /// The layers a name is for.
+    fn targets(&self, name: &str) -> Option<Targets<'_>> {
+        let one = |site| Some(Targets { sites: vec![site], halves_swapped: false });
+        if let Some(site) = peft::spellings(name).iter().find_map(|name| self.by_name.get(name)) {
+            return one(site);
+        }
+        let flat = kohya::flattened(name);
+        if let Some(site) = self.by_flat.get(&flat).and_then(|name| self.by_name.get(name)) {
+            return one(site);
+        }
+        let original = flux_original::original(&flat)?;
+        let sites = original.sites.iter().map(|name| self.by_name.get(name)).collect::<Option<_>>()?;
+        Some(Targets { sites, halves_swapped: original.halves_swapped })
+    }
+}
+
+struct Targets<'a> {
+    /// In the order of the rows of `B`.
+    sites: Vec<&'a Site>,
+    halves_swapped: bool,
+}
+
+/// What a file does to one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// The layer's component.
+    pub component: String,
+    /// The layer.
+    pub site: String,
+    /// The tensor that is `A`.
+    pub down: String,
+    /// The tensor whose rows are `B`.
+    pub up: String,
+    /// Which of its rows, in this order.
+    pub rows: Vec<Range<usize>>,
+    /// alpha / rank
+    pub factor: f64,
+    /// Elements of both factors.
+    pub elements: u64,
+}
+
+impl Change {
+    /// The factors themselves.
+    pub fn factors(&self, file: &AdapterFile) -> Result<Factors> {
+        let up = file.tensor(&self.up)?;
+        let rows: Vec<Tensor> = self.rows.iter().map(|rows| up.narrow(0, rows.start, rows.len())).collect::<Result<_, _>>()?;
+        let b = Tensor::cat(&rows, 0)?;
+        Ok(Factors { site: self.site.clone(), a: file.tensor(&self.down)?, b, factor: self.factor })
+    }
+}
+
+/// What a file does to the components whose layers are given. Layers of other parts are left out if `partial` says that these are
+/// not all of the model's.
+///
+/// # Errors
+/// When a key is for no layer (all such keys are listed), a factor is alone, or a shape does not fit (the tensor is named).
+pub fn changes(file: &AdapterFile, all: &[Sites], partial: bool) -> Result<Vec<Change>> {
+    let (modules, mut unknown) = modules(file);
+    let mut changes: BTreeMap<(String, String), Change> = BTreeMap::new();
+    for (module, tensors) in modules {
+        let (part, name) = kohya::part(&module).unwrap_or_else(|| peft::part(&module));
+        let sites = all.iter().find(|sites| Part::of(&sites.component) == Some(part.clone()));
+        let Some(sites) = sites else {
+            if !partial {
+                unknown.extend(tensors.into_values());
+            }
+            continue;
+        };
+        let Some(targets) = sites.targets(name) else {
+            unknown.extend(tensors.into_values());
+            continue;
+        };
+        for change in of_module(file, sites, &targets, &tensors)? {
+            let place = (change.component.clone(), change.site.clone());
+            if let Some(other) = changes.insert(place, change.clone()) {
+                return Err(bad(file.path(), format!("`{}` and `{}` are both for `{}`", other.down, change.down, change.site)));
+            }
+        }
+    }
+    if !unknown.is_empty() {
+        unknown.sort();
+        let keys = listed(&unknown);
+        return Err(bad(file.path(), format!("{} of its keys are for no layer of the model: {keys}", unknown.len())));
+    }
+    if changes.is_empty() && !partial {
+        return Err(bad(file.path(), "it changes no layer"));
+    }
+    Ok(changes.into_values().collect())
+}
+
+/// A layer's tensors, by what each is.
+type Tensors = BTreeMap<Role, String>;
+
+/// The file's keys by layer, and those that name no factor.
+fn modules(file: &AdapterFile) -> (BTreeMap<String, Tensors>, Vec<String>) {
+    let mut modules: BTreeMap<String, Tensors> = BTreeMap::new();
+    let mut unknown = Vec::new();
+    for key in file.keys() {
+        match peft::split(key) {
+            Some((module, role)) => {
+                // The same factor in two spellings: one of them is for nothing.
+                unknown.extend(modules.entry(module.to_owned()).or_default().insert(role, key.to_owned()));
+            }
+            None => unknown.push(key.to_owned()),
+        }
+    }
+    (modules, unknown)
+}
+
+fn of_module(file: &AdapterFile, sites: &Sites, targets: &Targets<'_>, tensors: &Tensors) -> Result<Vec<Change>> {
+    let (Some(down), Some(up)) = (tensors.get(&Role::Down), tensors.get(&Role::Up)) else {
+        let alone: Vec<String> = tensors.values().cloned().collect();
+        return Err(bad(file.path(), format!("a layer has one factor without the other: {}", listed(&alone))));
+    };
+    let d_in = targets.sites.first().map_or(0, |site| site.d_in);
+    let d_out: usize = targets.sites.iter().map(|site| site.d_out).sum();
+    let rank = match file.shape(down) {
+        Some([rank, width]) if *width == d_in && *rank > 0 => *rank,
+        found => return Err(shape(file, down, found, &format!("[rank, {d_in}]"))),
+    };
+    if file.shape(up) != Some([d_out, rank].as_slice()) {
+        return Err(shape(file, up, file.shape(up), &format!("[{d_out}, {rank}]")));
+    }
+    let mut changes = Vec::new();
+    let mut start = 0;
+    for site in &targets.sites {
+        let rows = start..start + site.d_out;
+        let middle = start + site.d_out / 2;
+        let rows = if targets.halves_swapped { vec![middle..rows.end, start..middle] } else { vec![rows] };
+        start += site.d_out;
+        let factor = match tensors.get(&Role::Alpha) {
+            Some(alpha) => file.number(alpha)? / rank as f64,
+            None => peft::configured_factor(file, &sites.component, &site.name, rank)?.unwrap_or(1.0),
+        };
+        let elements = (rank * (site.d_in + site.d_out)) as u64;
+        let (component, site) = (sites.component.clone(), site.name.clone());
+        changes.push(Change { component, site, down: down.clone(), up: up.clone(), rows, factor, elements });
+    }
+    Ok(changes)
+}
+
+fn shape(file: &AdapterFile, key: &str, found: Option<&[usize]>, expected: &str) -> crate::Error {
+    bad(file.path(), format!("tensor `{key}` has shape {:?}, expected {expected}", found.unwrap_or_default()))
+}
+
+/// Bytes of a component's factors in f32, over all ranks.
+pub fn bytes_of(changes: &[Change], component: &str) -> u64 {
+    changes.iter().filter(|change| change.component == component).map(|change| change.elements * 4).sum()
+}
+
+#[cfg(test)]
+mod tests;

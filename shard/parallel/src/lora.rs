@@ -1,0 +1,272 @@
+//! Low-rank adapters (LoRA, <https://arxiv.org/abs/2106.09685>), never merged: a layer that adapters are active on gives
+//! `W x + b + sum_i scale_i (alpha_i / rank_i) B_i (A_i x)`.
+//!
+//! Every linear layer has a *site* here, by the full name of its weight, which it registers when it loads. What is active is said
+//! for each item (dimension 0) of a forward, so items of one batch can have adapters of their own; an item without any keeps its
+//! exact bits, and what is added to an item does not depend on its neighbours. Products are in f32, and each is cut as the layer
+//! is: a column-parallel layer holds `A` whole and its rows of `B`, a row-parallel one its columns of `A` (in the layer's own
+//! eight chunks, with one sum of `[.., rank]` over the group) and `B` whole. So every tp gives the same bits here, too.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candle_core::{DType, Tensor};
+
+use crate::collective::Collective;
+use crate::linear::chunks;
+use crate::ops::Matrix;
+use crate::{Error, Result};
+
+/// A linear layer that adapters can change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// The full name of the layer in its checkpoint, such as `transformer_blocks.0.attn.to_q`.
+    pub name: String,
+    /// Input features, over all ranks.
+    pub d_in: usize,
+    /// Output features, over all ranks.
+    pub d_out: usize,
+    /// How the layer is divided over the ranks.
+    pub cut: Cut,
+}
+
+/// How a layer is divided over the ranks of its group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// Whole on every rank.
+    Whole,
+    /// By its outputs, which are these parts side by side.
+    Outputs(Vec<usize>),
+    /// By its inputs, which are these parts side by side.
+    Inputs(Vec<usize>),
+}
+
+/// An adapter's two factors for one site, whole.
+#[derive(Clone, Debug)]
+pub struct Factors {
+    /// The site's name.
+    pub site: String,
+    /// `A: [rank, d_in]`
+    pub a: Tensor,
+    /// `B: [d_out, rank]`
+    pub b: Tensor,
+    /// alpha / rank
+    pub factor: f64,
+}
+
+/// What one rank holds of an adapter: its slices, for the sites it has.
+pub struct Adapter {
+    pairs: HashMap<usize, Pair>,
+}
+
+struct Pair {
+    a: Matrix,
+    b: Matrix,
+    factor: f64,
+}
+
+/// Consecutive items of a forward, and the adapters that are active on them, each with its scale.
+pub type Run = (usize, Vec<(Arc<Adapter>, f64)>);
+
+/// The sites of one rank, and what is active on them now.
+#[derive(Default)]
+pub struct Adapters {
+    /// Whether anything is active: all that a layer looks at when nothing is.
+    busy: AtomicBool,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    sites: Vec<(Site, Arc<dyn Collective>)>,
+    by_name: HashMap<String, usize>,
+    active: Option<Arc<[Run]>>,
+}
+
+impl Adapters {
+    /// All sites, in the order in which they were loaded.
+    pub fn sites(&self) -> Vec<Site> {
+        self.inner().sites.iter().map(|(site, _)| site.clone()).collect()
+    }
+
+    /// Slices an adapter for this rank. Factors for sites that this rank does not have are another range's, and skipped.
+    ///
+    /// # Errors
+    /// Those of `factors`, and [`Error::Shape`] when one does not fit its site.
+    pub fn adapter<E: From<Error>>(&self, factors: impl IntoIterator<Item = Result<Factors, E>>) -> Result<Adapter, E> {
+        let mut pairs = HashMap::new();
+        for factors in factors {
+            let factors = factors?;
+            let found = {
+                let inner = self.inner();
+                inner.by_name.get(&factors.site).map(|index| (*index, inner.sites[*index].clone()))
+            };
+            if let Some((index, (site, group))) = found {
+                pairs.insert(index, Pair::of(&factors, &site, &*group)?);
+            }
+        }
+        Ok(Adapter { pairs })
+    }
+
+    /// Makes adapters active, from the first item to the last, until the guard is dropped.
+    pub fn activate(self: &Arc<Self>, runs: Vec<Run>) -> Activated {
+        self.inner().active = Some(runs.into());
+        self.busy.store(true, Ordering::Relaxed);
+        Activated(self.clone())
+    }
+
+    pub(crate) fn register(self: &Arc<Self>, site: Site, group: &Arc<dyn Collective>) -> Patch {
+        let mut inner = self.inner();
+        let index = match inner.by_name.get(&site.name) {
+            Some(index) => *index,
+            None => {
+                let index = inner.sites.len();
+                inner.by_name.insert(site.name.clone(), index);
+                inner.sites.push((site, group.clone()));
+                index
+            }
+        };
+        Patch { adapters: self.clone(), index, reduce: None }
+    }
+
+    fn active(&self) -> Option<Arc<[Run]>> {
+        // The rank's own thread alone sets it and computes.
+        if self.busy.load(Ordering::Relaxed) { self.inner().active.clone() } else { None }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// For as long as it lives, adapters are active.
+#[must_use]
+pub struct Activated(Arc<Adapters>);
+
+impl Drop for Activated {
+    fn drop(&mut self) {
+        self.0.busy.store(false, Ordering::Relaxed);
+        self.0.inner().active = None;
+    }
+}
+
+impl Pair {
+    fn of(factors: &Factors, site: &Site, group: &dyn Collective) -> Result<Self> {
+        let Factors { a, b, factor, .. } = factors;
+        let shape = |name: &str, found: &Tensor, expected: [usize; 2]| {
+            let name = format!("{}.{name}", site.name);
+            if found.dims() == expected {
+                return Ok(());
+            }
+            Err(Error::Shape { name, found: found.dims().to_vec(), expected: expected.to_vec() })
+        };
+        let rank = a.dim(0)?;
+        shape("lora_A", a, [rank, site.d_in])?;
+        shape("lora_B", b, [site.d_out, rank])?;
+        let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+        let (a, b) = match &site.cut {
+            Cut::Whole => (Matrix::new(&a)?, Matrix::new(&b)?),
+            Cut::Outputs(parts) => (Matrix::new(&a)?, Matrix::new(&slice(&b, 0, parts, group)?)?),
+            Cut::Inputs(parts) => {
+                let pieces = chunks(parts, group.size(), group.rank());
+                (Matrix::in_chunks(&slice(&a, 1, parts, group)?, pieces)?, Matrix::new(&b)?)
+            }
+        };
+        Ok(Self { a, b, factor: *factor })
+    }
+}
+
+/// This rank's share of every part packed along `dim`.
+fn slice(x: &Tensor, dim: usize, parts: &[usize], group: &dyn Collective) -> Result<Tensor> {
+    let (rank, tp) = (group.rank(), group.size());
+    let mut start = 0;
+    let mut mine = Vec::new();
+    for part in parts {
+        mine.push(x.narrow(dim, start + rank * part / tp, part / tp)?);
+        start += part;
+    }
+    Ok(Tensor::cat(&mine, dim)?.contiguous()?)
+}
+
+/// A layer's end: adds what is active on its site.
+#[derive(Clone)]
+pub(crate) struct Patch {
+    adapters: Arc<Adapters>,
+    index: usize,
+    /// Where `A x` must be summed over: of a row-parallel layer.
+    reduce: Option<Arc<dyn Collective>>,
+}
+
+impl Patch {
+    /// For a layer whose inputs are divided over `group`.
+    pub(crate) fn reducing(self, group: &Arc<dyn Collective>) -> Self {
+        Self { reduce: Some(group.clone()), ..self }
+    }
+
+    /// `y`, the layer's own output for `x` before it is rounded, and what is active on it. `x: [items, .., d_in]`.
+    pub(crate) fn add(&self, x: &Tensor, y: Tensor) -> Result<Tensor> {
+        let Some(runs) = self.adapters.active() else { return Ok(y) };
+        if !runs.iter().flat_map(|(_, uses)| uses).any(|(adapter, _)| adapter.pairs.contains_key(&self.index)) {
+            return Ok(y);
+        }
+        let items: usize = runs.iter().map(|(items, _)| items).sum();
+        if x.rank() < 2 || x.dim(0)? != items {
+            return Err(Error::Operands { reason: format!("{:?} where adapters are active on {items} items", x.dims()) });
+        }
+        let y = if y.dtype() == DType::F64 { y } else { y.to_dtype(DType::F32)? };
+        let mut rows = Vec::new();
+        let mut start = 0;
+        for (items, uses) in runs.iter() {
+            let mut sum = y.narrow(0, start, *items)?;
+            let x = x.narrow(0, start, *items)?;
+            for (adapter, scale) in uses {
+                if let Some(pair) = adapter.pairs.get(&self.index) {
+                    let change = (self.product(pair, &x)? * (scale * pair.factor))?;
+                    sum = (sum + change.to_dtype(y.dtype())?)?;
+                }
+            }
+            rows.push(sum);
+            start += items;
+        }
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+
+    /// `B (A x)`, in f32.
+    fn product(&self, pair: &Pair, x: &Tensor) -> Result<Tensor> {
+        let inner = pair.a.product(&x.to_dtype(DType::F32)?, None)?;
+        let inner = match &self.reduce {
+            Some(group) => group.all_reduce(&inner)?,
+            None => inner,
+        };
+        pair.b.product(&inner, None)
+    }
+}
+
+impl fmt::Debug for Patch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Patch(site {})", self.index)
+    }
+}
+
+impl fmt::Debug for Adapter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Adapter({} sites)", self.pairs.len())
+    }
+}
+
+impl fmt::Debug for Adapters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Adapters({} sites)", self.inner().sites.len())
+    }
+}
+
+impl fmt::Debug for Activated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Activated")
+    }
+}
+
+#[cfg(test)]
+mod tests;
