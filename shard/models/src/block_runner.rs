@@ -3,10 +3,12 @@
 //! The leader (rank 0) repeats the inputs to the ranks that share the first range's tensors; hidden states go from range to
 //! range; the last range hands the output back to the leader. Several forwards may be under way at once, one per range:
 //! outputs come back in the order the inputs went in.
+//!
+//! Here tensors change places: the network computes on its rank's device, all around it is the host's.
 
 use std::collections::VecDeque;
 
-use parallel::Tensors;
+use parallel::{Device, Tensors};
 
 use crate::blocks::{BlockModel, RankGroup, broadcast_tensors, recv_tensors, send_tensors};
 use crate::{Error, Result};
@@ -97,7 +99,8 @@ impl Follower {
             return Ok(());
         }
         let hidden = recv_tensors(group.whole(), group.previous())?.map_err(|reason| Error::Rank { reason });
-        let hidden = stop_if_lost(hidden.and_then(|hidden| model.blocks(hidden)))?;
+        let hidden = hidden.and_then(|hidden| model.blocks(hidden.to_device(&group.device)?));
+        let hidden = stop_if_lost(hidden)?;
         if !group.range.is_last() {
             return send_tensors(group.whole(), &hidden, group.next());
         }
@@ -109,12 +112,14 @@ impl Follower {
 
 /// The first range's part, on every rank of it. With one range that is all, and the output is returned.
 fn run_first_range(model: &dyn BlockModel, group: &RankGroup, inputs: &Tensors) -> Result<Option<Result<Tensors>>> {
-    let hidden = stop_if_lost(model.embed(inputs).and_then(|hidden| model.blocks(hidden)))?;
+    let hidden = inputs.to_device(&group.device).map_err(Error::from).and_then(|inputs| model.embed(&inputs));
+    let hidden = stop_if_lost(hidden.and_then(|hidden| model.blocks(hidden)))?;
     if !group.range.is_last() {
         send_tensors(group.whole(), &hidden, group.next())?;
         return Ok(None);
     }
-    stop_if_lost(hidden.and_then(|hidden| model.output(hidden))).map(Some)
+    let output = hidden.and_then(|hidden| model.output(hidden));
+    stop_if_lost(output.and_then(|output| Ok(output.to_device(&Device::Cpu)?))).map(Some)
 }
 
 /// Tells a failure of the group, which ends it, from one of the network, which every rank of a range sees alike.

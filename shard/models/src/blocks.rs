@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use parallel::collective::Placeholder;
 use parallel::mesh::{Link, Mesh};
-use parallel::{Collective, Solo, Tensor, Tensors};
+use parallel::{Collective, Device, Solo, Tensor, Tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -83,13 +83,15 @@ pub struct RankGroup {
     pub tensor: Arc<dyn Collective>,
     /// Which range this rank holds.
     pub range: RangeOf,
+    /// Where this rank computes. What is handed to it and what it gives is the host's.
+    pub device: Device,
     layout: Layout,
 }
 
 impl RankGroup {
     /// A group of one.
     pub fn solo() -> Self {
-        Self { whole: Arc::new(Solo), tensor: Arc::new(Solo), range: RangeOf::WHOLE, layout: Layout::SOLO }
+        Self { whole: Arc::new(Solo), tensor: Arc::new(Solo), range: RangeOf::WHOLE, device: Device::Cpu, layout: Layout::SOLO }
     }
 
     /// This rank's place in a group of `layout` connected by `link`.
@@ -106,14 +108,26 @@ impl RankGroup {
         let index = rank / layout.tp;
         let peers: Vec<usize> = (index * layout.tp..(index + 1) * layout.tp).collect();
         let tensor = Arc::new(whole.subgroup(&peers)?);
-        Ok(Self { whole: Arc::new(whole), tensor, range: RangeOf { index, count: layout.block_ranges }, layout })
+        Ok(Self {
+            whole: Arc::new(whole),
+            tensor,
+            range: RangeOf { index, count: layout.block_ranges },
+            device: Device::Cpu,
+            layout,
+        })
     }
 
     /// A place in a group that exists on paper only: enough to measure what a rank would load.
     pub fn placeholder(rank: usize, layout: Layout) -> Self {
         let whole = Arc::new(Placeholder { rank, size: layout.ranks() });
         let tensor = Arc::new(Placeholder { rank: rank % layout.tp, size: layout.tp });
-        Self { whole, tensor, range: RangeOf { index: rank / layout.tp, count: layout.block_ranges }, layout }
+        let range = RangeOf { index: rank / layout.tp, count: layout.block_ranges };
+        Self { whole, tensor, range, device: Device::Cpu, layout }
+    }
+
+    /// The same place, computing on `device`.
+    pub fn on(self, device: Device) -> Self {
+        Self { device, ..self }
     }
 
     /// Rank 0 leads: it alone knows what to do next.
@@ -205,7 +219,7 @@ enum Header {
 fn to_tensor<T: Serialize>(value: &T) -> Result<Tensor> {
     let bytes = serde_json::to_vec(value).map_err(|e| parallel::Error::Frame(e.to_string()))?;
     let len = bytes.len();
-    Ok(Tensor::from_vec(bytes, len, &parallel::Device::Cpu)?)
+    Ok(Tensor::from_vec(bytes, len, &Device::Cpu)?)
 }
 
 fn from_tensor<T: for<'a> Deserialize<'a>>(tensor: &Tensor) -> Result<T> {

@@ -81,7 +81,8 @@ pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result
     let weights = Weights::open(&path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
     let ranks = spec.group.layout().ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
-    load_from(spec, &weights)
+    let group = spec.group.clone().on(spec.device.clone());
+    load_from(LoadSpec { group, ..spec }, &weights)
 }
 
 /// What one rank needs.
