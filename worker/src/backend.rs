@@ -10,6 +10,9 @@ use parallel::Device;
 
 /// Reads models. Every call computes or reads for long: never on tokio's threads.
 pub trait Backend: Send + Sync + 'static {
+    /// What its ranks compute on.
+    fn device(&self) -> Device;
+
     /// Says what the model at `path` is.
     ///
     /// # Errors
@@ -36,11 +39,18 @@ pub struct RankSpec<'a> {
     pub limits: Limits,
 }
 
-/// The models this program has, on the CPU.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RegistryBackend;
+/// The models this program has, on one device.
+#[derive(Clone, Debug)]
+pub struct RegistryBackend {
+    /// The device.
+    pub device: Device,
+}
 
 impl Backend for RegistryBackend {
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+
     fn describe(&self, path: &Path) -> models::Result<Card> {
         registry::describe(&ModelDir::open(path)?)
     }
@@ -48,6 +58,6 @@ impl Backend for RegistryBackend {
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
         let dir = ModelDir::open(spec.path)?;
         let RankSpec { component, group, limits, .. } = spec;
-        registry::load(LoadSpec { dir: &dir, component, group, device: Device::Cpu, limits }, on_open)
+        registry::load(LoadSpec { dir: &dir, component, group, device: self.device(), limits }, on_open)
     }
 }
