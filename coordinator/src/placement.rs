@@ -40,6 +40,11 @@ impl WantedGroup {
     }
 }
 
+/// The label that says which workers share a machine.
+const HOST: &str = "host";
+/// The device that several ranks may share.
+const CPU: &str = "cpu";
+
 /// Workers in rank order, for one group.
 pub type Members = Vec<String>;
 
@@ -105,22 +110,69 @@ pub fn form_groups(
 }
 
 /// All ranks of a group or none; `ranks` counts what each worker holds and is changed only if all are found.
+///
+/// All of one kind of device, which have a way to each other; CPUs where no other kind suffices.
 fn choose_members<'a>(
     group: &WantedGroup,
     workers: &'a BTreeMap<String, Registration>,
     ranks: &mut BTreeMap<&'a str, usize>,
 ) -> Option<Members> {
-    let eligible: Vec<&str> = workers.iter().filter(|(_, worker)| group.accepts(worker)).map(|(id, _)| id.as_str()).collect();
-    let mut counts = ranks.clone();
-    let mut members = Members::new();
-    while members.len() < group.size() {
-        let free = |id: &&&str| group.colocate || !members.iter().any(|member| member == **id);
-        let next = *eligible.iter().filter(free).min_by_key(|id| (counts[**id], **id))?;
-        *counts.entry(next).or_default() += 1;
-        members.push(next.to_owned());
+    let mut kinds: BTreeMap<(bool, &str), Vec<(&str, &Registration)>> = BTreeMap::new();
+    for (id, worker) in workers.iter().filter(|(_, worker)| group.accepts(worker)) {
+        let kind = worker.device.split(':').next().unwrap_or_default();
+        kinds.entry((kind == CPU, kind)).or_default().push((id.as_str(), worker));
+    }
+    kinds.into_values().find_map(|workers| seat_ranges(group, &workers, ranks))
+}
+
+/// The ranks of each block range on one host, as long as there is one with room for them: they add up at every layer, while
+/// one block range hands to the next once a forward. What is left goes to any host.
+fn seat_ranges<'a>(
+    group: &WantedGroup,
+    workers: &[(&'a str, &'a Registration)],
+    ranks: &mut BTreeMap<&'a str, usize>,
+) -> Option<Members> {
+    let mut hosts: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (id, worker) in workers {
+        // Those that do not say where they are count as one host.
+        hosts.entry(worker.labels.get(HOST).map_or("", String::as_str)).or_default().push(id);
+    }
+    let everywhere: Vec<&str> = workers.iter().map(|(id, _)| *id).collect();
+    let colocate = group.colocate && workers.iter().all(|(_, worker)| worker.device == CPU);
+    let (tp, mut counts, mut members) = (group.layout.tp as usize, ranks.clone(), Vec::new());
+    for _ in 0..group.layout.block_ranges {
+        let free = |workers: &[&'a str]| -> Vec<&'a str> {
+            workers.iter().copied().filter(|id| colocate || !members.contains(id)).collect()
+        };
+        let on_one = hosts.values().filter_map(|workers| least_held(&free(workers), tp, colocate, &counts)).min();
+        let (_, range) = on_one.or_else(|| least_held(&free(&everywhere), tp, colocate, &counts))?;
+        range.iter().for_each(|id| *counts.entry(id).or_default() += 1);
+        members.extend(range);
     }
     *ranks = counts;
-    Some(members)
+    Some(members.into_iter().map(str::to_owned).collect())
+}
+
+/// `tp` of `workers` that hold the fewest ranks, and how many they hold together; one may be taken again if they `colocate`.
+fn least_held<'a>(
+    workers: &[&'a str],
+    tp: usize,
+    colocate: bool,
+    counts: &BTreeMap<&'a str, usize>,
+) -> Option<(usize, Vec<&'a str>)> {
+    let mut held: BTreeMap<&str, usize> = workers.iter().map(|id| (*id, counts.get(id).copied().unwrap_or_default())).collect();
+    let (mut sum, mut chosen) = (0, Vec::new());
+    while chosen.len() < tp {
+        let (&next, &count) = held.iter().min_by_key(|(id, count)| (**count, **id))?;
+        sum += count;
+        chosen.push(next);
+        if colocate {
+            held.insert(next, count + 1);
+        } else {
+            held.remove(next);
+        }
+    }
+    Some((sum, chosen))
 }
 
 /// A group as seen by [`place`].
@@ -227,6 +279,52 @@ mod tests {
         assert_eq!(formed[0].1, ["w0", "w1"]);
         assert_eq!(formed[1].1, ["w2"]);
         assert_eq!(formed[2].1, ["w0"]);
+    }
+
+    /// Workers `w0`, `w1`, ... on the given hosts, each with a GPU.
+    fn on_hosts(hosts: &[&str]) -> BTreeMap<String, Registration> {
+        let mut workers = workers(&vec!["x"; hosts.len()]);
+        for (worker, host) in workers.values_mut().zip(hosts) {
+            worker.device = "cuda:0".into();
+            worker.labels.insert(HOST.into(), (*host).to_owned());
+        }
+        workers
+    }
+
+    fn cut(id: &str, tp: u32, block_ranges: u32) -> WantedGroup {
+        WantedGroup { layout: Layout { tp, block_ranges }, ..group(id, tp, None, false) }
+    }
+
+    #[test]
+    fn the_ranks_of_a_block_range_are_on_one_host_where_they_can_be() {
+        let workers = on_hosts(&["a", "b", "b", "a", "c"]);
+        let formed =
+            |tp, ranges| form_groups(&[cut("g", tp, ranges)], &workers, &BTreeMap::new()).pop().map(|(_, members)| members);
+        assert_eq!(formed(2, 1).unwrap(), ["w0", "w3"]);
+        assert_eq!(formed(2, 2).unwrap(), ["w0", "w3", "w1", "w2"], "another host for the next range");
+        assert_eq!(formed(4, 1).unwrap(), ["w0", "w1", "w2", "w3"], "no host has four");
+        assert_eq!(formed(2, 3), None, "a sixth is missing");
+    }
+
+    #[test]
+    fn a_host_that_holds_less_goes_before_one_that_holds_more() {
+        let workers = on_hosts(&["a", "a", "b", "b"]);
+        let formed = form_groups(&[cut("g", 2, 1), cut("h", 2, 1), cut("i", 1, 1)], &workers, &BTreeMap::new());
+        let members: Vec<_> = formed.into_iter().map(|(_, members)| members).collect();
+        assert_eq!(members, [vec!["w0", "w1"], vec!["w2", "w3"], vec!["w0"]]);
+    }
+
+    #[test]
+    fn a_group_computes_on_one_kind_of_device_and_shares_no_gpu() {
+        let mut mixed = on_hosts(&["a", "a", "a"]);
+        mixed.get_mut("w0").unwrap().device = CPU.into();
+        let formed = |tp, colocate| {
+            let wanted = WantedGroup { colocate, ..cut("g", tp, 1) };
+            form_groups(&[wanted], &mixed, &BTreeMap::new()).pop().map(|(_, members)| members)
+        };
+        assert_eq!(formed(2, false).unwrap(), ["w1", "w2"]);
+        assert_eq!(formed(4, false), None);
+        assert_eq!(formed(4, true).unwrap(), ["w0"; 4], "ranks share the CPU, not the GPUs");
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl Process {
 
     /// Sends a signal by name, such as "STOP".
     pub fn signal(&self, name: &str) {
-        let _ = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).status();
+        let _ = Command::new("kill").args([&format!("-{name}"), &self.0.id().to_string()]).stderr(Stdio::null()).status();
     }
 }
 

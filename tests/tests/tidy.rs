@@ -138,7 +138,9 @@ fn hardware_is_named_in_parallel_alone() {
 
 #[test]
 fn unsafe_code_is_in_shard_alone() {
-    for (name, text) in sources().iter().filter(|(name, _)| !name.starts_with("shard/")) {
+    // And in what stands in for libraries of C.
+    let may = |name: &str| name.starts_with("shard/") || name.starts_with("tests/fake-nccl/");
+    for (name, text) in sources().iter().filter(|(name, _)| !may(name)) {
         for (line, code) in code(text) {
             let words: Vec<&str> = code.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
             assert!(!words.contains(&"unsafe") && !code.contains("allow(unsafe_code)"), "{name}:{line} is unsafe");

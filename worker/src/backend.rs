@@ -12,6 +12,9 @@ use parallel::Device;
 
 /// Reads models. Every call computes or reads for long: never on tokio's threads.
 pub trait Backend: Send + Sync + 'static {
+    /// What its ranks compute on.
+    fn device(&self) -> Device;
+
     /// Says what the model at `path` is.
     ///
     /// # Errors
@@ -46,11 +49,18 @@ pub struct RankSpec<'a> {
     pub adapters: Sources,
 }
 
-/// The models this program has, on the CPU.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct RegistryBackend;
+/// The models this program has, on one device.
+#[derive(Clone, Debug)]
+pub struct RegistryBackend {
+    /// The device.
+    pub device: Device,
+}
 
 impl Backend for RegistryBackend {
+    fn device(&self) -> Device {
+        self.device.clone()
+    }
+
     fn describe(&self, path: &Path) -> models::Result<Card> {
         registry::describe(&ModelDir::open(path)?)
     }
@@ -62,6 +72,6 @@ impl Backend for RegistryBackend {
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
         let dir = ModelDir::open(spec.path)?;
         let RankSpec { component, group, limits, adapters, .. } = spec;
-        registry::load_with(LoadSpec { dir: &dir, component, group, device: Device::Cpu, limits }, adapters, on_open)
+        registry::load_with(LoadSpec { dir: &dir, component, group, device: self.device(), limits }, adapters, on_open)
     }
 }

@@ -106,6 +106,10 @@ mod tests {
     struct Counting(AtomicUsize);
 
     impl Backend for Counting {
+        fn device(&self) -> parallel::Device {
+            parallel::Device::Cpu
+        }
+
         fn describe(&self, _: &Path) -> models::Result<Card> {
             let n = self.0.fetch_add(1, Ordering::SeqCst);
             let digest = n.to_string();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, ValueEnum};
 use models::lora::store::DEFAULT_CACHE_BYTES;
+use parallel::device::Place;
 
 use crate::{Error, Result};
 
@@ -13,6 +14,9 @@ use crate::{Error, Result};
 const MAX_ID_CHARS: usize = 64;
 /// Most labels; they travel with every registration.
 const MAX_LABELS: usize = 32;
+
+/// The label that says which workers share a machine.
+const HOST_LABEL: &str = "host";
 
 /// How long ranks and tasks go on without a coordinator. A restarted one reads its journal and is back within seconds, the next
 /// leader has the lease within six, and an etcd outage of most of a minute is to stop nothing; memory that nobody asks for
@@ -41,13 +45,14 @@ pub struct Args {
     /// What every key in etcd begins with.
     #[arg(long, env = "ATELIER_WORKER_ETCD_PREFIX", default_value = "/atelier")]
     pub etcd_prefix: String,
-    /// A label models.toml may select by: key=value. May be repeated.
+    /// A label models.toml may select by: key=value. May be repeated. `host` is this machine's name if it is not given: the
+    /// tensor-parallel ranks of a block range are kept on one host if they can be.
     #[arg(long = "label", env = "ATELIER_WORKER_LABELS", value_delimiter = ',')]
     pub labels: Vec<String>,
     /// This worker's id; drawn at random when absent.
     #[arg(long, env = "ATELIER_WORKER_ID")]
     pub worker_id: Option<String>,
-    /// The device to compute on. Only `cpu` for now.
+    /// The device to compute on: `cpu`, or `cuda:N` in a build for GPUs. A worker has one.
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
     /// Threads to compute with; 0: one per core.
@@ -95,6 +100,8 @@ pub struct Config {
     pub labels: HashMap<String, String>,
     /// Unique for the life of the process.
     pub worker_id: String,
+    /// What to compute on.
+    pub place: Place,
     /// Threads to compute with; 0: one per core.
     pub threads: usize,
     /// Bytes of prompt embeddings kept.
@@ -130,9 +137,7 @@ impl TryFrom<Args> for Config {
     type Error = Error;
 
     fn try_from(args: Args) -> Result<Self> {
-        if args.device != "cpu" {
-            return Err(bad("device", format!("`{}` is not supported; this build computes on `cpu` only", args.device)));
-        }
+        let place = args.device.parse().map_err(|error: parallel::Error| bad("device", error.to_string()))?;
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));
         }
@@ -148,8 +153,9 @@ impl TryFrom<Args> for Config {
             data_listen: args.data_listen,
             advertise_host: args.advertise_host,
             membership: membership(args.coordinator, args.etcd, args.etcd_prefix)?,
-            labels: labels(&args.labels)?,
+            labels: with_host(labels(&args.labels)?),
             worker_id,
+            place,
             threads: args.threads,
             prompt_cache_bytes: args.prompt_cache_bytes,
             adapter_cache_bytes: args.adapter_cache_bytes,
@@ -204,6 +210,15 @@ fn labels(labels: &[String]) -> Result<HashMap<String, String>> {
     pairs.collect()
 }
 
+/// These, and where they leave it open, `host` after this machine.
+fn with_host(mut labels: HashMap<String, String>) -> HashMap<String, String> {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if !name.trim().is_empty() {
+        labels.entry(HOST_LABEL.to_owned()).or_insert_with(|| name.trim().to_owned());
+    }
+    labels
+}
+
 fn is_plain(word: &str) -> bool {
     !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
 }
@@ -232,10 +247,17 @@ mod tests {
 
     #[test]
     fn flags_become_a_config() {
-        let config = config("--coordinator http://localhost:7700 --label role=encoder --label zone=b").unwrap();
+        let config = config("--coordinator http://localhost:7700 --label role=encoder --label host=b --device cuda:1").unwrap();
         assert_eq!(config.membership, Membership::Coordinator { url: "http://localhost:7700".into() });
-        assert_eq!(config.labels, HashMap::from([("role".into(), "encoder".into()), ("zone".into(), "b".into())]));
+        assert_eq!(config.labels, HashMap::from([("role".into(), "encoder".into()), ("host".into(), "b".into())]));
+        assert_eq!(config.place, Place::Cuda { ordinal: 1 });
         assert!(!config.worker_id.is_empty());
+    }
+
+    #[test]
+    fn the_host_is_a_label() {
+        let labels = config("--coordinator http://a:1").unwrap().labels;
+        assert!(!labels[HOST_LABEL].is_empty() && labels.len() == 1, "{labels:?}");
     }
 
     #[test]

@@ -209,7 +209,7 @@ impl Seat {
         let link = Tcp::connect(&self.rendezvous, self.rank, &self.data_addresses, &self.accepted, deadline)?;
         let link = Arc::new(link);
         self.stop.hold(link.clone());
-        RankGroup::new(link, self.layout)
+        RankGroup::new(parallel::device::link(link, &self.backend.device())?, self.layout)
     }
 
     /// The leader: one turn of the stage after the other, commands in between.

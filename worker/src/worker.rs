@@ -36,13 +36,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Runs a worker with this program's models until `shutdown`, and drains it then; a signal after that cuts the drain short.
 ///
 /// # Errors
-/// When it cannot listen. A coordinator or etcd that is not there is waited for.
+/// When its device is not there, or when it cannot listen. A coordinator or etcd that is not there is waited for.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<()> {
     // A second worker in one process computes on the first one's threads.
     if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(config.threads).build_global() {
         tracing::debug!(%error, "the threads to compute with are set already");
     }
-    Worker::bind(config, Arc::new(RegistryBackend)).await?.run_until(shutdown, signals::stop()).await
+    let device = config.place.open().map_err(|error| Error::Config { flag: "device", reason: error.to_string() })?;
+    Worker::bind(config, Arc::new(RegistryBackend { device })).await?.run_until(shutdown, signals::stop()).await
 }
 
 /// A worker that listens.
@@ -77,7 +78,7 @@ impl Worker {
             worker_id: config.worker_id,
             address: advertised(bound, config.advertise_host.as_deref()),
             data_address: advertised(data_bound, config.advertise_host.as_deref()),
-            device: "cpu".into(),
+            device: config.place.to_string(),
             labels: config.labels,
         };
         let routes = Arc::<Routes>::default();

@@ -4,7 +4,7 @@
 //! Differences: tiles are blended row by row, so that only two rows of them are held at once. Every rank of a group holds
 //! the whole network (its attention has one head) and computes the same.
 
-use parallel::{DType, Tensor, Weights};
+use parallel::{DType, Device, Tensor, Weights};
 use serde::Deserialize;
 
 use crate::{Error, Result};
@@ -183,10 +183,11 @@ pub enum Tiling {
 /// Is told the outputs of submodules, by the reference's names, as they are computed.
 pub type Tap<'a> = &'a mut dyn FnMut(&str, &Tensor);
 
-/// The network.
+/// The network. It computes on the device its weights were read to; pictures and latents are the host's.
 #[derive(Clone, Debug)]
 pub struct AutoencoderKl {
     config: AutoencoderKlConfig,
+    device: Device,
     encoder: Encoder,
     decoder: Decoder,
     quant_conv: Option<Conv2d>,
@@ -205,6 +206,7 @@ impl AutoencoderKl {
             quant_conv: config.use_quant_conv.then(|| pointwise("quant_conv", 2 * c)).transpose()?,
             post_quant_conv: config.use_post_quant_conv.then(|| pointwise("post_quant_conv", c)).transpose()?,
             config: config.clone(),
+            device: w.device().clone(),
         };
         w.finish()?;
         Ok(network)
@@ -261,12 +263,12 @@ impl AutoencoderKl {
 
     /// As [`Self::decode`], telling `tap` what the submodules give.
     pub fn decode_tapped(&self, latents: &Tensor, tap: Tap) -> Result<Tensor> {
-        let latents = latents.to_dtype(self.decoder.dtype())?;
+        let latents = latents.to_device(&self.device)?.to_dtype(self.decoder.dtype())?;
         let z = match &self.post_quant_conv {
             Some(conv) => conv.forward(&latents)?,
             None => latents,
         };
-        Ok(self.decoder.forward(&z, tap)?.to_dtype(DType::F32)?)
+        Ok(self.decoder.forward(&z, tap)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
     }
 
     /// The configuration it was loaded with.
@@ -285,11 +287,13 @@ impl AutoencoderKl {
 
     /// Both moments in one tensor: `[B, 2 C, h, w]`.
     fn encode_raw(&self, image: &Tensor, tap: Tap) -> Result<Tensor> {
-        let encoded = self.encoder.forward(&image.to_dtype(self.encoder.dtype())?, tap)?;
-        match &self.quant_conv {
-            Some(conv) => conv.forward(&encoded),
-            None => Ok(encoded),
-        }
+        let image = image.to_device(&self.device)?.to_dtype(self.encoder.dtype())?;
+        let encoded = self.encoder.forward(&image, tap)?;
+        let encoded = match &self.quant_conv {
+            Some(conv) => conv.forward(&encoded)?,
+            None => encoded,
+        };
+        Ok(encoded.to_device(&Device::Cpu)?)
     }
 }
 

@@ -6,10 +6,12 @@
 //!
 //! Which adapters are active on which item goes along with the inputs and the hidden states, under a name of its own. The ranks
 //! of a range agree that all of them have the adapters before any begins: see [`RankGroup::activate`].
+//!
+//! Here tensors change places: the network computes on its rank's device, all around it is the host's.
 
 use std::collections::VecDeque;
 
-use parallel::Tensors;
+use parallel::{Device, Tensors};
 
 use crate::blocks::{BlockModel, RankGroup, broadcast_tensors, from_tensor, recv_tensors, send_tensors, to_tensor};
 use crate::lora::Share;
@@ -127,8 +129,8 @@ impl Follower {
         }
         let hidden = recv_tensors(group.whole(), group.previous())?;
         let output = in_range(group, hidden, |hidden| {
-            let hidden = model.blocks(hidden)?;
-            if group.range.is_last() { model.output(hidden) } else { Ok(hidden) }
+            let hidden = model.blocks(hidden.to_device(&group.device)?)?;
+            last_part(&**model, group, hidden)
         })?;
         if !group.range.is_last() {
             return send_tensors(group.whole(), &output, group.next());
@@ -141,14 +143,19 @@ impl Follower {
 /// The first range's part, on every rank of it. With one range that is all, and the output is returned.
 fn run_first_range(model: &dyn BlockModel, group: &RankGroup, inputs: Tensors) -> Result<Option<Result<Tensors>>> {
     let output = in_range(group, Ok(inputs), |inputs| {
-        let hidden = model.embed(&inputs).and_then(|hidden| model.blocks(hidden))?;
-        if group.range.is_last() { model.output(hidden) } else { Ok(hidden) }
+        let hidden = model.embed(&inputs.to_device(&group.device)?).and_then(|hidden| model.blocks(hidden))?;
+        last_part(model, group, hidden)
     })?;
     if group.range.is_last() {
         return Ok(Some(output));
     }
     send_tensors(group.whole(), &output, group.next())?;
     Ok(None)
+}
+
+/// What comes after the blocks, on the last range, for the host; other ranges' hidden states stay as they are.
+fn last_part(model: &dyn BlockModel, group: &RankGroup, hidden: Tensors) -> Result<Tensors> {
+    if group.range.is_last() { Ok(model.output(hidden)?.to_device(&Device::Cpu)?) } else { Ok(hidden) }
 }
 
 /// A range's part of a forward, with the adapters that came with it active; they go on to the next range.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use parallel::collective::Placeholder;
 use parallel::lora::Activated;
 use parallel::mesh::{Link, Mesh};
-use parallel::{Collective, Solo, Tensor, Tensors};
+use parallel::{Collective, Device, Solo, Tensor, Tensors};
 use serde::{Deserialize, Serialize};
 
 use crate::lora::Share;
@@ -86,6 +86,8 @@ pub struct RankGroup {
     pub tensor: Arc<dyn Collective>,
     /// Which range this rank holds.
     pub range: RangeOf,
+    /// Where this rank computes. What is handed to it and what it gives is the host's.
+    pub device: Device,
     layout: Layout,
     /// This rank's own; none where no adapter is registered.
     adapters: Option<Arc<AdapterStore>>,
@@ -94,7 +96,14 @@ pub struct RankGroup {
 impl RankGroup {
     /// A group of one.
     pub fn solo() -> Self {
-        Self { whole: Arc::new(Solo), tensor: Arc::new(Solo), range: RangeOf::WHOLE, layout: Layout::SOLO, adapters: None }
+        Self {
+            whole: Arc::new(Solo),
+            tensor: Arc::new(Solo),
+            range: RangeOf::WHOLE,
+            device: Device::Cpu,
+            layout: Layout::SOLO,
+            adapters: None,
+        }
     }
 
     /// This rank's place in a group of `layout` connected by `link`.
@@ -111,14 +120,27 @@ impl RankGroup {
         let index = rank / layout.tp;
         let peers: Vec<usize> = (index * layout.tp..(index + 1) * layout.tp).collect();
         let tensor = Arc::new(whole.subgroup(&peers)?);
-        Ok(Self { whole: Arc::new(whole), tensor, range: RangeOf { index, count: layout.block_ranges }, layout, adapters: None })
+        Ok(Self {
+            whole: Arc::new(whole),
+            tensor,
+            range: RangeOf { index, count: layout.block_ranges },
+            device: Device::Cpu,
+            layout,
+            adapters: None,
+        })
     }
 
     /// A place in a group that exists on paper only: enough to measure what a rank would load.
     pub fn placeholder(rank: usize, layout: Layout) -> Self {
         let whole = Arc::new(Placeholder { rank, size: layout.ranks() });
         let tensor = Arc::new(Placeholder { rank: rank % layout.tp, size: layout.tp });
-        Self { whole, tensor, range: RangeOf { index: rank / layout.tp, count: layout.block_ranges }, layout, adapters: None }
+        let range = RangeOf { index: rank / layout.tp, count: layout.block_ranges };
+        Self { whole, tensor, range, device: Device::Cpu, layout, adapters: None }
+    }
+
+    /// The same place, computing on `device`.
+    pub fn on(self, device: Device) -> Self {
+        Self { device, ..self }
     }
 
     /// The same place, with the adapters that jobs may name.
@@ -272,7 +294,7 @@ impl From<Failure> for Error {
 pub(crate) fn to_tensor<T: Serialize>(value: &T) -> Result<Tensor> {
     let bytes = serde_json::to_vec(value).map_err(|e| parallel::Error::Frame(e.to_string()))?;
     let len = bytes.len();
-    Ok(Tensor::from_vec(bytes, len, &parallel::Device::Cpu)?)
+    Ok(Tensor::from_vec(bytes, len, &Device::Cpu)?)
 }
 
 pub(crate) fn from_tensor<T: for<'a> Deserialize<'a>>(tensor: &Tensor) -> Result<T> {

@@ -82,7 +82,7 @@ impl Error {
 
     /// Whether the group can go on after this: a rank is lost otherwise.
     pub fn loses_group(&self) -> bool {
-        matches!(self, Error::Parallel(parallel::Error::PeerLost { .. } | parallel::Error::Frame(_)))
+        matches!(self, Error::Parallel(error) if error.loses_group())
     }
 }
 

@@ -97,6 +97,7 @@ pub fn load_with(spec: LoadSpec<'_>, adapters: Sources, on_open: &mut dyn FnMut(
         let store = AdapterStore::new(weights.adapters().clone(), sites(dir, component)?, adapters);
         group = group.with_adapters(Arc::new(store));
     }
+    let group = group.on(device.clone());
     load_from(LoadSpec { dir, component, group, device, limits }, &weights)
 }
 

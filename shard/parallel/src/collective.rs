@@ -16,13 +16,13 @@ pub trait Collective: Send + Sync {
     /// Sum over all ranks (1, 2, 4 or 8) as a balanced binary tree in rank order: every rank gets the same bits, and so
     /// does every group size that divides eight, if a rank's `x` is the sum of its own subtree.
     fn all_reduce(&self, x: &Tensor) -> Result<Tensor>;
-    /// The ranks' `x` side by side along `dim`, in rank order.
+    /// The ranks' `x`, all of one shape, side by side along `dim`, in rank order.
     fn all_gather(&self, x: &Tensor, dim: usize) -> Result<Tensor>;
     /// `root`'s `x` on every rank; only `root` gives one.
     fn broadcast(&self, x: Option<&Tensor>, root: usize) -> Result<Tensor>;
     /// Hands `x` to another rank. Does not wait for it to be taken.
     fn send(&self, x: &Tensor, to: usize) -> Result<()>;
-    /// Takes the next tensor that `from` sent here.
+    /// Takes the next tensor that `from` sent here. Between processes it arrives in the host's memory.
     fn recv(&self, from: usize) -> Result<Tensor>;
     /// Whether any rank said `true`. Ranks must not act on local facts alone: one that leaves a loop its peers stay in
     /// leaves them waiting.

@@ -85,6 +85,61 @@ pub enum Error {
     /// A frame between ranks that cannot be understood.
     #[error("malformed frame: {0}")]
     Frame(String),
+    /// A device that cannot be computed on.
+    #[error("cannot compute on `{device}`: {reason}")]
+    Device {
+        /// As it was asked for.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A library of the GPU's vendor that the loader does not find.
+    #[error("lib{library}.so cannot be opened: it is not installed, or not where the loader looks (LD_LIBRARY_PATH)")]
+    LibraryMissing {
+        /// Without `lib` and `.so`.
+        library: &'static str,
+    },
+    /// A library without a function that is called here.
+    #[error("lib{library}.so has no function {symbol}")]
+    SymbolMissing {
+        /// The library.
+        library: &'static str,
+        /// The function.
+        symbol: &'static str,
+    },
+    /// A library of another time.
+    #[error("lib{library}.so has version {found}; at least {needed} is needed")]
+    LibraryTooOld {
+        /// The library.
+        library: &'static str,
+        /// Its version, as it says it.
+        found: i32,
+        /// The oldest that will do.
+        needed: i32,
+    },
+    /// A call into the GPU's libraries came to nothing. The communicator is given up.
+    #[error("{call} failed: {reason}")]
+    Gpu {
+        /// The function.
+        call: &'static str,
+        /// What it said.
+        reason: String,
+    },
+    /// Ranks that did not come together in time. The communicator is given up.
+    #[error("{call} was not done within {} ms", limit.as_millis())]
+    Stalled {
+        /// The function.
+        call: &'static str,
+        /// How long was waited.
+        limit: std::time::Duration,
+    },
+}
+
+impl Error {
+    /// Whether the group is over after this: a rank is lost, or what the ranks talk by.
+    pub fn loses_group(&self) -> bool {
+        matches!(self, Self::PeerLost { .. } | Self::Frame(_) | Self::Gpu { .. } | Self::Stalled { .. })
+    }
 }
 
 /// The crate's result.

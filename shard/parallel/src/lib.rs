@@ -16,6 +16,10 @@ pub mod mesh;
 pub mod in_process;
 pub mod tcp;
 
+pub mod device;
+#[cfg(feature = "nccl")]
+pub mod nccl;
+
 pub mod weights;
 
 pub mod ops;

@@ -19,6 +19,12 @@ pub trait Link: Send + Sync {
     fn send(&self, x: &Tensor, to: usize) -> Result<()>;
     /// Takes the next tensor from `from`; fails when that rank is lost.
     fn recv(&self, from: usize) -> Result<Tensor>;
+    /// Hands `x` to each of `to` and takes a tensor of `x`'s shape and type from each of `from`, who do the same at the same
+    /// time. What only ranks that meet in one call can do at a device's speed.
+    fn exchange(&self, x: &Tensor, to: &[usize], from: &[usize]) -> Result<Vec<Tensor>> {
+        to.iter().try_for_each(|to| self.send(x, *to))?;
+        from.iter().map(|from| self.recv(*from)).collect()
+    }
 }
 
 /// Some of the ranks of a link, in an order of their own: a whole group, or the tensor-parallel ranks of one block range.
@@ -49,16 +55,21 @@ impl Mesh {
     }
 
     /// Everyone's `x`, in rank order.
-    fn exchange(&self, x: &Tensor) -> Result<Vec<Tensor>> {
-        for to in self.others() {
-            self.send(x, to)?;
-        }
-        (0..self.size()).map(|from| if from == self.rank { Ok(x.clone()) } else { self.recv(from) }).collect()
+    fn everyones(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let others: Vec<usize> = self.others().map(|other| self.members[other]).collect();
+        let mut all = self.link.exchange(x, &others, &others)?;
+        all.insert(self.rank, x.clone());
+        Ok(all)
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let rank = self.rank;
         (0..self.members.len()).filter(move |r| *r != rank)
+    }
+
+    /// The rank of the link that is `rank` here.
+    fn member(&self, rank: usize) -> Result<usize> {
+        self.members.get(rank).copied().ok_or_else(|| Error::Frame(format!("there is no rank {rank}")))
     }
 }
 
@@ -81,8 +92,9 @@ impl Collective for Mesh {
         let mut distance = 1;
         while distance < size {
             let peer = self.rank ^ distance;
-            self.send(&sum, peer)?;
-            let other = self.recv(peer)?;
+            let member = [self.member(peer)?];
+            let gone = || Error::PeerLost { rank: member[0], reason: "it gave nothing".into() };
+            let other = self.link.exchange(&sum, &member, &member)?.pop().ok_or_else(gone)?;
             sum = if peer > self.rank { (sum + other)? } else { (other + sum)? };
             distance *= 2;
         }
@@ -93,7 +105,7 @@ impl Collective for Mesh {
         if self.size() == 1 {
             return Ok(x.clone());
         }
-        Ok(Tensor::cat(&self.exchange(x)?, dim)?)
+        Ok(Tensor::cat(&self.everyones(x)?, dim)?)
     }
 
     fn broadcast(&self, x: Option<&Tensor>, root: usize) -> Result<Tensor> {
@@ -108,17 +120,15 @@ impl Collective for Mesh {
     }
 
     fn send(&self, x: &Tensor, to: usize) -> Result<()> {
-        let to = *self.members.get(to).ok_or_else(|| Error::Frame(format!("there is no rank {to}")))?;
-        self.link.send(x, to)
+        self.link.send(x, self.member(to)?)
     }
 
     fn recv(&self, from: usize) -> Result<Tensor> {
-        let from = *self.members.get(from).ok_or_else(|| Error::Frame(format!("there is no rank {from}")))?;
-        self.link.recv(from)
+        self.link.recv(self.member(from)?)
     }
 
     fn any(&self, flag: bool) -> Result<bool> {
-        let flags = self.exchange(&Tensor::new(&[u8::from(flag)], &Device::Cpu)?)?;
+        let flags = self.everyones(&Tensor::new(&[u8::from(flag)], &Device::Cpu)?)?;
         for flag in flags {
             if flag.to_dtype(DType::U8)?.to_vec1::<u8>()?.contains(&1) {
                 return Ok(true);

@@ -111,6 +111,19 @@ impl Tcp {
         }
     }
 
+    /// Whether all peers are there, as far as is known now.
+    ///
+    /// # Errors
+    /// [`Error::PeerLost`] with the first that is not.
+    pub fn check(&self) -> Result<()> {
+        for (rank, peer) in self.peers.iter().enumerate() {
+            if let Some(reason) = peer.as_ref().and_then(|peer| peer.inbox().lost.clone()) {
+                return Err(Error::PeerLost { rank, reason });
+            }
+        }
+        Ok(())
+    }
+
     fn peer(&self, rank: usize) -> Result<&Peer> {
         self.peers.get(rank).and_then(Option::as_deref).ok_or_else(|| Error::Frame(format!("there is no peer {rank}")))
     }

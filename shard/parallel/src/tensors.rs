@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -55,6 +55,11 @@ impl Tensors {
     /// Names and tensors, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.0.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The same on `device`; what is there already is not copied.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.0.iter().map(|(name, tensor)| Ok((name.clone(), tensor.to_device(device)?))).collect()
     }
 
     /// How many.

@@ -25,6 +25,10 @@ const STEP: Duration = Duration::from_millis(5);
 pub(crate) struct Small;
 
 impl Backend for Small {
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
     fn describe(&self, path: &Path) -> Result<Card> {
         Err(Error::ModelDir { path: path.into(), reason: "is not described in this test".into() }).or_else(|error| {
             let card = Card {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parallel::device::Place;
 use proto::v1::control_request::Command;
 use proto::v1::control_response::Report;
 use proto::v1::worker_service_client::WorkerServiceClient;
@@ -69,6 +70,7 @@ impl Running {
             membership,
             labels: HashMap::from([("role".into(), "any".into())]),
             worker_id: uuid::Uuid::new_v4().to_string(),
+            place: Place::Cpu,
             threads: 1,
             prompt_cache_bytes: 0,
             adapter_cache_bytes: 0,
