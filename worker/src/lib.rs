@@ -52,6 +52,7 @@ mod embedded;
 mod etcd;
 
 mod drain;
+pub mod health;
 pub mod signals;
 pub mod worker;
 
