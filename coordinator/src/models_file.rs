@@ -80,11 +80,11 @@ pub struct ComponentConfig {
     pub tp: u32,
     /// Number of block ranges.
     pub block_ranges: u32,
-    /// How many groups hold it.
+    /// How many groups hold it, at most: each has workers of its own, and one without enough of them waits for more.
     pub replicas: u32,
     /// Labels a worker must have, all of them.
     pub workers: BTreeMap<String, String>,
-    /// A worker may hold several ranks of one group.
+    /// A worker may hold several ranks of one group, and of several.
     pub colocate: bool,
 }
 

@@ -24,11 +24,16 @@ pub struct WantedGroup {
     pub layout: Layout,
     /// Labels a member must have.
     pub selector: BTreeMap<String, String>,
-    /// A worker may hold several of its ranks.
+    /// A worker may hold several of its ranks, and ranks of several replicas.
     pub colocate: bool,
 }
 
 impl WantedGroup {
+    /// It holds the same as `other`, and shares no worker with it.
+    pub fn excludes(&self, other: &Self) -> bool {
+        !self.colocate && component_of(&self.id) == component_of(&other.id)
+    }
+
     /// How many ranks it has.
     pub fn size(&self) -> usize {
         self.layout.tp as usize * self.layout.block_ranges as usize
@@ -44,6 +49,11 @@ impl WantedGroup {
 const HOST: &str = "host";
 /// The device that several ranks may share.
 const CPU: &str = "cpu";
+
+/// What all replicas of a component have in common of their groups' ids: `model/component`.
+fn component_of(group_id: &str) -> &str {
+    group_id.rsplit_once('/').map_or(group_id, |(component, _)| component)
+}
 
 /// Workers in rank order, for one group.
 pub type Members = Vec<String>;
@@ -88,11 +98,13 @@ fn wanted_group(model: &ModelConfig, component: &str, config: &ComponentConfig, 
 
 /// Members for each wanted group that does not stand and for which there are workers enough, in the order wanted.
 ///
-/// Ranks go to the workers that hold the fewest. Groups in `standing` are left as they are.
-pub fn form_groups(
-    wanted: &[WantedGroup],
-    workers: &BTreeMap<String, Registration>,
-    standing: &BTreeMap<String, Members>,
+/// Ranks go to the workers that hold the fewest. A worker holds one replica of a component at most, unless they may be
+/// colocated: a second one on the same device would cost its memory again and make nothing faster. So there may be more
+/// replicas wanted than there are workers for; they form when workers come. Groups in `standing` are left as they are.
+pub fn form_groups<'a>(
+    wanted: &'a [WantedGroup],
+    workers: &'a BTreeMap<String, Registration>,
+    standing: &'a BTreeMap<String, Members>,
 ) -> Vec<(String, Members)> {
     let mut ranks: BTreeMap<&str, usize> = workers.keys().map(|id| (id.as_str(), 0)).collect();
     for member in standing.values().flatten() {
@@ -100,10 +112,17 @@ pub fn form_groups(
             *count += 1;
         }
     }
+    let holds = |(id, members): (&'a String, &'a Members)| members.iter().map(move |member| (component_of(id), member.as_str()));
+    let mut holders: BTreeSet<(&str, &str)> = standing.iter().flat_map(holds).collect();
     let mut formed = Vec::new();
     for group in wanted.iter().filter(|group| !standing.contains_key(&group.id)) {
-        if let Some(members) = choose_members(group, workers, &mut ranks) {
-            formed.push((group.id.clone(), members));
+        let component = component_of(&group.id);
+        let accepted = workers.iter().map(|(id, worker)| (id.as_str(), worker)).filter(|(_, worker)| group.accepts(worker));
+        let free = |id: &str| group.colocate || !holders.contains(&(component, id));
+        let eligible: Vec<(&str, &Registration)> = accepted.filter(|(id, _)| free(id)).collect();
+        if let Some(members) = choose_members(group, &eligible, &mut ranks) {
+            holders.extend(members.iter().map(|member| (component, *member)));
+            formed.push((group.id.clone(), members.into_iter().map(str::to_owned).collect()));
         }
     }
     formed
@@ -114,13 +133,13 @@ pub fn form_groups(
 /// All of one kind of device, which have a way to each other; CPUs where no other kind suffices.
 fn choose_members<'a>(
     group: &WantedGroup,
-    workers: &'a BTreeMap<String, Registration>,
+    eligible: &[(&'a str, &'a Registration)],
     ranks: &mut BTreeMap<&'a str, usize>,
-) -> Option<Members> {
+) -> Option<Vec<&'a str>> {
     let mut kinds: BTreeMap<(bool, &str), Vec<(&str, &Registration)>> = BTreeMap::new();
-    for (id, worker) in workers.iter().filter(|(_, worker)| group.accepts(worker)) {
+    for (id, worker) in eligible {
         let kind = worker.device.split(':').next().unwrap_or_default();
-        kinds.entry((kind == CPU, kind)).or_default().push((id.as_str(), worker));
+        kinds.entry((kind == CPU, kind)).or_default().push((id, worker));
     }
     kinds.into_values().find_map(|workers| seat_ranges(group, &workers, ranks))
 }
@@ -131,7 +150,7 @@ fn seat_ranges<'a>(
     group: &WantedGroup,
     workers: &[(&'a str, &'a Registration)],
     ranks: &mut BTreeMap<&'a str, usize>,
-) -> Option<Members> {
+) -> Option<Vec<&'a str>> {
     let mut hosts: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (id, worker) in workers {
         // Those that do not say where they are count as one host.
@@ -150,7 +169,7 @@ fn seat_ranges<'a>(
         members.extend(range);
     }
     *ranks = counts;
-    Some(members.into_iter().map(str::to_owned).collect())
+    Some(members)
 }
 
 /// `tp` of `workers` that hold the fewest ranks, and how many they hold together; one may be taken again if they `colocate`.
@@ -332,6 +351,19 @@ mod tests {
         let wanted = [group("a", 2, None, false), group("b", 1, None, false)];
         let standing = form_groups(&wanted, &workers(&["x", "x"]), &BTreeMap::new()).into_iter().collect();
         assert_eq!(form_groups(&wanted, &workers(&["x", "x", "x"]), &standing), []);
+    }
+
+    #[test]
+    fn replicas_of_a_component_share_no_worker_and_form_as_workers_come() {
+        let replicas = |colocate| ["m/t/0", "m/t/1", "m/t/2"].map(|id| group(id, 1, None, colocate));
+        let wanted = replicas(false);
+        let first: BTreeMap<_, _> = form_groups(&wanted, &workers(&["x"]), &BTreeMap::new()).into_iter().collect();
+        assert_eq!(first, BTreeMap::from([("m/t/0".to_owned(), vec!["w0".to_owned()])]));
+        let next = form_groups(&wanted, &workers(&["x", "x"]), &first);
+        assert_eq!(next, [("m/t/1".to_owned(), vec!["w1".to_owned()])]);
+        let other = [group("m/v/0", 1, None, false)];
+        assert_eq!(form_groups(&other, &workers(&["x"]), &first)[0].1, ["w0"], "another component may be beside it");
+        assert_eq!(form_groups(&replicas(true), &workers(&["x"]), &BTreeMap::new()).len(), 3);
     }
 
     #[test]

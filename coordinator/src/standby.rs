@@ -33,11 +33,15 @@ use crate::{
 /// When to come back: a new leader is found within two lease times.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// How long a connection lasts. Behind one address for several coordinators, the next one may reach the leader.
+const CONNECTION_AGE: Duration = Duration::from_secs(2);
+
 /// Serves on `listener` until `over`.
 pub(crate) async fn serve(listener: TcpListener, over: impl Future<Output = ()>) -> Result<()> {
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("atelier.v1.JobService", ServingStatus::NotServing).await;
     Server::builder()
+        .max_connection_age(CONNECTION_AGE)
         .add_service(health_server)
         .add_service(Standby::<JobServiceServer<JobApi>>::default())
         .add_service(Standby::<ClusterServiceServer<ClusterApi>>::default())
@@ -81,5 +85,41 @@ impl<S, B> tower::Service<tonic::codegen::http::Request<B>> for Standby<S> {
         details.set_retry_info(Some(RETRY));
         let status = Status::with_error_details(Code::Unavailable, "another coordinator leads", details);
         ready(Ok(status.into_http()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+        time::timeout,
+    };
+
+    use super::*;
+
+    /// An HTTP/2 client's first words: the preface and empty settings.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const GOAWAY: u8 = 7;
+
+    #[tokio::test]
+    async fn a_client_that_reached_a_standby_is_sent_away_to_connect_anew() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        tokio::spawn(serve(listener, std::future::pending()));
+        client.write_all(HELLO).await.unwrap();
+        let sent_away = async {
+            loop {
+                // Length, type, flags, stream.
+                let mut head = [0; 9];
+                client.read_exact(&mut head).await.unwrap();
+                if head[3] == GOAWAY {
+                    return;
+                }
+                let mut body = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+                client.read_exact(&mut body).await.unwrap();
+            }
+        };
+        timeout(CONNECTION_AGE * 10, sent_away).await.expect("a standby keeps its clients");
     }
 }

@@ -47,6 +47,8 @@ pub(crate) struct Groups {
     reports: Reports,
     /// No more seats are taken.
     closed: AtomicBool,
+    /// Seats are taken, and every rank that is held is ready.
+    settled: watch::Sender<bool>,
     table: Mutex<Table>,
     attendants: TaskTracker,
 }
@@ -98,12 +100,19 @@ impl Groups {
         let attendants = TaskTracker::new();
         attendants.close();
         let (closed, table) = (AtomicBool::new(false), Mutex::default());
-        Arc::new(Self { backend, routes, caches, load_timeout, reports, closed, table, attendants })
+        let settled = watch::Sender::new(true);
+        Arc::new(Self { backend, routes, caches, load_timeout, reports, closed, settled, table, attendants })
     }
 
     /// Takes no more seats.
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
+        self.note_settled(&self.table());
+    }
+
+    /// Whether seats are taken and every rank that is held is ready.
+    pub(crate) fn settled(&self) -> watch::Receiver<bool> {
+        self.settled.subscribe()
     }
 
     /// Whether no more seats are taken.
@@ -206,7 +215,11 @@ impl Groups {
         let ready = Arc::new(AtomicBool::new(false));
         let shown = JoinGroup { secret: bytes::Bytes::new(), ..join.clone() };
         let held = Held { join: shown, ready: ready.clone(), epoch: join.epoch, leader, stop: stop.clone() };
-        self.table().held.insert((join.group_id.clone(), rank), held);
+        {
+            let mut table = self.table();
+            table.held.insert((join.group_id.clone(), rank), held);
+            self.note_settled(&table);
+        }
         let attendant = Attendant { groups: self.clone(), seated, stop, ready, status: watched, end };
         self.attendants.spawn(attendant.attend());
         Ok(())
@@ -241,7 +254,12 @@ impl Groups {
     }
 
     fn end_where(&self, which: impl Fn(&String, &Held) -> bool) {
-        let ended: Vec<_> = self.table().held.extract_if(|(group_id, _), held| which(group_id, held)).collect();
+        let ended: Vec<_> = {
+            let mut table = self.table();
+            let ended = table.held.extract_if(|(group_id, _), held| which(group_id, held)).collect();
+            self.note_settled(&table);
+            ended
+        };
         for ((group_id, rank), held) in ended {
             self.routes.forget(&Seated { group_id, epoch: held.epoch, rank });
             held.end();
@@ -256,9 +274,16 @@ impl Groups {
         if table.held.get(&key).is_some_and(|held| Arc::ptr_eq(&held.stop, stop))
             && let Some(held) = table.held.remove(&key)
         {
+            self.note_settled(&table);
             drop(table);
             held.end();
         }
+    }
+
+    /// To be called whenever what it depends on has changed; under the lock, so that the newest is told last.
+    fn note_settled(&self, table: &Table) {
+        let settled = !self.is_closed() && table.held.values().all(|held| held.ready.load(Ordering::SeqCst));
+        self.settled.send_if_modified(|told| std::mem::replace(told, settled) != settled);
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -332,6 +357,7 @@ impl Attendant {
                     ready = true;
                     // Before it is told: a coordinator that comes between the two learns it twice.
                     self.ready.store(true, Ordering::SeqCst);
+                    self.groups.note_settled(&self.groups.table());
                     tracing::info!(group.id = group_id, group.epoch = epoch, rank, "a rank is ready");
                     self.groups.reports.send(Report::GroupReady(GroupReady { group_id, epoch, rank })).await;
                 }

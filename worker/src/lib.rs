@@ -53,6 +53,7 @@ mod embedded;
 mod etcd;
 
 mod drain;
+pub mod health;
 pub mod signals;
 pub mod worker;
 

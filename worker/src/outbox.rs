@@ -124,10 +124,15 @@ impl Reports {
         }
     }
 
+    /// Whether a coordinator listens.
+    pub(crate) fn attached(&self) -> watch::Receiver<bool> {
+        self.0.attached.subscribe()
+    }
+
     /// Returns when no coordinator listens.
     pub(crate) async fn detached(&self) {
         // The sender lives as long as `self`.
-        drop(self.0.attached.subscribe().wait_for(|attached| !attached).await);
+        drop(self.attached().wait_for(|attached| !attached).await);
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

@@ -24,7 +24,7 @@ use crate::service::Service;
 use crate::session::{Leadership, Sessions};
 use crate::task::Means;
 use crate::tasks::Tasks;
-use crate::{Error, Result, embedded, etcd, signals};
+use crate::{Error, Result, embedded, etcd, health, signals};
 
 /// Longest time between the end of the drain and the end of [`Worker::run`].
 const CALLS_END: Duration = Duration::from_secs(2);
@@ -190,8 +190,11 @@ impl Worker {
 }
 
 async fn serve(listener: tokio::net::TcpListener, service: Service, stop: CancellationToken) -> Result<()> {
-    let (health_reporter, health) = tonic_health::server::health_reporter();
+    let (health_reporter, health_server) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<proto::v1::worker_service_server::WorkerServiceServer<Service>>().await;
+    health_reporter.set_service_status(health::READY_SERVICE, tonic_health::ServingStatus::NotServing).await;
+    let ready = health::tell_ready(health_reporter, service.groups.settled(), service.sessions.reports.attached());
+    tokio::spawn(stop.clone().run_until_cancelled_owned(ready));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -203,7 +206,7 @@ async fn serve(listener: tokio::net::TcpListener, service: Service, stop: Cancel
         .initial_connection_window_size(WINDOW_BYTES)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
-        .add_service(health)
+        .add_service(health_server)
         .add_service(reflection)
         .add_service(service.into_server())
         .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())

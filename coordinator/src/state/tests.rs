@@ -295,7 +295,7 @@ fn a_lost_workers_jobs_wait_again_and_its_groups_form_in_the_next_epoch() {
 fn a_group_without_workers_enough_waits_for_a_new_one() {
     let mut cluster = Cluster::ready();
     cluster.leave("w2");
-    assert!(cluster.state.models()[0].problem.contains("needs 2 workers, 1 are there"));
+    assert!(cluster.state.models()[0].problem.contains("needs 2 workers, 1 are free"));
     cluster.join("w2-restarted");
     cluster.all_ready();
     assert!(cluster.state.models()[0].ready);

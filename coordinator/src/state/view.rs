@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message;
-use proto::v1::{self, GroupState, JobEvent, ModelStatus, WorkerStatus};
+use proto::v1::{self, GroupState, JobEvent, ModelStatus, Registration, WorkerStatus};
 
 use super::{State, group::Group, job::Job, model::Model, work::name};
 use crate::error::{Error, Result};
@@ -130,19 +130,24 @@ impl State {
         if self.settling.is_some() {
             return "this coordinator waits for the workers of the one before".into();
         }
-        let unready = self.groups_of(model).find(|group| !self.takes_tasks(group));
+        // A replica that waits for workers to come is no problem while another one serves.
+        let is_missed = |group: &&Group| !self.groups.is_ready(&group.wanted.model, &group.wanted.component);
+        let unready = self.groups_of(model).find(is_missed);
         unready.map(|group| self.group_problem(group)).unwrap_or_default()
     }
 
     fn group_problem(&self, group: &Group) -> String {
         let id = &group.wanted.id;
-        let eligible = self.workers.values().filter(|worker| group.wanted.accepts(worker)).count();
+        let others = self.groups.iter().filter(|(other, other_group)| *other != id && group.wanted.excludes(&other_group.wanted));
+        let taken: BTreeSet<&String> = others.flat_map(|(_, other)| &other.members).collect();
+        let fits = |(id, worker): &(&String, &Registration)| group.wanted.accepts(worker) && !taken.contains(id);
+        let eligible = self.workers.iter().filter(fits).count();
         let needed = if group.wanted.colocate { 1 } else { group.wanted.size() };
         match group.phase {
             GroupState::Waiting if eligible < needed => {
                 let labels: Vec<String> = group.wanted.selector.iter().map(|(label, value)| format!("{label}={value}")).collect();
                 let matching = if labels.is_empty() { String::new() } else { format!(" with {}", labels.join(",")) };
-                format!("{id}: needs {needed} workers{matching}, {eligible} are there")
+                format!("{id}: needs {needed} workers{matching}, {eligible} are free")
             }
             _ if !group.problem.is_empty() => format!("{id}: {}", group.problem),
             _ => format!("{id}: its ranks are loading"),

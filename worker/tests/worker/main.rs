@@ -6,6 +6,7 @@ mod checkpoints;
 mod coordinator;
 mod drain;
 mod etcd;
+mod health;
 mod job;
 mod model;
 mod resume;

@@ -1,0 +1,47 @@
+"""deploy/validate: see there."""
+
+import sys
+import time
+
+from . import flags, images, mutations, network, pods, references, render, schemas
+
+PARTS = (references, pods, network, flags)
+
+
+def problems(documents, versions=schemas.VERSIONS):
+    """Everything that is wrong with an overlay's objects. The schemas first: the rest relies on their shapes."""
+    found = list(schemas.problems(documents, versions))
+    return found or [problem for part in PARTS for problem in part.problems(documents)]
+
+
+def main():
+    arguments = sys.argv[1:]
+    unknown = set(arguments) - {"--self-test", "--run"}
+    if unknown:
+        raise SystemExit(f"no such argument: {' '.join(sorted(unknown))}")
+    began = time.monotonic()
+    overlays = render.overlays()
+    failed = 0
+    for name, documents in overlays.items():
+        found = problems(documents)
+        failed += len(found)
+        print(f"{name}: {len(documents)} objects, {len(found)} problems")
+        for problem in found:
+            print(f"  {problem}")
+    others = [*images.problems(), *flags.sources()]
+    failed += len(others)
+    print(f"images, compose, models.toml: {len(others)} problems")
+    for problem in others:
+        print(f"  {problem}")
+    if "--self-test" in arguments and not failed:
+        failed += mutations.run(overlays, problems)
+    if "--run" in arguments and not failed:
+        from . import cluster
+
+        failed += cluster.run(overlays["cpu-dev"])
+    print(f"{len(overlays)} overlays, Kubernetes {schemas.VERSIONS[0]} to {schemas.VERSIONS[-1]}: "
+          f"{failed} problems, {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+sys.exit(main())

@@ -1,0 +1,96 @@
+"""Dockerfiles and compose.yaml, read as text: no Docker engine is needed, so nothing is built."""
+
+import re
+
+import yaml
+
+from .flags import help_of, of_arguments
+from .render import DEPLOY, ROOT
+
+USER = "65532:65532"
+# Words in ARG or ENV that would leave a secret in an image.
+SECRET = re.compile(r"(?i)(passw|secret|token|api_?key|credential)")
+
+
+def problems():
+    for file in sorted(DEPLOY.glob("Dockerfile.*")):
+        for problem in of_dockerfile(file.read_text()):
+            yield f"{file.name}: {problem}"
+    for problem in of_compose(yaml.safe_load((DEPLOY / "compose.yaml").read_text())):
+        yield f"compose.yaml: {problem}"
+
+
+def instructions(text):
+    """(word, rest) of each instruction, continued lines joined, comments left out."""
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    for line in lines.replace("\\\n", " ").splitlines():
+        if line.strip():
+            word, _, rest = line.strip().partition(" ")
+            yield word.upper(), " ".join(rest.split())
+
+
+def of_dockerfile(text):
+    known = {"FROM", "ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
+    stages, last = [], []
+    for word, rest in instructions(text):
+        if word not in known:
+            yield f"{word} is not used here"
+        if word == "FROM":
+            image, _, name = rest.partition(" AS ")
+            if image not in stages and (":" not in image or image.endswith(":latest")):
+                yield f"image {image!r} has no fixed tag"
+            stages.append(name)
+            last = []
+        last.append((word, rest))
+        if word == "COPY":
+            yield from of_copy(rest, stages)
+        if word in ("ARG", "ENV") and SECRET.search(rest):
+            yield f"{word} {rest}: an image keeps what it is built with"
+    users = [rest for word, rest in last if word == "USER"]
+    if not users or users[-1] != USER:
+        yield f"the last stage does not end as user {USER}"
+    if len(stages) < 2:
+        yield "has one stage: what builds would be shipped"
+    if any(word == "RUN" and "compile" in rest for word, rest in last):
+        yield "the last stage compiles"
+    entry = [rest for word, rest in last if word == "ENTRYPOINT"]
+    if entry != ['["/usr/local/bin/atelier"]']:
+        yield "ENTRYPOINT is not the program, as a list"
+
+
+def of_copy(rest, stages):
+    words = rest.split()
+    source = next((word.removeprefix("--from=") for word in words if word.startswith("--from=")), None)
+    if source is not None:
+        if source not in stages:
+            yield f"COPY --from={source}: there is no such stage"
+        return
+    for path in [word for word in words if not word.startswith("--")][:-1]:
+        if not (ROOT / path).exists():
+            yield f"COPY {path}: is not in the repository"
+
+
+def of_compose(compose):
+    services = compose["services"]
+    for name, service in services.items():
+        if service.get("user") != USER or service.get("read_only") is not True or service.get("cap_drop") != ["ALL"]:
+            yield f"{name}: is not locked down (user, read_only, cap_drop)"
+        if "no-new-privileges:true" not in service.get("security_opt", []):
+            yield f"{name}: may gain privileges"
+        if "mem_limit" not in service:
+            yield f"{name}: has no limit of memory"
+        if ":" not in service["image"] or service["image"].endswith(":latest"):
+            yield f"{name}: image {service['image']!r} has no fixed tag"
+        if not (DEPLOY.parent / service["build"]["dockerfile"]).is_file():
+            yield f"{name}: there is no {service['build']['dockerfile']}"
+        if any(not str(port).startswith("127.0.0.1:") for port in service.get("ports", [])):
+            yield f"{name}: is open to other machines"
+        command, *arguments = service["command"]
+        for problem in of_arguments(command, arguments):
+            yield f"{name}: {problem}"
+        for variable in service.get("environment", {}).keys() - help_of(command)[1]:
+            yield f"{name}: `atelier {command}` reads no variable {variable}"
+        for argument in arguments:
+            host = argument.partition("=")[2].partition(":")[0]
+            if argument.startswith("--advertise") and host != name:
+                yield f"{name}: says that it is reached at {host}"
