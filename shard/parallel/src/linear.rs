@@ -71,7 +71,7 @@ impl ColumnParallelLinear {
         let weight = w.get("weight", &[&[rows], kernel].concat(), shard.clone())?;
         let weight = if kernel.len() == 1 { weight } else { weight.flatten_from(1)? };
         let bias = w.contains("bias").then(|| w.get("bias", &[rows], shard)).transpose()?;
-        let patch = patch(w, d_in, rows, Cut::Outputs(d_out.to_vec()));
+        let patch = patch(w, kernel.iter().product(), rows, Cut::Outputs(d_out.to_vec()));
         Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias, patch }, group: w.group().clone(), packed: d_out.len() })
     }
 
