@@ -30,6 +30,7 @@ mod mmdit;
 
 pub mod flux_transformer;
 pub mod qwen_image_transformer;
+pub mod sd3_transformer;
 
 pub mod checkpoint;
 pub mod denoise;
@@ -44,6 +45,7 @@ mod flow;
 mod packing;
 
 pub mod flux;
+pub mod sd3;
 
 pub mod registry;
 

@@ -14,6 +14,7 @@ pub(crate) mod attention;
 pub(crate) mod embeddings;
 pub(crate) mod layers;
 pub(crate) mod residuals;
+pub(crate) mod stream;
 
 /// Most blocks in one network, so that a configuration cannot make loading loop for hours. FLUX.1 has 57.
 pub(crate) const MAX_BLOCKS: usize = 1024;

@@ -52,9 +52,16 @@ pub struct ColumnParallelLinear {
 impl ColumnParallelLinear {
     /// `d_out` lists the parts packed in the output (one for a plain layer); each is divided by itself.
     pub fn load(w: &Weights, d_in: usize, d_out: &[usize]) -> Result<Self> {
+        Self::load_kernel(w, &[d_in], d_out)
+    }
+
+    /// As [`Self::load`] from `weight: [d_out, kernel..]`: a convolution of windows that touch and do not overlap is a linear layer
+    /// of them. `x: [.., d_in]` is then a window, flattened in the kernel's order.
+    pub fn load_kernel(w: &Weights, kernel: &[usize], d_out: &[usize]) -> Result<Self> {
         let rows = d_out.iter().sum();
         let shard = Shard::Split { dim: 0, blocks: d_out.to_vec() };
-        let weight = w.get("weight", &[rows, d_in], shard.clone())?;
+        let weight = w.get("weight", &[&[rows], kernel].concat(), shard.clone())?;
+        let weight = if kernel.len() == 1 { weight } else { weight.flatten_from(1)? };
         let bias = w.contains("bias").then(|| w.get("bias", &[rows], shard)).transpose()?;
         Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias }, group: w.group().clone(), packed: d_out.len() })
     }

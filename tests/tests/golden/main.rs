@@ -16,6 +16,7 @@ mod pipeline;
 mod qwen_image;
 mod rng;
 mod schedulers;
+mod sd3;
 mod text_encoders;
 mod tokenizers;
 mod transformers;
@@ -78,6 +79,8 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "AutoencoderKLQwenImage") => autoencoders::qwen_image(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
         ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
+        ("component", "SD3Transformer2DModel") => sd3::component(case),
+        ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }

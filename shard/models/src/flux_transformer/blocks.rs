@@ -6,31 +6,24 @@ use parallel::{ColumnParallelLinear, RowParallelLinear, Tensor, Weights};
 use super::FluxTransformerConfig;
 use crate::Result;
 use crate::mmdit::attention::{JointQkv, Order, QKV, Qkv, Rope};
-use crate::mmdit::layers::{AdaLayerNorm, EPS, FeedForward, MLP_RATIO, column, gated, row};
+use crate::mmdit::layers::{AdaLayerNorm, EPS, MLP_RATIO, column, gated, row};
+use crate::mmdit::stream::Stream;
 
 /// `FluxTransformerBlock`: text and image have weights of their own and attend to each other.
 #[derive(Debug)]
 pub(super) struct FluxTransformerBlock {
-    norm1: AdaLayerNorm,
-    norm1_context: AdaLayerNorm,
     attn: JointQkv,
-    to_out: RowParallelLinear,
-    to_add_out: RowParallelLinear,
-    ff: FeedForward,
-    ff_context: FeedForward,
+    image: Stream,
+    text: Stream,
 }
 
 impl FluxTransformerBlock {
     pub(super) fn load(w: &Weights, config: &FluxTransformerConfig) -> Result<Self> {
         let d = config.inner_dim();
         Ok(Self {
-            norm1: AdaLayerNorm::load(&w.pp("norm1.linear"), d, 6)?,
-            norm1_context: AdaLayerNorm::load(&w.pp("norm1_context.linear"), d, 6)?,
             attn: JointQkv::load(&w.pp("attn"), config.heads(), Order::TextImage)?,
-            to_out: row(&w.pp("attn.to_out.0"), &[d], d)?,
-            to_add_out: row(&w.pp("attn.to_add_out"), &[d], d)?,
-            ff: FeedForward::load(&w.pp("ff"), d)?,
-            ff_context: FeedForward::load(&w.pp("ff_context"), d)?,
+            image: Stream::load(w, d, ["norm1.linear", "attn.to_out.0", "ff"], 6)?,
+            text: Stream::load(w, d, ["norm1_context.linear", "attn.to_add_out", "ff_context"], 6)?,
         })
     }
 
@@ -43,22 +36,15 @@ impl FluxTransformerBlock {
         temb: &Tensor,
         rope: &Rope,
     ) -> Result<(Tensor, Tensor)> {
-        let [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp] = self.norm1.modulation(temb)?;
-        let norm_hidden_states = ops::layer_norm_modulate(hidden_states, &shift_msa, &scale_msa, EPS)?;
-        let [c_shift_msa, c_scale_msa, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp] = self.norm1_context.modulation(temb)?;
-        let norm_encoder_hidden_states = ops::layer_norm_modulate(encoder_hidden_states, &c_shift_msa, &c_scale_msa, EPS)?;
-
+        let (of_image, of_text) = (self.image.norm1.modulation(temb)?, self.text.norm1.modulation(temb)?);
+        let norm_hidden_states = Stream::norm(hidden_states, &of_image)?;
+        let norm_encoder_hidden_states = Stream::norm(encoder_hidden_states, &of_text)?;
         let (attn_output, context_attn_output) =
             self.attn.attend(&norm_hidden_states, &norm_encoder_hidden_states, Some(rope), None)?;
-
-        let hidden_states = gated(hidden_states, &gate_msa, &self.to_out.forward(&attn_output)?)?;
-        let norm_hidden_states = ops::layer_norm_modulate(&hidden_states, &shift_mlp, &scale_mlp, EPS)?; // norm2
-        let hidden_states = gated(&hidden_states, &gate_mlp, &self.ff.forward(&norm_hidden_states)?)?;
-
-        let encoder_hidden_states = gated(encoder_hidden_states, &c_gate_msa, &self.to_add_out.forward(&context_attn_output)?)?;
-        let norm_encoder_hidden_states = ops::layer_norm_modulate(&encoder_hidden_states, &c_shift_mlp, &c_scale_mlp, EPS)?; // norm2_context
-        let context_ff_output = self.ff_context.forward(&norm_encoder_hidden_states)?;
-        Ok((gated(&encoder_hidden_states, &c_gate_mlp, &context_ff_output)?, hidden_states))
+        let hidden_states = self.image.add_attention(hidden_states, &attn_output, &of_image)?;
+        let hidden_states = self.image.add_mlp(&hidden_states, &of_image)?;
+        let encoder_hidden_states = self.text.add_attention(encoder_hidden_states, &context_attn_output, &of_text)?;
+        Ok((self.text.add_mlp(&encoder_hidden_states, &of_text)?, hidden_states))
     }
 }
 
