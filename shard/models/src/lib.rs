@@ -17,7 +17,9 @@ pub mod block_runner;
 pub mod tokenizer;
 
 pub mod clip;
+pub mod qwen2_5_vl;
 pub mod t5;
+mod token_embedding;
 
 pub mod autoencoder_kl;
 pub mod autoencoder_kl_qwen;

@@ -13,6 +13,7 @@ mod autoencoders;
 mod flux;
 mod flux_pipeline;
 mod pipeline;
+mod qwen2_5_vl;
 mod qwen_image;
 mod rng;
 mod schedulers;
@@ -75,6 +76,7 @@ fn dispatch(case: &mut Case) -> Outcome {
             "component",
             "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel",
         ) => text_encoders::run(case),
+        ("component", "Qwen2_5_VLForConditionalGeneration") => qwen2_5_vl::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
         ("component", "AutoencoderKLQwenImage") => autoencoders::qwen_image(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
