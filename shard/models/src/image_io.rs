@@ -65,6 +65,11 @@ impl std::fmt::Debug for RgbImage {
     }
 }
 
+/// The picture at another size (Lanczos).
+pub fn resize(picture: &Picture, width: usize, height: usize) -> Result<Picture> {
+    Ok(Picture { width, height, data: resized(picture, width, height)? })
+}
+
 /// The autoencoder's input: `[1, 3, height, width]`, f32 in -1..1. Resized (Lanczos) if its size differs.
 pub fn preprocess(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
     let pixels = resized(picture, width, height)?;

@@ -47,6 +47,7 @@ mod flow;
 mod packing;
 
 pub mod flux;
+pub mod qwen_image;
 pub mod sd3;
 
 pub mod registry;

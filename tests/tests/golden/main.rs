@@ -15,6 +15,7 @@ mod flux_pipeline;
 mod pipeline;
 mod qwen2_5_vl;
 mod qwen_image;
+mod qwen_image_pipeline;
 mod rng;
 mod schedulers;
 mod sd3;
@@ -84,6 +85,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "SD3Transformer2DModel") => sd3::component(case),
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
+        ("pipeline", class) if class.starts_with("QwenImage") => qwen_image_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }
 }
