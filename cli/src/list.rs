@@ -91,7 +91,9 @@ pub(crate) async fn workers(args: WorkersArgs) -> Result<(), Error> {
 
 fn job_line(job: &Job) -> String {
     let spec = job.spec.clone().unwrap_or_default();
-    let size = format!("{}x{}", spec.width.unwrap_or_default(), spec.height.unwrap_or_default());
+    // A model may choose sides itself.
+    let side = |pixels: Option<u32>| pixels.map_or("?".to_owned(), |pixels| pixels.to_string());
+    let size = format!("{}x{}", side(spec.width), side(spec.height));
     let (steps, seed) = (spec.num_inference_steps.unwrap_or_default(), spec.seed.unwrap_or_default());
     format!("{:<36}  {:<10} {:<16} {size:>9} {steps:>5}  {seed}", job.id, state(job.state()), spec.model)
 }

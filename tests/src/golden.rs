@@ -72,6 +72,11 @@ impl Case {
         self.tensors.get(name).ok_or_else(|| format!("there is no recorded tensor `{name}`"))
     }
 
+    /// Takes in a tensor that case.json holds among its parameters, as if it had been recorded as `name`.
+    pub fn put(&mut self, name: &str, tensor: Tensor) {
+        self.tensors.insert(name.to_owned(), tensor);
+    }
+
     /// Whether a tensor was recorded.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)

@@ -1,6 +1,8 @@
 //! What the tests of the whole share: golden cases, ranks that are threads, made-up checkpoints, clusters of real processes.
 
 pub mod cluster;
+pub mod equivalence;
 pub mod golden;
 pub mod ranks;
+pub mod stages;
 pub mod synthetic;

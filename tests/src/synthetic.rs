@@ -7,6 +7,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Result, Tensor};
 use models::flux_transformer::FluxTransformerConfig;
 
+pub mod qwen_image;
+
 /// A small generator (SplitMix64) whose numbers depend on nothing but the seed.
 #[derive(Debug)]
 pub struct Random(u64);
@@ -65,18 +67,24 @@ pub fn flux_shapes(config: &FluxTransformerConfig) -> Vec<(String, Vec<usize>)> 
         linears.push((format!("{block}.proj_mlp"), d, 4 * d));
         linears.push((format!("{block}.proj_out"), 5 * d, d));
     }
-    let weight_and_bias = |(name, d_in, d_out): (String, usize, usize)| {
-        [(format!("{name}.weight"), vec![d_out, d_in]), (format!("{name}.bias"), vec![d_out])]
-    };
     let norms = norms.into_iter().map(|name| (format!("{name}.weight"), vec![dh]));
     linears.into_iter().flat_map(weight_and_bias).chain(norms).collect()
 }
 
-/// A FLUX.1 transformer's tensors, f32. Layers keep the variance of their input.
+/// The two tensors of a linear layer.
+fn weight_and_bias((name, d_in, d_out): (String, usize, usize)) -> [(String, Vec<usize>); 2] {
+    [(format!("{name}.weight"), vec![d_out, d_in]), (format!("{name}.bias"), vec![d_out])]
+}
+
+/// A FLUX.1 transformer's tensors, f32.
 pub fn flux_transformer(config: &FluxTransformerConfig, seed: u64) -> Result<HashMap<String, Tensor>> {
+    of_shapes(flux_shapes(config), seed)
+}
+
+/// Tensors of these names and shapes, f32. Layers keep the variance of their input.
+fn of_shapes(shapes: Vec<(String, Vec<usize>)>, seed: u64) -> Result<HashMap<String, Tensor>> {
     let mut random = Random::new(seed);
-    let shapes = flux_shapes(config).into_iter();
-    let tensors = shapes.map(|(name, shape)| {
+    let tensors = shapes.into_iter().map(|(name, shape)| {
         let (center, spread) = match shape.as_slice() {
             [_, d_in] => (0.0, (3.0 / *d_in as f32).sqrt()),
             _ if name.ends_with("bias") => (0.0, 0.1),

@@ -6,16 +6,11 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
-use std::thread;
 
-use models::blocks::{Layout, RankGroup};
-use models::model_dir::ModelDir;
-use models::registry::{self, Limits, LoadSpec, Rank};
-use models::stage::{Inputs, Stage, StageEvent};
+use models::blocks::Layout;
+use models::stage::{Inputs, Stage};
 use models::{Payload, Request};
-use parallel::{Device, InProcess, Tensor};
-use sha2::{Digest, Sha256};
+use tests::stages::{self, sha256};
 
 const STEPS: usize = 4;
 /// The job that is compared; its neighbours are 1, 2 and 3.
@@ -36,54 +31,13 @@ fn request(key: u64) -> Request {
 
 /// Runs `f` with the leader of a component's group, whose ranks are threads with `threads` of computation each.
 fn with_leader<T: Send>(component: &str, layout: Layout, threads: usize, f: impl FnOnce(&mut dyn Stage) -> T + Send) -> T {
-    let dir = ModelDir::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../bundled/emoji")).unwrap();
-    let dir = &dir;
-    let load = move |link: InProcess| {
-        let group = RankGroup::new(Arc::new(link), layout).unwrap();
-        registry::load(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &mut |_| ()).unwrap()
-    };
-    // A pool for each rank: ranks wait for each other.
-    let pool = || rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-    thread::scope(|scope| {
-        let mut links = InProcess::group(layout.ranks()).into_iter();
-        let leader = links.next().unwrap();
-        for link in links {
-            scope.spawn(move || {
-                pool().install(|| match load(link) {
-                    Rank::Follower(follower) => drop(follower.run()),
-                    Rank::Leader(_) => panic!("a second leader"),
-                });
-            });
-        }
-        pool().install(|| match load(leader) {
-            Rank::Leader(mut stage) => f(&mut *stage),
-            Rank::Follower(_) => panic!("rank 0 follows"),
-        })
-    })
-}
-
-fn sha256(tensor: &Tensor) -> String {
-    let values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    Sha256::digest(bytes).iter().take(8).map(|b| format!("{b:02x}")).collect()
+    let emoji = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bundled/emoji");
+    stages::with_leader(&emoji, component, layout, threads, f)
 }
 
 /// Runs the given jobs to their end; gives their payloads in the order of the keys, and [`JOB`]'s latents after each step.
 fn drain(stage: &mut dyn Stage, jobs: Vec<(u64, Inputs)>) -> (Vec<Payload>, Vec<String>) {
-    let (mut payloads, mut steps) = (Vec::new(), Vec::new());
-    jobs.into_iter().for_each(|(key, inputs)| stage.start(key, request(key), inputs));
-    let mut more = true;
-    while more {
-        let turn = stage.turn(&mut |event| match event {
-            StageEvent::Step { key: JOB, state: Some(state), .. } => steps.push(sha256(&state.latents)),
-            StageEvent::Done { key, payload } => payloads.push((key, payload)),
-            StageEvent::Failed { key, error, .. } => panic!("job {key}: {error}"),
-            _ => {}
-        });
-        more = turn.unwrap();
-    }
-    payloads.sort_by_key(|(key, _)| *key);
-    (payloads.into_iter().map(|(_, payload)| payload).collect(), steps)
+    stages::drain(stage, jobs.into_iter().map(|(key, inputs)| (key, request(key), inputs)).collect(), JOB)
 }
 
 /// What the text encoders make of the jobs' prompts.

@@ -18,8 +18,8 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         negative_prompt_2: spec.negative_prompt_2.clone(),
         prompt_3: spec.prompt_3.clone(),
         negative_prompt_3: spec.negative_prompt_3.clone(),
-        width: count("width", spec.width)?,
-        height: count("height", spec.height)?,
+        width: count_if_given("width", spec.width)?,
+        height: count_if_given("height", spec.height)?,
         num_inference_steps: count("num_inference_steps", spec.num_inference_steps)?,
         guidance_scale: spec.guidance_scale,
         // A model that has no such parameter has no default for it either: off.
@@ -30,7 +30,7 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         seed: spec.seed.ok_or_else(|| missing("seed"))?,
         num_images_per_prompt: count("num_images_per_prompt", spec.num_images_per_prompt)?,
         strength: spec.strength,
-        max_sequence_length: count("max_sequence_length", spec.max_sequence_length)?,
+        max_sequence_length: count_if_given("max_sequence_length", spec.max_sequence_length)?,
         noise_generator: match spec.noise_generator() {
             v1::NoiseGenerator::Unspecified | v1::NoiseGenerator::TorchCpu => NoiseGenerator::TorchCpu,
             v1::NoiseGenerator::TorchCuda => NoiseGenerator::TorchCuda,
@@ -59,6 +59,11 @@ fn count(field: &'static str, value: Option<u32>) -> Result<usize> {
     }
 }
 
+/// 0 when it is left to the model: the coordinator fills in what the model's card has a default for.
+fn count_if_given(field: &'static str, value: Option<u32>) -> Result<usize> {
+    value.map_or(Ok(0), |value| count(field, Some(value)))
+}
+
 fn missing(field: &'static str) -> Error {
     Error::message(field, "is missing")
 }
@@ -82,6 +87,9 @@ mod tests {
         assert_eq!((request.width, request.height, request.seed, request.true_cfg_scale), (64, 32, u64::MAX, 1.0));
         let without_seed = JobSpec { seed: None, ..whole.clone() };
         assert_eq!(from_wire(&without_seed).unwrap_err().to_string(), "seed: is missing");
+        let open = JobSpec { width: None, max_sequence_length: None, ..whole.clone() };
+        let open = from_wire(&open).unwrap();
+        assert_eq!((open.width, open.height, open.max_sequence_length), (0, 32, 0), "left to the model");
         let empty = JobSpec { width: Some(0), ..whole };
         assert_eq!(from_wire(&empty).unwrap_err().to_string(), "width: must be at least 1");
     }

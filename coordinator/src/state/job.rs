@@ -18,6 +18,8 @@ pub(super) const MAX_PROGRESS_EVENTS: u32 = 2000;
 /// Where the sequence numbers of a coordinator's life begin, in a job that it did not accept itself: above all that
 /// earlier lives can have told.
 const SEQUENCES_PER_TERM: u64 = 1 << 20;
+/// What a side is taken for that a job leaves to the model, in pixels: such models draw about a megapixel.
+const OPEN_SIDE: u32 = 1024;
 
 /// A job, from acceptance until it is forgotten.
 #[derive(Debug)]
@@ -189,10 +191,11 @@ impl Job {
         self.tasks.values().any(|task| task.phase == phase)
     }
 
+    /// What its work is about proportional to.
     pub(super) fn pixels(&self) -> u64 {
         let spec = &self.spec;
-        let side = |pixels: Option<u32>| u64::from(pixels.unwrap_or(1).max(1));
-        side(spec.width) * side(spec.height) * side(spec.num_images_per_prompt)
+        let count = |given: Option<u32>, otherwise: u32| u64::from(given.unwrap_or(otherwise).max(1));
+        count(spec.width, OPEN_SIDE) * count(spec.height, OPEN_SIDE) * count(spec.num_images_per_prompt, 1)
     }
 
     pub(super) fn stage_started(&mut self, stage: &str, now: Millis) {

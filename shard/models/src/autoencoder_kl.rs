@@ -9,12 +9,13 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
-mod blocks;
+pub(crate) mod blocks;
 mod coder;
-mod tiling;
+pub(crate) mod tiling;
 
 use blocks::Conv2d;
 use coder::{Decoder, Encoder};
+use tiling::Tiles;
 
 /// Widest layer that is believed; the published ones have 512 channels.
 const MAX_CHANNELS: usize = 1 << 16;
@@ -147,7 +148,7 @@ pub struct Moments {
 
 impl Moments {
     /// Splits what the encoder gives: `[B, 2 C, h, w]`.
-    fn of(encoded: &Tensor) -> Result<Self> {
+    pub(crate) fn of(encoded: &Tensor) -> Result<Self> {
         let channels = encoded.dim(1)? / 2;
         let encoded = encoded.to_dtype(DType::F32)?;
         let mean = encoded.narrow(1, 0, channels)?.contiguous()?;
@@ -237,7 +238,7 @@ impl AutoencoderKl {
 
     /// As [`Self::encode`], in tiles if a side is longer than one.
     pub fn encode_tiled(&self, image: &Tensor) -> Result<Moments> {
-        let tiles = tiling::Tiles::of(&self.config);
+        let tiles = self.tiles();
         if !tiles.is_larger_image(image)? {
             return self.encode(image);
         }
@@ -246,7 +247,7 @@ impl AutoencoderKl {
 
     /// As [`Self::decode`], in tiles if a side is longer than one.
     pub fn decode_tiled(&self, latents: &Tensor) -> Result<Tensor> {
-        let tiles = tiling::Tiles::of(&self.config);
+        let tiles = self.tiles();
         if !tiles.is_larger_latent(latents)? {
             return self.decode(latents);
         }
@@ -276,6 +277,10 @@ impl AutoencoderKl {
     /// Pixels per latent, along a side.
     pub fn scale_factor(&self) -> usize {
         self.config.scale_factor()
+    }
+
+    fn tiles(&self) -> Tiles {
+        Tiles::new(self.config.sample_size, self.scale_factor())
     }
 
     /// Both moments in one tensor: `[B, 2 C, h, w]`.

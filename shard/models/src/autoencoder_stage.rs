@@ -2,38 +2,86 @@
 
 use parallel::{Tensor, Tensors};
 
-use crate::autoencoder_kl::{AutoencoderKl, Tiling};
-use crate::image_io::{self, PictureLimits};
+use crate::autoencoder_kl::{AutoencoderKl, Moments, Tiling};
+use crate::autoencoder_kl_qwen::AutoencoderKlQwenImage;
+use crate::image_io::{self, Picture, PictureLimits};
 use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::{Error, Payload, Request, Result};
 
-/// Above this many pixels a side the autoencoder works in tiles, whose size its configuration gives.
+/// Above this many pixels a side the autoencoder works in tiles, whose size the network gives.
 const TILING_ABOVE: usize = 1024;
 
-/// An autoencoder: decodes a task that has latents, encodes one that has pictures.
-#[derive(Debug)]
+/// What the stage asks of a network.
+pub trait Autoencoder: Send + std::fmt::Debug {
+    /// `image: [B, 3, H, W]`, in -1..1, gives the distribution of its latents, `[B, C, H/f, W/f]`, not scaled.
+    fn encode(&self, image: &Tensor, tiling: Tiling) -> Result<Moments>;
+    /// Latents as the denoiser leaves them, `[B, C, h, w]`, give `[B, 3, h f, w f]`, about -1..1.
+    fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor>;
+    /// `f`: pixels per latent, along a side.
+    fn scale_factor(&self) -> usize;
+}
+
+impl Autoencoder for AutoencoderKl {
+    fn encode(&self, image: &Tensor, tiling: Tiling) -> Result<Moments> {
+        self.encode_with(image, tiling)
+    }
+
+    fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+        self.decode_with(&self.config().unscale(latents)?, tiling)
+    }
+
+    fn scale_factor(&self) -> usize {
+        self.config().scale_factor()
+    }
+}
+
+impl Autoencoder for AutoencoderKlQwenImage {
+    fn encode(&self, image: &Tensor, tiling: Tiling) -> Result<Moments> {
+        self.encode_with(image, tiling)
+    }
+
+    fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor> {
+        self.decode_with(&self.config().unscale(latents)?, tiling)
+    }
+
+    fn scale_factor(&self) -> usize {
+        self.config().scale_factor()
+    }
+}
+
+/// The width and height that a job's picture is encoded at, given the pixels per latent.
+type EncodedSize = dyn Fn(&Request, &Picture, usize) -> Result<(usize, usize)> + Send;
+
+/// Decodes a task that has latents, encodes one that has pictures.
 pub struct AutoencoderStage {
-    vae: AutoencoderKl,
+    vae: Box<dyn Autoencoder>,
     limits: PictureLimits,
+    size: Box<EncodedSize>,
     waiting: Waiting,
 }
 
 impl AutoencoderStage {
-    /// With limits for the pictures it is given.
-    pub fn new(vae: AutoencoderKl, limits: PictureLimits) -> Self {
-        Self { vae, limits, waiting: Waiting::default() }
+    /// With limits for the pictures it is given, which it encodes at the job's own size.
+    pub fn new(vae: impl Autoencoder + 'static, limits: PictureLimits) -> Self {
+        let size = |request: &Request, _: &Picture, _: usize| Ok((request.width, request.height));
+        Self { vae: Box::new(vae), limits, size: Box::new(size), waiting: Waiting::default() }
+    }
+
+    /// The same, encoding at another size.
+    pub fn sized_by(self, size: impl Fn(&Request, &Picture, usize) -> Result<(usize, usize)> + Send + 'static) -> Self {
+        Self { size: Box::new(size), ..self }
     }
 
     fn run(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
-        if inputs.latents.is_some() { self.decode(request, inputs.latents()?) } else { self.encode(request, inputs) }
+        if inputs.latents.is_some() { self.decode(inputs.latents()?) } else { self.encode(request, inputs) }
     }
 
     /// `image.mean, image.logvar: [1, C, H, W]`, and `mask: [1, 1, height, width]` when there is one.
     fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
-        let (width, height) = (request.width, request.height);
         let missing = || Error::Invalid { field: "image", reason: "there is none".into() };
         let picture = image_io::decode_picture(inputs.pictures.image.as_deref().ok_or_else(missing)?, &self.limits)?;
-        let moments = self.vae.encode_with(&image_io::preprocess(&picture, width, height)?, tiling(request))?;
+        let (width, height) = (self.size)(request, &picture, self.vae.scale_factor())?;
+        let moments = self.vae.encode(&image_io::preprocess(&picture, width, height)?, tiling(width, height))?;
         let mut out = Tensors::new().with("image.mean", moments.mean).with("image.logvar", moments.logvar);
         if let Some(mask) = &inputs.pictures.mask_image {
             let mask = image_io::decode_picture(mask, &self.limits)?;
@@ -43,15 +91,17 @@ impl AutoencoderStage {
     }
 
     /// `latents: [B, C, H, W]` to pictures in 0..1.
-    fn decode(&self, request: &Request, latents: &Tensor) -> Result<Payload> {
-        let image = self.vae.decode_with(&self.vae.config().unscale(latents)?, tiling(request))?;
+    fn decode(&self, latents: &Tensor) -> Result<Payload> {
+        let (_, _, height, width) = latents.dims4()?;
+        let factor = self.vae.scale_factor();
+        let image = self.vae.decode(latents, tiling(width * factor, height * factor))?;
         let image = image_io::denormalize(&image)?;
         Ok(Payload::Image(Tensors::new().with("image", image)))
     }
 }
 
-fn tiling(request: &Request) -> Tiling {
-    if request.width.max(request.height) > TILING_ABOVE { Tiling::On } else { Tiling::Off }
+fn tiling(width: usize, height: usize) -> Tiling {
+    if width.max(height) > TILING_ABOVE { Tiling::On } else { Tiling::Off }
 }
 
 impl Stage for AutoencoderStage {
@@ -72,5 +122,11 @@ impl Stage for AutoencoderStage {
         let more = waiting.turn(on_event, |request, inputs| self.run(request, inputs));
         self.waiting = waiting;
         more
+    }
+}
+
+impl std::fmt::Debug for AutoencoderStage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AutoencoderStage({:?})", self.vae)
     }
 }

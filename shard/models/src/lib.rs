@@ -19,9 +19,12 @@ pub mod block_runner;
 pub mod tokenizer;
 
 pub mod clip;
+pub mod qwen2_5_vl;
 pub mod t5;
+mod token_embedding;
 
 pub mod autoencoder_kl;
+pub mod autoencoder_kl_qwen;
 
 pub mod image_io;
 
@@ -30,6 +33,7 @@ pub mod scheduler;
 mod mmdit;
 
 pub mod flux_transformer;
+pub mod qwen_image_transformer;
 pub mod sd3_transformer;
 
 pub mod checkpoint;
@@ -42,8 +46,10 @@ pub mod engine;
 pub mod text_stage;
 
 mod flow;
+mod packing;
 
 pub mod flux;
+pub mod qwen_image;
 pub mod sd3;
 
 pub mod registry;

@@ -17,9 +17,9 @@ pub struct Request {
     pub prompt_3: Option<String>,
     /// What the third text encoder reads, if not `negative_prompt`.
     pub negative_prompt_3: Option<String>,
-    /// Pixels.
+    /// Pixels; 0: the model's own choice, by the picture it is given.
     pub width: usize,
-    /// Pixels.
+    /// See `width`.
     pub height: usize,
     /// Denoising steps.
     pub num_inference_steps: usize,
@@ -39,7 +39,7 @@ pub struct Request {
     pub num_images_per_prompt: usize,
     /// How far to go from the input picture; only with one.
     pub strength: Option<f64>,
-    /// Tokens the large text encoder reads.
+    /// Tokens the large text encoder reads; 0 where a model does not take it.
     pub max_sequence_length: usize,
     /// Whose random numbers.
     pub noise_generator: NoiseGenerator,

@@ -65,6 +65,14 @@ pub struct Schedule {
     pub mu: Option<f64>,
 }
 
+impl Schedule {
+    /// Sigmas from 1 to `1 / n` in `n` even steps, as FLUX and Qwen-Image set them.
+    pub fn evenly_spaced(num_inference_steps: usize, mu: Option<f64>) -> Self {
+        let sigmas = sigmas::linspace(1.0, 1.0 / num_inference_steps as f64, num_inference_steps);
+        Self { num_inference_steps, sigmas: Some(sigmas), mu }
+    }
+}
+
 /// Fresh noise for schedulers that add some at every step.
 pub trait StepNoise: Send + Debug {
     /// The noise of evaluation `step`. It depends on the step and not on earlier calls, so that a resumed run draws the same.

@@ -73,6 +73,7 @@ impl TextStage {
             text: text.to_owned(),
             tokens: self.encoding.tokens.unwrap_or(request.max_sequence_length),
             clip_skip: if skips { clip_skip } else { 0 },
+            picture: None,
             share: Share::new(1, &self.runner.relevant(&request.loras)?),
         };
         if let Some(known) = self.cache.get(&key) {
@@ -140,17 +141,19 @@ fn hidden_state(network: &Tensors, n: usize, clip_skip: usize) -> Result<Tensor>
 
 /// All that an encoder's embeddings of a text depend on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Key {
-    text: String,
-    tokens: usize,
-    clip_skip: usize,
+pub(crate) struct Key {
+    pub(crate) text: String,
+    pub(crate) tokens: usize,
+    pub(crate) clip_skip: usize,
+    /// sha256 of a picture that is read along.
+    pub(crate) picture: Option<[u8; 32]>,
     /// The adapters that change the encoder.
-    share: Share,
+    pub(crate) share: Share,
 }
 
 /// Embeddings that were made, the least recently used dropped first. One cache an encoder: its digest is its place.
 #[derive(Debug)]
-struct PromptCache {
+pub(crate) struct PromptCache {
     limit: usize,
     bytes: usize,
     entries: HashMap<Key, Tensors>,
@@ -158,18 +161,18 @@ struct PromptCache {
 }
 
 impl PromptCache {
-    fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self { limit, bytes: 0, entries: HashMap::new(), order: VecDeque::new() }
     }
 
-    fn get(&mut self, key: &Key) -> Option<Tensors> {
+    pub(crate) fn get(&mut self, key: &Key) -> Option<Tensors> {
         let found = self.entries.get(key)?.clone();
         self.order.retain(|k| k != key);
         self.order.push_back(key.clone());
         Some(found)
     }
 
-    fn put(&mut self, key: Key, embeds: Tensors) {
+    pub(crate) fn put(&mut self, key: Key, embeds: Tensors) {
         let size = embeds.byte_size() + key.text.len();
         if size > self.limit {
             return;
@@ -197,7 +200,8 @@ mod tests {
             Tensors::new().with("prompt_embeds", zeros)
         };
         let mut cache = PromptCache::new(220);
-        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, share: Share::default() };
+        let share = Share::default();
+        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, picture: None, share: share.clone() };
         cache.put(key("a"), embeds(25)); // 100 bytes
         cache.put(key("b"), embeds(25));
         assert!(cache.get(&key("a")).is_some());

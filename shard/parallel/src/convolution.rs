@@ -42,6 +42,20 @@ impl Conv2d {
     /// Reads `weight: [c_out, c_in, size, size]` and `bias: [c_out]`.
     pub fn load(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
         let weight = w.get("weight", &[c_out, c_in, size, size], Shard::Replicated)?;
+        Self::of(w, weight)
+    }
+
+    /// Reads the last frame of `weight: [c_out, c_in, size, size, size]` and `bias: [c_out]`: what a causal convolution in time
+    /// and space does to a picture that has none before it.
+    pub fn load_last_frame(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
+        let last = Shard::Parts { dim: 2, parts: vec![size.saturating_sub(1)..size] };
+        let weight = w.get("weight", &[c_out, c_in, size, size, size], last)?;
+        Self::of(w, weight.squeeze(2)?)
+    }
+
+    /// `weight: [c_out, c_in, size, size]`
+    fn of(w: &Weights, weight: Tensor) -> Result<Self> {
+        let (c_out, c_in, size, _) = weight.dims4()?;
         let bias = w.get("bias", &[c_out], Shard::Replicated)?;
         let dtype = weight.dtype();
         let packs = matches!(dtype, DType::F32 | DType::BF16) && matches!(w.device(), Device::Cpu) && !w.is_measuring();
@@ -96,7 +110,34 @@ impl fmt::Debug for Conv2d {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
+    use crate::Solo;
+
+    #[test]
+    fn the_last_frame_of_a_causal_kernel_is_what_one_picture_meets() {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (x, weight, bias) = (random(&[2, 5, 7, 6]), random(&[4, 5, 3, 3, 3]), random(&[4]));
+        let dir = tempfile::tempdir().unwrap();
+        let tensors = HashMap::from([("weight".to_owned(), weight.clone()), ("bias".to_owned(), bias.clone())]);
+        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+        let w = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap();
+        let got = Conv2d::load_last_frame(&w, [5, 4], 3).unwrap();
+        assert_eq!(w.bytes_held(), 4 * (4 * 5 * 9 + 4), "the other frames are not read");
+        // Causal: two frames of zeros before the picture, under the kernel's first two.
+        let zeros = Tensor::zeros((2, 5, 7, 6), DType::F32, &Device::Cpu).unwrap();
+        let frames = [&zeros, &zeros, &x];
+        let by_frame = frames
+            .iter()
+            .enumerate()
+            .map(|(t, x)| x.conv2d(&weight.narrow(2, t, 1).unwrap().squeeze(2).unwrap(), 1, 1, 1, 1).unwrap());
+        let sum = by_frame.reduce(|a, b| (a + b).unwrap()).unwrap();
+        let expected = sum.broadcast_add(&bias.reshape((1, 4, 1, 1)).unwrap()).unwrap();
+        let got = got.forward(&x, Placement { stride: 1, before: 1, after: 1, doubled: false }).unwrap();
+        let difference = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(difference < 1e-4, "differs by {difference}");
+    }
 
     #[test]
     fn candles_convolution_and_ours_agree() {

@@ -4,7 +4,7 @@
 use candle_core::{D, DType, Tensor};
 /// What is behind the operations on the CPU, for those who measure it.
 pub use kernels;
-use kernels::{rope, rows};
+use kernels::{channels, rope, rows};
 
 use crate::Result;
 
@@ -132,6 +132,23 @@ pub fn group_norm(x: &Tensor, groups: usize, affine: [&Tensor; 2], eps: f64, act
     activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
 }
 
+/// RMS norm over the channels of every place of `x: [B, C, ..]` with `weight: [C]`, then `activation`. Where all channels are zero,
+/// so is the output.
+pub fn rms_norm_channels(x: &Tensor, weight: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
+    let dims = x.dims().to_vec();
+    let (channels, places) = (dims[1], dims[2..].iter().product());
+    if ours(x) {
+        let weight = vector(weight)?;
+        let activation = activation.map(Activation::kernel);
+        return produce(x, |x, y| channels::rms_norm(x, y, [channels, places], &weight, activation));
+    }
+    let length = x.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(channels::LEAST_LENGTH)?;
+    let mut column = vec![1; dims.len()];
+    column[1] = channels;
+    let y = (x.broadcast_div(&length)? * (channels as f64).sqrt())?.broadcast_mul(&weight.reshape(column)?)?;
+    activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
+}
+
 /// Rotates interleaved pairs. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
 pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     let (b, n, l, dh) = x.dims4()?;
@@ -146,6 +163,21 @@ pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor
     let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
     let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
     Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, n, l, dh))?)
+}
+
+/// Rotates pairs that lie half a head apart. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
+pub fn rope_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (_, n, l, dh) = x.dims4()?;
+    if ours(x) && ours(cos) && ours(sin) {
+        let (cos, sin) = (vector(cos)?, vector(sin)?);
+        return produce(x, |x, y| rope::rope_halves(x, y, [n, l, dh], &cos, &sin));
+    }
+    let (x0, x1) = (x.narrow(3, 0, dh / 2)?, x.narrow(3, dh / 2, dh / 2)?);
+    let table = |t: &Tensor| if t.rank() == 3 { t.unsqueeze(1) } else { Ok(t.clone()) };
+    let (cos, sin) = (table(cos)?, table(sin)?);
+    let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
+    let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
+    Ok(Tensor::cat(&[y0, y1], 3)?)
 }
 
 /// Nearest-neighbour upsampling of `x: [B, C, H, W]` to twice its height and width.
@@ -214,10 +246,20 @@ mod tests {
     }
 
     #[test]
-    fn rope_equals_candles_interleaved_rope() {
+    fn ropes_equal_candles() {
         let x = Tensor::randn(0f32, 1.0, (2, 3, 5, 8), &Device::Cpu).unwrap();
         let angle = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu).unwrap();
         let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
         close(&rope_interleaved(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope_i(&x, &cos, &sin).unwrap());
+        close(&rope_halves(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope(&x, &cos, &sin).unwrap());
+    }
+
+    #[test]
+    fn channels_are_normed_alike_by_candle_and_by_us() {
+        let x = Tensor::randn(0f32, 2.0, (2, 5, 3, 4), &Device::Cpu).unwrap();
+        let weight = Tensor::randn(1f32, 0.1, 5, &Device::Cpu).unwrap();
+        let [wide, wide_weight] = [&x, &weight].map(|t| t.to_dtype(DType::F64).unwrap());
+        let theirs = rms_norm_channels(&wide, &wide_weight, Some(Activation::Silu)).unwrap().to_dtype(DType::F32).unwrap();
+        close(&rms_norm_channels(&x, &weight, Some(Activation::Silu)).unwrap(), &theirs);
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +33,14 @@ pub enum Shard {
         dim: usize,
         /// The sizes of the parts packed along it: one for a plain tensor, several for a fused one.
         blocks: Vec<usize>,
+    },
+    /// This rank holds `parts` of `dim`, one after the other, whatever the others hold: heads that several ranks need, the one
+    /// frame of a kernel that is used.
+    Parts {
+        /// The dimension that is cut.
+        dim: usize,
+        /// What is held of it.
+        parts: Vec<Range<usize>>,
     },
 }
 
@@ -161,18 +170,19 @@ impl Weights {
             return Err(Error::Shape { name, found: entry.shape.clone(), expected: full_shape.to_vec() });
         }
         self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        let parts = self.parts(&name, entry, shard)?;
+        let mut shape = entry.shape.clone();
+        if let Some((dim, parts)) = &parts {
+            shape[*dim] = parts.iter().map(Range::len).sum();
+        }
         if self.measuring {
-            return self.measure(&name, entry, &shard);
+            return self.measure(entry, shape);
         }
         let data = &self.checkpoint.files[entry.file][entry.start..entry.end];
-        let tensor = match shard {
-            Shard::Replicated => self.tensor(data, entry.dtype, full_shape)?,
-            Shard::Split { dim, blocks } => {
-                let (bytes, shape) = self.slice(&name, data, entry, dim, &blocks)?;
-                self.tensor(&bytes, entry.dtype, &shape)?
-            }
-        };
-        Ok(tensor)
+        match parts {
+            None => self.tensor(data, entry.dtype, &shape),
+            Some((dim, parts)) => self.tensor(&slice(data, entry, dim, &parts), entry.dtype, &shape),
+        }
     }
 
     /// Marks every tensor under `prefix` as somebody else's: another block range's, or a buffer the model does not need.
@@ -221,14 +231,34 @@ impl Weights {
     }
 
     /// Zeros in the shape of this rank's slice, all in one element; its bytes are counted as read.
-    fn measure(&self, name: &str, entry: &Entry, shard: &Shard) -> Result<Tensor> {
-        let mut shape = entry.shape.clone();
-        if let Shard::Split { dim, blocks } = shard {
-            self.check_blocks(name, entry, *dim, blocks)?;
-            shape[*dim] /= self.group.size();
-        }
+    fn measure(&self, entry: &Entry, shape: Vec<usize>) -> Result<Tensor> {
         self.count(shape.iter().product(), entry.dtype);
         Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?)
+    }
+
+    /// What this rank holds of which dimension; `None`: all of the tensor.
+    fn parts(&self, name: &str, entry: &Entry, shard: Shard) -> Result<Option<(usize, Vec<Range<usize>>)>> {
+        match shard {
+            Shard::Replicated => Ok(None),
+            Shard::Split { dim, blocks } => {
+                self.check_blocks(name, entry, dim, &blocks)?;
+                let (rank, tp) = (self.group.rank(), self.group.size());
+                let mut start = 0;
+                let part = |block: usize| {
+                    let at = start + rank * (block / tp);
+                    start += block;
+                    at..at + block / tp
+                };
+                Ok(Some((dim, blocks.into_iter().map(part).collect())))
+            }
+            Shard::Parts { dim, parts } => {
+                let full = entry.shape.get(dim).copied().unwrap_or(0);
+                match parts.iter().find(|part| part.start > part.end || part.end > full) {
+                    Some(part) => Err(Error::Shape { name: name.to_owned(), found: vec![full], expected: vec![part.end] }),
+                    None => Ok(Some((dim, parts))),
+                }
+            }
+        }
     }
 
     fn check_blocks(&self, name: &str, entry: &Entry, dim: usize, blocks: &[usize]) -> Result<()> {
@@ -242,27 +272,20 @@ impl Weights {
             None => Ok(()),
         }
     }
+}
 
-    /// The bytes of this rank's slice of every block along `dim`.
-    fn slice(&self, name: &str, data: &[u8], entry: &Entry, dim: usize, blocks: &[usize]) -> Result<(Vec<u8>, Vec<usize>)> {
-        self.check_blocks(name, entry, dim, blocks)?;
-        let (rank, tp) = (self.group.rank(), self.group.size());
-        let full = entry.shape[dim];
-        let unit = entry.shape[dim + 1..].iter().product::<usize>() * entry.dtype.size_in_bytes();
-        let mut bytes = Vec::with_capacity(data.len() / tp);
-        for row in data.chunks_exact((full * unit).max(1)) {
-            let mut start = 0;
-            for block in blocks {
-                let part = block / tp;
-                let at = (start + rank * part) * unit;
-                bytes.extend_from_slice(&row[at..at + part * unit]);
-                start += block;
-            }
+/// The bytes of `parts` along `dim`.
+fn slice(data: &[u8], entry: &Entry, dim: usize, parts: &[Range<usize>]) -> Vec<u8> {
+    let full = entry.shape[dim];
+    let unit = entry.shape[dim + 1..].iter().product::<usize>() * entry.dtype.size_in_bytes();
+    let held: usize = parts.iter().map(Range::len).sum();
+    let mut bytes = Vec::with_capacity(data.len() / full.max(1) * held);
+    for row in data.chunks_exact((full * unit).max(1)) {
+        for part in parts {
+            bytes.extend_from_slice(&row[part.start * unit..part.end * unit]);
         }
-        let mut shape = entry.shape.clone();
-        shape[dim] /= tp;
-        Ok((bytes, shape))
     }
+    bytes
 }
 
 impl fmt::Debug for Weights {
@@ -386,6 +409,19 @@ mod tests {
         assert_eq!(w.bytes_read().load(Ordering::Relaxed), 3 * 4 * 4);
         let columns = w.get("packed", &[6, 4], Shard::split(1, 4)).unwrap();
         assert_eq!(columns.to_vec2::<f32>().unwrap()[5], [22.0, 23.0]);
+    }
+
+    #[test]
+    fn a_rank_reads_the_parts_it_names_and_no_more() {
+        let dir = checkpoint();
+        let w = open(dir.path(), 1, 4);
+        let parts = |parts: &[Range<usize>]| w.get("packed", &[6, 4], Shard::Parts { dim: 0, parts: parts.to_vec() });
+        let first: Vec<f32> = parts(&[4..6, 1..2]).unwrap().to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
+        assert_eq!(first, [16.0, 20.0, 4.0]);
+        let column = w.get("packed", &[6, 4], Shard::Parts { dim: 1, parts: vec![3..4] }).unwrap();
+        assert_eq!(column.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [3.0, 7.0, 11.0, 15.0, 19.0, 23.0]);
+        assert_eq!(w.bytes_read().load(Ordering::Relaxed), (3 * 4 + 6) * 4);
+        assert!(matches!(parts(&[4..7]), Err(Error::Shape { name, .. }) if name == "a.packed"));
     }
 
     #[test]

@@ -1,17 +1,18 @@
-//! AutoencoderKL: moments, pictures and submodules, whole and in tiles.
+//! AutoencoderKL and AutoencoderKLQwenImage: moments, pictures and submodules, whole and in tiles.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use models::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig, Moments};
+use models::autoencoder_kl_qwen::{AutoencoderKlQwenImage, AutoencoderKlQwenImageConfig};
+use models::model_dir::read_json;
 use parallel::{Solo, Weights};
 use tests::golden::{Case, Outcome};
 
 pub(crate) fn run(case: &mut Case) -> Outcome {
     let folder = case.folder("weights")?;
-    let text = std::fs::read(folder.join("config.json")).map_err(err)?;
-    let config: AutoencoderKlConfig = serde_json::from_slice(&text).map_err(err)?;
+    let config: AutoencoderKlConfig = read_json(&folder.join("config.json")).map_err(err)?;
     let weights = Weights::open(&folder, Arc::new(Solo), DType::F32, &Device::Cpu).map_err(err)?;
     let vae = AutoencoderKl::load(&weights, &config).map_err(err)?;
     let (image, latent) = (case.tensor("in.image")?.clone(), case.tensor("in.latent")?.clone());
@@ -31,6 +32,29 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
     }
     check_moments(case, &moments)?;
     case.check("out.decode", &decoded)
+}
+
+/// Recorded with a frame dimension of one.
+pub(crate) fn qwen_image(case: &mut Case) -> Outcome {
+    let folder = case.folder("weights")?;
+    let config: AutoencoderKlQwenImageConfig = read_json(&folder.join("config.json")).map_err(err)?;
+    let weights = Weights::open(&folder, Arc::new(Solo), DType::F32, &Device::Cpu).map_err(err)?;
+    let vae = AutoencoderKlQwenImage::load(&weights, &config).map_err(err)?;
+    let mut seen = HashMap::new();
+    let mut tap = |name: &str, x: &Tensor| drop(seen.insert(format!("tap.{name}"), x.clone()));
+    let frame = |name: &str| case.tensor(name)?.squeeze(2).map_err(err);
+    let moments = vae.encode_tapped(&frame("in.image")?, &mut tap).map_err(err)?;
+    let decoded = vae.decode_tapped(&frame("in.latent")?, &mut tap).map_err(err)?;
+    let outputs = [("out.encode.mean", moments.mean), ("out.encode.logvar", moments.logvar), ("out.decode", decoded)];
+    seen.extend(outputs.map(|(name, x)| (name.to_owned(), x)));
+    let mut names: Vec<String> =
+        ["tap.", "out."].iter().flat_map(|p| case.below(p).map(move |(n, _)| format!("{p}{n}"))).collect();
+    names.sort();
+    for name in names {
+        let got = seen.get(&name).ok_or_else(|| format!("`{name}` was not seen"))?;
+        case.check(&name, &got.unsqueeze(2).map_err(err)?)?;
+    }
+    Ok(())
 }
 
 fn check_moments(case: &mut Case, moments: &Moments) -> Outcome {

@@ -11,31 +11,36 @@ const NORM_EPS: f64 = 1e-6;
 
 /// A square convolution that keeps the size: `[B, C_in, H, W]` gives `[B, C_out, H, W]`.
 #[derive(Clone, Debug)]
-pub(super) struct Conv2d {
+pub(crate) struct Conv2d {
     conv: parallel::Conv2d,
     padding: usize,
 }
 
 impl Conv2d {
-    pub(super) fn load(w: &Weights, channels: [usize; 2], kernel: usize) -> Result<Self> {
+    pub(crate) fn load(w: &Weights, channels: [usize; 2], kernel: usize) -> Result<Self> {
         Ok(Self { conv: parallel::Conv2d::load(w, channels, kernel)?, padding: kernel / 2 })
     }
 
-    pub(super) fn dtype(&self) -> DType {
+    /// What a cubic kernel, causal in time, does to a single frame.
+    pub(crate) fn load_last_frame(w: &Weights, channels: [usize; 2], kernel: usize) -> Result<Self> {
+        Ok(Self { conv: parallel::Conv2d::load_last_frame(w, channels, kernel)?, padding: kernel / 2 })
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
         self.conv.dtype()
     }
 
-    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: false })?)
     }
 
     /// Halves the size: stride 2, padded on the right and below only.
-    fn downsample(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn downsample(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.conv.forward(x, Placement { stride: 2, before: 0, after: 1, doubled: false })?)
     }
 
     /// Doubles the size by repeating pixels, before it is convolved.
-    fn upsample(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn upsample(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: true })?)
     }
 }

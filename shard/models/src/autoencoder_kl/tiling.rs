@@ -1,16 +1,15 @@
 //! Working on large pictures in overlapping tiles that are blended where they overlap.
 //!
-//! Follows `AutoencoderKL._tiled_encode` and `tiled_decode`: the overlap is a quarter of a tile; a tile is blended with the
-//! one above it, then with the one to its left, both as blended themselves.
+//! Follows `AutoencoderKL._tiled_encode` and `tiled_decode` (those of `AutoencoderKLQwenImage` do the same): the overlap is a
+//! quarter of a tile; a tile is blended with the one above it, then with the one to its left, both as blended themselves.
 
 use parallel::Tensor;
 
-use super::AutoencoderKlConfig;
 use crate::{Error, Result};
 
 /// How large the tiles are.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Tiles {
+pub(crate) struct Tiles {
     /// Side in pixels.
     sample: usize,
     /// Side in latents.
@@ -30,27 +29,28 @@ struct Grid {
 }
 
 impl Tiles {
-    pub(super) fn of(config: &AutoencoderKlConfig) -> Self {
-        Self { sample: config.sample_size, latent: config.sample_size / config.scale_factor() }
+    /// Tiles of `sample` pixels a side, for an autoencoder with `scale_factor` pixels per latent.
+    pub(crate) fn new(sample: usize, scale_factor: usize) -> Self {
+        Self { sample, latent: sample / scale_factor }
     }
 
     /// Whether `image: [B, C, H, W]` needs more than one tile.
-    pub(super) fn is_larger_image(&self, image: &Tensor) -> Result<bool> {
+    pub(crate) fn is_larger_image(&self, image: &Tensor) -> Result<bool> {
         let (_, _, h, w) = image.dims4()?;
         Ok(h.max(w) > self.sample)
     }
 
     /// Whether `latents: [B, C, h, w]` need more than one tile.
-    pub(super) fn is_larger_latent(&self, latents: &Tensor) -> Result<bool> {
+    pub(crate) fn is_larger_latent(&self, latents: &Tensor) -> Result<bool> {
         let (_, _, h, w) = latents.dims4()?;
         Ok(h.max(w) > self.latent)
     }
 
-    pub(super) fn encode(&self, image: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    pub(crate) fn encode(&self, image: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
         Grid::new(self.sample, self.latent)?.run(image, f)
     }
 
-    pub(super) fn decode(&self, latents: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    pub(crate) fn decode(&self, latents: &Tensor, f: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
         Grid::new(self.latent, self.sample)?.run(latents, f)
     }
 }
