@@ -5,7 +5,19 @@ use crate::threads;
 
 /// Rotates interleaved pairs: `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, N, L, Dh]`, `cos, sin: [L, Dh/2]`,
 /// or `[B, L, Dh/2]` with one table for each item; `heads` is `N`, `tokens` `L`.
-pub fn rope_interleaved(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32], sin: &[f32]) {
+pub fn rope_interleaved(x: &[f32], y: &mut [f32], dims: [usize; 3], cos: &[f32], sin: &[f32]) {
+    rope(x, y, dims, cos, sin, rotate);
+}
+
+/// As [`rope_interleaved`] for pairs that lie half a head apart: `x0` in the first half, its `x1` at the same place of the second.
+pub fn rope_halves(x: &[f32], y: &mut [f32], dims: [usize; 3], cos: &[f32], sin: &[f32]) {
+    rope(x, y, dims, cos, sin, rotate_halves);
+}
+
+/// Rotates one head of one token: input, output, cosines, sines.
+type Rotate = fn(&[f32], &mut [f32], &[f32], &[f32]);
+
+fn rope(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32], sin: &[f32], rotate: Rotate) {
     assert_eq!(x.len(), y.len());
     assert_eq!(cos.len(), sin.len());
     assert!(width.is_multiple_of(2), "pairs in {width}");
@@ -34,6 +46,16 @@ vectorised! {
     }
 }
 
+vectorised! {
+    fn rotate_halves(x: &[f32], y: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let half = cos.len();
+        let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
+        for (((((y0, y1), x0), x1), cos), sin) in y0.iter_mut().zip(y1).zip(x0).zip(x1).zip(cos).zip(sin) {
+            (*y0, *y1) = (*x0 * *cos - *x1 * *sin, *x1 * *cos + *x0 * *sin);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -54,6 +76,14 @@ mod tests {
                 let table = if own { row / (heads * tokens) } else { 0 };
                 let at = (table * tokens + row % tokens) * half + column / 2;
                 let other = if column % 2 == 0 { -x[i + 1] } else { x[i - 1] };
+                prop_assert_eq!(*y, x[i] * cos[at] + other * sin[at]);
+            }
+            rope_halves(&x, &mut y, [heads, tokens, width], &cos, &sin);
+            for (i, y) in y.iter().enumerate() {
+                let (row, column) = (i / width, i % width);
+                let table = if own { row / (heads * tokens) } else { 0 };
+                let at = (table * tokens + row % tokens) * half + column % half;
+                let other = if column < half { -x[i + half] } else { x[i - half] };
                 prop_assert_eq!(*y, x[i] * cos[at] + other * sin[at]);
             }
         }

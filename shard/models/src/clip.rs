@@ -189,7 +189,7 @@ fn end_of_text(ids: &[i64], eos_token_id: i64) -> usize {
 }
 
 /// `[1, 1, L, L]`: `-inf` where the key comes after the query.
-fn causal_mask(length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
+pub(crate) fn causal_mask(length: usize, dtype: DType, device: &Device) -> Result<Tensor> {
     let score = |query: usize, key: usize| if key > query { f32::NEG_INFINITY } else { 0.0 };
     let scores: Vec<f32> = (0..length).flat_map(|query| (0..length).map(move |key| score(query, key))).collect();
     Ok(Tensor::from_vec(scores, (1, 1, length, length), device)?.to_dtype(dtype)?)

@@ -1,8 +1,8 @@
-//! What the flow-matching families (FLUX, Stable Diffusion 3) do alike around their networks: how a job starts from noise or
-//! from a picture, the step, the masked picture of inpainting, and what a job may set.
+//! What the flow-matching families (FLUX, Stable Diffusion 3, Qwen-Image) do alike around their networks: how a job starts from
+//! noise or from a picture, the step, the masked picture of inpainting, and what a job may set.
 //!
-//! Follows diffusers 0.42.1, `pipeline_flux*.py` and `pipeline_stable_diffusion_3*.py`. The order of random draws is theirs:
-//! latents of the input picture first, then the noise.
+//! Follows diffusers 0.42.1, `pipeline_flux*.py`, `pipeline_stable_diffusion_3*.py` and `pipeline_qwenimage*.py`. The order of
+//! random draws is theirs: latents of the input picture first, then the noise.
 
 use parallel::rng::{Generator, TorchCpu, TorchCuda};
 use parallel::{Device, Tensor, Tensors};

@@ -14,6 +14,7 @@ mod resize;
 
 pub use decode::{PictureLimits, decode_picture};
 pub use encode::{encode_png, to_u8};
+pub(crate) use resize::Filter;
 
 /// Longest side that [`preprocess`] makes.
 const MAX_SIDE: usize = 1 << 14;
@@ -64,6 +65,11 @@ impl std::fmt::Debug for RgbImage {
     }
 }
 
+/// The picture at another size (Lanczos).
+pub fn resize(picture: &Picture, width: usize, height: usize) -> Result<Picture> {
+    Ok(Picture { width, height, data: resized(picture, width, height)? })
+}
+
 /// The autoencoder's input: `[1, 3, height, width]`, f32 in -1..1. Resized (Lanczos) if its size differs.
 pub fn preprocess(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
     let pixels = resized(picture, width, height)?;
@@ -94,6 +100,11 @@ fn luma([r, g, b]: [u8; 3]) -> u8 {
 }
 
 fn resized(picture: &Picture, width: usize, height: usize) -> Result<Vec<u8>> {
+    resampled(picture, [width, height], Filter::Lanczos)
+}
+
+/// Rows of `R, G, B`, resized if the size differs.
+pub(crate) fn resampled(picture: &Picture, [width, height]: [usize; 2], filter: Filter) -> Result<Vec<u8>> {
     for (field, side) in [("width", width), ("height", height)] {
         if !(1..=MAX_SIDE).contains(&side) {
             return Err(Error::Invalid { field, reason: format!("{side} is not between 1 and {MAX_SIDE}") });
@@ -102,7 +113,7 @@ fn resized(picture: &Picture, width: usize, height: usize) -> Result<Vec<u8>> {
     if (picture.width, picture.height) == (width, height) {
         return Ok(picture.data.clone());
     }
-    Ok(resize::lanczos(&picture.data, [picture.width, picture.height], [width, height]))
+    Ok(resize::resize(&picture.data, [picture.width, picture.height], [width, height], filter))
 }
 
 #[cfg(test)]

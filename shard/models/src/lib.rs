@@ -19,7 +19,9 @@ pub mod block_runner;
 pub mod tokenizer;
 
 pub mod clip;
+pub mod qwen2_5_vl;
 pub mod t5;
+mod token_embedding;
 
 pub mod autoencoder_kl;
 pub mod autoencoder_kl_qwen;
@@ -47,6 +49,7 @@ mod flow;
 mod packing;
 
 pub mod flux;
+pub mod qwen_image;
 pub mod sd3;
 
 pub mod registry;

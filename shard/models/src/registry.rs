@@ -12,7 +12,7 @@ use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
-use crate::{Error, Result, flux, sd3};
+use crate::{Error, Result, flux, qwen_image, sd3};
 
 /// A rank with its weights.
 pub enum Rank {
@@ -70,6 +70,7 @@ pub struct LoadProgress {
 pub fn describe(dir: &ModelDir) -> Result<Card> {
     match dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
+        class if qwen_image::CLASSES.contains(&class) => qwen_image::describe(dir),
         class if sd3::CLASSES.contains(&class) => sd3::describe(dir),
         other => Err(unknown(other)),
     }
@@ -140,6 +141,7 @@ pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Ne
 fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     match spec.dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
+        class if qwen_image::CLASSES.contains(&class) => qwen_image::load(spec, weights),
         class if sd3::CLASSES.contains(&class) => sd3::load(spec, weights),
         other => Err(unknown(other)),
     }

@@ -5,14 +5,12 @@
 //! blocks can be cut into ranges. Every range reads block 0's `relative_attention_bias`, a few kilobytes, and makes the position
 //! bias anew, rather than have `[N, L, L]` numbers travel from range to range.
 
-use std::fmt;
-use std::sync::Arc;
-
 use parallel::ops::{self, Activation};
-use parallel::{Collective, ColumnParallelLinear, DType, RowParallelLinear, Shard, Tensor, Tensors, Weights};
+use parallel::{ColumnParallelLinear, DType, RowParallelLinear, Shard, Tensor, Tensors, Weights};
 use serde::Deserialize;
 
 use crate::blocks::{BlockModel, RangeOf};
+use crate::token_embedding::TokenEmbedding;
 use crate::{Error, Result};
 
 /// `config.json` of a T5 encoder, as published; what is not read here is ignored.
@@ -68,7 +66,7 @@ fn default_feed_forward() -> String {
 #[derive(Debug)]
 pub struct T5Encoder {
     config: T5Config,
-    embedding: Option<Embedding>,
+    embedding: Option<TokenEmbedding>,
     position: PositionBias,
     blocks: Vec<Block>,
     final_layer_norm: Option<Tensor>,
@@ -79,7 +77,9 @@ impl T5Encoder {
     pub fn load(w: &Weights, config: &T5Config, range: RangeOf) -> Result<Self> {
         config.check(w.group().size())?;
         let stack = w.pp("encoder");
-        let embedding = range.is_first().then(|| Embedding::load(w, config)).transpose()?;
+        let name = if w.contains("shared.weight") { "shared.weight" } else { "encoder.embed_tokens.weight" };
+        let embedding = || TokenEmbedding::load(w, name, [config.vocab_size, config.d_model]);
+        let embedding = range.is_first().then(embedding).transpose()?;
         let position = PositionBias::load(&stack.pp("block.0.layer.0.SelfAttention.relative_attention_bias"), config)?;
         let mine = range.of(config.num_layers);
         let blocks = mine.clone().map(|i| Block::load(&stack.pp(format!("block.{i}")), config)).collect::<Result<_>>()?;
@@ -158,34 +158,6 @@ impl T5Config {
     }
 }
 
-/// The token embedding: each rank holds some of its columns. Most of a small mT5's weights are here.
-struct Embedding {
-    weight: Tensor,
-    group: Arc<dyn Collective>,
-}
-
-impl Embedding {
-    fn load(w: &Weights, config: &T5Config) -> Result<Self> {
-        let name = if w.contains("shared.weight") { "shared.weight" } else { "encoder.embed_tokens.weight" };
-        let weight = w.get(name, &[config.vocab_size, config.d_model], Shard::split(1, config.d_model))?;
-        Ok(Self { weight, group: w.group().clone() })
-    }
-
-    /// `[B, L] -> [B, L, D]`
-    fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let (b, l) = ids.dims2()?;
-        let ids = ids.to_device(self.weight.device())?.flatten_all()?;
-        let x = self.weight.index_select(&ids, 0)?.reshape((b, l, ()))?; // [B, L, D/tp]
-        Ok(self.group.all_gather(&x, 2)?)
-    }
-}
-
-impl fmt::Debug for Embedding {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Embedding({:?}, rank {} of {})", self.weight.shape(), self.group.rank(), self.group.size())
-    }
-}
-
 /// What distance does to a score, by head: one table for all blocks.
 #[derive(Debug)]
 struct PositionBias {
@@ -230,7 +202,7 @@ impl PositionBias {
 }
 
 /// Zero where `mask: [B, L]` is one and the lowest number where it is zero, for all heads and queries: `[B, 1, 1, L]`.
-fn masked_scores(mask: &Tensor, x: &Tensor) -> Result<Tensor> {
+pub(crate) fn masked_scores(mask: &Tensor, x: &Tensor) -> Result<Tensor> {
     let lowest = match x.dtype() {
         DType::F16 => -65_504.0,
         DType::BF16 => -3.389_531_389_251_535_5e38,
@@ -328,6 +300,7 @@ impl FeedForward {
 mod tests {
     use std::collections::HashMap;
     use std::path::Path;
+    use std::sync::Arc;
     use std::sync::atomic::Ordering;
 
     use parallel::{Device, InProcess, Solo};

@@ -200,7 +200,8 @@ mod tests {
             Tensors::new().with("prompt_embeds", zeros)
         };
         let mut cache = PromptCache::new(220);
-        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, picture: None, share: Share::default() };
+        let share = Share::default();
+        let key = |s: &str| Key { text: s.to_owned(), tokens: 8, clip_skip: 0, picture: None, share: share.clone() };
         cache.put(key("a"), embeds(25)); // 100 bytes
         cache.put(key("b"), embeds(25));
         assert!(cache.get(&key("a")).is_some());

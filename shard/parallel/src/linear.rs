@@ -4,6 +4,7 @@
 //! sum over the group after it (<https://arxiv.org/abs/1909.08053>).
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -17,12 +18,19 @@ use crate::{Error, Result};
 /// Into how many fixed chunks a row-parallel layer cuts its input, whatever tp is. tp is 1, 2, 4 or 8.
 const CHUNKS: usize = 8;
 
+/// The part of `size` features that this rank of `group` has in a layer that may be cut unevenly: see
+/// [`RowParallelLinear::load_uneven`].
+pub fn share(size: usize, group: &dyn Collective) -> Range<usize> {
+    let (rank, tp) = (group.rank(), group.size());
+    rank * size / tp..(rank + 1) * size / tp
+}
+
 /// `y = x W^T + b`, whole on every rank.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Matrix,
     bias: Option<Tensor>,
-    patch: Patch,
+    patch: Option<Patch>,
 }
 
 impl Linear {
@@ -30,13 +38,33 @@ impl Linear {
     pub fn load(w: &Weights, d_in: usize, d_out: usize) -> Result<Self> {
         let weight = w.get("weight", &[d_out, d_in], Shard::Replicated)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
-        Ok(Self { weight: matrix(w, &weight)?, bias, patch: patch(w, d_in, d_out, Cut::Whole) })
+        let patch = patch(w, d_in, d_out, Cut::Whole);
+        Ok(Self { weight: matrix(w, &weight)?, bias, patch: Some(patch) })
+    }
+
+    /// Reads some rows of `weight: [d_out, d_in]` and, if the checkpoint has one, of `bias: [d_out]`: those output features, one
+    /// part after the other.
+    pub fn load_rows(w: &Weights, [d_in, d_out]: [usize; 2], rows: &[Range<usize>]) -> Result<Self> {
+        let shard = Shard::Parts { dim: 0, parts: rows.to_vec() };
+        let weight = w.get("weight", &[d_out, d_in], shard.clone())?;
+        let bias = w.contains("bias").then(|| w.get("bias", &[d_out], shard)).transpose()?;
+        let patch = patch(w, d_in, d_out, Cut::Rows(rows.to_vec()));
+        Ok(Self { weight: matrix(w, &weight)?, bias, patch: Some(patch) })
+    }
+
+    /// A layer of `weight: [d_out, d_in]` and `bias: [d_out]` that were read from `w`. Adapters do not change it.
+    pub fn of(w: &Weights, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
+        Ok(Self { weight: matrix(w, weight)?, bias, patch: None })
     }
 
     /// `x: [.., d_in]` gives `[.., d_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.weight.product(x, self.bias.as_ref())?;
-        Ok(self.patch.add(x, y)?.to_dtype(x.dtype())?)
+        let y = match &self.patch {
+            Some(patch) => patch.add(x, y)?,
+            None => y,
+        };
+        Ok(y.to_dtype(x.dtype())?)
     }
 }
 
@@ -71,7 +99,7 @@ impl ColumnParallelLinear {
         let weight = w.get("weight", &[&[rows], kernel].concat(), shard.clone())?;
         let weight = if kernel.len() == 1 { weight } else { weight.flatten_from(1)? };
         let bias = w.contains("bias").then(|| w.get("bias", &[rows], shard)).transpose()?;
-        let patch = patch(w, kernel.iter().product(), rows, Cut::Outputs(d_out.to_vec()));
+        let patch = Some(patch(w, kernel.iter().product(), rows, Cut::Outputs(d_out.to_vec())));
         Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias, patch }, group: w.group().clone(), packed: d_out.len() })
     }
 
@@ -104,11 +132,19 @@ pub struct RowParallelLinear {
 impl RowParallelLinear {
     /// `d_in` lists the parts packed in the input (one for a plain layer); each is divided by itself.
     pub fn load(w: &Weights, d_in: &[usize], d_out: usize) -> Result<Self> {
+        Self::load_shard(w, d_in, d_out, Shard::Split { dim: 1, blocks: d_in.to_vec() })
+    }
+
+    /// As [`Self::load`] for an input of one part that tp need not divide: this rank's are the features of [`share`].
+    pub fn load_uneven(w: &Weights, d_in: usize, d_out: usize) -> Result<Self> {
+        Self::load_shard(w, &[d_in], d_out, Shard::Parts { dim: 1, parts: vec![share(d_in, &**w.group())] })
+    }
+
+    fn load_shard(w: &Weights, d_in: &[usize], d_out: usize, shard: Shard) -> Result<Self> {
         let (rank, tp) = (w.group().rank(), w.group().size());
         if !CHUNKS.is_multiple_of(tp) {
             return Err(Error::GroupSize { size: tp });
         }
-        let shard = Shard::Split { dim: 1, blocks: d_in.to_vec() };
         let weight = w.get("weight", &[d_out, d_in.iter().sum()], shard)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
         let weight =

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -41,6 +42,8 @@ pub enum Cut {
     Outputs(Vec<usize>),
     /// By its inputs, which are these parts side by side.
     Inputs(Vec<usize>),
+    /// Of its outputs this rank has these, one part after the other.
+    Rows(Vec<Range<usize>>),
 }
 
 /// An adapter's two factors for one site, whole.
@@ -169,6 +172,10 @@ impl Pair {
         let (a, b) = match &site.cut {
             Cut::Whole => (Matrix::new(&a)?, Matrix::new(&b)?),
             Cut::Outputs(parts) => (Matrix::new(&a)?, Matrix::new(&slice(&b, 0, parts, group)?)?),
+            Cut::Rows(rows) => {
+                let mine = rows.iter().map(|rows| b.narrow(0, rows.start, rows.len())).collect::<Result<Vec<_>, _>>()?;
+                (Matrix::new(&a)?, Matrix::new(&Tensor::cat(&mine, 0)?)?)
+            }
             Cut::Inputs(parts) => {
                 let pieces = chunks(parts, group.size(), group.rank());
                 (Matrix::in_chunks(&slice(&a, 1, parts, group)?, pieces)?, Matrix::new(&b)?)
@@ -184,7 +191,8 @@ fn slice(x: &Tensor, dim: usize, parts: &[usize], group: &dyn Collective) -> Res
     let mut start = 0;
     let mut mine = Vec::new();
     for part in parts {
-        mine.push(x.narrow(dim, start + rank * part / tp, part / tp)?);
+        let (from, to) = (rank * part / tp, (rank + 1) * part / tp); // as the layers are, which may be uneven
+        mine.push(x.narrow(dim, start + from, to - from)?);
         start += part;
     }
     Ok(Tensor::cat(&mine, dim)?.contiguous()?)

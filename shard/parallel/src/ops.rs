@@ -165,6 +165,21 @@ pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor
     Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, n, l, dh))?)
 }
 
+/// Rotates pairs that lie half a head apart. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
+pub fn rope_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (_, n, l, dh) = x.dims4()?;
+    if ours(x) && ours(cos) && ours(sin) {
+        let (cos, sin) = (vector(cos)?, vector(sin)?);
+        return produce(x, |x, y| rope::rope_halves(x, y, [n, l, dh], &cos, &sin));
+    }
+    let (x0, x1) = (x.narrow(3, 0, dh / 2)?, x.narrow(3, dh / 2, dh / 2)?);
+    let table = |t: &Tensor| if t.rank() == 3 { t.unsqueeze(1) } else { Ok(t.clone()) };
+    let (cos, sin) = (table(cos)?, table(sin)?);
+    let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
+    let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
+    Ok(Tensor::cat(&[y0, y1], 3)?)
+}
+
 /// Nearest-neighbour upsampling of `x: [B, C, H, W]` to twice its height and width.
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (_, _, h, w) = x.dims4()?;
@@ -231,10 +246,20 @@ mod tests {
     }
 
     #[test]
-    fn rope_equals_candles_interleaved_rope() {
+    fn ropes_equal_candles() {
         let x = Tensor::randn(0f32, 1.0, (2, 3, 5, 8), &Device::Cpu).unwrap();
         let angle = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu).unwrap();
         let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
         close(&rope_interleaved(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope_i(&x, &cos, &sin).unwrap());
+        close(&rope_halves(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope(&x, &cos, &sin).unwrap());
+    }
+
+    #[test]
+    fn channels_are_normed_alike_by_candle_and_by_us() {
+        let x = Tensor::randn(0f32, 2.0, (2, 5, 3, 4), &Device::Cpu).unwrap();
+        let weight = Tensor::randn(1f32, 0.1, 5, &Device::Cpu).unwrap();
+        let [wide, wide_weight] = [&x, &weight].map(|t| t.to_dtype(DType::F64).unwrap());
+        let theirs = rms_norm_channels(&wide, &wide_weight, Some(Activation::Silu)).unwrap().to_dtype(DType::F32).unwrap();
+        close(&rms_norm_channels(&x, &weight, Some(Activation::Silu)).unwrap(), &theirs);
     }
 }

@@ -13,7 +13,9 @@ mod autoencoders;
 mod flux;
 mod flux_pipeline;
 mod pipeline;
+mod qwen2_5_vl;
 mod qwen_image;
+mod qwen_image_pipeline;
 mod rng;
 mod schedulers;
 mod sd3;
@@ -75,13 +77,15 @@ fn dispatch(case: &mut Case) -> Outcome {
             "component",
             "CLIPTextModel" | "CLIPTextModelWithProjection" | "T5EncoderModel" | "MT5EncoderModel" | "UMT5EncoderModel",
         ) => text_encoders::run(case),
+        ("component", "Qwen2_5_VLForConditionalGeneration") => qwen2_5_vl::run(case),
         ("component", "AutoencoderKL") => autoencoders::run(case),
         ("component", "AutoencoderKLQwenImage") => autoencoders::qwen_image(case),
         ("component", "FluxTransformer2DModel") => flux::component(case),
+        ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("component", "SD3Transformer2DModel") => sd3::component(case),
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
-        ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
+        ("pipeline", class) if class.starts_with("QwenImage") => qwen_image_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
     }
 }

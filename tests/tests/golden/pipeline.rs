@@ -92,7 +92,8 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             seed: case.json["generator_seed"].as_u64()?,
             num_images_per_prompt: size("num_images_per_prompt").unwrap_or(1),
             strength: number("strength"),
-            max_sequence_length: size("max_sequence_length")?,
+            // Cases of Qwen-Image leave the reference's default.
+            max_sequence_length: size("max_sequence_length").unwrap_or(512),
             loras: loras.clone(),
             ..Request::default()
         })
@@ -240,6 +241,8 @@ pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -
         return Ok(());
     }
     let noise = case.tensor("randn00")?;
+    // Qwen-Image's has a frame: [B, 1, C, H, W].
+    let noise = if noise.rank() == 5 { noise.squeeze(1).map_err(text)? } else { noise.clone() };
     for (i, inputs) in inputs.iter_mut().enumerate() {
         let rows = jobs[i].num_images_per_prompt;
         inputs.noise = Some(noise.narrow(0, i * rows, rows).map_err(text)?);
@@ -284,9 +287,12 @@ pub(crate) fn one_by_one(
     jobs: &[Request],
     inputs: &[Inputs],
 ) -> Result<Vec<Payload>, String> {
-    let mut stage = load(case, dir, component)?;
-    let alone =
-        |(job, inputs): (&Request, &Inputs)| Ok(run_stage(&mut *stage, &[(job.clone(), inputs.clone())], |_, _| ())?.remove(0));
+    each_alone(&mut *load(case, dir, component)?, jobs, inputs)
+}
+
+/// Every job through a stage, one after the other.
+pub(crate) fn each_alone(stage: &mut dyn Stage, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<Payload>, String> {
+    let alone = |(job, inputs): (&Request, &Inputs)| Ok(run_stage(stage, &[(job.clone(), inputs.clone())], |_, _| ())?.remove(0));
     jobs.iter().zip(inputs).map(alone).collect()
 }
 

@@ -1,11 +1,11 @@
 //! `QwenImageTransformerBlock`: text and image have weights of their own and attend to each other.
 
-use parallel::{RowParallelLinear, Tensor, Weights, ops};
+use parallel::{Tensor, Weights};
 
 use super::QwenImageTransformerConfig;
 use crate::Result;
 use crate::mmdit::attention::{JointQkv, Order, Rope};
-use crate::mmdit::layers::{AdaLayerNorm, EPS, FeedForward, gated, row};
+use crate::mmdit::stream::{Modulation, Stream};
 
 /// What is the same for all blocks of a forward.
 pub(super) struct Context {
@@ -21,27 +21,18 @@ pub(super) struct Context {
 
 #[derive(Debug)]
 pub(super) struct QwenImageTransformerBlock {
-    img_mod: AdaLayerNorm,
-    txt_mod: AdaLayerNorm,
     attn: JointQkv,
-    to_out: RowParallelLinear,
-    to_add_out: RowParallelLinear,
-    img_mlp: FeedForward,
-    txt_mlp: FeedForward,
+    img: Stream,
+    txt: Stream,
 }
 
 impl QwenImageTransformerBlock {
     pub(super) fn load(w: &Weights, config: &QwenImageTransformerConfig) -> Result<Self> {
         let d = config.inner_dim();
-        let attn = w.pp("attn");
         Ok(Self {
-            img_mod: AdaLayerNorm::load(&w.pp("img_mod.1"), d, 6)?,
-            txt_mod: AdaLayerNorm::load(&w.pp("txt_mod.1"), d, 6)?,
-            attn: JointQkv::load(&attn, config.heads(), Order::TextImage)?,
-            to_out: row(&attn.pp("to_out.0"), &[d], d)?,
-            to_add_out: row(&attn.pp("to_add_out"), &[d], d)?,
-            img_mlp: FeedForward::load(&w.pp("img_mlp"), d)?,
-            txt_mlp: FeedForward::load(&w.pp("txt_mlp"), d)?,
+            attn: JointQkv::load(&w.pp("attn"), config.heads(), Order::TextImage)?,
+            img: Stream::load(w, d, ["img_mod.1", "attn.to_out.0", "img_mlp"], 6)?,
+            txt: Stream::load(w, d, ["txt_mod.1", "attn.to_add_out", "txt_mlp"], 6)?,
         })
     }
 
@@ -53,61 +44,58 @@ impl QwenImageTransformerBlock {
         encoder_hidden_states: &Tensor,
         context: &Context,
     ) -> Result<(Tensor, Tensor)> {
-        let parts = Parts::of(hidden_states, context.target_tokens)?;
-        let [img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2] = self.img_mod.modulation(&context.temb)?;
-        let temb = context.temb.narrow(0, 0, parts.batch)?.contiguous()?; // [B, D]
-        let [txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2] = self.txt_mod.modulation(&temb)?;
+        let (b, l_img, _) = hidden_states.dims3()?;
+        let parts = Parts::of(&self.img.norm1.modulation(&context.temb)?, [b, l_img], context.target_tokens)?;
+        let txt_mod = self.txt.norm1.modulation(&context.temb.narrow(0, 0, b)?.contiguous()?)?;
 
-        let img_modulated = parts.modulate(hidden_states, &img_shift1, &img_scale1)?;
-        let txt_modulated = ops::layer_norm_modulate(encoder_hidden_states, &txt_shift1, &txt_scale1, EPS)?;
+        let img_modulated = parts.each([hidden_states], |[x], modulation| Stream::norm(x, modulation))?;
+        let txt_modulated = Stream::norm(encoder_hidden_states, &txt_mod)?;
         let (img_attn, txt_attn) =
             self.attn.attend(&img_modulated, &txt_modulated, Some(&context.rope), context.bias.as_ref())?; // [B, L, D/tp]
-        let hidden_states = parts.gated(hidden_states, &img_gate1, &self.to_out.forward(&img_attn)?)?;
-        let encoder_hidden_states = gated(encoder_hidden_states, &txt_gate1, &self.to_add_out.forward(&txt_attn)?)?;
-
-        let img_modulated2 = parts.modulate(&hidden_states, &img_shift2, &img_scale2)?;
-        let hidden_states = parts.gated(&hidden_states, &img_gate2, &self.img_mlp.forward(&img_modulated2)?)?;
-        let txt_modulated2 = ops::layer_norm_modulate(&encoder_hidden_states, &txt_shift2, &txt_scale2, EPS)?;
-        let txt_mlp_output = self.txt_mlp.forward(&txt_modulated2)?;
-        Ok((gated(&encoder_hidden_states, &txt_gate2, &txt_mlp_output)?, hidden_states))
+        let hidden_states =
+            parts.each([hidden_states, &img_attn], |[x, attn], modulation| self.img.add_attention(x, attn, modulation))?;
+        let hidden_states = parts.each([&hidden_states], |[x], modulation| self.img.add_mlp(x, modulation))?;
+        let encoder_hidden_states = self.txt.add_attention(encoder_hidden_states, &txt_attn, &txt_mod)?;
+        Ok((self.txt.add_mlp(&encoder_hidden_states, &txt_mod)?, hidden_states))
     }
 }
 
 /// The image tokens by what modulates them: all alike, or those of the target and those of reference pictures.
-struct Parts {
-    batch: usize,
-    /// First token, tokens, and first row of the modulation.
-    parts: Vec<[usize; 3]>,
+struct Parts(Vec<Part>);
+
+struct Part {
+    /// The first, and how many.
+    tokens: [usize; 2],
+    modulation: Modulation,
 }
 
 impl Parts {
-    fn of(hidden_states: &Tensor, target_tokens: Option<usize>) -> Result<Self> {
-        let (batch, tokens, _) = hidden_states.dims3()?;
+    /// `modulation: [B, D]` each, or with `target_tokens` `[2 B, D]`.
+    fn of(modulation: &Modulation, [batch, tokens]: [usize; 2], target_tokens: Option<usize>) -> Result<Self> {
         let target = target_tokens.unwrap_or(tokens);
-        let parts = vec![[0, target, 0], [target, tokens - target, batch]];
-        Ok(Self { batch, parts: parts.into_iter().filter(|[_, tokens, _]| *tokens > 0).collect() })
+        let halves = [(0, target, 0), (target, tokens - target, batch)];
+        let part = |(first, tokens, row): (usize, usize, usize)| {
+            let mut modulation = modulation.clone();
+            for chunk in &mut modulation {
+                *chunk = chunk.narrow(0, row, batch)?.contiguous()?;
+            }
+            Ok(Part { tokens: [first, tokens], modulation })
+        };
+        Ok(Self(halves.into_iter().filter(|(_, tokens, _)| *tokens > 0).map(part).collect::<Result<_>>()?))
     }
 
-    /// A norm of `x: [B, L_img, D]`, modulated.
-    fn modulate(&self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-        self.each(|[at, tokens, row]| {
-            let (shift, scale) = (self.rows(shift, row)?, self.rows(scale, row)?);
-            Ok(ops::layer_norm_modulate(&x.narrow(1, at, tokens)?.contiguous()?, &shift, &scale, EPS)?)
-        })
-    }
-
-    /// `x + gate * y`.
-    fn gated(&self, x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
-        self.each(|[at, tokens, row]| gated(&x.narrow(1, at, tokens)?, &self.rows(gate, row)?, &y.narrow(1, at, tokens)?))
-    }
-
-    fn each(&self, part: impl Fn([usize; 3]) -> Result<Tensor>) -> Result<Tensor> {
-        let parts = self.parts.iter().map(|of| part(*of)).collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&parts, 1)?)
-    }
-
-    /// The batch's rows of a chunk of the modulation: `[B, D]`.
-    fn rows(&self, chunk: &Tensor, row: usize) -> Result<Tensor> {
-        Ok(chunk.narrow(0, row, self.batch)?.contiguous()?)
+    /// What `f` makes of each part of `xs: [B, L_img, ..]`, side by side again.
+    fn each<const N: usize>(&self, xs: [&Tensor; N], f: impl Fn([&Tensor; N], &Modulation) -> Result<Tensor>) -> Result<Tensor> {
+        if let [Part { modulation, .. }] = self.0.as_slice() {
+            return f(xs, modulation);
+        }
+        let part = |Part { tokens: [first, tokens], modulation }: &Part| {
+            let mut cut = xs.map(Tensor::clone);
+            for x in &mut cut {
+                *x = x.narrow(1, *first, *tokens)?.contiguous()?;
+            }
+            f(cut.each_ref(), modulation)
+        };
+        Ok(Tensor::cat(&self.0.iter().map(part).collect::<Result<Vec<_>>>()?, 1)?)
     }
 }

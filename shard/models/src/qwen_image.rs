@@ -1,0 +1,142 @@
+//! Qwen-Image and Qwen-Image-Edit: how the family's components become stages.
+//!
+//! Follows diffusers 0.42.1 `pipelines/qwenimage/`: `pipeline_qwenimage.py`, `pipeline_qwenimage_img2img.py`,
+//! `pipeline_qwenimage_inpaint.py` and `pipeline_qwenimage_edit.py`, by one denoiser. Guidance is by two passes, with a negative
+//! prompt only, and keeps the length of every token. The order of random draws is the reference's: latents of the input picture
+//! first, then the noise; editing takes the mode of the picture's latents and draws the noise alone.
+//!
+//! An editing job that names no `width` or `height` gets that side of the picture brought to about one megapixel, as in the
+//! reference; `max_sequence_length`, which the reference ignores there, it may not set.
+
+use parallel::Weights;
+
+use crate::autoencoder_kl_qwen::{AutoencoderKlQwenImage, AutoencoderKlQwenImageConfig};
+use crate::autoencoder_stage::AutoencoderStage;
+use crate::block_runner::{BlockRunner, Follower};
+use crate::blocks::BlockModel;
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
+use crate::engine::Engine;
+use crate::flow::{self, Defaults};
+use crate::image_io::PictureLimits;
+use crate::model_dir::ModelDir;
+use crate::qwen_image_transformer::{QwenImageTransformer, QwenImageTransformerConfig};
+use crate::qwen2_5_vl::{Qwen25VlConfig, Qwen25VlModel};
+use crate::registry::{LoadSpec, Rank};
+use crate::request::Guidance;
+use crate::{Error, Result};
+
+mod denoiser;
+mod edit;
+mod prompt;
+
+pub use denoiser::QwenImageDenoiser;
+pub use edit::WORKING_AREA;
+pub use prompt::PromptStage;
+
+/// The reference's classes that this file serves.
+pub const CLASSES: &[&str] =
+    &["QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageEditPipeline"];
+
+const GUIDANCE: Guidance = Guidance::TrueCfg;
+/// Tokens of a prompt that are ever read; the reference's own limit.
+const MAX_PROMPT_TOKENS: usize = 1024;
+/// Latents of a picture's side when the job does not say.
+const SAMPLE_SIZE: usize = 128;
+/// Parts that the family is made of, the tokenizer or processor beside them.
+const COMPONENTS: [&str; 3] = ["text_encoder", "transformer", "vae"];
+
+/// Whether the model edits a picture by looking at it.
+fn edits(dir: &ModelDir) -> bool {
+    dir.pipeline_class() == "QwenImageEditPipeline"
+}
+
+/// The card of a Qwen-Image directory.
+pub fn describe(dir: &ModelDir) -> Result<Card> {
+    let transformer: QwenImageTransformerConfig = dir.config("transformer")?;
+    let text_encoder: Qwen25VlConfig = dir.config("text_encoder")?;
+    let vae: AutoencoderKlQwenImageConfig = dir.config("vae")?;
+    let mut stages = StageCard::of_text_encoders(&["text_encoder"]);
+    for stage in stages.iter_mut().filter(|stage| stage.component == "text_encoder") {
+        stage.with_pictures = edits(dir);
+    }
+    let card = Card {
+        family: "qwen-image".into(),
+        pipeline_class: dir.pipeline_class().into(),
+        scheduler: "FlowMatchEulerDiscreteScheduler".into(),
+        digest: dir.digest()?,
+        components: vec![
+            ComponentCard::of(dir, "text_encoder", text_encoder.tp_divisor(), text_encoder.num_hidden_layers)?,
+            ComponentCard::of(dir, "transformer", transformer.num_attention_heads, transformer.num_layers)?,
+            // One head, and small beside the rest: held whole.
+            ComponentCard::of(dir, "vae", 1, 1)?,
+        ],
+        stages,
+        parameters: parameters(&vae, edits(dir)),
+        max_pixels: flow::MAX_PIXELS,
+    };
+    card.with_defaults_of(dir)
+}
+
+/// What a job may set. Defaults are the pipelines'.
+fn parameters(vae: &AutoencoderKlQwenImageConfig, edits: bool) -> Vec<ParameterCard> {
+    let mut parameters = flow::parameters(&Defaults {
+        multiple: 2 * vae.scale_factor(),
+        max_side: flow::MAX_SIDE,
+        side: SAMPLE_SIZE * vae.scale_factor(),
+        num_inference_steps: 50,
+        max_sequence_length: 512,
+    });
+    parameters.push(ParameterCard::field("negative_prompt"));
+    parameters.push(ParameterCard::number("true_cfg_scale", 1.0, 20.0, 4.0));
+    parameters.push(ParameterCard::number("shift", 0.01, 100.0, 1.0).optional());
+    if edits {
+        parameters.retain(|p| !["strength", "mask_image_blob_id", "max_sequence_length"].contains(&p.name.as_str()));
+    }
+    for parameter in &mut parameters {
+        match parameter.name.as_str() {
+            "width" | "height" if edits => *parameter = parameter.clone().optional(),
+            "image_blob_id" if edits => *parameter = parameter.clone().required(),
+            "max_sequence_length" => parameter.maximum = MAX_PROMPT_TOKENS as f64,
+            _ => {}
+        }
+    }
+    parameters
+}
+
+/// Loads one rank of one component.
+pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
+    load_with(spec, weights, WORKING_AREA)
+}
+
+/// As [`load`], looking at pictures of about `working_area` pixels.
+pub fn load_with(spec: LoadSpec<'_>, weights: &Weights, working_area: usize) -> Result<Rank> {
+    let LoadSpec { dir, component, group, limits, .. } = spec;
+    let range = group.range;
+    let model: Box<dyn BlockModel> = match component {
+        "text_encoder" => {
+            let config: Qwen25VlConfig = dir.config(component)?;
+            // Who sees no pictures needs no eyes.
+            let load = if edits(dir) { Qwen25VlModel::load } else { Qwen25VlModel::load_text };
+            Box::new(load(weights, &config, range)?)
+        }
+        "transformer" => {
+            Box::new(QwenImageTransformer::load(weights, &dir.config::<QwenImageTransformerConfig>(component)?, range)?)
+        }
+        "vae" => {
+            let vae = AutoencoderKlQwenImage::load(weights, &dir.config::<AutoencoderKlQwenImageConfig>(component)?)?;
+            let stage = AutoencoderStage::new(vae, PictureLimits::default());
+            let stage =
+                if edits(dir) { stage.sized_by(move |_, picture, _| edit::working_size(picture, working_area)) } else { stage };
+            return Ok(Rank::Leader(Box::new(stage)));
+        }
+        other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
+    };
+    if !group.is_leader() {
+        return Ok(Rank::Follower(Follower::new(model, group)));
+    }
+    let runner = BlockRunner::new(model, group);
+    Ok(Rank::Leader(match component {
+        "text_encoder" => Box::new(PromptStage::load(dir, runner, limits.prompt_cache_bytes, working_area)?),
+        _ => Box::new(Engine::new(Box::new(QwenImageDenoiser::load(dir)?), runner, limits)),
+    }))
+}
