@@ -320,6 +320,12 @@ impl Check<'_> {
                 self.refuse(name, problem);
             }
         }
+        let layers = parameter(self.card, "skip_guidance_layers");
+        for layer in &spec.skip_guidance_layers {
+            if let Some(problem) = layers.and_then(|limits| outside(f64::from(*layer), limits)) {
+                self.refuse("skip_guidance_layers", problem);
+            }
+        }
     }
 
     fn noise_generator(&mut self, spec: &JobSpec) {
@@ -502,6 +508,19 @@ mod tests {
             ["spec.loras", "\"fast\"", "\"faster\"", "num_inference_steps"].iter().all(|part| error.contains(part)),
             "{error}"
         );
+    }
+
+    #[test]
+    fn blocks_to_skip_are_held_to_the_cards_bounds() {
+        let mut card = card();
+        card.parameters.push(Parameter { name: "skip_guidance_layers".into(), maximum: 23.0, ..Parameter::default() });
+        let parse = |layers: &[u32]| {
+            let context = Context { seed: 7, max_pixels: 1 << 20, missing_blobs: &[] };
+            Request::parse(JobSpec { skip_guidance_layers: layers.to_vec(), ..spec() }, &card, context)
+        };
+        parse(&[7, 8, 23]).unwrap();
+        let Err(Error::InvalidRequest(violations)) = parse(&[7, 24]) else { panic!("24 was taken") };
+        assert_eq!((violations.len(), violations[0].field.as_str()), (1, "spec.skip_guidance_layers"));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
 use models::flux_transformer::FluxTransformerConfig;
+use models::sd3_transformer::Sd3TransformerConfig;
 
 pub mod qwen_image;
 
@@ -86,13 +87,89 @@ fn of_shapes(shapes: Vec<(String, Vec<usize>)>, seed: u64) -> Result<HashMap<Str
     let mut random = Random::new(seed);
     let tensors = shapes.into_iter().map(|(name, shape)| {
         let (center, spread) = match shape.as_slice() {
-            [_, d_in] => (0.0, (3.0 / *d_in as f32).sqrt()),
-            _ if name.ends_with("bias") => (0.0, 0.1),
-            _ => (1.0, 0.2),
+            [_, d_in, window @ ..] if !name.ends_with("pos_embed.pos_embed") => {
+                (0.0, (3.0 / (*d_in * window.iter().product::<usize>()) as f32).sqrt())
+            }
+            [_] if name.ends_with("bias") => (0.0, 0.1),
+            [_] => (1.0, 0.2),
+            _ => (0.0, 1.0),
         };
         Ok((name, random.tensor(&shape, center, spread)?))
     });
     tensors.collect()
+}
+
+/// The names and shapes of a Stable Diffusion 3 transformer's tensors, by diffusers' names.
+pub fn sd3_shapes(config: &Sd3TransformerConfig) -> Vec<(String, Vec<usize>)> {
+    let (d, dh, p) = (config.inner_dim(), config.attention_head_dim, config.patch_size);
+    let out_channels = config.out_channels.unwrap_or(config.in_channels);
+    let mut linears = vec![
+        ("context_embedder".to_owned(), config.joint_attention_dim, d),
+        ("norm_out.linear".to_owned(), d, 2 * d),
+        ("proj_out".to_owned(), d, p * p * out_channels),
+    ];
+    for (name, d_in) in [("timestep_embedder", 256), ("text_embedder", config.pooled_projection_dim)] {
+        linears.push((format!("time_text_embed.{name}.linear_1"), d_in, d));
+        linears.push((format!("time_text_embed.{name}.linear_2"), d, d));
+    }
+    let mut norms = Vec::new();
+    for index in 0..config.num_layers {
+        let block = format!("transformer_blocks.{index}");
+        let (last, dual) = (index + 1 == config.num_layers, config.dual_attention_layers.contains(&index));
+        linears.push((format!("{block}.norm1.linear"), d, if dual { 9 * d } else { 6 * d }));
+        linears.push((format!("{block}.norm1_context.linear"), d, if last { 2 * d } else { 6 * d }));
+        let projections = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"];
+        linears.extend(projections.map(|name| (format!("{block}.attn.{name}"), d, d)));
+        norms.extend(["norm_q", "norm_k", "norm_added_q", "norm_added_k"].map(|name| format!("{block}.attn.{name}")));
+        if dual {
+            linears.extend(["to_q", "to_k", "to_v", "to_out.0"].map(|name| (format!("{block}.attn2.{name}"), d, d)));
+            norms.extend(["norm_q", "norm_k"].map(|name| format!("{block}.attn2.{name}")));
+        }
+        if !last {
+            linears.push((format!("{block}.attn.to_add_out"), d, d));
+        }
+        for ff in if last { vec!["ff"] } else { vec!["ff", "ff_context"] } {
+            linears.push((format!("{block}.{ff}.net.0.proj"), d, 4 * d));
+            linears.push((format!("{block}.{ff}.net.2"), 4 * d, d));
+        }
+    }
+    let weight_and_bias = |(name, d_in, d_out): (String, usize, usize)| {
+        [(format!("{name}.weight"), vec![d_out, d_in]), (format!("{name}.bias"), vec![d_out])]
+    };
+    let norms = norms.into_iter().filter(|_| config.qk_norm.is_some()).map(|name| (format!("{name}.weight"), vec![dh]));
+    let patch_embed = [
+        ("pos_embed.proj.weight".to_owned(), vec![d, config.in_channels, p, p]),
+        ("pos_embed.proj.bias".to_owned(), vec![d]),
+        ("pos_embed.pos_embed".to_owned(), vec![1, config.pos_embed_max_size * config.pos_embed_max_size, d]),
+    ];
+    linears.into_iter().flat_map(weight_and_bias).chain(norms).chain(patch_embed).collect()
+}
+
+/// Those of a Stable Diffusion 3 transformer's tensors that `is_wanted`, f32.
+pub fn sd3_transformer(
+    config: &Sd3TransformerConfig,
+    seed: u64,
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<HashMap<String, Tensor>> {
+    of_shapes(sd3_shapes(config).into_iter().filter(|(name, _)| is_wanted(name)).collect(), seed)
+}
+
+/// A Stable Diffusion 3 transformer's inputs by diffusers' names: `grid` image tokens, `l_txt` text tokens.
+pub fn sd3_inputs(
+    config: &Sd3TransformerConfig,
+    batch: usize,
+    (rows, columns): (usize, usize),
+    l_txt: usize,
+    seed: u64,
+) -> Result<parallel::Tensors> {
+    let mut random = Random::new(seed);
+    let timestep: Vec<f32> = (0..batch).map(|i| 750.0 / (i + 1) as f32).collect();
+    let latents = [batch, config.in_channels, rows * config.patch_size, columns * config.patch_size];
+    Ok(parallel::Tensors::new()
+        .with("hidden_states", random.tensor(&latents, 0.0, 1.5)?)
+        .with("encoder_hidden_states", random.tensor(&[batch, l_txt, config.joint_attention_dim], 0.0, 1.5)?)
+        .with("pooled_projections", random.tensor(&[batch, config.pooled_projection_dim], 0.0, 1.5)?)
+        .with("timestep", Tensor::new(timestep, &Device::Cpu)?))
 }
 
 /// A FLUX.1 transformer's inputs by diffusers' names: `grid` image tokens, `l_txt` text tokens.
