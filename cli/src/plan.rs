@@ -41,7 +41,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
         } else {
             // As far as this component can be cut.
             let tp = if component.tp_options.contains(&args.tp) { args.tp } else { 1 };
-            Layout { tp, block_ranges: args.block_ranges.min(component.max_block_ranges) }
+            Layout::new(tp, args.block_ranges.min(component.max_block_ranges))
         };
         for (rank, need) in registry::measure(&dir, &component.name, layout)?.into_iter().enumerate() {
             let cut = format!("tp={} block_ranges={}", layout.tp, layout.block_ranges);
@@ -67,7 +67,7 @@ fn check(component: &models::card::ComponentCard, args: &PlanArgs) -> Result<Lay
         let reason = format!("{} can be cut into 1 to {}", component.name, component.max_block_ranges);
         return Err(Error::Flag { flag: "--block-ranges", reason });
     }
-    Ok(Layout { tp: args.tp, block_ranges: args.block_ranges })
+    Ok(Layout::new(args.tp, args.block_ranges))
 }
 
 /// Bytes of memory of this machine; 0 if it does not say.

@@ -13,7 +13,7 @@ use models::blocks::{Layout, RankGroup};
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
 use models::stage::{Inputs, Stage, StageEvent};
-use models::{Payload, Request};
+use models::{Error, Payload, Request};
 use parallel::{Device, InProcess, Tensor};
 use sha2::{Digest, Sha256};
 
@@ -91,7 +91,7 @@ fn conditioning(tp: usize, threads: usize, jobs: u64) -> Vec<Inputs> {
     let mut inputs = vec![Inputs::default(); jobs as usize];
     for encoder in ["text_encoder", "text_encoder_2"] {
         let tasks = (0..jobs).map(|key| (key, Inputs::default())).collect();
-        let (payloads, _) = with_leader(encoder, Layout { tp, block_ranges: 1 }, threads, |stage| drain(stage, tasks));
+        let (payloads, _) = with_leader(encoder, Layout::new(tp, 1), threads, |stage| drain(stage, tasks));
         inputs.iter_mut().zip(payloads).for_each(|(inputs, payload)| inputs.add(payload).unwrap());
     }
     inputs
@@ -128,10 +128,68 @@ fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_batched() {
     for tp in [1, 2, 4, 8] {
         for block_ranges in [1, 2, 3] {
             for threads in [1, 2] {
-                let [alone, batched] = draw(Layout { tp, block_ranges }, threads, 4);
+                let [alone, batched] = draw(Layout::new(tp, block_ranges), threads, 4);
                 assert_eq!(alone, expected, "alone, tp {tp}, {block_ranges} ranges, {threads} threads");
                 assert_eq!(batched, expected, "batched, tp {tp}, {block_ranges} ranges, {threads} threads");
             }
         }
+    }
+}
+
+/// The layouts with lanes that are compared, smallest first.
+const LANES: [Layout; 5] = [
+    Layout::new(1, 1).with_cfg_parallel(2),
+    Layout::new(1, 1).with_cfg_parallel(3),
+    Layout::new(2, 1).with_cfg_parallel(2),
+    Layout::new(1, 3).with_cfg_parallel(2),
+    Layout::new(2, 2).with_cfg_parallel(2),
+];
+
+#[test]
+fn the_two_passes_of_guidance_side_by_side_have_the_bits_of_one_batch() {
+    let [expected, _] = draw(Layout::SOLO, 1, 1);
+    for layout in LANES {
+        let [alone, batched] = draw(layout, 1, 4);
+        assert_eq!(alone, expected, "alone, {layout}");
+        assert_eq!(batched, expected, "batched, {layout}");
+    }
+}
+
+/// What came of [`JOB`] when `stop` was done to it after `steps` steps, among jobs that were left alone: its last event.
+fn disturb(layout: Layout, inputs: &[Inputs], steps: usize, stop: fn(&mut dyn Stage)) -> Error {
+    with_leader("transformer", layout, 1, |stage| {
+        inputs.iter().zip(0..).for_each(|(inputs, key)| stage.start(key, request(key), inputs.clone()));
+        let (mut done, mut others, mut end) = (0, 0, None);
+        while end.is_none() || others + 1 < inputs.len() {
+            let more = stage.turn(&mut |event| match event {
+                StageEvent::Step { key: JOB, .. } => done += 1,
+                StageEvent::Failed { key: JOB, error, .. } => end = Some(error),
+                StageEvent::Done { .. } => others += 1,
+                StageEvent::Failed { key, error, .. } => panic!("job {key}: {error}"),
+                _ => {}
+            });
+            assert!(more.unwrap(), "all are over, {layout}");
+            if done == steps && end.is_none() {
+                stop(stage);
+            }
+        }
+        end.unwrap()
+    })
+}
+
+#[test]
+fn a_job_parked_on_lanes_goes_on_elsewhere_with_the_same_bits_and_a_cancelled_one_stops_alone() {
+    let inputs = conditioning(1, 1, 3);
+    let (_, expected) = with_leader("transformer", Layout::SOLO, 1, |stage| drain(stage, vec![(JOB, inputs[0].clone())]));
+    for (from, to) in LANES.into_iter().zip(LANES.into_iter().rev()) {
+        let cancelled = disturb(from, &inputs, 1, |stage| stage.cancel(JOB));
+        assert!(matches!(cancelled, Error::Cancelled), "{from}: {cancelled}");
+        let parked = disturb(from, &inputs, 2, |stage| stage.park(JOB));
+        let Error::Parked(Some(checkpoint)) = parked else { panic!("{from}: {parked}") };
+        let step = checkpoint.step;
+        assert!((2..STEPS).contains(&step), "{from}: parked after {step}");
+        let rest = Inputs { checkpoint: Some(*checkpoint), ..inputs[0].clone() };
+        let (_, steps) = with_leader("transformer", to, 1, |stage| drain(stage, vec![(JOB, rest)]));
+        assert_eq!(steps, expected[step..], "from {from} to {to}");
     }
 }

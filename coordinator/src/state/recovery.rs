@@ -152,7 +152,9 @@ impl State {
         let fits = |rank: &HeldRank| {
             rank.ready
                 && rank.join.as_ref().is_some_and(|join| {
-                    join.layout == Some(wanted.layout) && join.component == wanted.component && Some(&join.path) == path.as_ref()
+                    join.layout.is_some_and(|layout| layout.is_same(&wanted.layout))
+                        && join.component == wanted.component
+                        && Some(&join.path) == path.as_ref()
                 })
         };
         let whole = ranks.keys().copied().eq(0..wanted.size() as u32) && ranks.values().all(|(_, rank)| fits(rank));

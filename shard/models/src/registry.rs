@@ -57,7 +57,7 @@ impl Default for Limits {
 pub struct LoadProgress {
     /// Bytes read so far.
     pub read: Arc<AtomicU64>,
-    /// About how many there will be: the checkpoint's bytes over the ranks.
+    /// About how many there will be: the checkpoint's bytes over the ranks that hold it once.
     pub total: u64,
 }
 
@@ -79,7 +79,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
     let path = spec.dir.require(spec.component)?.path;
     let weights = Weights::open(&path, spec.group.tensor.clone(), DType::F32, &spec.device)?;
-    let ranks = spec.group.layout().ranks() as u64;
+    let ranks = spec.group.layout().lane_ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
     load_from(spec, &weights)
 }
