@@ -2,5 +2,6 @@
 
 pub mod cluster;
 pub mod golden;
+pub mod published;
 pub mod ranks;
 pub mod synthetic;

@@ -1,8 +1,10 @@
 //! Which class of a checkpoint is which code: the one list to extend for a new family.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use parallel::weights::Measured;
 use parallel::{DType, Device, Weights};
 
 use crate::block_runner::Follower;
@@ -61,11 +63,17 @@ pub struct LoadProgress {
     pub total: u64,
 }
 
-/// Says what the model in `dir` is.
+/// Says what the model in `dir` is, by what it holds: reads every byte of it once.
 ///
 /// # Errors
 /// When its class is of no family here, or a part of it is not supported.
 pub fn describe(dir: &ModelDir) -> Result<Card> {
+    let card = outline(dir)?;
+    Ok(Card { digest: dir.digest()?, ..card })
+}
+
+/// The same, from its configurations alone: the digest is empty.
+pub fn outline(dir: &ModelDir) -> Result<Card> {
     match dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         other => Err(unknown(other)),
@@ -85,12 +93,21 @@ pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result
 }
 
 /// What one rank needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
     /// Bytes it reads from the checkpoint.
     pub read_bytes: u64,
     /// Bytes of weights it holds afterwards.
     pub held_bytes: u64,
+    /// What it reads of each tensor, by name.
+    pub tensors: BTreeMap<String, Measured>,
+}
+
+impl Need {
+    /// Of [`Self::read_bytes`] those of tensors that every rank of its range reads whole.
+    pub fn whole_bytes(&self) -> u64 {
+        self.tensors.values().filter(|tensor| tensor.whole).map(|tensor| tensor.bytes).sum()
+    }
 }
 
 /// What each rank of a component would need, in rank order, by running its loading code without reading.
@@ -101,7 +118,7 @@ pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Ne
         let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
         load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;
         let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
-        Ok(Need { read_bytes, held_bytes: weights.bytes_held() })
+        Ok(Need { read_bytes, held_bytes: weights.bytes_held(), tensors: weights.measured() })
     };
     (0..layout.ranks()).map(rank).collect()
 }

@@ -61,6 +61,16 @@ struct Checkpoint {
     taken: Mutex<BTreeSet<String>>,
     bytes_read: Arc<AtomicU64>,
     bytes_held: AtomicU64,
+    measured: Mutex<BTreeMap<String, Measured>>,
+}
+
+/// What a rank would take of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measured {
+    /// Bytes, as stored.
+    pub bytes: u64,
+    /// All of it, whatever the number of ranks.
+    pub whole: bool,
 }
 
 #[derive(Clone)]
@@ -94,6 +104,7 @@ impl Weights {
             taken: Mutex::default(),
             bytes_read: Arc::default(),
             bytes_held: AtomicU64::new(0),
+            measured: Mutex::default(),
         };
         Ok(Self {
             checkpoint: Arc::new(checkpoint),
@@ -187,6 +198,11 @@ impl Weights {
         self.checkpoint.bytes_held.load(Ordering::Relaxed)
     }
 
+    /// What was counted of each tensor, by its full name; empty unless this is [`Self::measuring`].
+    pub fn measured(&self) -> BTreeMap<String, Measured> {
+        self.checkpoint.measured.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Bytes of weights in the whole checkpoint, as stored.
     pub fn total_bytes(&self) -> u64 {
         self.checkpoint.entries.values().map(|e| (e.end - e.start) as u64).sum()
@@ -214,7 +230,10 @@ impl Weights {
             self.check_blocks(name, entry, *dim, blocks)?;
             shape[*dim] /= self.group.size();
         }
-        self.count(shape.iter().product(), entry.dtype);
+        let elements = shape.iter().product();
+        self.count(elements, entry.dtype);
+        let taken = Measured { bytes: (elements * entry.dtype.size_in_bytes()) as u64, whole: *shard == Shard::Replicated };
+        self.checkpoint.measured.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), taken);
         Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?)
     }
 
