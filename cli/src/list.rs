@@ -152,7 +152,7 @@ fn print_model(model: &ModelStatus) {
             GroupState::Loading => format!("loading {} of {} MB", group.loaded_bytes >> 20, group.total_bytes >> 20),
             GroupState::Waiting | GroupState::Unspecified => "waiting for workers".to_owned(),
         };
-        let cut = format!("tp={} block_ranges={}", layout.tp, layout.block_ranges);
+        let cut = layout.in_words();
         println!("  {:<32} epoch {:<3} {cut:<22} {state}, {} tasks", group.group_id, group.epoch, group.running_tasks);
     }
 }

@@ -6,10 +6,16 @@ use std::path::PathBuf;
 
 use clap::Args;
 use models::blocks::Layout;
+use models::card::{Card, ComponentCard, StageKind};
 use models::model_dir::ModelDir;
 use models::registry;
+use serde::Serialize;
 
 use crate::error::Error;
+
+/// Tensor parallel degrees and numbers of lanes that any component can have.
+const TP_DEGREES: [usize; 4] = [1, 2, 4, 8];
+const MAX_CFG_PARALLEL: usize = coordinator::models_file::MAX_CFG_PARALLEL as usize;
 
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
@@ -24,50 +30,137 @@ pub(crate) struct PlanArgs {
     /// Block ranges.
     #[arg(long, default_value_t = 1)]
     block_ranges: usize,
+    /// Lanes of the component that denoises: how many times it is held whole, to do the passes of guidance side by side.
+    #[arg(long, default_value_t = 1)]
+    cfg_parallel: usize,
     /// Memory of each worker's device, in GiB. Default: this machine's.
     #[arg(long)]
     memory: Option<f64>,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a model needs.
+#[derive(Serialize)]
+struct Plan {
+    family: String,
+    pipeline_class: String,
+    /// Of each rank's device.
+    memory_bytes: u64,
+    components: Vec<ComponentPlan>,
+}
+
+#[derive(Serialize)]
+struct ComponentPlan {
+    name: String,
+    layout: Layout,
+    /// Of its weight files.
+    stored_bytes: u64,
+    ranks: Vec<RankPlan>,
+}
+
+#[derive(Serialize)]
+struct RankPlan {
+    rank: usize,
+    /// From the checkpoint.
+    reads_bytes: u64,
+    /// Of these, tensors that all ranks of its range read whole.
+    whole_bytes: u64,
+    /// In memory, as f32.
+    holds_bytes: u64,
+    fits: bool,
 }
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
     let dir = ModelDir::open(&args.path)?;
-    let card = registry::describe(&dir)?;
-    let memory = args.memory.map_or_else(machine_memory, |gib| (gib * f64::from(1 << 30)) as u64);
-    println!("{} ({}), weights are held as f32", card.family, card.pipeline_class);
-    println!("{:<16} {:<22} {:>5} {:>12} {:>12}  fits {:.1} GiB", "component", "layout", "rank", "reads", "holds", gib(memory));
-    for component in card.components.iter().filter(|c| args.component.as_ref().is_none_or(|name| *name == c.name)) {
-        let layout = if args.component.is_some() {
-            check(component, args)?
-        } else {
-            // As far as this component can be cut.
-            let tp = if component.tp_options.contains(&args.tp) { args.tp } else { 1 };
-            Layout { tp, block_ranges: args.block_ranges.min(component.max_block_ranges) }
-        };
-        for (rank, need) in registry::measure(&dir, &component.name, layout)?.into_iter().enumerate() {
-            let cut = format!("tp={} block_ranges={}", layout.tp, layout.block_ranges);
-            let fits = if need.held_bytes <= memory { "yes" } else { "NO" };
+    let card = registry::outline(&dir)?;
+    let memory_bytes = args.memory.map_or_else(machine_memory, |gib| (gib * f64::from(1 << 30)) as u64);
+    let components = layouts(&card, args)?.into_iter().map(|(component, layout)| {
+        let needs = registry::measure(&dir, &component.name, layout)?;
+        let ranks = needs.iter().enumerate().map(|(rank, need)| RankPlan {
+            rank,
+            reads_bytes: need.read_bytes,
+            whole_bytes: need.whole_bytes(),
+            holds_bytes: need.held_bytes,
+            fits: need.held_bytes <= memory_bytes,
+        });
+        Ok(ComponentPlan { name: component.name.clone(), layout, stored_bytes: component.weight_bytes, ranks: ranks.collect() })
+    });
+    let components = components.collect::<Result<_, Error>>()?;
+    let plan = Plan { family: card.family.clone(), pipeline_class: card.pipeline_class.clone(), memory_bytes, components };
+    if args.json {
+        println!("{}", serde_json::json!(plan));
+    } else {
+        print(&plan);
+    }
+    Ok(())
+}
+
+fn print(plan: &Plan) {
+    println!("{} ({}), weights are held as f32", plan.family, plan.pipeline_class);
+    let memory = plan.memory_bytes as f64 / f64::from(1 << 30);
+    println!(
+        "{:<16} {:<14} {:>4} {:>14} {:>14} {:>14}  fits {memory:.1} GiB",
+        "component", "layout", "rank", "reads", "of it whole", "holds"
+    );
+    for component in &plan.components {
+        for rank in &component.ranks {
             println!(
-                "{:<16} {cut:<22} {rank:>5} {:>12} {:>12}  {fits}",
+                "{:<16} {:<14} {:>4} {:>14} {:>14} {:>14}  {}",
                 component.name,
-                mib(need.read_bytes),
-                mib(need.held_bytes)
+                component.layout.to_string(),
+                rank.rank,
+                mib(rank.reads_bytes),
+                mib(rank.whole_bytes),
+                mib(rank.holds_bytes),
+                if rank.fits { "yes" } else { "NO" }
             );
         }
     }
     println!("Activations come on top: a few times batch x tokens x width x 4 bytes.");
-    Ok(())
 }
 
-fn check(component: &models::card::ComponentCard, args: &PlanArgs) -> Result<Layout, Error> {
+/// The components that are asked for, each with its layout.
+fn layouts<'a>(card: &'a Card, args: &PlanArgs) -> Result<Vec<(&'a ComponentCard, Layout)>, Error> {
+    let flag = |flag, reason: String| Error::Flag { flag, reason };
+    if !TP_DEGREES.contains(&args.tp) {
+        return Err(flag("--tp", format!("{} is none of {TP_DEGREES:?}", args.tp)));
+    }
+    if args.block_ranges == 0 {
+        return Err(flag("--block-ranges", "must be at least 1".into()));
+    }
+    if !(1..=MAX_CFG_PARALLEL).contains(&args.cfg_parallel) {
+        return Err(flag("--cfg-parallel", format!("must be 1 to {MAX_CFG_PARALLEL}")));
+    }
+    let denoises = |name: &str| card.stages.iter().any(|stage| stage.kind == StageKind::Denoise && stage.component == name);
+    let Some(name) = &args.component else {
+        let most = card.components.iter().map(|c| c.max_block_ranges).max().unwrap_or(1);
+        if args.block_ranges > most {
+            return Err(flag("--block-ranges", format!("no component can be cut into more than {most}")));
+        }
+        // As far as each component can be cut.
+        let layout = |component: &ComponentCard| {
+            let tp = component.tp_options.iter().copied().filter(|tp| *tp <= args.tp).max().unwrap_or(1);
+            let lanes = if denoises(&component.name) { args.cfg_parallel } else { 1 };
+            Layout::new(tp, args.block_ranges.min(component.max_block_ranges)).with_cfg_parallel(lanes)
+        };
+        return Ok(card.components.iter().map(|component| (component, layout(component))).collect());
+    };
+    let Some(component) = card.components.iter().find(|c| c.name == *name) else {
+        let names: Vec<&str> = card.components.iter().map(|c| c.name.as_str()).collect();
+        return Err(flag("--component", format!("the model has no `{name}`, only {}", names.join(", "))));
+    };
     if !component.tp_options.contains(&args.tp) {
-        let reason = format!("{} can be cut by {:?}", component.name, component.tp_options);
-        return Err(Error::Flag { flag: "--tp", reason });
+        return Err(flag("--tp", format!("{name} can be cut by {:?}", component.tp_options)));
     }
-    if args.block_ranges == 0 || args.block_ranges > component.max_block_ranges {
-        let reason = format!("{} can be cut into 1 to {}", component.name, component.max_block_ranges);
-        return Err(Error::Flag { flag: "--block-ranges", reason });
+    if args.block_ranges > component.max_block_ranges {
+        return Err(flag("--block-ranges", format!("{name} can be cut into 1 to {}", component.max_block_ranges)));
     }
-    Ok(Layout { tp: args.tp, block_ranges: args.block_ranges })
+    if args.cfg_parallel > 1 && !denoises(name) {
+        return Err(flag("--cfg-parallel", format!("{name} does not denoise")));
+    }
+    Ok(vec![(component, Layout::new(args.tp, args.block_ranges).with_cfg_parallel(args.cfg_parallel))])
 }
 
 /// Bytes of memory of this machine; 0 if it does not say.
@@ -75,10 +168,6 @@ fn machine_memory() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib = text.lines().find_map(|l| l.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
     kib.unwrap_or_default() * 1024
-}
-
-fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
 }
 
 fn mib(bytes: u64) -> String {

@@ -143,7 +143,7 @@ fn mega(bytes: u64) -> f64 {
 fn fleet(models: &[ModelConfig]) -> Vec<BTreeMap<String, String>> {
     let mut needed: BTreeMap<BTreeMap<String, String>, u32> = BTreeMap::new();
     for component in models.iter().flat_map(|m| m.components.values()) {
-        let ranks = if component.colocate { 1 } else { component.tp * component.block_ranges * component.replicas };
+        let ranks = if component.colocate { 1 } else { component.layout().ranks() as u32 * component.replicas };
         let workers = needed.entry(component.workers.clone()).or_default();
         *workers = ranks.max(*workers);
     }

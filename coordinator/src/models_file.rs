@@ -27,6 +27,10 @@ pub const MAX_REPLICAS: u32 = 1024;
 pub const TP_DEGREES: [u32; 4] = [1, 2, 4, 8];
 /// The largest number of block ranges.
 pub const MAX_BLOCK_RANGES: u32 = 64;
+/// The largest number of lanes: classifier-free guidance has two passes, three with a layer skipped; more serve other jobs.
+pub const MAX_CFG_PARALLEL: u32 = 8;
+/// Most ranks of one group; workers refuse more.
+pub const MAX_GROUP_RANKS: u64 = 64;
 /// The longest name of a model.
 pub const MAX_NAME_CHARS: usize = 64;
 /// The most adapters of one model: its card travels in one message.
@@ -80,6 +84,8 @@ pub struct ComponentConfig {
     pub tp: u32,
     /// Number of block ranges.
     pub block_ranges: u32,
+    /// How many times a group holds it, so that several forwards of a denoiser are done side by side.
+    pub cfg_parallel: u32,
     /// How many groups hold it, at most: each has workers of its own, and one without enough of them waits for more.
     pub replicas: u32,
     /// Labels a worker must have, all of them.
@@ -90,14 +96,14 @@ pub struct ComponentConfig {
 
 impl Default for ComponentConfig {
     fn default() -> Self {
-        Self { tp: 1, block_ranges: 1, replicas: 1, workers: BTreeMap::new(), colocate: false }
+        Self { tp: 1, block_ranges: 1, cfg_parallel: 1, replicas: 1, workers: BTreeMap::new(), colocate: false }
     }
 }
 
 impl ComponentConfig {
     /// How it is cut.
     pub fn layout(&self) -> Layout {
-        Layout { tp: self.tp, block_ranges: self.block_ranges }
+        Layout { tp: self.tp, block_ranges: self.block_ranges, cfg_parallel: self.cfg_parallel }
     }
 }
 
@@ -239,12 +245,18 @@ fn check_component(config: &ComponentConfig) -> Result<(), String> {
     if !TP_DEGREES.contains(&config.tp) {
         return Err(format!("tp = {}: must be one of 1, 2, 4, 8", config.tp));
     }
-    for (field, value, most) in
-        [("block_ranges", config.block_ranges, MAX_BLOCK_RANGES), ("replicas", config.replicas, MAX_REPLICAS)]
-    {
+    for (field, value, most) in [
+        ("block_ranges", config.block_ranges, MAX_BLOCK_RANGES),
+        ("cfg_parallel", config.cfg_parallel, MAX_CFG_PARALLEL),
+        ("replicas", config.replicas, MAX_REPLICAS),
+    ] {
         if !(1..=most).contains(&value) {
             return Err(format!("{field} = {value}: must be 1 to {most}"));
         }
+    }
+    let ranks = config.layout().ranks();
+    if ranks > MAX_GROUP_RANKS {
+        return Err(format!("tp * block_ranges * cfg_parallel = {ranks}: must be at most {MAX_GROUP_RANKS}"));
     }
     Ok(())
 }
@@ -317,6 +329,19 @@ mod tests {
         wrong(&adapter.replace("[\"emoji\"]", "[]"), "models: must name at least one");
         wrong(&format!("{adapter}scale = 1\n"), "unknown field `scale`");
         wrong(&format!("{adapter}{adapter}"), "another adapter of this name");
+    }
+
+    #[test]
+    fn a_group_has_few_lanes_and_ranks() {
+        let cut = |cut: &str| format!("[[model]]\nname = \"emoji\"\npath = \"x\"\n[model.components.transformer]\n{cut}\n");
+        let lanes = parse_text(&cut("tp = 2\nblock_ranges = 2\ncfg_parallel = 2")).unwrap()[0].components["transformer"].layout();
+        assert_eq!((lanes.to_string().as_str(), lanes.ranks()), ("tp2x2xcfg2", 8));
+        for lanes in [0, 9] {
+            let problem = problem(&cut(&format!("cfg_parallel = {lanes}")));
+            assert!(problem.ends_with(&format!("transformer.cfg_parallel = {lanes}: must be 1 to 8")), "{problem}");
+        }
+        let problem = problem(&cut("tp = 8\nblock_ranges = 8\ncfg_parallel = 2"));
+        assert!(problem.ends_with("tp * block_ranges * cfg_parallel = 128: must be at most 64"), "{problem}");
     }
 
     #[test]

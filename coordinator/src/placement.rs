@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proto::v1::{Layout, ModelCard, Registration};
+use proto::v1::{Layout, ModelCard, Registration, StageKind};
 
 use crate::{
     models_file::{ComponentConfig, ModelConfig},
@@ -36,7 +36,7 @@ impl WantedGroup {
 
     /// How many ranks it has.
     pub fn size(&self) -> usize {
-        self.layout.tp as usize * self.layout.block_ranges as usize
+        self.layout.ranks() as usize
     }
 
     /// `worker` has every label the group asks for.
@@ -79,6 +79,10 @@ pub fn wanted_groups(model: &ModelConfig, card: &ModelCard) -> Result<Vec<Wanted
         if config.block_ranges > most {
             let text = format!("{name}.block_ranges = {}: must be at most {most}", config.block_ranges);
             return Err(problem(text));
+        }
+        let denoises = card.stages.iter().any(|stage| stage.kind() == StageKind::Denoise && stage.component == *name);
+        if config.cfg_parallel > 1 && !denoises {
+            return Err(problem(format!("{name}.cfg_parallel = {}: only for a component that denoises", config.cfg_parallel)));
         }
         wanted.extend((0..config.replicas).map(|replica| wanted_group(model, name, &config, replica)));
     }
@@ -159,7 +163,7 @@ fn seat_ranges<'a>(
     let everywhere: Vec<&str> = workers.iter().map(|(id, _)| *id).collect();
     let colocate = group.colocate && workers.iter().all(|(_, worker)| worker.device == CPU);
     let (tp, mut counts, mut members) = (group.layout.tp as usize, ranks.clone(), Vec::new());
-    for _ in 0..group.layout.block_ranges {
+    for _ in 0..group.layout.block_ranges * group.layout.lanes() {
         let free = |workers: &[&'a str]| -> Vec<&'a str> {
             workers.iter().copied().filter(|id| colocate || !members.contains(id)).collect()
         };
@@ -267,6 +271,10 @@ mod tests {
             "model \"emoji\": components.transformer.block_ranges = 5: must be at most 4"
         );
         assert_eq!(
+            problem("text_encoder", ComponentConfig { cfg_parallel: 2, ..ComponentConfig::default() }),
+            "model \"emoji\": components.text_encoder.cfg_parallel = 2: only for a component that denoises"
+        );
+        assert_eq!(
             problem("unet", tp(1)),
             "model \"emoji\": components.unet: the model has no such component, only text_encoder, transformer, vae"
         );
@@ -280,12 +288,23 @@ mod tests {
         roles.iter().enumerate().map(worker).collect()
     }
 
-    fn group(id: &str, tp: u32, role: Option<&str>, colocate: bool) -> WantedGroup {
+    #[test]
+    fn a_group_has_all_ranks_of_all_its_lanes() {
+        let config = ComponentConfig { tp: 2, block_ranges: 2, cfg_parallel: 2, ..ComponentConfig::default() };
+        let wanted = wanted_groups(&model(&[("transformer", config)]), &testing::card("emoji")).unwrap();
+        let transformer: Vec<_> = wanted.into_iter().filter(|group| group.component == "transformer").collect();
+        assert_eq!(transformer[0].size(), 8);
+        assert_eq!(form_groups(&transformer, &workers(&["x"; 7]), &BTreeMap::new()), [], "seven workers are too few");
+        let formed = form_groups(&transformer, &workers(&["x"; 8]), &BTreeMap::new());
+        assert_eq!(formed[0].1.iter().collect::<BTreeSet<_>>().len(), 8);
+    }
+
+    fn group(id: &str, (tp, cfg_parallel): (u32, u32), role: Option<&str>, colocate: bool) -> WantedGroup {
         WantedGroup {
             id: id.into(),
             model: "emoji".into(),
             component: "transformer".into(),
-            layout: Layout { tp, block_ranges: 1 },
+            layout: Layout { tp, block_ranges: 1, cfg_parallel },
             selector: role.map(|role| ("role".to_owned(), role.to_owned())).into_iter().collect(),
             colocate,
         }
@@ -293,7 +312,7 @@ mod tests {
 
     #[test]
     fn ranks_go_to_the_workers_that_hold_the_fewest() {
-        let wanted = [group("a", 2, None, false), group("b", 1, None, false), group("c", 1, None, false)];
+        let wanted = [group("a", (1, 2), None, false), group("b", (1, 1), None, false), group("c", (1, 0), None, false)];
         let formed = form_groups(&wanted, &workers(&["x", "x", "x"]), &BTreeMap::new());
         assert_eq!(formed[0].1, ["w0", "w1"]);
         assert_eq!(formed[1].1, ["w2"]);
@@ -311,7 +330,7 @@ mod tests {
     }
 
     fn cut(id: &str, tp: u32, block_ranges: u32) -> WantedGroup {
-        WantedGroup { layout: Layout { tp, block_ranges }, ..group(id, tp, None, false) }
+        WantedGroup { layout: Layout { tp, block_ranges, cfg_parallel: 1 }, ..group(id, (tp, 1), None, false) }
     }
 
     #[test]
@@ -348,20 +367,20 @@ mod tests {
 
     #[test]
     fn a_joining_worker_moves_no_standing_group() {
-        let wanted = [group("a", 2, None, false), group("b", 1, None, false)];
+        let wanted = [group("a", (2, 1), None, false), group("b", (1, 1), None, false)];
         let standing = form_groups(&wanted, &workers(&["x", "x"]), &BTreeMap::new()).into_iter().collect();
         assert_eq!(form_groups(&wanted, &workers(&["x", "x", "x"]), &standing), []);
     }
 
     #[test]
     fn replicas_of_a_component_share_no_worker_and_form_as_workers_come() {
-        let replicas = |colocate| ["m/t/0", "m/t/1", "m/t/2"].map(|id| group(id, 1, None, colocate));
+        let replicas = |colocate| ["m/t/0", "m/t/1", "m/t/2"].map(|id| group(id, (1, 1), None, colocate));
         let wanted = replicas(false);
         let first: BTreeMap<_, _> = form_groups(&wanted, &workers(&["x"]), &BTreeMap::new()).into_iter().collect();
         assert_eq!(first, BTreeMap::from([("m/t/0".to_owned(), vec!["w0".to_owned()])]));
         let next = form_groups(&wanted, &workers(&["x", "x"]), &first);
         assert_eq!(next, [("m/t/1".to_owned(), vec!["w1".to_owned()])]);
-        let other = [group("m/v/0", 1, None, false)];
+        let other = [group("m/v/0", (1, 1), None, false)];
         assert_eq!(form_groups(&other, &workers(&["x"]), &first)[0].1, ["w0"], "another component may be beside it");
         assert_eq!(form_groups(&replicas(true), &workers(&["x"]), &BTreeMap::new()).len(), 3);
     }
@@ -385,9 +404,9 @@ mod tests {
         assert_eq!(place(&plan, &replicas), None, "all stages are placed or none");
     }
 
-    fn any_group() -> impl Strategy<Value = (u32, Option<&'static str>, bool)> {
+    fn any_group() -> impl Strategy<Value = ((u32, u32), Option<&'static str>, bool)> {
         let role = prop::option::of(prop::sample::select(vec!["x", "y"]));
-        (prop::sample::select(vec![1u32, 2, 4, 8]), role, any::<bool>())
+        ((prop::sample::select(vec![1u32, 2, 4, 8]), 0u32..3), role, any::<bool>())
     }
 
     fn any_cluster() -> impl Strategy<Value = (Vec<WantedGroup>, BTreeMap<String, Registration>)> {
@@ -397,7 +416,7 @@ mod tests {
             let wanted = groups
                 .into_iter()
                 .enumerate()
-                .map(|(index, (tp, role, colocate))| group(&format!("g{index}"), tp, role, colocate))
+                .map(|(index, (cut, role, colocate))| group(&format!("g{index}"), cut, role, colocate))
                 .collect();
             (wanted, workers(&roles))
         })
@@ -450,7 +469,7 @@ mod tests {
             count in 4usize..10,
         ) {
             let wanted: Vec<_> =
-                sizes.iter().enumerate().map(|(i, tp)| group(&format!("g{i}"), *tp, None, false)).collect();
+                sizes.iter().enumerate().map(|(i, tp)| group(&format!("g{i}"), (*tp, 1), None, false)).collect();
             let formed = form_groups(&wanted, &workers(&vec!["x"; count]), &BTreeMap::new());
             let mut held: BTreeMap<String, usize> = (0..count).map(|i| (format!("w{i}"), 0)).collect();
             for member in formed.iter().flat_map(|(_, members)| members) {

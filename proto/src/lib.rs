@@ -8,6 +8,8 @@ pub mod v1 {
     tonic::include_proto!("atelier.v1");
 }
 
+mod layout;
+
 /// The compiled descriptors, for gRPC reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 

@@ -34,7 +34,7 @@ impl Checkpoint<'_> {
         load: impl Fn(&Weights, RangeOf) -> Result<M> + Sync,
     ) -> Tensor {
         let run = |tp, block_ranges| -> Ran {
-            run_block_model(self.dir, Layout { tp, block_ranges }, inputs, &load).expect("the network runs")
+            run_block_model(self.dir, Layout::new(tp, block_ranges), inputs, &load).expect("the network runs")
         };
         let total: u64 = self.tensors.values().map(bytes).sum();
         let replicated: u64 = self.tensors.iter().filter(|(name, _)| (self.is_replicated)(name)).map(|(_, t)| bytes(t)).sum();

@@ -5,6 +5,7 @@ pub mod equivalence;
 pub mod golden;
 pub mod nccl;
 pub mod proxy;
+pub mod published;
 pub mod ranks;
 pub mod stages;
 pub mod synthetic;

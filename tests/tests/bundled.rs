@@ -33,6 +33,42 @@ async fn a_cluster_of_five_draws_diffusers_pictures_within_one_level() {
     }
 }
 
+/// models.toml for the bundled model with its transformer cut as said.
+fn cut(cut: &str) -> String {
+    let path = bundled().join("emoji").canonicalize().expect("the bundled model");
+    format!("[[model]]\nname = \"emoji\"\npath = \"{}\"\n[model.components.transformer]\n{cut}\n", path.display())
+}
+
+#[tokio::test]
+async fn two_lanes_of_processes_draw_the_same_pixels_as_one_rank() {
+    let spec = JobSpec {
+        model: "emoji".into(),
+        prompt: "red heart".into(),
+        negative_prompt: Some("blue".into()),
+        num_inference_steps: Some(6),
+        seed: Some(3),
+        ..Default::default()
+    };
+    let (mut files, mut pictures) = (Vec::new(), Vec::new());
+    for (layout, workers) in [("", 1), ("cfg_parallel = 2\ncolocate = true", 1), ("cfg_parallel = 2", 2)] {
+        let cluster = Cluster::start(&cut(layout), &vec![""; workers], None);
+        let mut client = cluster.ready().await;
+        let job = client.run(spec.clone()).await;
+        assert_eq!(job.state(), JobState::Succeeded, "{layout}: {:?}", job.failure);
+        let groups = client.models().await.remove(0).groups;
+        let ranks = groups.iter().find(|g| g.component == "transformer").map_or(0, |g| g.worker_ids.len());
+        assert_eq!(ranks, if layout.is_empty() { 1 } else { 2 }, "{layout}");
+        pictures.push(download(&mut client, &job.images[0].blob_id).await);
+        files.push(job.images[0].sha256.clone());
+    }
+    assert_eq!(files[1], files[2], "two lanes, in one process and in two");
+    // The file names its layout; its pixels do not depend on it.
+    assert_ne!(files[0], files[1]);
+    assert!(String::from_utf8_lossy(&pictures[1]).contains("transformer=tp1x1xcfg2"));
+    let pixels = |bytes: &[u8]| decode_picture(bytes, &PictureLimits::default()).expect("a PNG");
+    assert!(pixels(&pictures[0]) == pixels(&pictures[1]), "the same pixels on one rank and on two lanes");
+}
+
 async fn download(client: &mut Client, blob_id: &str) -> Vec<u8> {
     let request = DownloadBlobRequest { blob_id: blob_id.to_owned() };
     let mut stream = client.blobs.download_blob(request).await.expect("the blob is there").into_inner();

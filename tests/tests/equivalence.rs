@@ -51,7 +51,7 @@ fn inputs(batch: usize) -> Tensors {
 
 fn run(dir: &Path, tp: usize, block_ranges: usize, inputs: &Tensors) -> Result<Ran> {
     let load = |w: &Weights, range: RangeOf| FluxTransformer::load(w, &config(), range);
-    run_block_model(dir, Layout { tp, block_ranges }, inputs, load)
+    run_block_model(dir, Layout::new(tp, block_ranges), inputs, load)
 }
 
 /// All elements, bit by bit.

@@ -52,7 +52,7 @@ fn inputs(batch: usize) -> Tensors {
 
 fn run(dir: &Path, config: &QwenImageTransformerConfig, (tp, block_ranges): (usize, usize), inputs: &Tensors) -> Result<Ran> {
     let load = |w: &Weights, range: RangeOf| QwenImageTransformer::load(w, config, range);
-    run_block_model(dir, Layout { tp, block_ranges }, inputs, load)
+    run_block_model(dir, Layout::new(tp, block_ranges), inputs, load)
 }
 
 /// What stays whole on every rank of a range: embedders, `proj_out`, q/k norms, and the biases added after a sum.

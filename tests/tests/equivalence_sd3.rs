@@ -78,7 +78,7 @@ fn inputs(config: &Sd3TransformerConfig, batch: usize) -> Tensors {
 
 fn run(dir: &Path, config: &Sd3TransformerConfig, tp: usize, block_ranges: usize, inputs: &Tensors) -> Result<Ran> {
     let load = |w: &Weights, range: RangeOf| Sd3Transformer::load(w, config, range);
-    run_block_model(dir, Layout { tp, block_ranges }, inputs, load)
+    run_block_model(dir, Layout::new(tp, block_ranges), inputs, load)
 }
 
 /// All elements, bit by bit.

@@ -167,7 +167,7 @@ fn jobs_with_different_adapters_and_none_share_a_batch_and_each_draws_what_it_dr
     assert_eq!(plain[0], alone[3], "without adapters nothing is changed");
     for tp in [1, 2, 4, 8] {
         for block_ranges in [1, 2, 3] {
-            let layout = Layout { tp, block_ranges };
+            let layout = Layout::new(tp, block_ranges);
             let together = with_leader("transformer", layout, |_| sources(dir.path()), |stage| drawn(stage, &jobs));
             assert!(together == alone, "tp {tp}, {block_ranges} ranges");
         }
@@ -184,8 +184,7 @@ fn a_text_encoder_has_adapters_too_and_the_cache_of_prompts_tells_them_apart() {
     let solo = with_leader("text_encoder", Layout::SOLO, |_| sources(dir.path()), |stage| drawn(stage, &jobs));
     assert!(solo[0] != solo[1] && solo[1] != solo[2] && solo[0] != solo[2]);
     assert!(solo[3] == solo[0] && solo[4] == solo[1]);
-    let cut =
-        with_leader("text_encoder", Layout { tp: 2, block_ranges: 1 }, |_| sources(dir.path()), |stage| drawn(stage, &jobs));
+    let cut = with_leader("text_encoder", Layout::new(2, 1), |_| sources(dir.path()), |stage| drawn(stage, &jobs));
     assert!(cut == solo);
 }
 
@@ -198,7 +197,7 @@ fn the_cache_drops_and_reads_again_with_the_same_bits() {
     let size = |name: &str| std::fs::metadata(dir.path().join(format!("{name}.safetensors"))).unwrap().len();
     // Room for either: the factors are f32 in the file, too.
     let narrow = |_| Sources { cache_bytes: size("pixel").max(size("outline")), ..sources(dir.path()) };
-    for layout in [Layout::SOLO, Layout { tp: 2, block_ranges: 2 }] {
+    for layout in [Layout::SOLO, Layout::new(2, 2)] {
         let thrice = with_leader("transformer", layout, narrow, |stage| [0; 3].map(|_| drawn(stage, &jobs)));
         assert!(thrice.iter().all(|once| *once == roomy), "{layout:?}");
     }
@@ -222,7 +221,7 @@ fn a_rank_that_cannot_read_the_file_fails_its_job_alone_and_the_group_goes_on() 
     };
     let gone = |source: &mut Source| source.path = PathBuf::from("/nowhere/pixel.safetensors");
     let other = |source: &mut Source| source.digest = "00".repeat(32);
-    let layout = Layout { tp: 2, block_ranges: 2 };
+    let layout = Layout::new(2, 2);
     let changes: [(usize, &(dyn Fn(&mut Source) + Sync), &str); 4] = [
         (0, &gone, "could not be read"),
         (1, &gone, "could not be read"),

@@ -170,7 +170,7 @@ fn every_collective_has_the_bits_of_ranks_that_are_threads() {
 
 #[test]
 fn a_model_held_over_nccl_gives_the_bits_of_one_held_by_threads() {
-    let layout = Layout { tp: 2, block_ranges: 1 };
+    let layout = Layout::new(2, 1);
     let expected = in_threads(2, |link| {
         let dir = ModelDir::open(&nccl::bundled()).unwrap();
         let group = RankGroup::new(Arc::new(link), layout).unwrap();

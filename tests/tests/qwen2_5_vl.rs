@@ -120,7 +120,7 @@ fn inputs(config: &Qwen25VlConfig) -> Tensors {
 
 fn run(dir: &Path, config: &Qwen25VlConfig, (tp, block_ranges): (usize, usize), inputs: &Tensors) -> Ran {
     let load = |w: &Weights, range: RangeOf| Qwen25VlModel::load(w, config, range);
-    run_block_model(dir, Layout { tp, block_ranges }, inputs, load).unwrap()
+    run_block_model(dir, Layout::new(tp, block_ranges), inputs, load).unwrap()
 }
 
 /// All elements, bit by bit.

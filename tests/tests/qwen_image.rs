@@ -93,7 +93,7 @@ fn draw(dir: &Path, encoder: Layout, denoiser: Layout, keys: &[u64]) -> Vec<Stri
 #[test]
 fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_with_a_neighbour() {
     let dir = eight_heads();
-    let layout = |(tp, block_ranges)| Layout { tp, block_ranges };
+    let layout = |(tp, block_ranges)| Layout::new(tp, block_ranges);
     let expected = draw(dir.path(), Layout::SOLO, Layout::SOLO, &[JOB]);
     for (encoder, denoiser) in
         [((1, 1), (2, 1)), ((2, 1), (4, 1)), ((1, 2), (8, 1)), ((2, 2), (1, 2)), ((1, 3), (2, 3)), ((2, 3), (8, 3))]
@@ -119,7 +119,7 @@ fn a_parked_editing_job_goes_on_elsewhere_with_the_same_bits() {
     let dir = golden("qwen_edit");
     let job = |inputs: Inputs| vec![(JOB, request(JOB), inputs)];
     let (_, expected) = with_leader(&dir, "transformer", Layout::SOLO, 1, |stage| drain(stage, job(editing()), JOB));
-    let parked = with_leader(&dir, "transformer", Layout { tp: 2, block_ranges: 1 }, 1, |stage| {
+    let parked = with_leader(&dir, "transformer", Layout::new(2, 1), 1, |stage| {
         stage.start(JOB, request(JOB), editing());
         let mut parked = None;
         while parked.is_none() {
@@ -139,7 +139,7 @@ fn a_parked_editing_job_goes_on_elsewhere_with_the_same_bits() {
     let Error::Parked(Some(checkpoint)) = parked else { panic!("{parked}") };
     let (step, rest) = (checkpoint.step, Inputs { checkpoint: Some(*checkpoint), ..editing() });
     assert!((1..STEPS).contains(&step));
-    let to = Layout { tp: 1, block_ranges: 3 };
+    let to = Layout::new(1, 3);
     let (_, steps) = with_leader(&dir, "transformer", to, 1, |stage| drain(stage, job(rest), JOB));
     assert_eq!(steps, expected[step..]);
 }

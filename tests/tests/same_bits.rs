@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use models::blocks::Layout;
-use models::stage::{Inputs, Stage};
-use models::{Payload, Request};
+use models::stage::{Inputs, Stage, StageEvent};
+use models::{Error, Payload, Request};
 use tests::stages::{self, sha256};
 
 #[path = "same_bits/sd3.rs"]
@@ -18,6 +18,7 @@ mod sd3;
 /// The job that is compared; its neighbours are 1, 2 and 3.
 const JOB: u64 = 0;
 const JOBS: u64 = 4;
+const STEPS: usize = 4;
 
 /// What is drawn.
 struct Model<'a> {
@@ -47,7 +48,7 @@ fn drain(model: &Model<'_>, stage: &mut dyn Stage, jobs: Vec<(u64, Inputs)>) -> 
 /// What the text encoders make of the jobs' prompts.
 fn conditioning(model: &Model<'_>, tp: usize, threads: usize) -> Vec<Inputs> {
     let mut inputs = vec![Inputs::default(); JOBS as usize];
-    let layout = Layout { tp: tp.min(model.text_tp), block_ranges: 1 };
+    let layout = Layout::new(tp.min(model.text_tp), 1);
     for encoder in model.encoders {
         let tasks = (0..JOBS).map(|key| (key, Inputs::default())).collect();
         let (payloads, _) = with_leader(model, encoder, layout, threads, |stage| drain(model, stage, tasks));
@@ -86,7 +87,7 @@ fn check_every_layout(model: &Model<'_>) {
     for tp in [1, 2, 4, 8] {
         for block_ranges in [1, 2, 3] {
             for threads in [1, 2] {
-                let [alone, batched] = draw(model, Layout { tp, block_ranges }, threads);
+                let [alone, batched] = draw(model, Layout::new(tp, block_ranges), threads);
                 assert_eq!(alone, expected, "alone, tp {tp}, {block_ranges} ranges, {threads} threads");
                 assert_eq!(batched, expected, "batched, tp {tp}, {block_ranges} ranges, {threads} threads");
             }
@@ -99,7 +100,7 @@ fn request(key: u64) -> Request {
     Request {
         prompt: prompts[key as usize].into(),
         negative_prompt: Some(String::new()),
-        num_inference_steps: 4,
+        num_inference_steps: STEPS,
         true_cfg_scale: 3.0,
         seed: key,
         max_sequence_length: 32,
@@ -107,8 +108,72 @@ fn request(key: u64) -> Request {
     }
 }
 
+/// The bundled model.
+fn emoji() -> Model<'static> {
+    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../bundled/emoji"));
+    Model { dir, encoders: &["text_encoder", "text_encoder_2"], text_tp: 8, request }
+}
+
 #[test]
 fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_batched() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bundled/emoji");
-    check_every_layout(&Model { dir: &dir, encoders: &["text_encoder", "text_encoder_2"], text_tp: 8, request });
+    check_every_layout(&emoji());
+}
+
+/// The layouts with lanes that are compared, smallest first.
+const LANES: [Layout; 5] = [
+    Layout::new(1, 1).with_cfg_parallel(2),
+    Layout::new(1, 1).with_cfg_parallel(3),
+    Layout::new(2, 1).with_cfg_parallel(2),
+    Layout::new(1, 3).with_cfg_parallel(2),
+    Layout::new(2, 2).with_cfg_parallel(2),
+];
+
+#[test]
+fn the_two_passes_of_guidance_side_by_side_have_the_bits_of_one_batch() {
+    let [expected, _] = draw(&emoji(), Layout::SOLO, 1);
+    for layout in LANES {
+        let [alone, batched] = draw(&emoji(), layout, 1);
+        assert_eq!(alone, expected, "alone, {layout}");
+        assert_eq!(batched, expected, "batched, {layout}");
+    }
+}
+
+/// What came of [`JOB`] when `stop` was done to it after `steps` steps, among jobs that were left alone: its last event.
+fn disturb(layout: Layout, inputs: &[Inputs], steps: usize, stop: fn(&mut dyn Stage)) -> Error {
+    with_leader(&emoji(), "transformer", layout, 1, |stage| {
+        inputs.iter().zip(0..).for_each(|(inputs, key)| stage.start(key, request(key), inputs.clone()));
+        let (mut done, mut others, mut end) = (0, 0, None);
+        while end.is_none() || others + 1 < inputs.len() {
+            let more = stage.turn(&mut |event| match event {
+                StageEvent::Step { key: JOB, .. } => done += 1,
+                StageEvent::Failed { key: JOB, error, .. } => end = Some(error),
+                StageEvent::Done { .. } => others += 1,
+                StageEvent::Failed { key, error, .. } => panic!("job {key}: {error}"),
+                _ => {}
+            });
+            assert!(more.unwrap(), "all are over, {layout}");
+            if done == steps && end.is_none() {
+                stop(stage);
+            }
+        }
+        end.unwrap()
+    })
+}
+
+#[test]
+fn a_job_parked_on_lanes_goes_on_elsewhere_with_the_same_bits_and_a_cancelled_one_stops_alone() {
+    let inputs = conditioning(&emoji(), 1, 1)[..3].to_vec();
+    let (_, expected) =
+        with_leader(&emoji(), "transformer", Layout::SOLO, 1, |stage| drain(&emoji(), stage, vec![(JOB, inputs[0].clone())]));
+    for (from, to) in LANES.into_iter().zip(LANES.into_iter().rev()) {
+        let cancelled = disturb(from, &inputs, 1, |stage| stage.cancel(JOB));
+        assert!(matches!(cancelled, Error::Cancelled), "{from}: {cancelled}");
+        let parked = disturb(from, &inputs, 2, |stage| stage.park(JOB));
+        let Error::Parked(Some(checkpoint)) = parked else { panic!("{from}: {parked}") };
+        let step = checkpoint.step;
+        assert!((2..STEPS).contains(&step), "{from}: parked after {step}");
+        let rest = Inputs { checkpoint: Some(*checkpoint), ..inputs[0].clone() };
+        let (_, steps) = with_leader(&emoji(), "transformer", to, 1, |stage| drain(&emoji(), stage, vec![(JOB, rest)]));
+        assert_eq!(steps, expected[step..], "from {from} to {to}");
+    }
 }

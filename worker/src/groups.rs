@@ -389,8 +389,8 @@ fn check(join: &JoinGroup) -> Result<Layout> {
         return Err(Error::message("secret", format!("may have {MAX_ID_BYTES} bytes at most")));
     }
     let layout = join.layout.unwrap_or_default();
-    let layout = Layout { tp: layout.tp as usize, block_ranges: layout.block_ranges as usize };
-    let ranks = layout.tp.checked_mul(layout.block_ranges).filter(|ranks| (1..=MAX_RANKS).contains(ranks));
+    let ranks = usize::try_from(layout.ranks()).ok().filter(|ranks| (1..=MAX_RANKS).contains(ranks));
+    let layout = Layout::new(layout.tp as usize, layout.block_ranges as usize).with_cfg_parallel(layout.lanes() as usize);
     let ranks = ranks.ok_or_else(|| Error::message("layout", format!("must have 1 to {MAX_RANKS} ranks")))?;
     if join.rank as usize >= ranks || (ranks > 1 && join.data_addresses.len() != ranks) {
         return Err(Error::message("rank", format!("{} of {ranks}, with {} addresses", join.rank, join.data_addresses.len())));

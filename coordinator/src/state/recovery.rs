@@ -155,7 +155,7 @@ impl State {
         let fits = |rank: &HeldRank| {
             rank.ready
                 && rank.join.as_ref().is_some_and(|join| {
-                    join.layout == Some(wanted.layout)
+                    join.layout.is_some_and(|layout| layout.is_same(&wanted.layout))
                         && join.component == wanted.component
                         && join.path == path
                         && join.adapters == adapters

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use prost::Message;
-use proto::v1::{self, Destination, Layout, RunTask, control_request::Command};
+use proto::v1::{self, Destination, RunTask, control_request::Command};
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -181,17 +181,13 @@ impl State {
         Some((task.leader.clone(), command))
     }
 
-    /// How each component of the job is cut: "text_encoder=tp1x1,transformer=tp2x2".
+    /// How each component of the job is cut: "text_encoder=tp1x1,transformer=tp2x2xcfg2".
     pub(super) fn layout(&self, job: &Job) -> String {
         // Of all its stages, those too that an earlier try had done: what is written into a picture does not depend on tries.
         let components: BTreeSet<&str> = job.plan.stages.iter().map(|stage| stage.component.as_str()).collect();
         let configured = self.model(&job.spec.model).map(|model| &model.config.components);
         let layout = |name: &str| configured.and_then(|components| components.get(name)).cloned().unwrap_or_default().layout();
-        let part = |name: &&str| {
-            let Layout { tp, block_ranges } = layout(name);
-            format!("{name}=tp{tp}x{block_ranges}")
-        };
-        let parts: Vec<String> = components.iter().map(part).collect();
+        let parts: Vec<String> = components.iter().map(|name| format!("{name}={}", layout(name))).collect();
         parts.join(",")
     }
 }

@@ -1,8 +1,9 @@
 //! Forward passes through a group: the leader hands inputs in, its peers follow.
 //!
-//! The leader (rank 0) repeats the inputs to the ranks that share the first range's tensors; hidden states go from range to
-//! range; the last range hands the output back to the leader. Several forwards may be under way at once, one per range:
-//! outputs come back in the order the inputs went in.
+//! The leader (rank 0) hands the inputs of a forward to the first rank of a lane, itself or another; that rank repeats them to
+//! those that share the first range's tensors; hidden states go from range to range; the last range hands the output back to
+//! the leader. Several forwards may be under way at once, one per range of each lane: outputs come back in the order the
+//! inputs went in, whatever lane they come from.
 //!
 //! Which adapters are active on which item goes along with the inputs and the hidden states, under a name of its own. The ranks
 //! of a range agree that all of them have the adapters before any begins: see [`RankGroup::activate`].
@@ -25,21 +26,29 @@ const ADAPTERS: &str = "atelier.adapters";
 pub struct BlockRunner {
     model: Box<dyn BlockModel>,
     group: RankGroup,
-    /// With one range, outputs are ready at once.
+    /// With one range, outputs of the leader's own lane are ready at once.
     ready: VecDeque<Result<Tensors>>,
-    in_flight: usize,
+    /// The lanes of the forwards under way, oldest first.
+    in_flight: VecDeque<usize>,
 }
 
 impl BlockRunner {
     /// For rank 0 of `group`, which holds the first range of `model`.
     pub fn new(model: Box<dyn BlockModel>, group: RankGroup) -> Self {
         debug_assert!(group.is_leader());
-        Self { model, group, ready: VecDeque::new(), in_flight: 0 }
+        Self { model, group, ready: VecDeque::new(), in_flight: VecDeque::new() }
     }
 
-    /// How many forwards can be under way before the first range would wait for the last.
+    /// How many forwards can be under way before every lane's first range would wait for its last.
     pub fn depth(&self) -> usize {
-        self.group.range.count
+        self.group.range.count * self.group.layout().cfg_parallel
+    }
+
+    /// The lane with the fewest forwards under way. Of several the last, so that the leader's own comes after the others: it
+    /// does the first range's part itself, and hands out nothing meanwhile.
+    fn free_lane(&self) -> usize {
+        let under_way = |lane: &usize| self.in_flight.iter().filter(|l| *l == lane).count();
+        (0..self.group.layout().cfg_parallel).rev().min_by_key(under_way).unwrap_or(0)
     }
 
     /// Those of a job's adapters that change this network.
@@ -59,7 +68,7 @@ impl BlockRunner {
         self.group.adapters().is_none_or(|adapters| adapters.fit_together(names))
     }
 
-    /// Begins a forward: the first range's part is done when this returns. `shares` says which adapters are active on which of
+    /// Begins a forward on the lane that is free. On the leader's own, the first range's part is done when this returns. `shares` says which adapters are active on which of
     /// the items, from the first to the last; empty: none on any.
     ///
     /// # Errors
@@ -69,11 +78,16 @@ impl BlockRunner {
         if shares.iter().any(|share| !share.is_plain()) {
             inputs.insert(ADAPTERS, to_tensor(&shares)?);
         }
-        broadcast_tensors(&*self.group.tensor, Some(&inputs), 0)?;
-        if let Some(output) = run_first_range(&*self.model, &self.group, inputs)? {
-            self.ready.push_back(output);
+        let lane = self.free_lane();
+        if lane > 0 {
+            send_tensors(self.group.whole(), &Ok(inputs), self.group.layout().lane_leader(lane))?;
+        } else {
+            broadcast_tensors(&*self.group.tensor, Some(&inputs), 0)?;
+            if let Some(output) = run_first_range(&*self.model, &self.group, inputs)? {
+                self.ready.push_back(output);
+            }
         }
-        self.in_flight += 1;
+        self.in_flight.push_back(lane);
         Ok(())
     }
 
@@ -82,17 +96,20 @@ impl BlockRunner {
     /// # Errors
     /// When a rank is lost.
     pub fn collect(&mut self) -> Result<Result<Tensors>> {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        if let Some(output) = self.ready.pop_front() {
+        let Some(lane) = self.in_flight.pop_front() else {
+            return Ok(Err(Error::Rank { reason: "no forward is under way".into() }));
+        };
+        if lane == 0
+            && let Some(output) = self.ready.pop_front()
+        {
             return Ok(output);
         }
-        let layout = self.group.layout();
-        recv_tensors(self.group.whole(), layout.ranks() - layout.tp)
+        recv_tensors(self.group.whole(), self.group.layout().lane_end(lane))
     }
 
     /// One forward from beginning to end; the rest as for [`Self::issue`].
     pub fn forward(&mut self, inputs: &Tensors, shares: &[Share]) -> Result<Tensors> {
-        debug_assert_eq!(self.in_flight, 0);
+        debug_assert!(self.in_flight.is_empty());
         self.issue(inputs, shares)?;
         self.collect()?
     }
@@ -123,9 +140,12 @@ impl Follower {
     fn turn(&self) -> Result<()> {
         let Self { model, group } = self;
         if group.range.is_first() {
-            let inputs = broadcast_tensors(&*group.tensor, None, 0)?;
-            run_first_range(&**model, group, inputs)?;
-            return Ok(());
+            let handed = if group.is_lane_leader() { Some(recv_tensors(group.whole(), 0)??) } else { None };
+            let inputs = broadcast_tensors(&*group.tensor, handed.as_ref(), 0)?;
+            return match run_first_range(&**model, group, inputs)? {
+                Some(output) => hand_back(group, &output),
+                None => Ok(()),
+            };
         }
         let hidden = recv_tensors(group.whole(), group.previous())?;
         let output = in_range(group, hidden, |hidden| {
@@ -135,9 +155,13 @@ impl Follower {
         if !group.range.is_last() {
             return send_tensors(group.whole(), &output, group.next());
         }
-        // The ranks of a range all have the output; the first of them hands it to the leader.
-        if group.tensor.rank() == 0 { send_tensors(group.whole(), &output, 0) } else { Ok(()) }
+        hand_back(group, &output)
     }
+}
+
+/// The ranks of a lane's last range all have the output; the first of them hands it to the leader.
+fn hand_back(group: &RankGroup, output: &Result<Tensors>) -> Result<()> {
+    if group.tensor.rank() == 0 { send_tensors(group.whole(), output, 0) } else { Ok(()) }
 }
 
 /// The first range's part, on every rank of it. With one range that is all, and the output is returned.
@@ -187,7 +211,7 @@ fn stop_if_lost(result: Result<Tensors>) -> Result<Result<Tensors>> {
 
 impl std::fmt::Debug for BlockRunner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "BlockRunner({:?}, {} in flight)", self.group, self.in_flight)
+        write!(f, "BlockRunner({:?}, {} in flight)", self.group, self.in_flight.len())
     }
 }
 

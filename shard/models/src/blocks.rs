@@ -1,8 +1,11 @@
 //! Networks that are a row of blocks, and how ranks hold them together.
 //!
-//! A group of `tp * block_ranges` ranks holds one network: rank = range * tp + index. The `tp` ranks of a range share its
-//! tensors; hidden states go from range to range along each index, and from the last range back to the first, a ring.
+//! A lane of `tp * block_ranges` ranks holds one network: rank = range * tp + index. The `tp` ranks of a range share its
+//! tensors; hidden states go from range to range along each index. A group has one lane, or several that each hold the whole
+//! network, so that the two passes of classifier-free guidance (or the forwards of two jobs) are done side by side:
+//! rank = lane * tp * block_ranges + the rank within the lane. Whatever lane does a forward, its output has the same bits.
 
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -36,15 +39,55 @@ pub struct Layout {
     pub tp: usize,
     /// Parts of the row of blocks.
     pub block_ranges: usize,
+    /// Lanes: how many times the network is held whole, each cut in the same way.
+    #[serde(default = "one")]
+    pub cfg_parallel: usize,
+}
+
+fn one() -> usize {
+    1
 }
 
 impl Layout {
     /// One rank.
-    pub const SOLO: Layout = Layout { tp: 1, block_ranges: 1 };
+    pub const SOLO: Layout = Layout::new(1, 1);
+
+    /// One lane.
+    pub const fn new(tp: usize, block_ranges: usize) -> Self {
+        Self { tp, block_ranges, cfg_parallel: 1 }
+    }
+
+    /// As many lanes.
+    pub const fn with_cfg_parallel(self, cfg_parallel: usize) -> Self {
+        Self { cfg_parallel, ..self }
+    }
 
     /// Ranks in a group of this layout.
     pub fn ranks(self) -> usize {
+        self.lane_ranks() * self.cfg_parallel
+    }
+
+    /// Ranks that hold the network once.
+    pub fn lane_ranks(self) -> usize {
         self.tp * self.block_ranges
+    }
+
+    /// The rank of a group that a lane's forwards are handed to: the first of its first range.
+    pub fn lane_leader(self, lane: usize) -> usize {
+        lane * self.lane_ranks()
+    }
+
+    /// The rank of a group that hands a lane's outputs back: the first of its last range.
+    pub fn lane_end(self, lane: usize) -> usize {
+        (lane + 1) * self.lane_ranks() - self.tp
+    }
+}
+
+/// As in a picture's provenance: "tp2x2", with lanes "tp2x2xcfg2".
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tp{}x{}", self.tp, self.block_ranges)?;
+        if self.cfg_parallel == 1 { Ok(()) } else { write!(f, "xcfg{}", self.cfg_parallel) }
     }
 }
 
@@ -109,33 +152,21 @@ impl RankGroup {
     /// This rank's place in a group of `layout` connected by `link`.
     pub fn new(link: Arc<dyn Link>, layout: Layout) -> Result<Self> {
         let (rank, size) = (link.rank(), link.size());
-        if size != layout.ranks() || layout.tp == 0 {
-            return Err(parallel::Error::Frame(format!(
-                "{size} ranks cannot be tp {} x {} block ranges",
-                layout.tp, layout.block_ranges
-            ))
-            .into());
+        if size != layout.ranks() || size == 0 {
+            return Err(parallel::Error::Frame(format!("{size} ranks cannot be {layout}")).into());
         }
         let whole = Mesh::whole(link);
-        let index = rank / layout.tp;
-        let peers: Vec<usize> = (index * layout.tp..(index + 1) * layout.tp).collect();
+        let first = rank - rank % layout.tp;
+        let peers: Vec<usize> = (first..first + layout.tp).collect();
         let tensor = Arc::new(whole.subgroup(&peers)?);
-        Ok(Self {
-            whole: Arc::new(whole),
-            tensor,
-            range: RangeOf { index, count: layout.block_ranges },
-            device: Device::Cpu,
-            layout,
-            adapters: None,
-        })
+        Ok(Self { whole: Arc::new(whole), tensor, range: range_of(rank, layout), device: Device::Cpu, layout, adapters: None })
     }
 
     /// A place in a group that exists on paper only: enough to measure what a rank would load.
     pub fn placeholder(rank: usize, layout: Layout) -> Self {
         let whole = Arc::new(Placeholder { rank, size: layout.ranks() });
         let tensor = Arc::new(Placeholder { rank: rank % layout.tp, size: layout.tp });
-        let range = RangeOf { index: rank / layout.tp, count: layout.block_ranges };
-        Self { whole, tensor, range, device: Device::Cpu, layout, adapters: None }
+        Self { whole, tensor, range: range_of(rank, layout), device: Device::Cpu, layout, adapters: None }
     }
 
     /// The same place, computing on `device`.
@@ -194,20 +225,34 @@ impl RankGroup {
         self.layout
     }
 
-    /// The rank with this one's index in the next range; after the last comes the first.
-    pub fn next(&self) -> usize {
-        (self.whole.rank() + self.layout.tp) % self.whole.size()
+    /// Leads a lane: the leader hands it the lane's forwards. The first lane's is the leader itself.
+    pub fn is_lane_leader(&self) -> bool {
+        self.whole.rank().is_multiple_of(self.layout.lane_ranks())
     }
 
-    /// The rank with this one's index in the previous range.
+    /// The rank with this one's index in the next range of its lane; after the last comes the first.
+    pub fn next(&self) -> usize {
+        self.along_lane(self.layout.tp)
+    }
+
+    /// The rank with this one's index in the previous range of its lane.
     pub fn previous(&self) -> usize {
-        (self.whole.rank() + self.whole.size() - self.layout.tp) % self.whole.size()
+        self.along_lane(self.layout.lane_ranks() - self.layout.tp)
+    }
+
+    fn along_lane(&self, ranks: usize) -> usize {
+        let (rank, lane) = (self.whole.rank(), self.layout.lane_ranks());
+        rank - rank % lane + (rank % lane + ranks) % lane
     }
 }
 
-impl std::fmt::Debug for RankGroup {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "RankGroup(rank {} of {:?})", self.whole.rank(), self.layout)
+fn range_of(rank: usize, layout: Layout) -> RangeOf {
+    RangeOf { index: rank / layout.tp % layout.block_ranges, count: layout.block_ranges }
+}
+
+impl fmt::Debug for RankGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RankGroup(rank {} of {})", self.whole.rank(), self.layout)
     }
 }
 

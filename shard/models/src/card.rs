@@ -19,7 +19,7 @@ pub struct Card {
     pub pipeline_class: String,
     /// The noise scheduler's class.
     pub scheduler: String,
-    /// sha256 over every file of the directory, in hex.
+    /// sha256 over every file of the directory, in hex; [`crate::registry::describe`] fills it in.
     pub digest: String,
     /// The networks it is made of.
     pub components: Vec<ComponentCard>,

@@ -1,8 +1,8 @@
 //! The denoise engine: many jobs at once, one step each per turn.
 //!
 //! A job joins at a step boundary and leaves at one. The branches of all jobs (one a job, two with classifier-free guidance)
-//! wait in one row; a turn takes as many as fit together into one forward, and issues forwards until every block range has
-//! work. A job alone is the case n = 1, not another path.
+//! wait in one row; a turn takes as many as fit together into one forward, and issues forwards until every block range of
+//! every lane has work. A job alone is the case n = 1, not another path.
 
 use std::collections::VecDeque;
 
@@ -131,7 +131,7 @@ impl Engine {
         let waiting: Vec<(&Active, usize)> =
             self.active.iter().filter(|job| job.leaving.is_none()).flat_map(|job| ready(job).map(move |b| (job, b))).collect();
         let Some((first, branch)) = waiting.first() else { return Vec::new() };
-        // Leave something for the other block ranges: a batch that takes all of it would let them idle.
+        // Leave something for the other block ranges and lanes: a batch that takes all of it would let them idle.
         let free = self.runner.depth().saturating_sub(self.in_flight.len()).max(1);
         let share = waiting.len().div_ceil(free);
         let key = self.denoiser.batch_key(&first.state, *branch);
@@ -281,7 +281,7 @@ impl Stage for Engine {
             let picked = self.pick();
             if !picked.is_empty() {
                 self.issue(picked, on_event)?;
-                // With one range the output is there already: a turn is then a whole step.
+                // With one range and one lane the output is there already: a turn is then a whole step.
                 if self.in_flight.len() < self.runner.depth() {
                     return Ok(true);
                 }

@@ -1,8 +1,10 @@
 //! Which class of a checkpoint is which code: the one list to extend for a new family.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use parallel::weights::Measured;
 use parallel::{DType, Device, Weights};
 
 use crate::block_runner::Follower;
@@ -59,15 +61,21 @@ impl Default for Limits {
 pub struct LoadProgress {
     /// Bytes read so far.
     pub read: Arc<AtomicU64>,
-    /// About how many there will be: the checkpoint's bytes over the ranks.
+    /// About how many there will be: the checkpoint's bytes over the ranks that hold it once.
     pub total: u64,
 }
 
-/// Says what the model in `dir` is.
+/// Says what the model in `dir` is, by what it holds: reads every byte of it once.
 ///
 /// # Errors
 /// When its class is of no family here, or a part of it is not supported.
 pub fn describe(dir: &ModelDir) -> Result<Card> {
+    let card = outline(dir)?;
+    Ok(Card { digest: dir.digest()?, ..card })
+}
+
+/// The same, from its configurations alone: the digest is empty.
+pub fn outline(dir: &ModelDir) -> Result<Card> {
     match dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::describe(dir),
@@ -92,7 +100,7 @@ pub fn load_with(spec: LoadSpec<'_>, adapters: Sources, on_open: &mut dyn FnMut(
     let LoadSpec { dir, component, mut group, device, limits } = spec;
     let path = dir.require(component)?.path;
     let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &device)?;
-    let ranks = group.layout().ranks() as u64;
+    let ranks = group.layout().lane_ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
     if !adapters.named.is_empty() {
         let store = AdapterStore::new(weights.adapters().clone(), sites(dir, component)?, adapters);
@@ -120,12 +128,21 @@ fn measured(dir: &ModelDir, component: &str, group: RankGroup) -> Result<(Rank, 
 }
 
 /// What one rank needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
     /// Bytes it reads from the checkpoint.
     pub read_bytes: u64,
     /// Bytes of weights it holds afterwards.
     pub held_bytes: u64,
+    /// What it reads of each tensor, by name.
+    pub tensors: BTreeMap<String, Measured>,
+}
+
+impl Need {
+    /// Of [`Self::read_bytes`] those of tensors that every rank of its range reads whole.
+    pub fn whole_bytes(&self) -> u64 {
+        self.tensors.values().filter(|tensor| tensor.whole).map(|tensor| tensor.bytes).sum()
+    }
 }
 
 /// What each rank of a component would need, in rank order, by running its loading code without reading.
@@ -133,7 +150,7 @@ pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Ne
     let rank = |rank: usize| {
         let (_, weights) = measured(dir, component, RankGroup::placeholder(rank, layout))?;
         let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
-        Ok(Need { read_bytes, held_bytes: weights.bytes_held() })
+        Ok(Need { read_bytes, held_bytes: weights.bytes_held(), tensors: weights.measured() })
     };
     (0..layout.ranks()).map(rank).collect()
 }

@@ -384,7 +384,7 @@ mod tests {
         let (expected, whole) = encode(dir.path(), &RankGroup::solo()).unwrap();
         let expected = expected.unwrap();
         for (tp, block_ranges) in [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2), (4, 2)] {
-            let ranks = run(dir.path(), Layout { tp, block_ranges });
+            let ranks = run(dir.path(), Layout::new(tp, block_ranges));
             for got in ranks.iter().filter_map(|(x, _)| x.as_ref()) {
                 let error = (got - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 assert!(error < 1e-5, "tp {tp} x {block_ranges}: {error}");
@@ -402,7 +402,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write_weights(dir.path());
         let end = InProcess::group(8).remove(0);
-        let group = RankGroup::new(Arc::new(end), Layout { tp: 8, block_ranges: 1 }).unwrap();
+        let group = RankGroup::new(Arc::new(end), Layout::new(8, 1)).unwrap();
         let w = Weights::open(dir.path(), group.tensor.clone(), DType::F32, &Device::Cpu).unwrap();
         let error = T5Encoder::load(&w, &config(), RangeOf::WHOLE).unwrap_err();
         let Error::Parallel(parallel::Error::Indivisible { what, size: 4, tp: 8 }) = error else { panic!("{error}") };

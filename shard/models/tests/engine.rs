@@ -167,12 +167,16 @@ fn with_engine<T>(layout: Layout, limits: Limits, f: impl FnOnce(&mut Engine, &[
     })
 }
 
-const LAYOUTS: [Layout; 5] = [
+const LAYOUTS: [Layout; 9] = [
     Layout::SOLO,
-    Layout { tp: 2, block_ranges: 1 },
-    Layout { tp: 1, block_ranges: 3 },
-    Layout { tp: 2, block_ranges: 2 },
-    Layout { tp: 4, block_ranges: 2 },
+    Layout::new(2, 1),
+    Layout::new(1, 3),
+    Layout::new(2, 2),
+    Layout::new(4, 2),
+    Layout::new(1, 1).with_cfg_parallel(2),
+    Layout::new(1, 1).with_cfg_parallel(3),
+    Layout::new(1, 3).with_cfg_parallel(2),
+    Layout::new(2, 2).with_cfg_parallel(2),
 ];
 
 #[test]
@@ -241,10 +245,12 @@ fn a_job_that_cannot_start_fails_alone() {
 
 #[test]
 fn cancelling_stops_every_rank_within_one_step_a_hundred_times() {
-    let layout = Layout { tp: 2, block_ranges: 2 };
     for round in 0..100usize {
-        with_engine(layout, Limits::default(), |engine, forwards| {
-            engine.start(1, request(1000, 0), Inputs::default());
+        // Of one pass a step on one lane, or of two passes on two.
+        let lanes = 1 + round % 3 / 2;
+        with_engine(Layout::new(2, 2).with_cfg_parallel(lanes), Limits::default(), |engine, forwards| {
+            let negative_prompt = (lanes == 2).then(String::new);
+            engine.start(1, Request { negative_prompt, true_cfg_scale: 2.0, ..request(1000, 0) }, Inputs::default());
             let mut steps = 0;
             while steps < round % 7 {
                 steps += turn(engine).1.iter().filter(|t| matches!(t, Told::Step(..))).count();
@@ -268,8 +274,37 @@ fn cancelling_stops_every_rank_within_one_step_a_hundred_times() {
 }
 
 #[test]
+fn the_two_passes_of_a_job_and_the_forwards_of_two_jobs_go_to_different_lanes() {
+    let counts = |forwards: &[Arc<AtomicUsize>]| forwards.iter().map(|f| f.load(Ordering::SeqCst)).collect::<Vec<_>>();
+    with_engine(Layout::SOLO.with_cfg_parallel(2), Limits::default(), |engine, forwards| {
+        engine.start(
+            1,
+            Request { negative_prompt: Some(String::new()), true_cfg_scale: 2.0, ..request(3, 0) },
+            Inputs::default(),
+        );
+        assert!(drain(engine).contains(&Told::Done(1, 3.0)));
+        assert_eq!(counts(forwards), [3, 3], "one pass each in every step, though both would fit into one forward");
+        [2, 3].into_iter().for_each(|key| engine.start(key, request(3, 10 * key), Inputs::default()));
+        let events = drain(engine);
+        assert!(events.contains(&Told::Done(2, 23.0)) && events.contains(&Told::Done(3, 33.0)), "{events:?}");
+        assert_eq!(counts(forwards), [6, 6]);
+    });
+}
+
+#[test]
+fn a_lost_lane_ends_the_leader_with_a_typed_error() {
+    let mut links = InProcess::group(2).into_iter();
+    let group = RankGroup::new(Arc::new(links.next().unwrap()), Layout::SOLO.with_cfg_parallel(2)).unwrap();
+    let model = Counting { group: group.clone(), forwards: Arc::default() };
+    let mut engine = Engine::new(Box::new(Plain), BlockRunner::new(Box::new(model), group), Limits::default());
+    drop(links.next());
+    engine.start(1, request(2, 0), Inputs::default());
+    assert!(engine.turn(&mut |_| ()).is_err_and(|e| e.loses_group()));
+}
+
+#[test]
 fn a_lost_rank_ends_the_leader_with_a_typed_error() {
-    let layout = Layout { tp: 2, block_ranges: 1 };
+    let layout = Layout::new(2, 1);
     let mut links = InProcess::group(2).into_iter();
     let group = RankGroup::new(Arc::new(links.next().unwrap()), layout).unwrap();
     let model = Counting { group: group.clone(), forwards: Arc::default() };

@@ -102,7 +102,7 @@ fn a_directory_without_the_large_text_encoder_has_no_component_and_no_stage_for_
 #[test]
 fn what_each_rank_needs_is_counted_without_reading() {
     let dir = open("sd3_txt2img");
-    let layout = Layout { tp: 2, block_ranges: 3 };
+    let layout = Layout::new(2, 3);
     let needs = registry::measure(&dir, "transformer", layout).unwrap();
     assert_eq!(needs.len(), 6);
     let whole = registry::measure(&dir, "transformer", Layout::SOLO).unwrap()[0];

@@ -72,6 +72,16 @@ struct Checkpoint {
     taken: Mutex<BTreeSet<String>>,
     bytes_read: Arc<AtomicU64>,
     bytes_held: AtomicU64,
+    measured: Mutex<BTreeMap<String, Measured>>,
+}
+
+/// What a rank would take of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measured {
+    /// Bytes, as stored.
+    pub bytes: u64,
+    /// All of it, whatever the number of ranks.
+    pub whole: bool,
 }
 
 #[derive(Clone)]
@@ -105,6 +115,7 @@ impl Weights {
             taken: Mutex::default(),
             bytes_read: Arc::default(),
             bytes_held: AtomicU64::new(0),
+            measured: Mutex::default(),
         };
         Ok(Self {
             checkpoint: Arc::new(checkpoint),
@@ -176,7 +187,7 @@ impl Weights {
             shape[*dim] = parts.iter().map(Range::len).sum();
         }
         if self.measuring {
-            return self.measure(entry, shape);
+            return self.measure(name, entry, shape, parts.is_none());
         }
         let data = &self.checkpoint.files[entry.file][entry.start..entry.end];
         match parts {
@@ -210,6 +221,11 @@ impl Weights {
         self.checkpoint.bytes_held.load(Ordering::Relaxed)
     }
 
+    /// What was counted of each tensor, by its full name; empty unless this is [`Self::measuring`].
+    pub fn measured(&self) -> BTreeMap<String, Measured> {
+        self.checkpoint.measured.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Bytes of weights in the whole checkpoint, as stored.
     pub fn total_bytes(&self) -> u64 {
         self.checkpoint.entries.values().map(|e| (e.end - e.start) as u64).sum()
@@ -231,8 +247,11 @@ impl Weights {
     }
 
     /// Zeros in the shape of this rank's slice, all in one element; its bytes are counted as read.
-    fn measure(&self, entry: &Entry, shape: Vec<usize>) -> Result<Tensor> {
-        self.count(shape.iter().product(), entry.dtype);
+    fn measure(&self, name: String, entry: &Entry, shape: Vec<usize>, whole: bool) -> Result<Tensor> {
+        let elements = shape.iter().product();
+        self.count(elements, entry.dtype);
+        let taken = Measured { bytes: (elements * entry.dtype.size_in_bytes()) as u64, whole };
+        self.checkpoint.measured.lock().unwrap_or_else(PoisonError::into_inner).insert(name, taken);
         Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?)
     }
 

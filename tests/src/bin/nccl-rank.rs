@@ -130,7 +130,7 @@ fn model(arguments: &Arguments) -> Result<(), Error> {
     let link = connect(arguments, 1)?;
     let load = || {
         let dir = ModelDir::open(&nccl::bundled())?;
-        let group = RankGroup::new(link.clone(), Layout { tp: arguments.size, block_ranges: 1 })?;
+        let group = RankGroup::new(link.clone(), Layout::new(arguments.size, 1))?;
         let spec = LoadSpec { dir: &dir, component: nccl::ENCODER, group, device: Device::Cpu, limits: Limits::default() };
         registry::load(spec, &mut |_| ())
     };

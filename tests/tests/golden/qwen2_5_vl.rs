@@ -23,7 +23,7 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
     for (tp, block_ranges) in LAYOUTS {
         let at_layout = |e: String| format!("at tp {tp} x {block_ranges} ranges: {e}");
         let load = |w: &Weights, range: RangeOf| Qwen25VlModel::load(w, &config, range);
-        let ran = run_block_model(&dir, Layout { tp, block_ranges }, &inputs, load).map_err(|e| at_layout(e.to_string()))?;
+        let ran = run_block_model(&dir, Layout::new(tp, block_ranges), &inputs, load).map_err(|e| at_layout(e.to_string()))?;
         for output in &ran.outputs {
             check(case, &last, output.get("last_hidden_state").map_err(text)?).map_err(at_layout)?;
         }

@@ -10,13 +10,7 @@ use tests::golden::{Case, Outcome};
 use tests::ranks::run_block_model;
 
 /// The layouts every transformer case is run at, besides one rank; those that its heads cannot be divided by are left out.
-const LAYOUTS: [Layout; 5] = [
-    Layout { tp: 2, block_ranges: 1 },
-    Layout { tp: 1, block_ranges: 2 },
-    Layout { tp: 2, block_ranges: 2 },
-    Layout { tp: 4, block_ranges: 1 },
-    Layout { tp: 1, block_ranges: 3 },
-];
+const LAYOUTS: [Layout; 5] = [Layout::new(2, 1), Layout::new(1, 2), Layout::new(2, 2), Layout::new(4, 1), Layout::new(1, 3)];
 
 /// The recorded inputs, by their names.
 pub(crate) fn inputs(case: &Case) -> Tensors {

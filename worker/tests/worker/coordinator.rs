@@ -40,7 +40,7 @@ pub(crate) fn join(group_id: &str, epoch: u64, component: &str, workers: &[&Runn
         model: "fake".into(),
         path: "/nowhere".into(),
         component: component.into(),
-        layout: Some(Layout { tp: workers.len() as u32, block_ranges: 1 }),
+        layout: Some(Layout { tp: workers.len() as u32, block_ranges: 1, ..Layout::default() }),
         rank: 0,
         data_addresses: workers.iter().map(|worker| worker.registration.data_address.clone()).collect(),
         secret: vec![7; 16].into(),

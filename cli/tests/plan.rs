@@ -1,0 +1,55 @@
+//! `atelier plan` says what each rank takes, to people and to programs, and what is wrong with what it was asked.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../bundled/emoji");
+
+fn plan(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_atelier")).arg("plan").args(args).output().unwrap()
+}
+
+#[test]
+fn lanes_hold_the_denoiser_again_and_the_rest_once() {
+    let output = plan(&[BUNDLED, "--tp", "2", "--block-ranges", "2", "--cfg-parallel", "2", "--json"]);
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for component in plan["components"].as_array().unwrap() {
+        let ranks = component["ranks"].as_array().unwrap();
+        let read: u64 = ranks.iter().filter_map(|rank| rank["reads_bytes"].as_u64()).sum();
+        let lanes = if component["name"] == "transformer" { 2 } else { 1 };
+        assert_eq!(component["layout"]["cfg_parallel"], lanes, "{component}");
+        let (tp, ranges) = (component["layout"]["tp"].as_u64().unwrap(), component["layout"]["block_ranges"].as_u64().unwrap());
+        assert_eq!(ranks.len() as u64, tp * ranges * lanes, "{component}");
+        assert!(read >= (component["stored_bytes"].as_u64().unwrap() - (64 << 10)) * lanes, "{component}");
+        let (first, second) = ranks.split_at(ranks.len() / lanes as usize);
+        for (a, b) in first.iter().zip(second) {
+            assert_eq!(a["reads_bytes"], b["reads_bytes"], "{component}");
+        }
+    }
+}
+
+#[test]
+fn people_get_a_line_for_each_rank() {
+    let output = plan(&[BUNDLED, "--component", "transformer", "--tp", "4", "--cfg-parallel", "2"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.lines().filter(|line| line.starts_with("transformer") && line.contains("tp4x1xcfg2")).count(), 8, "{text}");
+}
+
+#[test]
+fn what_cannot_be_planned_is_named_by_flag() {
+    let wrong: [(&[&str], &str); 7] = [
+        (&["/nowhere"], "model_index.json"),
+        (&[BUNDLED, "--tp", "3"], "--tp: 3 is none of [1, 2, 4, 8]"),
+        (&[BUNDLED, "--component", "vae", "--tp", "2"], "--tp: vae can be cut by [1]"),
+        (&[BUNDLED, "--block-ranges", "100"], "--block-ranges: no component can be cut into more than 9"),
+        (&[BUNDLED, "--cfg-parallel", "0"], "--cfg-parallel: must be 1 to 8"),
+        (&[BUNDLED, "--component", "vae", "--cfg-parallel", "2"], "--cfg-parallel: vae does not denoise"),
+        (&[BUNDLED, "--component", "unet"], "--component: the model has no `unet`, only text_encoder"),
+    ];
+    for (args, expected) in wrong {
+        let output = plan(args);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && text.contains(expected), "{args:?}: {text}");
+    }
+}

@@ -1,0 +1,196 @@
+//! What each rank would read of the published models, by the loading code against their true headers: every byte once, but for
+//! a small share that every rank has whole, each tensor of it for a reason.
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use models::blocks::Layout;
+use models::model_dir::ModelDir;
+use models::registry;
+use parallel::Device;
+use tests::published::{self, Published};
+
+/// A published model: the next one is an entry here and a folder in `tests/plan`.
+struct Model {
+    name: &'static str,
+    /// A recorded pipeline of the same classes at a small size; its tokenizers stand in for the model's own.
+    recorded: &'static str,
+    components: &'static [Component],
+}
+
+struct Component {
+    name: &'static str,
+    parameters: u64,
+    /// Most bytes in 10,000 that every rank may read whole.
+    whole: u64,
+    /// Which tensors these are (`*` is anything), and why.
+    reasons: &'static [(&'static str, &'static str)],
+    /// Tensors that every block range reads its ranks' slices of, and why.
+    every_range: &'static [(&'static str, &'static str)],
+}
+
+const NORM: &str = "a norm is over all channels, of which every rank has all";
+const AFTER_THE_SUM: &str = "the bias of a row-parallel layer is added once, after the sum over the ranks";
+const EMBEDDER: &str = "every rank begins with all channels of tokens and conditioning: narrow layers, or one of a kind";
+const OUTPUT: &str = "every rank of the last range has the output, which is narrow";
+
+const MODELS: &[Model] = &[Model {
+    name: "flux1-dev",
+    recorded: "flux_dev_txt2img/pipeline",
+    components: &[
+        Component {
+            name: "text_encoder",
+            parameters: 123_060_480,
+            whole: 10,
+            reasons: &[
+                ("text_model.embeddings.position_embedding.weight", "77 rows, added to all channels of the tokens"),
+                ("text_model.*layer_norm*", NORM),
+                ("text_model.encoder.layers.*.self_attn.out_proj.bias", AFTER_THE_SUM),
+                ("text_model.encoder.layers.*.mlp.fc2.bias", AFTER_THE_SUM),
+            ],
+            every_range: &[],
+        },
+        Component {
+            name: "text_encoder_2",
+            parameters: 4_762_310_656,
+            whole: 1,
+            reasons: &[("encoder.*layer_norm.weight", NORM)],
+            every_range: &[(
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                "the one table of relative positions, for the attention of every block",
+            )],
+        },
+        Component {
+            name: "transformer",
+            parameters: 11_901_408_320,
+            whole: 40,
+            reasons: &[
+                ("x_embedder.*", EMBEDDER),
+                ("context_embedder.*", EMBEDDER),
+                ("time_text_embed.*", EMBEDDER),
+                ("proj_out.*", OUTPUT),
+                ("*.attn.norm_*.weight", "the norm of a head, the same for all heads"),
+                ("transformer_blocks.*.attn.to_out.0.bias", AFTER_THE_SUM),
+                ("transformer_blocks.*.attn.to_add_out.bias", AFTER_THE_SUM),
+                ("transformer_blocks.*.net.2.bias", AFTER_THE_SUM),
+                ("single_transformer_blocks.*.proj_out.bias", AFTER_THE_SUM),
+            ],
+            every_range: &[],
+        },
+        Component {
+            name: "vae",
+            parameters: 83_819_683,
+            whole: 10_000,
+            reasons: &[("*", "its attention has one head, and it is small beside the rest")],
+            every_range: &[],
+        },
+    ],
+}];
+
+fn recorded(model: &Model) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(model.recorded)
+}
+
+/// Whether `name` is what `pattern` says, where `*` is anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((before, after)) => name
+            .strip_prefix(before)
+            .is_some_and(|rest| (0..=rest.len()).any(|i| rest.is_char_boundary(i) && matches(after, &rest[i..]))),
+    }
+}
+
+/// The first pattern that `name` is of.
+fn reason(patterns: &[(&'static str, &str)], name: &str) -> Option<&'static str> {
+    patterns.iter().find(|(pattern, _)| matches(pattern, name)).map(|(pattern, _)| *pattern)
+}
+
+/// Checks one layout of one component; gives the patterns of the tensors that are read whole or in every range.
+fn check(dir: &ModelDir, component: &Component, tensors: &[Published], layout: Layout) -> BTreeSet<&'static str> {
+    let at = format!("{} at {layout}", component.name);
+    let needs = registry::measure(dir, component.name, layout).unwrap();
+    let mut reads: BTreeMap<&str, Vec<(u64, bool)>> = BTreeMap::new();
+    for (name, read) in needs.iter().flat_map(|need| &need.tensors) {
+        reads.entry(name).or_default().push((read.bytes, read.whole));
+    }
+    let (tp, mut seen) = (layout.tp as u64, BTreeSet::new());
+    let (mut total, mut replicated, mut repeated) = (0, 0, 0);
+    for tensor in tensors {
+        let (name, bytes) = (tensor.name.as_str(), tensor.bytes());
+        let read = reads.get(name).unwrap_or_else(|| panic!("{at}: nobody reads {name}"));
+        total += bytes;
+        let whole = read[0].1;
+        assert!(read.iter().all(|r| *r == (if whole { bytes } else { bytes / tp }, whole)), "{at}: {name}: {read:?}");
+        if whole {
+            replicated += bytes;
+            seen.insert(reason(component.reasons, name).unwrap_or_else(|| panic!("{at}: {name} is whole for no reason")));
+        }
+        let ranges = read.len() / layout.tp;
+        assert_eq!(read.len() % layout.tp, 0, "{at}: {name}");
+        if ranges > 1 {
+            seen.insert(reason(component.every_range, name).unwrap_or_else(|| panic!("{at}: {name} is read by {ranges} ranges")));
+            repeated += bytes * (ranges as u64 - 1);
+        }
+    }
+    let read: u64 = needs.iter().map(|need| need.read_bytes).sum();
+    assert_eq!(read, total + (tp - 1) * replicated + repeated, "{at}");
+    assert!(replicated * 10_000 <= total * component.whole, "{at}: {replicated} of {total} bytes are whole");
+    let most = needs.iter().map(|need| need.read_bytes).max().unwrap_or_default();
+    println!("{at:<32} reads {read:>12}, at most {most:>12} a rank; whole {:.4} %", 100.0 * replicated as f64 / total as f64);
+    seen
+}
+
+#[test]
+fn every_rank_of_a_published_model_reads_its_slice_and_what_is_whole_has_a_reason() {
+    for model in MODELS {
+        let folder = published::model(model.name, &recorded(model)).unwrap();
+        let dir = ModelDir::open(folder.path()).unwrap();
+        let card = registry::outline(&dir).unwrap();
+        let names: Vec<&str> = model.components.iter().map(|component| component.name).collect();
+        assert_eq!(card.components.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), names, "{}", model.name);
+        for (component, card) in model.components.iter().zip(&card.components) {
+            let tensors = published::tensors(model.name, component.name).unwrap();
+            assert_eq!(tensors.iter().map(Published::parameters).sum::<u64>(), component.parameters, "{}", component.name);
+            let mut seen = BTreeSet::new();
+            for tp in card.tp_options.iter().copied() {
+                for block_ranges in [1, 2].into_iter().filter(|ranges| *ranges <= card.max_block_ranges) {
+                    seen.extend(check(&dir, component, &tensors, Layout::new(tp, block_ranges)));
+                }
+            }
+            let all = component.reasons.iter().chain(component.every_range).map(|(pattern, _)| *pattern);
+            assert_eq!(seen, all.collect(), "{}: every reason has its tensors", component.name);
+        }
+    }
+}
+
+#[test]
+fn lanes_of_a_published_denoiser_read_it_once_each() {
+    let model = &MODELS[0];
+    let folder = published::model(model.name, &recorded(model)).unwrap();
+    let dir = ModelDir::open(folder.path()).unwrap();
+    let one = registry::measure(&dir, "transformer", Layout::new(4, 2)).unwrap();
+    let two = registry::measure(&dir, "transformer", Layout::new(4, 2).with_cfg_parallel(2)).unwrap();
+    assert_eq!(two, [one.clone(), one].concat());
+}
+
+/// A name without the numbers in it, and how many dimensions the tensor has.
+fn kind(name: &str, dimensions: usize) -> (String, usize) {
+    let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
+    (parts.collect::<Vec<_>>().join("."), dimensions)
+}
+
+#[test]
+fn published_tensors_have_the_names_that_the_references_classes_wrote() {
+    for model in MODELS {
+        for component in model.components {
+            let files = parallel::weights::checkpoint_files(&recorded(model).join(component.name)).unwrap();
+            let recorded = files.iter().flat_map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap());
+            let recorded: BTreeSet<_> = recorded.map(|(name, tensor)| kind(&name, tensor.rank())).collect();
+            let tensors = published::tensors(model.name, component.name).unwrap();
+            let published: BTreeSet<_> = tensors.iter().map(|tensor| kind(&tensor.name, tensor.shape.len())).collect();
+            assert_eq!(published, recorded, "{}: {}", model.name, component.name);
+        }
+    }
+}
