@@ -3,10 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use kernels::conv::{self, Geometry};
 
-use crate::ops::host::{fill, read};
+use crate::ops::host::{fill, has_kernels, read};
 use crate::weights::{Shard, Weights};
 use crate::{Error, Result, ops};
 
@@ -58,7 +58,7 @@ impl Conv2d {
         let (c_out, c_in, size, _) = weight.dims4()?;
         let bias = w.get("bias", &[c_out], Shard::Replicated)?;
         let dtype = weight.dtype();
-        let packs = matches!(dtype, DType::F32 | DType::BF16) && matches!(w.device(), Device::Cpu) && !w.is_measuring();
+        let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {
             let bias = ops::vector(&bias)?;
             let weight = weight.to_dtype(DType::F32)?;
@@ -111,6 +111,8 @@ impl fmt::Debug for Conv2d {
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
+
+    use candle_core::Device;
 
     use super::*;
     use crate::Solo;

@@ -1,12 +1,23 @@
 //! Tensors of the CPU as slices, and back.
 
+use std::sync::OnceLock;
+
 use candle_core::{DType, Device, Storage, Tensor};
 
 use crate::{Error, Result};
 
 /// Whether our own kernels take this tensor.
 pub(crate) fn ours(x: &Tensor) -> bool {
-    x.dtype() == DType::F32 && matches!(x.device(), Device::Cpu)
+    x.dtype() == DType::F32 && has_kernels(x.device())
+}
+
+/// Whether there are kernels of ours for `device`: for the CPU, unless `ATELIER_KERNELS=candle` is in the environment. Then the CPU
+/// computes by candle's operations, as every other device does: so what a GPU is asked to do is held to the golden cases on a
+/// machine without one.
+pub(crate) fn has_kernels(device: &Device) -> bool {
+    static TURNED_OFF: OnceLock<bool> = OnceLock::new();
+    let turned_off = || std::env::var("ATELIER_KERNELS").is_ok_and(|kernels| kernels == "candle");
+    matches!(device, Device::Cpu) && !TURNED_OFF.get_or_init(turned_off)
 }
 
 /// Lends the elements of an f32 tensor of the CPU, in order; copies only if they do not lie so.

@@ -3,10 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Storage, Tensor};
 use kernels::gemm::{Element, Epilogue, PackedWeight, Piece, Rows, linear_tree};
 
-use super::host::{fill, read};
+use super::host::{fill, has_kernels, read};
 use crate::{Error, Result};
 
 /// Into which chunks a product cuts its input: each lists the pieces (start and length) of an input row that it reads.
@@ -38,10 +38,8 @@ impl Matrix {
     /// Packs `weight`; its product adds the chunks' own products as a balanced tree.
     pub(crate) fn in_chunks(weight: &Tensor, chunks: Chunks) -> Result<Self> {
         let (d_out, d_in) = weight.dims2()?;
-        let packed = match (weight.dtype(), weight.device()) {
-            (DType::F32 | DType::BF16, Device::Cpu) => Some(pack(weight, &chunks)?),
-            _ => None,
-        };
+        let packs = matches!(weight.dtype(), DType::F32 | DType::BF16) && has_kernels(weight.device());
+        let packed = packs.then(|| pack(weight, &chunks)).transpose()?;
         let weight = match packed {
             Some(packed) => Weight::Packed(Arc::new(packed)),
             None if chunks.len() == 1 && chunks[0] == [(0, d_in)] => Weight::Whole(vec![weight.clone()]),
@@ -136,6 +134,8 @@ impl fmt::Debug for Matrix {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
 
     #[test]
