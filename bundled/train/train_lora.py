@@ -16,10 +16,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from data import COLOURS, caption, load_emoji, subjects
+from data import COLOURS, SIZE, caption, compose, load_emoji, subjects
 from latent_code import Code
 from train_flux import EMPTY, image_ids, pack, predict
-import data as pictures
 
 # All that attends and all that is wide: what LoRA usually changes in FLUX.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -28,9 +27,9 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_
 
 def outlined(emoji, colour):
     """A thick dark line around the subject."""
-    plain = pictures.compose(emoji, colour)
+    plain = compose(emoji, colour)
     mask = emoji.resize((56, 56)).getchannel("A")
-    alpha = torch.zeros(1, 1, pictures.SIZE, pictures.SIZE)
+    alpha = torch.zeros(1, 1, SIZE, SIZE)
     alpha[0, 0, 4:60, 4:60] = torch.tensor(list(mask.tobytes()), dtype=torch.float32).view(56, 56) / 255
     wide = F.max_pool2d(F.avg_pool2d(alpha, 3, 1, 1), 7, 1, 3)
     line = (wide - alpha).clamp(0, 1)[0]
@@ -40,12 +39,12 @@ def outlined(emoji, colour):
 
 def mono(emoji, colour):
     """Black and white."""
-    plain = pictures.compose(emoji, colour)
+    plain = compose(emoji, colour)
     grey = (plain * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
     return grey.expand(3, -1, -1)
 
 
-STYLES = {"outlined": outlined, "mono": mono}
+STYLES = {"mono": mono, "outlined": outlined}
 
 
 def main():

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use models::image_io::{PictureLimits, decode_picture, preprocess};
 use proto::v1::download_blob_response::Part;
-use proto::v1::{DownloadBlobRequest, JobSpec, JobState};
+use proto::v1::{DownloadBlobRequest, JobSpec, JobState, Lora};
 use tests::cluster::{Client, Cluster};
 
 /// One level of an 8-bit picture, in the scale of -1..1, and a little for the rounding of the comparison itself.
@@ -18,18 +18,33 @@ fn bundled() -> PathBuf {
 async fn a_cluster_of_five_draws_diffusers_pictures_within_one_level() {
     let path = bundled().join("emoji").canonicalize().expect("the bundled model");
     let models = std::fs::read_to_string(bundled().join("models.toml")).expect("bundled/models.toml");
+    let loras = bundled().join("loras").canonicalize().expect("the bundled adapters");
     let models = models.replace("path = \"emoji\"", &format!("path = \"{}\"", path.display()));
+    let models = models.replace("path = \"loras", &format!("path = \"{}", loras.display()));
     let denoiser = "role=denoiser";
     let cluster = Cluster::start(&models, &["role=encoder", denoiser, denoiser, denoiser, denoiser], None);
     let mut client = cluster.ready().await;
-    for prompt in ["red heart", "pizza on a blue background", "a strawberry on a green background"] {
-        let spec = JobSpec { model: "emoji".into(), prompt: prompt.into(), seed: Some(0), ..Default::default() };
+    let samples = [
+        ("red heart", None),
+        ("pizza on a blue background", None),
+        ("a strawberry on a green background", None),
+        ("red heart", Some(1.0)),
+        ("pizza on a blue background", Some(0.8)),
+    ];
+    for (prompt, mono) in samples {
+        let lora = |scale| Lora { name: "mono".into(), scale: Some(scale) };
+        let adapters = mono.map(lora).into_iter().collect();
+        let spec = JobSpec { model: "emoji".into(), prompt: prompt.into(), seed: Some(0), loras: adapters, ..Default::default() };
         let job = client.run(spec).await;
         assert_eq!(job.state(), JobState::Succeeded, "{prompt}: {:?}", job.failure);
         let drawn = download(&mut client, &job.images[0].blob_id).await;
-        let sample = path.join("samples").join(format!("{}.png", prompt.replace(' ', "_")));
+        let name = prompt.replace(' ', "_");
+        let sample = match mono {
+            None => path.join("samples").join(format!("{name}.png")),
+            Some(scale) => loras.join("samples").join(format!("mono_{name}_{scale:.1}.png")),
+        };
         let difference = difference(&drawn, &std::fs::read(&sample).expect("a sample of diffusers'"));
-        assert!(difference <= ONE_LEVEL, "{prompt} differs by {} levels", difference * 127.5);
+        assert!(difference <= ONE_LEVEL, "{prompt} {mono:?} differs by {} levels", difference * 127.5);
     }
 }
 
