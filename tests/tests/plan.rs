@@ -175,6 +175,44 @@ fn lanes_of_a_published_denoiser_read_it_once_each() {
     assert_eq!(two, [one.clone(), one].concat());
 }
 
+/// Parameters of the models that wait for their family: an entry moves to [`MODELS`] when it comes.
+const PARAMETERS: &[(&str, &[(&str, u64)])] = &[
+    (
+        "sd3-medium",
+        &[
+            ("text_encoder", 123_650_304),
+            ("text_encoder_2", 694_659_840),
+            ("text_encoder_3", 4_762_310_656),
+            ("transformer", 2_084_951_104),
+            ("vae", 83_819_683),
+        ],
+    ),
+    (
+        "sd35-large",
+        &[
+            ("text_encoder", 123_650_304),
+            ("text_encoder_2", 694_659_840),
+            ("text_encoder_3", 4_762_310_656),
+            ("transformer", 8_146_280_768),
+            ("vae", 83_819_683),
+        ],
+    ),
+    ("qwen-image", &[("text_encoder", 8_292_166_656), ("transformer", 20_430_401_088), ("vae", 126_892_531)]),
+];
+
+#[test]
+fn models_that_wait_for_their_family_are_listed_whole() {
+    for (model, components) in PARAMETERS {
+        for (component, parameters) in *components {
+            let tensors = published::tensors(model, component).unwrap();
+            let names: BTreeSet<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+            assert_eq!(names.len(), tensors.len(), "{model}: {component}");
+            let sum: u64 = tensors.iter().map(Published::parameters).sum();
+            assert_eq!(sum, *parameters, "{model}: {component}");
+        }
+    }
+}
+
 /// A name without the numbers in it, and how many dimensions the tensor has.
 fn kind(name: &str, dimensions: usize) -> (String, usize) {
     let parts = name.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
