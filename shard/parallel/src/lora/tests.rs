@@ -4,6 +4,7 @@ use std::thread;
 use candle_core::Device;
 
 use super::*;
+use crate::linear::share;
 use crate::mesh::Mesh;
 use crate::{ColumnParallelLinear, InProcess, Linear, RowParallelLinear, Solo, Weights};
 
@@ -144,4 +145,38 @@ fn factors_that_do_not_fit_their_site_are_named_and_those_of_no_site_are_another
     assert!(matches!(one("row", [4, 63], [D, 4]), Err(Error::Shape { name, .. }) if name == "row.lora_A"));
     assert!(matches!(one("row", [4, 64], [D, 3]), Err(Error::Shape { name, .. }) if name == "row.lora_B"));
     assert_eq!(one("elsewhere", [4, 7], [9, 4]).unwrap().pairs.len(), 0);
+}
+
+#[test]
+fn layers_of_some_rows_and_such_that_are_cut_unevenly_give_the_same_bits_at_every_tp() {
+    const INNER: usize = 44; // which eight does not divide
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = HashMap::from([("up.weight", random(&[INNER, D])), ("down.weight", random(&[D, INNER]))]);
+    candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+    let factors = [("up", D, INNER), ("down", INNER, D)].map(|(site, d_in, d_out)| Factors {
+        site: site.into(),
+        a: random(&[3, d_in]),
+        b: random(&[d_out, 3]),
+        factor: 1.0,
+    });
+    let x = random(&[2, 5, D]);
+    let run = |group: Arc<dyn Collective>, scale: f64| {
+        let w = Weights::open(dir.path(), group.clone(), DType::F32, &Device::Cpu).unwrap();
+        let up = Linear::load_rows(&w.pp("up"), [D, INNER], &[share(INNER, &*group)]).unwrap();
+        let down = RowParallelLinear::load_uneven(&w.pp("down"), INNER, D).unwrap();
+        let adapter = Arc::new(w.adapters().adapter(factors.iter().cloned().map(Ok::<_, Error>)).unwrap());
+        let _active = w.adapters().activate(vec![(1, vec![(adapter, scale)]), (1, vec![])]);
+        bits(&down.forward(&up.forward(&x).unwrap()).unwrap())
+    };
+    let expected = run(Arc::new(Solo), 1.0);
+    assert_ne!(expected, run(Arc::new(Solo), 0.5));
+    for tp in [2, 4, 8] {
+        let links: Vec<Arc<InProcess>> = InProcess::group(tp).into_iter().map(Arc::new).collect();
+        thread::scope(|scope| {
+            let ranks: Vec<_> = links.iter().map(|link| scope.spawn(|| run(Arc::new(Mesh::whole(link.clone())), 1.0))).collect();
+            for rank in ranks {
+                assert_eq!(rank.join().unwrap(), expected, "tp {tp}");
+            }
+        });
+    }
 }
