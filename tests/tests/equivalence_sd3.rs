@@ -239,9 +239,9 @@ impl BlockModel for FirstBlock {
 }
 
 #[test]
-fn a_block_of_the_published_width_computes_the_same_bits_at_every_degree() {
+fn a_block_of_the_published_width_computes_the_same_bits_at_tp_1_and_2() {
     let [medium, _, large] = published();
-    for (config, degrees) in [(medium, vec![2, 8]), (large, vec![2])] {
+    for config in [medium, large] {
         // Two blocks, of which only the first is there: the last would have no output for the text.
         let config = Sd3TransformerConfig { num_layers: 2, pos_embed_max_size: 8, ..config };
         let first = |name: &str| is_held(name, RangeOf { index: 0, count: 2 }, &config);
@@ -254,12 +254,11 @@ fn a_block_of_the_published_width_computes_the_same_bits_at_every_degree() {
         let load = |w: &Weights, _: RangeOf| Ok(FirstBlock(Sd3Transformer::load(w, &config, RangeOf { index: 0, count: 2 })?));
         let run = |tp| run_block_model(dir.path(), Layout { tp, block_ranges: 1 }, &inputs, load).unwrap();
         let solo = run(1);
-        for tp in degrees {
-            for output in &run(tp).outputs {
-                for name in ["hidden_states", "encoder_hidden_states"] {
-                    let expected = solo.output(name).unwrap();
-                    assert!(bits(output.get(name).unwrap()) == bits(expected), "{name}, width {}, tp {tp}", config.inner_dim());
-                }
+        // Of the large one's 38 heads there are two halves and no quarters.
+        for output in &run(2).outputs {
+            for name in ["hidden_states", "encoder_hidden_states"] {
+                let expected = solo.output(name).unwrap();
+                assert!(bits(output.get(name).unwrap()) == bits(expected), "{name}, width {}", config.inner_dim());
             }
         }
     }
