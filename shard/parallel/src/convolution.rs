@@ -48,7 +48,7 @@ impl Conv2d {
     /// Reads the last frame of `weight: [c_out, c_in, size, size, size]` and `bias: [c_out]`: what a causal convolution in time
     /// and space does to a picture that has none before it.
     pub fn load_last_frame(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
-        let last = Shard::Parts { dim: 2, parts: vec![size.saturating_sub(1)..size] };
+        let last = Shard::part(2, size.saturating_sub(1)..size);
         let weight = w.get("weight", &[c_out, c_in, size, size, size], last)?;
         Self::of(w, weight.squeeze(2)?)
     }

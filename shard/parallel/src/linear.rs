@@ -121,7 +121,7 @@ impl RowParallelLinear {
 
     /// As [`Self::load`] for an input of one part that tp need not divide: this rank's are the features of [`share`].
     pub fn load_uneven(w: &Weights, d_in: usize, d_out: usize) -> Result<Self> {
-        Self::load_shard(w, &[d_in], d_out, Shard::Parts { dim: 1, parts: vec![share(d_in, &**w.group())] })
+        Self::load_shard(w, &[d_in], d_out, Shard::part(1, share(d_in, &**w.group())))
     }
 
     fn load_shard(w: &Weights, d_in: &[usize], d_out: usize, shard: Shard) -> Result<Self> {

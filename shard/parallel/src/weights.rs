@@ -48,6 +48,11 @@ impl Shard {
     pub fn split(dim: usize, size: usize) -> Self {
         Shard::Split { dim, blocks: vec![size] }
     }
+
+    /// One part of `dim`, whatever the other ranks hold.
+    pub fn part(dim: usize, part: Range<usize>) -> Self {
+        Shard::Parts { dim, parts: vec![part] }
+    }
 }
 
 /// A component's checkpoint seen from one rank: like candle's `VarBuilder`, but a rank reads only its own bytes, the full
@@ -402,13 +407,15 @@ mod tests {
     fn a_rank_reads_the_parts_it_names_and_no_more() {
         let dir = checkpoint();
         let w = open(dir.path(), 1, 4);
-        let parts = |parts: &[Range<usize>]| w.get("packed", &[6, 4], Shard::Parts { dim: 0, parts: parts.to_vec() });
-        let first: Vec<f32> = parts(&[4..6, 1..2]).unwrap().to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
+        let shard = Shard::Parts { dim: 0, parts: vec![4..6, 1..2] };
+        let rows = w.get("packed", &[6, 4], shard).unwrap();
+        let first: Vec<f32> = rows.to_vec2::<f32>().unwrap().iter().map(|row| row[0]).collect();
         assert_eq!(first, [16.0, 20.0, 4.0]);
-        let column = w.get("packed", &[6, 4], Shard::Parts { dim: 1, parts: vec![3..4] }).unwrap();
+        let column = w.get("packed", &[6, 4], Shard::part(1, 3..4)).unwrap();
         assert_eq!(column.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [3.0, 7.0, 11.0, 15.0, 19.0, 23.0]);
         assert_eq!(w.bytes_read().load(Ordering::Relaxed), (3 * 4 + 6) * 4);
-        assert!(matches!(parts(&[4..7]), Err(Error::Shape { name, .. }) if name == "a.packed"));
+        let beyond = w.get("packed", &[6, 4], Shard::part(0, 4..7));
+        assert!(matches!(beyond, Err(Error::Shape { name, .. }) if name == "a.packed"));
     }
 
     #[test]
