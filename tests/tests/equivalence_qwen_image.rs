@@ -115,7 +115,7 @@ fn at_its_true_width_a_block_computes_the_same_bits_on_two_ranks() {
 }
 
 #[test]
-fn a_hundredth_of_a_percent_to_a_fifth_of_a_percent_of_the_published_network_is_replicated() {
+fn less_than_a_fifth_of_a_percent_of_the_published_network_is_replicated() {
     let published = QwenImageTransformerConfig::default();
     let count = |keep: &dyn Fn(&str) -> bool| -> usize {
         qwen_image::shapes(&published)
