@@ -116,14 +116,14 @@ fn pictures_and_their_tokens_must_agree() {
     let with = |name: &str, tensor: Tensor| model.embed(&inputs().with(name, tensor));
     let ids = inputs().get("input_ids").unwrap().clone();
     let pixels = inputs().get("pixel_values").unwrap().clone();
-    let grids = |grids: &[[i64; 3]]| Tensor::new(grids, &Device::Cpu).unwrap();
+    let grid = |grid: [i64; 3]| Tensor::new(&[grid], &Device::Cpu).unwrap();
 
     invalid("input_ids", with("input_ids", ids.ones_like().unwrap()));
     invalid("input_ids", with("input_ids", (ids.ones_like().unwrap() * 206.0).unwrap()));
     invalid("pixel_values", with("pixel_values", pixels.narrow(0, 0, 56).unwrap()));
     invalid("pixel_values", with("pixel_values", pixels.narrow(1, 0, 588).unwrap()));
     for bad in [[2, 6, 10], [1, 5, 12], [1, 0, 10], [1, -6, 10], [1, 1 << 40, 2], [1, 60_000, 60_000]] {
-        invalid("image_grid_thw", with("image_grid_thw", grids(&[bad])));
+        invalid("image_grid_thw", with("image_grid_thw", grid(bad)));
     }
     let mut without = inputs();
     without.take("image_grid_thw").unwrap();
