@@ -7,7 +7,7 @@ use serde_json::Value;
 const BUNDLED: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../bundled/emoji");
 
 fn plan(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_atelier")).arg("plan").args(args).output().unwrap()
+    Command::new(env!("CARGO_BIN_EXE_atelier")).arg("plan").args(args).output().expect("atelier runs")
 }
 
 #[test]

@@ -46,7 +46,7 @@ fn published() -> [Sd3TransformerConfig; 3] {
         pos_embed_max_size: 384,
         dual_attention_layers: (0..13).collect(),
         qk_norm: qk_norm.clone(),
-        ..medium.clone()
+        ..medium
     };
     let large_35 =
         Sd3TransformerConfig { num_layers: 38, num_attention_heads: 38, caption_projection_dim: 2432, qk_norm, ..medium.clone() };
@@ -252,7 +252,7 @@ fn a_block_of_the_published_width_computes_the_same_bits_at_tp_1_and_2() {
         drop(tensors);
         let inputs = synthetic::sd3_inputs(&config, 1, (4, 4), 5, 6).unwrap();
         let load = |w: &Weights, _: RangeOf| Ok(FirstBlock(Sd3Transformer::load(w, &config, RangeOf { index: 0, count: 2 })?));
-        let run = |tp| run_block_model(dir.path(), Layout { tp, block_ranges: 1 }, &inputs, load).unwrap();
+        let run = |tp| run_block_model(dir.path(), Layout::new(tp, 1), &inputs, load).unwrap();
         let solo = run(1);
         // Of the large one's 38 heads there are two halves and no quarters.
         for output in &run(2).outputs {

@@ -222,7 +222,8 @@ fn a_rank_that_cannot_read_the_file_fails_its_job_alone_and_the_group_goes_on() 
     let gone = |source: &mut Source| source.path = PathBuf::from("/nowhere/pixel.safetensors");
     let other = |source: &mut Source| source.digest = "00".repeat(32);
     let layout = Layout::new(2, 2);
-    let changes: [(usize, &(dyn Fn(&mut Source) + Sync), &str); 4] = [
+    type Change<'a> = &'a (dyn Fn(&mut Source) + Sync);
+    let changes: [(usize, Change<'_>, &str); 4] = [
         (0, &gone, "could not be read"),
         (1, &gone, "could not be read"),
         (2, &other, "sha256"),

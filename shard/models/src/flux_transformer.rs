@@ -94,7 +94,7 @@ impl FluxTransformerConfig {
     /// Whether this is a network at all.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the first field that cannot be.
+    /// [`crate::Error::Unsupported`] with the first field that cannot be.
     pub fn validate(&self) -> Result<()> {
         check_widths([
             ("patch_size", self.patch_size),

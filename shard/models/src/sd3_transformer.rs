@@ -308,7 +308,7 @@ mod tests {
         check("num_layers", Sd3TransformerConfig { num_layers: usize::MAX, ..good.clone() });
         check("caption_projection_dim", Sd3TransformerConfig { caption_projection_dim: 1152, ..good.clone() });
         check("pos_embed_max_size", Sd3TransformerConfig { pos_embed_max_size: 0, ..good.clone() });
-        check("qk_norm", Sd3TransformerConfig { qk_norm: Some("layer_norm".into()), ..good.clone() });
+        check("qk_norm", Sd3TransformerConfig { qk_norm: Some("layer_norm".into()), ..good });
     }
 
     #[test]

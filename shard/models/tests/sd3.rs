@@ -105,7 +105,7 @@ fn what_each_rank_needs_is_counted_without_reading() {
     let layout = Layout::new(2, 3);
     let needs = registry::measure(&dir, "transformer", layout).unwrap();
     assert_eq!(needs.len(), 6);
-    let whole = registry::measure(&dir, "transformer", Layout::SOLO).unwrap()[0];
+    let whole = &registry::measure(&dir, "transformer", Layout::SOLO).unwrap()[0];
     assert!(needs.iter().all(|need| need.read_bytes * 2 < whole.read_bytes), "{needs:?} of {whole:?}");
 }
 

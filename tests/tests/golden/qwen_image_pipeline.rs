@@ -27,6 +27,8 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
         encoders: Vec::new(), // the prompts are in templates and not padded: see `encode_prompts`
         embeds: Vec::new(),
         inputs: vec!["timestep"],
+        pictures: Vec::new(), // encoded at a size of their own: see `encode_pictures`
+        encode: None,
         // The reference's have a frame: [B, C, 1, H, W].
         unscale: &|latents| Ok(vae.unscale(latents)?.unsqueeze(2)?),
     };

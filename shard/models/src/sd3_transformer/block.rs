@@ -20,7 +20,7 @@ pub(super) struct JointTransformerBlock {
 /// The text's part of a block.
 #[derive(Debug)]
 enum Text {
-    Whole(Stream),
+    Whole(Box<Stream>),
     /// `context_pre_only`, in the last block: the text is attended to and goes no further.
     PreOnly(AdaLayerNorm),
 }
@@ -50,7 +50,7 @@ impl JointTransformerBlock {
             text: if context_pre_only {
                 Text::PreOnly(AdaLayerNorm::load(&w.pp(text[0]), d, 2)?)
             } else {
-                Text::Whole(Stream::load(w, d, text, 6)?)
+                Text::Whole(Box::new(Stream::load(w, d, text, 6)?))
             },
         })
     }
