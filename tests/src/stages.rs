@@ -23,10 +23,25 @@ pub fn with_leader<T: Send>(
     threads: usize,
     f: impl FnOnce(&mut dyn Stage) -> T + Send,
 ) -> T {
+    with_leader_within(Limits::default(), dir, component, layout, threads, f)
+}
+
+/// The same with limits of its own.
+///
+/// # Panics
+/// As [`with_leader`].
+pub fn with_leader_within<T: Send>(
+    limits: Limits,
+    dir: &Path,
+    component: &str,
+    layout: Layout,
+    threads: usize,
+    f: impl FnOnce(&mut dyn Stage) -> T + Send,
+) -> T {
     let dir = &ModelDir::open(dir).expect("a model's directory");
     let load = move |link: InProcess| {
         let group = RankGroup::new(Arc::new(link), layout).expect("a group");
-        let spec = LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() };
+        let spec = LoadSpec { dir, component, group, device: Device::Cpu, limits };
         registry::load(spec, &mut |_| ()).expect("a rank loads")
     };
     // A pool for each rank: ranks wait for each other.

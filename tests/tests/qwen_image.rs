@@ -103,6 +103,9 @@ fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_with_a_neig
             assert_eq!(digests, expected, "encoder {encoder:?}, denoiser {denoiser:?}, jobs {keys:?}");
         }
     }
+    // The passes, whose texts differ in length, side by side.
+    let lanes = Layout::new(2, 2).with_cfg_parallel(2);
+    assert_eq!(draw(dir.path(), Layout::SOLO, lanes, &[JOB, NEIGHBOUR]), expected, "{lanes}");
 }
 
 /// An editing job's inputs, made up: texts of two lengths, and the latents of a picture of another shape than the job's.

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use models::blocks::Layout;
+use models::registry::Limits;
 use models::stage::{Inputs, Stage, StageEvent};
 use models::{Error, Payload, Request};
 use tests::stages::{self, sha256};
@@ -128,14 +129,30 @@ const LANES: [Layout; 5] = [
     Layout::new(2, 2).with_cfg_parallel(2),
 ];
 
-#[test]
-fn the_two_passes_of_guidance_side_by_side_have_the_bits_of_one_batch() {
-    let [expected, _] = draw(&emoji(), Layout::SOLO, 1);
-    for layout in LANES {
-        let [alone, batched] = draw(&emoji(), layout, 1);
+/// Each of `layouts` gives what one rank gives.
+fn check_lanes(model: &Model<'_>, layouts: &[Layout]) {
+    let [expected, _] = draw(model, Layout::SOLO, 1);
+    for layout in layouts {
+        let [alone, batched] = draw(model, *layout, 1);
         assert_eq!(alone, expected, "alone, {layout}");
         assert_eq!(batched, expected, "batched, {layout}");
     }
+}
+
+#[test]
+fn the_two_passes_of_guidance_side_by_side_have_the_bits_of_one_batch() {
+    check_lanes(&emoji(), &LANES);
+}
+
+#[test]
+fn the_two_passes_of_guidance_one_after_the_other_have_the_bits_of_one_batch() {
+    let (model, inputs) = (emoji(), conditioning(&emoji(), 1, 1));
+    let steps = |max_batch| {
+        let limits = Limits { max_batch, ..Limits::default() };
+        let run = |stage: &mut dyn Stage| drain(&model, stage, (0..).zip(inputs.clone()).collect()).1;
+        stages::with_leader_within(limits, model.dir, "transformer", Layout::SOLO, 1, run)
+    };
+    assert_eq!(steps(1), steps(8));
 }
 
 /// What came of [`JOB`] when `stop` was done to it after `steps` steps, among jobs that were left alone: its last event.

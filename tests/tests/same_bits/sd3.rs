@@ -4,11 +4,12 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use models::Request;
+use models::blocks::Layout;
 use models::request::SkipLayerGuidance;
 use models::sd3_transformer::Sd3TransformerConfig;
 use tests::synthetic;
 
-use super::{Model, check_every_layout};
+use super::{Model, check_every_layout, check_lanes};
 
 /// As its neighbours' it is four steps of two or three passes, but for the third's, which is without guidance.
 fn request(key: u64) -> Request {
@@ -61,5 +62,7 @@ fn pipeline() -> tempfile::TempDir {
 fn sd35_has_the_same_bits_on_every_layout_alone_and_batched() {
     let dir = pipeline();
     let encoders = &["text_encoder", "text_encoder_2", "text_encoder_3"];
-    check_every_layout(&Model { dir: dir.path(), encoders, text_tp: 2, request });
+    let model = Model { dir: dir.path(), encoders, text_tp: 2, request };
+    check_every_layout(&model);
+    check_lanes(&model, &[Layout::new(2, 1).with_cfg_parallel(2), Layout::new(1, 2).with_cfg_parallel(3)]);
 }
