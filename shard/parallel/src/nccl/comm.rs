@@ -199,7 +199,10 @@ impl NcclComm {
     fn wait(&self, call: &'static str, deadline: Instant, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
         let mut spins = 0;
         while !done()? {
-            (self.watch)()?;
+            if let Err(lost) = (self.watch)() {
+                // A peer may leave as soon as its part is done; then ours is done too.
+                return if done()? { Ok(()) } else { Err(lost) };
+            }
             if Instant::now() >= deadline {
                 return Err(Error::Stalled { call, limit: self.limit });
             }
