@@ -66,16 +66,20 @@ pub(super) async fn put_checkpoint(dial: &Dial, address: &str, key: CheckpointKe
     in_time(client.put_checkpoint(tokio_stream::iter(parts))).await.map(drop)
 }
 
-pub(super) async fn get_checkpoint(dial: &Dial, address: &str, key: CheckpointKey) -> Result<[u8; 32], Status> {
+/// The step of what was stored, which may be a later one than was asked for, and the state itself.
+pub(super) async fn get_checkpoint(dial: &Dial, address: &str, key: CheckpointKey) -> Result<(u32, [u8; 32]), Status> {
     let mut client = CheckpointServiceClient::new(connect(dial, address).await?);
     let mut parts = in_time(client.get_checkpoint(GetCheckpointRequest { key: Some(key) })).await?.into_inner();
-    let mut bytes = Vec::new();
+    let (mut step, mut bytes) = (0, Vec::new());
     while let Some(response) = in_time(parts.message()).await? {
-        if let Some(get_checkpoint_response::Part::Chunk(chunk)) = response.part {
-            bytes.extend_from_slice(&chunk);
+        match response.part {
+            Some(get_checkpoint_response::Part::Header(header)) => step = header.key.unwrap_or_default().step,
+            Some(get_checkpoint_response::Part::Chunk(chunk)) => bytes.extend_from_slice(&chunk),
+            None => {}
         }
     }
-    <[u8; 32]>::try_from(bytes).map_err(|_| Status::data_loss("a state has 32 bytes"))
+    let state = <[u8; 32]>::try_from(bytes).map_err(|_| Status::data_loss("a state has 32 bytes"))?;
+    Ok((step, state))
 }
 
 pub(super) async fn upload(dial: &Dial, address: &str, picture: [u8; 32]) -> Result<ImageResult, Status> {

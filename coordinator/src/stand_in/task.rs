@@ -151,7 +151,7 @@ impl Fake {
     async fn input(&self, run: &RunTask, running: &Running) -> Result<[u8; 32], End> {
         if let Some(stage) = run.stored_inputs.first() {
             let at = CheckpointKey { stage: stage.clone(), ..self.key(running, 0) };
-            return self.fetch(run, at).await;
+            return Ok(self.fetch(run, at).await?.1);
         }
         let Some(stage) = run.inputs.first() else {
             return Ok([0; 32]);
@@ -172,12 +172,12 @@ impl Fake {
     async fn denoise(&self, run: &RunTask, running: &Running, spec: &JobSpec, input: [u8; 32]) -> Result<[u8; 32], End> {
         let steps = spec.num_inference_steps();
         running.0.steps.store(steps, Ordering::SeqCst);
-        let mut latents = match run.resume_step {
-            0 => first_latents(&input, spec),
+        let (done, mut latents) = match run.resume_step {
+            0 => (0, first_latents(&input, spec)),
             step => self.fetch(run, self.key(running, step)).await?,
         };
-        running.0.saved.store(run.resume_step, Ordering::SeqCst);
-        for step in run.resume_step + 1..=steps {
+        running.0.saved.store(done, Ordering::SeqCst);
+        for step in done + 1..=steps {
             running.check()?;
             if spec.prompt.contains(POISON) {
                 self.life.cancel();
@@ -195,7 +195,7 @@ impl Fake {
         Ok(latents)
     }
 
-    async fn fetch(&self, run: &RunTask, at: CheckpointKey) -> Result<[u8; 32], End> {
+    async fn fetch(&self, run: &RunTask, at: CheckpointKey) -> Result<(u32, [u8; 32]), End> {
         // A coordinator that is not there is no reason to begin anew.
         let mut last = String::new();
         for _ in 0..20 {
