@@ -330,6 +330,24 @@ fn what_runs_goes_on_under_a_new_coordinator() {
 }
 
 #[test]
+fn after_an_epoch_that_was_taken_over_comes_none_that_an_earlier_coordinator_may_have_begun() {
+    let (mut cluster, _, tasks) = denoising();
+    let leader = stage(&tasks, "denoise").0.clone();
+    let mut holdings = holdings(&cluster, &[]);
+    let before = cluster.epoch("emoji/transformer/0");
+    cluster.restart(SavedSteps::new());
+    for worker in ["w1", "w2", "w3"] {
+        cluster.join_holding(worker, holdings.remove(worker).unwrap_or_default());
+    }
+    cluster.describe("w1");
+    cluster.tick(SETTLE);
+    assert_eq!(cluster.epoch("emoji/transformer/0"), before, "taken over");
+    cluster.leave(&leader);
+    cluster.tick(REFORM_PAUSE);
+    assert!(cluster.epoch("emoji/transformer/0") >= cluster.state.settings.first_epoch);
+}
+
+#[test]
 fn a_job_whose_worker_did_not_come_back_begins_a_new_try_from_its_checkpoint() {
     let (mut cluster, job, tasks) = denoising();
     let leader = stage(&tasks, "denoise").0.clone();

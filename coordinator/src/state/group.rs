@@ -17,6 +17,8 @@ pub(super) struct Group {
     pub(super) limit: usize,
     /// Its incarnation. Counts up each time it forms.
     pub(super) epoch: u64,
+    /// No epoch that this coordinator begins is earlier: earlier coordinators may have begun those.
+    first_epoch: u64,
     pub(super) phase: GroupState,
     /// In rank order; empty while it waits.
     pub(super) members: Members,
@@ -49,6 +51,7 @@ impl Group {
             order: 0,
             limit,
             epoch: first_epoch.saturating_sub(1),
+            first_epoch,
             phase: GroupState::Waiting,
             members: Members::new(),
             problem: String::new(),
@@ -63,7 +66,8 @@ impl Group {
 
     /// The next epoch begins with these members.
     pub(super) fn begin(&mut self, members: Members) {
-        self.epoch += 1;
+        // One that was taken over may be older than others that an earlier coordinator began.
+        self.epoch = (self.epoch + 1).max(self.first_epoch);
         self.phase = GroupState::Loading;
         self.ranks = vec![Rank::default(); members.len()];
         self.members = members;
