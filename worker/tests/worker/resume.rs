@@ -155,7 +155,7 @@ async fn a_checkpoint_that_is_not_what_it_should_be_is_not_gone_on_from() {
     lost(&mut bench, step, "ended after").await;
     change("denoise", step, &|header, _| header.model_digest = "abd".into());
     lost(&mut bench, step, "model_digest").await;
-    change("denoise", step, &|header, _| header.key.as_mut().unwrap().step += 1);
+    change("denoise", step, &|header, _| header.key.as_mut().unwrap().step -= 1);
     lost(&mut bench, step, "header.key").await;
     change("denoise", step, &|header, _| header.tensors[0].shape.reverse());
     lost(&mut bench, step, "latents").await;
