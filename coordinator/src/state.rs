@@ -315,7 +315,7 @@ impl State {
     }
 
     fn report(&mut self, worker_id: &str, report: Report) {
-        self.is_over_long_ago(worker_id, &report);
+        self.forget_if_over(worker_id, &report);
         let known = match report {
             Report::ModelDescribed(described) => self.model_described(worker_id, described),
             Report::GroupLoading(loading) => self.group_loading(worker_id, &loading),

@@ -123,8 +123,8 @@ impl State {
         }
     }
 
-    /// A worker keeps the end of a task until it is told that the job is over, and may have missed that.
-    pub(super) fn is_over_long_ago(&mut self, worker_id: &str, report: &Report) {
+    /// A worker keeps the end of a task until it is told that the job is over, and may have missed that: it is told again.
+    pub(super) fn forget_if_over(&mut self, worker_id: &str, report: &Report) {
         let task: Option<&TaskRef> = match report {
             Report::TaskDone(done) => done.task.as_ref(),
             Report::TaskFailed(failed) => failed.task.as_ref(),

@@ -5,7 +5,7 @@ use parallel::{Tensor, Tensors};
 use crate::autoencoder_kl::{AutoencoderKl, Moments, Tiling};
 use crate::autoencoder_kl_qwen::AutoencoderKlQwenImage;
 use crate::image_io::{self, Picture, PictureLimits};
-use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
+use crate::stage::{Inputs, OneAtATime, Waiting};
 use crate::{Error, Payload, Request, Result};
 
 /// Above this many pixels the autoencoder works in tiles, whose size the network gives. The largest of the sizes of "one megapixel"
@@ -122,24 +122,13 @@ fn tiling(width: usize, height: usize) -> Tiling {
     if width * height > TILING_ABOVE { Tiling::On } else { Tiling::Off }
 }
 
-impl Stage for AutoencoderStage {
-    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
-        self.waiting.push(key, request, inputs);
+impl OneAtATime for AutoencoderStage {
+    fn waiting(&mut self) -> &mut Waiting {
+        &mut self.waiting
     }
 
-    fn park(&mut self, key: TaskKey) {
-        self.waiting.park(key);
-    }
-
-    fn cancel(&mut self, key: TaskKey) {
-        self.waiting.cancel(key);
-    }
-
-    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        let more = waiting.turn(on_event, |request, inputs| self.run(request, inputs));
-        self.waiting = waiting;
-        more
+    fn do_task(&mut self, request: &Request, inputs: &Inputs) -> Result<Payload> {
+        self.run(request, inputs)
     }
 }
 

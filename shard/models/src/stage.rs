@@ -115,6 +115,36 @@ impl Inputs {
     }
 }
 
+/// A stage that does a whole task in a turn, the first that came first.
+pub(crate) trait OneAtATime: Send {
+    /// The tasks that have come.
+    fn waiting(&mut self) -> &mut Waiting;
+
+    /// One task from beginning to end.
+    fn do_task(&mut self, request: &Request, inputs: &Inputs) -> Result<Payload>;
+}
+
+impl<T: OneAtATime> Stage for T {
+    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
+        self.waiting().push(key, request, inputs);
+    }
+
+    fn park(&mut self, key: TaskKey) {
+        self.waiting().park(key);
+    }
+
+    fn cancel(&mut self, key: TaskKey) {
+        self.waiting().cancel(key);
+    }
+
+    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
+        let mut waiting = std::mem::take(self.waiting());
+        let more = waiting.turn(on_event, |request, inputs| self.do_task(request, inputs));
+        *self.waiting() = waiting;
+        more
+    }
+}
+
 /// Tasks waiting for their turn, in the order they came. For stages that work on one at a time.
 #[derive(Debug, Default)]
 pub(crate) struct Waiting {

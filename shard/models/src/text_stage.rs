@@ -7,7 +7,7 @@ use parallel::{Tensor, Tensors};
 use crate::block_runner::BlockRunner;
 use crate::lora::Share;
 use crate::request::{Encoder, Guidance};
-use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
+use crate::stage::{Inputs, OneAtATime, Waiting};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Payload, Request, Result};
 
@@ -104,24 +104,13 @@ impl TextStage {
     }
 }
 
-impl Stage for TextStage {
-    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
-        self.waiting.push(key, request, inputs);
+impl OneAtATime for TextStage {
+    fn waiting(&mut self) -> &mut Waiting {
+        &mut self.waiting
     }
 
-    fn park(&mut self, key: TaskKey) {
-        self.waiting.park(key);
-    }
-
-    fn cancel(&mut self, key: TaskKey) {
-        self.waiting.cancel(key);
-    }
-
-    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        let more = waiting.turn(on_event, |request, _| self.run(request));
-        self.waiting = waiting;
-        more
+    fn do_task(&mut self, request: &Request, _inputs: &Inputs) -> Result<Payload> {
+        self.run(request)
     }
 }
 

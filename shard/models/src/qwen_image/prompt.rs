@@ -11,7 +11,7 @@ use crate::lora::Share;
 use crate::model_dir::ModelDir;
 use crate::qwen2_5_vl::ImageProcessor;
 use crate::request::Encoder;
-use crate::stage::{Inputs, Pictures, Stage, StageEvent, TaskKey, Waiting};
+use crate::stage::{Inputs, OneAtATime, Pictures, Waiting};
 use crate::text_stage::{Key, PromptCache};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Payload, Request, Result};
@@ -176,24 +176,13 @@ impl Eyes {
     }
 }
 
-impl Stage for PromptStage {
-    fn start(&mut self, key: TaskKey, request: Request, inputs: Inputs) {
-        self.waiting.push(key, request, inputs);
+impl OneAtATime for PromptStage {
+    fn waiting(&mut self) -> &mut Waiting {
+        &mut self.waiting
     }
 
-    fn park(&mut self, key: TaskKey) {
-        self.waiting.park(key);
-    }
-
-    fn cancel(&mut self, key: TaskKey) {
-        self.waiting.cancel(key);
-    }
-
-    fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool> {
-        let mut waiting = std::mem::take(&mut self.waiting);
-        let more = waiting.turn(on_event, |request, inputs| self.run(request, inputs));
-        self.waiting = waiting;
-        more
+    fn do_task(&mut self, request: &Request, inputs: &Inputs) -> Result<Payload> {
+        self.run(request, inputs)
     }
 }
 
