@@ -72,7 +72,8 @@ async fn a_killed_workers_job_is_done_by_those_that_are_left() {
     });
     let why = why.unwrap();
     assert_eq!(why.reason, "GROUP_LOST");
-    assert!(why.message.contains("emoji/transformer/0") && why.message.contains("w2"), "{}", why.message);
+    // Whichever of its groups is lost first is named: the end of its text task may not have been told yet.
+    assert!(why.message.starts_with("group emoji/") && why.message.contains("worker w2 left"), "{}", why.message);
 }
 
 #[tokio::test]
