@@ -254,6 +254,7 @@ impl Owner {
                     self.live.note(&record);
                     changes.push(Change::Put(record));
                 }
+                Effect::PersistGroup(record) => changes.push(Change::Group(record)),
                 Effect::Forget { job_id } => changes.push(Change::Forget { job_id }),
                 Effect::Answer(given) => deeds.extend(answer.take().map(|answer| Deed::Answer { answer, given })),
                 other => deeds.push(Deed::Effect(other)),
@@ -306,7 +307,7 @@ impl Owner {
                 }
                 // The janitor ends only with the coordinator.
                 Effect::DropCheckpoints { job_id } => drop(self.done_with.send(job_id)),
-                Effect::Persist(_) | Effect::Forget { .. } | Effect::Answer(_) => {}
+                Effect::Persist(_) | Effect::PersistGroup(_) | Effect::Forget { .. } | Effect::Answer(_) => {}
             },
         }
     }

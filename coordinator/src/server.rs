@@ -151,7 +151,7 @@ where
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
     let World { context, dial, store: (store, recovered), takes_over, lost, blobs, place, address } = world;
-    let Recovered { jobs, term } = recovered;
+    let Recovered { jobs, groups, term } = recovered;
     let settings = Settings {
         models: config.models.clone(),
         limits: config.limits,
@@ -159,8 +159,7 @@ where
         key: Key(context.key()),
         max_record_bytes: store.max_accepted_bytes(),
         term,
-        // Grows from one life of the coordinator to the next, so that a worker never sees an epoch twice: no group forms
-        // a thousand times a second.
+        // No group forms a thousand times a second. Where epochs are written down, nothing hangs on the clock.
         first_epoch: context.now(),
     };
     let mut state = State::new(settings);
@@ -172,7 +171,7 @@ where
     if takes_over {
         let saved = |job_id: &String| checkpoints.list(job_id).into_iter().map(|saved| (saved.stage, saved.step)).collect();
         let saved: SavedSteps = live.all().into_iter().map(|job_id| (job_id.clone(), saved(&job_id))).collect();
-        state.recover(context.now(), jobs, saved);
+        state.recover(context.now(), jobs, groups, saved);
     }
 
     let stop = CancellationToken::new();

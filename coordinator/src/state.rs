@@ -45,7 +45,9 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proto::v1::{self, Holding, JobRecord, JobSpec, Registration, control_request::Command, control_response::Report};
+use proto::v1::{
+    self, GroupRecord, Holding, JobRecord, JobSpec, Registration, control_request::Command, control_response::Report,
+};
 
 use self::{estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling};
 use crate::{config::Limits, error::Result, models_file::ModelConfig};
@@ -94,7 +96,8 @@ pub struct Settings {
     pub max_record_bytes: Option<usize>,
     /// Grows with every coordinator that leads this cluster.
     pub term: u64,
-    /// The first epoch of every group. Greater in each life of the coordinator, so that epochs never come twice.
+    /// No group's first epoch is earlier. Greater in each life of the coordinator, so that epochs never come twice even where what
+    /// was written down is lost with a temporary folder.
     pub first_epoch: u64,
 }
 
@@ -189,6 +192,8 @@ pub enum Effect {
     },
     /// A job must be written down as it is now, before any effect that follows is carried out.
     Persist(Box<JobRecord>),
+    /// The newest epoch of a group must be written down, before any effect that follows is carried out.
+    PersistGroup(GroupRecord),
     /// A job that ended long ago need not be kept any more.
     Forget {
         /// Which job.
@@ -244,6 +249,8 @@ pub struct State {
     due: BTreeSet<(Millis, u64)>,
     /// By model.
     costs: BTreeMap<String, Cost>,
+    /// The newest epoch of each group when this coordinator took over.
+    epochs: BTreeMap<String, u64>,
     /// While the workers of an earlier coordinator come back.
     settling: Option<Settling>,
     stale_reports: u64,
@@ -266,6 +273,7 @@ impl State {
             away: BTreeSet::new(),
             due: BTreeSet::new(),
             costs: BTreeMap::new(),
+            epochs: BTreeMap::new(),
             settling: None,
             stale_reports: 0,
             effects: Vec::new(),

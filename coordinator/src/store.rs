@@ -1,4 +1,4 @@
-//! What is kept of jobs so that nothing accepted is lost: every change is durable before anybody is told of it.
+//! What is kept of jobs and groups so that nothing accepted is lost: every change is durable before anybody is told of it.
 //!
 //! Two stores behind one [`StoreHandle`]: [`Journal`], an fsynced log in a folder, for one coordinator; [`EtcdStore`],
 //! whose every write is fenced by the leader's key, for several. A failure is final in both: a store that could not
@@ -28,7 +28,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use proto::v1::JobRecord;
+use proto::v1::{GroupRecord, JobRecord};
 use tokio::sync::{mpsc, watch};
 
 pub use self::{
@@ -137,6 +137,8 @@ pub enum Change {
         /// The job.
         job_id: String,
     },
+    /// Keep this of the group; it replaces what was kept before.
+    Group(GroupRecord),
 }
 
 /// How far the store has come.
@@ -153,6 +155,8 @@ pub struct Durable {
 pub struct Recovered {
     /// By number.
     pub jobs: Vec<JobRecord>,
+    /// The newest epoch of every group, in no order.
+    pub groups: Vec<GroupRecord>,
     /// Grows with every opening.
     pub term: u64,
 }

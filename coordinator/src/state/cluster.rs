@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use proto::v1::{
-    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupState, Holding, JoinGroup, LeaveGroup, ModelDescribed, Registration,
-    control_request::Command, model_described::Outcome,
+    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupRecord, GroupState, Holding, JoinGroup, LeaveGroup, ModelDescribed,
+    Registration, control_request::Command, model_described::Outcome,
 };
 use sha2::{Digest, Sha256};
 
@@ -72,7 +72,7 @@ impl State {
         }
         match described.outcome {
             Some(Outcome::Card(card)) => {
-                let groups = model.described(card, self.settings.first_epoch);
+                let groups = model.described(card, &self.epochs, self.settings.first_epoch);
                 for mut group in groups {
                     group.order = self.groups.iter().count();
                     self.groups.add(group);
@@ -129,6 +129,8 @@ impl State {
             max_jobs: model.config.max_jobs,
             adapters: model.adapter_files(),
         };
+        let record = GroupRecord { group_id: group_id.to_owned(), epoch: join.epoch };
+        self.effects.push(Effect::PersistGroup(record));
         for (rank, member) in (0..).zip(&members) {
             self.send(member, Command::JoinGroup(JoinGroup { rank, ..join.clone() }));
         }

@@ -2,10 +2,11 @@
 
 use proto::v1::{
     Draining, HeldRank, HeldTask, Holding, JobState, JoinGroup, ParkTask, RunTask, TaskDone, TaskParked, TaskProgress,
+    model_described::Outcome,
 };
 
 use super::{tests::*, *};
-use crate::error::Error;
+use crate::{error::Error, testing};
 
 fn progress(cluster: &mut Cluster, (worker, task): &(String, RunTask), step: u32, saved_step: u32) {
     cluster.report(worker, Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps: 4, saved_step }));
@@ -278,6 +279,28 @@ fn an_answer_never_comes_before_the_record_it_tells_of() {
     assert!(written < place(|effect| matches!(effect, Effect::Send { .. })));
 }
 
+#[test]
+fn no_worker_is_asked_to_join_before_the_epoch_is_written_down() {
+    let mut cluster = Cluster::new();
+    cluster.join("w1");
+    let outcome = Some(Outcome::Card(testing::card("emoji")));
+    let report = Report::ModelDescribed(proto::v1::ModelDescribed { model: "emoji".into(), outcome });
+    let effects = cluster.state.apply(2000, Event::Report { worker_id: "w1".into(), report });
+    let mut written = BTreeMap::new();
+    let mut joins = 0;
+    for effect in effects {
+        match effect {
+            Effect::PersistGroup(record) => drop(written.insert(record.group_id, record.epoch)),
+            Effect::Send { command: Command::JoinGroup(join), .. } => {
+                assert_eq!(written.get(&join.group_id), Some(&join.epoch));
+                joins += 1;
+            }
+            _ => {}
+        }
+    }
+    assert!(joins > 0);
+}
+
 /// What each worker of `cluster` would say it holds: all ranks ready, and the given tasks.
 pub(super) fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> BTreeMap<String, Holding> {
     let mut holdings: BTreeMap<String, Holding> = BTreeMap::new();
@@ -345,6 +368,33 @@ fn after_an_epoch_that_was_taken_over_comes_none_that_an_earlier_coordinator_may
     cluster.leave(&leader);
     cluster.tick(REFORM_PAUSE);
     assert!(cluster.epoch("emoji/transformer/0") >= cluster.state.settings.first_epoch);
+}
+
+#[test]
+fn a_whole_group_does_not_go_on_if_a_newer_epoch_of_it_was_begun() {
+    let (mut cluster, _, tasks) = denoising();
+    let leader = stage(&tasks, "denoise").0.clone();
+    // As they were before the leader was taken for lost, which only its coordinator knew of.
+    let mut holdings = holdings(&cluster, &[]);
+    let before = cluster.epoch("emoji/transformer/0");
+    cluster.leave(&leader);
+    cluster.tick(REFORM_PAUSE);
+    let newer = cluster.epoch("emoji/transformer/0");
+    assert!(newer > before, "{newer}");
+    cluster.restart(SavedSteps::new());
+    // Its clock was set back.
+    cluster.state.settings.first_epoch = 1;
+    for worker in ["w1", "w2", "w3"] {
+        cluster.join_holding(worker, holdings.remove(worker).unwrap_or_default());
+    }
+    cluster.describe("w1");
+    cluster.tick(SETTLE);
+    assert!(cluster.epoch("emoji/transformer/0") > newer);
+    let told = cluster.sent.iter().any(|(worker, command)| {
+        matches!(command, Command::LeaveGroup(leave) if leave.group_id == "emoji/transformer/0" && leave.epoch == before)
+            && *worker == leader
+    });
+    assert!(told, "its ranks are told to leave");
 }
 
 #[test]

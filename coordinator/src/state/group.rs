@@ -17,7 +17,9 @@ pub(super) struct Group {
     pub(super) limit: usize,
     /// Its incarnation. Counts up each time it forms.
     pub(super) epoch: u64,
-    /// No epoch that this coordinator begins is earlier: earlier coordinators may have begun those.
+    /// The newest epoch that any coordinator has begun, as far as it was written down.
+    newest: u64,
+    /// No epoch that begins is earlier.
     first_epoch: u64,
     pub(super) phase: GroupState,
     /// In rank order; empty while it waits.
@@ -45,12 +47,13 @@ struct Rank {
 }
 
 impl Group {
-    pub(super) fn new(wanted: WantedGroup, limit: usize, first_epoch: u64) -> Self {
+    pub(super) fn new(wanted: WantedGroup, limit: usize, newest: u64, first_epoch: u64) -> Self {
         Self {
             wanted,
             order: 0,
             limit,
-            epoch: first_epoch.saturating_sub(1),
+            epoch: newest,
+            newest,
             first_epoch,
             phase: GroupState::Waiting,
             members: Members::new(),
@@ -66,11 +69,16 @@ impl Group {
 
     /// The next epoch begins with these members.
     pub(super) fn begin(&mut self, members: Members) {
-        // One that was taken over may be older than others that an earlier coordinator began.
-        self.epoch = (self.epoch + 1).max(self.first_epoch);
+        self.epoch = (self.newest + 1).max(self.first_epoch);
+        self.newest = self.epoch;
         self.phase = GroupState::Loading;
         self.ranks = vec![Rank::default(); members.len()];
         self.members = members;
+    }
+
+    /// An epoch may go on that an earlier coordinator began: none was begun after it.
+    pub(super) fn may_adopt(&self, epoch: u64) -> bool {
+        self.members.is_empty() && epoch >= self.newest
     }
 
     /// An epoch that an earlier coordinator began goes on.

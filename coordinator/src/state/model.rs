@@ -1,6 +1,6 @@
 //! One model of models.toml: its card once a worker has read it, and the groups it needs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proto::v1::{Adapter, AdapterFile, JobSpec, Lora, ModelCard, StageKind};
 
@@ -119,8 +119,8 @@ impl Model {
         self.problem = problem;
     }
 
-    /// Takes the card and gives the groups it needs. A card that does not fit is this model's problem for good.
-    pub(super) fn described(&mut self, mut card: ModelCard, first_epoch: u64) -> Vec<Group> {
+    /// Takes the card and gives the groups it needs; `epochs` are the newest of those that were there before. A card that does not fit is this model's problem for good.
+    pub(super) fn described(&mut self, mut card: ModelCard, epochs: &BTreeMap<String, u64>, first_epoch: u64) -> Vec<Group> {
         self.asked = None;
         card.name.clone_from(&self.config.name);
         let wanted = plan::check_stages(&card).and_then(|()| placement::wanted_groups(&self.config, &card));
@@ -133,7 +133,8 @@ impl Model {
                     .into_iter()
                     .map(|wanted| {
                         let limit = limit(&wanted.component);
-                        Group::new(wanted, limit, first_epoch)
+                        let newest = epochs.get(&wanted.id).copied().unwrap_or_default();
+                        Group::new(wanted, limit, newest, first_epoch)
                     })
                     .collect();
                 self.card = Some(card);

@@ -1,14 +1,14 @@
 //! What a new coordinator takes over: jobs from the store, and the ranks and tasks that workers still hold.
 //!
 //! For a moment after its start ([`SETTLE`]) it accepts jobs but forms no group and starts nothing: workers come back and
-//! say what they hold. A group of which every rank came back in one epoch goes on; so does a job of which every task is
+//! say what they hold. A group of which every rank came back in its newest epoch goes on; so does a job of which every task is
 //! accounted for. All else begins a new epoch or a new try.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proto::v1::{
-    CancelTask, ForgetJob, HeldRank, HeldTask, Holding, JobRecord, JobState, LeaveGroup, TaskRef, control_request::Command,
-    control_response::Report,
+    CancelTask, ForgetJob, GroupRecord, HeldRank, HeldTask, Holding, JobRecord, JobState, LeaveGroup, TaskRef,
+    control_request::Command, control_response::Report,
 };
 
 use super::{
@@ -38,9 +38,11 @@ pub(super) struct Settling {
 pub type SavedSteps = BTreeMap<String, Vec<(String, u32)>>;
 
 impl State {
-    /// Takes over from an earlier coordinator: `records` in any order, and what is saved of jobs that are not over.
-    pub fn recover(&mut self, now: Millis, records: Vec<JobRecord>, mut saved: SavedSteps) {
+    /// Takes over from an earlier coordinator: records of jobs and groups in any order, and what is saved of jobs that are not
+    /// over.
+    pub fn recover(&mut self, now: Millis, records: Vec<JobRecord>, groups: Vec<GroupRecord>, mut saved: SavedSteps) {
         self.now = self.now.max(now);
+        self.epochs = groups.into_iter().map(|record| (record.group_id, record.epoch)).collect();
         let term = self.settings.term;
         let mut jobs: Vec<Job> = records.into_iter().map(|record| Job::recovered(record, term)).collect();
         jobs.sort_by_key(|job| (job.finished, job.number));
@@ -122,7 +124,8 @@ impl State {
         }
     }
 
-    /// Groups whose every rank came back ready in one epoch go on.
+    /// Groups whose every rank came back ready in the newest epoch that was begun go on. One of an older epoch does not, though it
+    /// be whole: members of the newer one may be at work where nobody sees them.
     fn adopt_groups(&mut self, holdings: &BTreeMap<String, Holding>) {
         let mut epochs: BTreeMap<(String, u64), Seats<'_>> = BTreeMap::new();
         for (worker, holding) in holdings {
@@ -144,7 +147,7 @@ impl State {
     }
 
     fn try_adopt(&mut self, group_id: &str, epoch: u64, ranks: &Seats<'_>) -> bool {
-        let Some(group) = self.groups.get(group_id).filter(|group| group.members.is_empty()) else {
+        let Some(group) = self.groups.get(group_id).filter(|group| group.may_adopt(epoch)) else {
             return false;
         };
         let wanted = &group.wanted;

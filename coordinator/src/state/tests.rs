@@ -18,6 +18,8 @@ pub(super) struct Cluster {
     pub(super) effects: Vec<Effect>,
     /// What a store would have, by job.
     pub(super) records: BTreeMap<String, JobRecord>,
+    /// And by group.
+    pub(super) epochs: BTreeMap<String, GroupRecord>,
     jobs: u32,
 }
 
@@ -47,7 +49,15 @@ impl Cluster {
             term: 1,
             first_epoch: 1,
         };
-        Self { state: State::new(settings), now: 1000, sent: vec![], effects: vec![], records: BTreeMap::new(), jobs: 0 }
+        Self {
+            state: State::new(settings),
+            now: 1000,
+            sent: vec![],
+            effects: vec![],
+            records: BTreeMap::new(),
+            epochs: BTreeMap::new(),
+            jobs: 0,
+        }
     }
 
     /// Another coordinator leads: it knows what the store has, and no worker has come back yet.
@@ -57,7 +67,7 @@ impl Cluster {
         settings.first_epoch += 1_000_000;
         self.state = State::new(settings);
         self.sent.clear();
-        self.state.recover(self.now, self.records.values().cloned().collect(), saved);
+        self.state.recover(self.now, self.records.values().cloned().collect(), self.epochs.values().cloned().collect(), saved);
     }
 
     /// The same with two workers there, the card known, and every group ready.
@@ -77,6 +87,7 @@ impl Cluster {
                 Effect::Send { worker_id, command } => self.sent.push((worker_id, command)),
                 Effect::Answer(given) => answer = Some(given),
                 Effect::Persist(record) => drop(self.records.insert(record.id.clone(), *record)),
+                Effect::PersistGroup(record) => drop(self.epochs.insert(record.group_id.clone(), record)),
                 Effect::Forget { job_id } => drop(self.records.remove(&job_id)),
                 other => self.effects.push(other),
             }

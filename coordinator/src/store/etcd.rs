@@ -1,11 +1,12 @@
-//! The store of several coordinators: one key for each job, written by whoever leads.
+//! The store of several coordinators: one key for each job and each group, written by whoever leads.
 //!
 //! ```text
-//! {prefix}/jobs/{job_id} = JobRecord, protobuf-encoded
+//! {prefix}/jobs/{job_id}     = JobRecord, protobuf-encoded
+//! {prefix}/groups/{group_id} = GroupRecord, protobuf-encoded
 //! ```
 //!
 //! Batches that wait go into one transaction, one key for each job. It is taken only if the leader's key is still the one
-//! that this leader made, and every job's key is as it left it: so nothing of a former leader lands after the takeover,
+//! that this leader made, and every record's key is as it left it: so nothing of a former leader lands after the takeover,
 //! and a transaction whose answer was lost can be sent again without ever landing twice, or late. While etcd is away it
 //! is sent again and again, until the lease is lost.
 
@@ -13,7 +14,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
 use prost::Message;
-use proto::v1::JobRecord;
+use proto::v1::{GroupRecord, JobRecord};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -28,10 +29,15 @@ use crate::{
 pub const MAX_RECORD_BYTES: usize = 8 << 10;
 /// Most bytes of the record of a new job: what is left is for how it ends.
 pub const MAX_ACCEPTED_BYTES: usize = 6 << 10;
-/// Jobs in one transaction: etcd takes 128 conditions, and one is the fence.
-const MAX_JOBS_PER_WRITE: usize = 120;
-/// Jobs read at once: at most 4 MiB, which is all that the client takes in one answer.
-const JOBS_PER_PAGE: i64 = 400;
+/// Records in one transaction: etcd takes 128 conditions, and one is the fence.
+const MAX_RECORDS_PER_WRITE: usize = 120;
+/// Records read at once: at most 4 MiB, which is all that the client takes in one answer.
+const RECORDS_PER_PAGE: i64 = 400;
+
+/// Where jobs are, below the prefix.
+const JOBS: &str = "jobs/";
+/// Where groups are, below the prefix.
+const GROUPS: &str = "groups/";
 
 /// The store of several coordinators.
 #[derive(Debug)]
@@ -44,18 +50,20 @@ impl EtcdStore {
     /// # Errors
     /// [`StoreError::Etcd`], [`StoreError::DamagedKey`].
     pub async fn open(config: &EtcdConfig, led: &Led) -> Result<(StoreHandle, Recovered)> {
-        let folder = format!("{}/jobs/", config.prefix);
         let mut client = connect(config).await.map_err(unavailable)?;
-        let found = read_all(&mut client, &folder).await?;
-        let revisions = found.iter().map(|(job, revision)| (job.id.clone(), *revision)).collect();
+        let found = read_all(&mut client, &format!("{}/{JOBS}", config.prefix), |job: &JobRecord| &job.id).await?;
+        let mut revisions: HashMap<_, _> = found.iter().map(|(job, at)| (format!("{JOBS}{}", job.id), *at)).collect();
         let mut jobs: Vec<JobRecord> = found.into_iter().map(|(job, _)| job).collect();
         jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
+        let found = read_all(&mut client, &format!("{}/{GROUPS}", config.prefix), |group: &GroupRecord| &group.group_id).await?;
+        revisions.extend(found.iter().map(|(group, at)| (format!("{GROUPS}{}", group.group_id), *at)));
+        let groups = found.into_iter().map(|(group, _)| group).collect();
         let (handle, inbox, progress) = StoreHandle::pair(Some(MAX_ACCEPTED_BYTES));
         let (fence, lost) = (led.fence.clone(), led.lost.clone());
-        let writer = Writer { config: config.clone(), client, folder, fence, lost, revisions, waiting: VecDeque::new() };
+        let writer = Writer { config: config.clone(), client, fence, lost, revisions, waiting: VecDeque::new() };
         tokio::spawn(writer.run(inbox, progress));
         info!(jobs = jobs.len(), term = led.term, "jobs read from etcd");
-        Ok((handle, Recovered { jobs, term: led.term }))
+        Ok((handle, Recovered { jobs, groups, term: led.term }))
     }
 }
 
@@ -63,38 +71,37 @@ fn unavailable(error: crate::Error) -> StoreError {
     StoreError::Etcd(Box::new(error))
 }
 
-/// Every job with its key's revision, in pages, all as of one moment.
-async fn read_all(client: &mut Client, folder: &str) -> Result<Vec<(JobRecord, i64)>> {
+/// Every record of a folder with its key's revision, in pages, all as of one moment.
+async fn read_all<M: Message + Default>(client: &mut Client, folder: &str, id: fn(&M) -> &String) -> Result<Vec<(M, i64)>> {
     let end = format!("{}0", folder.trim_end_matches('/'));
-    let (mut from, mut at, mut jobs) = (folder.as_bytes().to_vec(), 0, Vec::new());
+    let (mut from, mut at, mut records) = (folder.as_bytes().to_vec(), 0, Vec::new());
     loop {
-        let options = GetOptions::new().with_range(end.clone()).with_limit(JOBS_PER_PAGE).with_revision(at);
+        let options = GetOptions::new().with_range(end.clone()).with_limit(RECORDS_PER_PAGE).with_revision(at);
         let page = in_time(client.get(from, Some(options))).await.map_err(unavailable)?;
         at = page.header().map_or(at, |header| if at == 0 { header.revision() } else { at });
         for entry in page.kvs() {
             let key = String::from_utf8_lossy(entry.key()).into_owned();
-            let record = JobRecord::decode(entry.value());
+            let record = M::decode(entry.value());
             let record = record.map_err(|error| StoreError::DamagedKey { key: key.clone(), problem: error.to_string() })?;
-            if key.strip_prefix(folder) != Some(record.id.as_str()) {
-                return Err(StoreError::DamagedKey { key, problem: format!("it holds job {:?}", record.id) });
+            if key.strip_prefix(folder) != Some(id(&record).as_str()) {
+                return Err(StoreError::DamagedKey { key, problem: format!("it holds {:?}", id(&record)) });
             }
-            jobs.push((record, entry.mod_revision()));
+            records.push((record, entry.mod_revision()));
         }
-        let Some(last) = page.kvs().last().filter(|_| page.more()) else { return Ok(jobs) };
+        let Some(last) = page.kvs().last().filter(|_| page.more()) else { return Ok(records) };
         from = [last.key(), &[0]].concat();
     }
 }
 
-/// What a job's key is to hold; nothing: the key is to be gone.
+/// What a key is to hold; nothing: the key is to be gone.
 type Value = Option<Vec<u8>>;
 
 struct Writer {
     config: EtcdConfig,
     client: Client,
-    folder: String,
     fence: Fence,
     lost: CancellationToken,
-    /// Of every job's key, as this leader left it; a job that is not here has none.
+    /// Of every key below the prefix, as this leader left it; a key that is not here is not in etcd.
     revisions: HashMap<String, i64>,
     waiting: VecDeque<Batch>,
 }
@@ -130,19 +137,19 @@ impl Writer {
         let mut values: BTreeMap<String, Value> = BTreeMap::new();
         let mut newest = 0;
         while let Some(batch) = self.waiting.front() {
-            if newest > 0 && values.len() + batch.changes.len() > MAX_JOBS_PER_WRITE {
+            if newest > 0 && values.len() + batch.changes.len() > MAX_RECORDS_PER_WRITE {
                 break;
             }
             newest = batch.number;
             let changes = self.waiting.pop_front().map(|batch| batch.changes).unwrap_or_default();
             for change in changes {
-                let (job_id, value) = value_of(change)?;
-                values.insert(job_id, value);
+                let (name, value) = value_of(change)?;
+                values.insert(name, value);
             }
         }
         // One batch may be more than a transaction takes; it counts when all of it is there.
         let values: Vec<_> = values.into_iter().collect();
-        for part in values.chunks(MAX_JOBS_PER_WRITE) {
+        for part in values.chunks(MAX_RECORDS_PER_WRITE) {
             self.write(part).await?;
         }
         Ok(newest)
@@ -187,9 +194,9 @@ impl Writer {
         let mut when = vec![self.fence.compare()];
         let mut then = Vec::with_capacity(values.len());
         let mut otherwise = vec![TxnOp::get(self.fence.key.clone(), None)];
-        for (job_id, value) in values {
-            let key = format!("{}{job_id}", self.folder);
-            let revision = self.revisions.get(job_id).copied().unwrap_or(0);
+        for (name, value) in values {
+            let key = self.key(name);
+            let revision = self.revisions.get(name).copied().unwrap_or(0);
             when.push(Compare::mod_revision(key.clone(), CompareOp::Equal, revision));
             otherwise.push(TxnOp::get(key.clone(), None));
             then.push(match value {
@@ -204,8 +211,8 @@ impl Writer {
     fn learn(&mut self, values: &[(String, Value)], done: &TxnResponse) -> Result<()> {
         if done.succeeded() {
             let revision = done.header().map_or(0, |header| header.revision());
-            for (job_id, value) in values {
-                self.left(job_id, value.as_ref().map(|_| revision));
+            for (name, value) in values {
+                self.left(name, value.as_ref().map(|_| revision));
             }
             return Ok(());
         }
@@ -219,35 +226,42 @@ impl Writer {
         if !leads {
             return Err(StoreError::Fenced);
         }
-        for (job_id, value) in values {
+        for (name, value) in values {
             let found = found.next().flatten();
             if found.map(|entry| entry.value()) != value.as_deref() {
-                let key = format!("{}{job_id}", self.folder);
-                return Err(StoreError::DamagedKey { key, problem: "somebody who does not lead has written it".into() });
+                return Err(StoreError::DamagedKey {
+                    key: self.key(name),
+                    problem: "somebody who does not lead has written it".into(),
+                });
             }
-            self.left(job_id, found.map(|entry| entry.mod_revision()));
+            self.left(name, found.map(|entry| entry.mod_revision()));
         }
         Ok(())
     }
 
-    fn left(&mut self, job_id: &str, revision: Option<i64>) {
+    fn left(&mut self, name: &str, revision: Option<i64>) {
         match revision {
-            Some(revision) => drop(self.revisions.insert(job_id.to_owned(), revision)),
-            None => drop(self.revisions.remove(job_id)),
+            Some(revision) => drop(self.revisions.insert(name.to_owned(), revision)),
+            None => drop(self.revisions.remove(name)),
         }
+    }
+
+    fn key(&self, name: &str) -> String {
+        format!("{}/{name}", self.config.prefix)
     }
 }
 
+/// The key below the prefix, and what it is to hold.
 fn value_of(change: Change) -> Result<(String, Value)> {
     match change {
-        Change::Forget { job_id } => Ok((job_id, None)),
+        Change::Forget { job_id } => Ok((format!("{JOBS}{job_id}"), None)),
+        Change::Group(record) => Ok((format!("{GROUPS}{}", record.group_id), Some(record.encode_to_vec()))),
         Change::Put(record) => {
             let bytes = record.encoded_len();
             if bytes > MAX_RECORD_BYTES {
                 return Err(StoreError::TooLarge { job_id: record.id, bytes, limit: MAX_RECORD_BYTES });
             }
-            let value = record.encode_to_vec();
-            Ok((record.id, Some(value)))
+            Ok((format!("{JOBS}{}", record.id), Some(record.encode_to_vec())))
         }
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! header  "ATELJRNL" version:u32 kind:u32 term:u64 first:u64 salt:u64 crc:u32            little endian, 44 bytes
 //! frame   "AJF1" length:u32 number:u64 crc:u32, then `length` bytes of changes
-//! change  kind:u8 (1 put, 2 forget) id_length:u16 id length:u32 record
+//! change  kind:u8 (1 put, 2 forget, 3 group) id_length:u16 id length:u32 record
 //! ```
 //!
 //! Frames are numbered without a gap, from one log to the next. A frame is written only after the one before it was
@@ -14,8 +14,9 @@
 use crate::store::Change;
 use prost::Message;
 
-/// The format that is written, and the newest that is read.
-pub(super) const VERSION: u32 = 1;
+/// The format that is written, and the newest that is read. 1 had no groups.
+pub(super) const VERSION: u32 = 2;
+const OLDEST_VERSION: u32 = 1;
 pub(super) const HEADER_BYTES: usize = 44;
 pub(super) const FRAME_BYTES: usize = 20;
 /// Most bytes of a frame's changes: a group commit, or one batch if that is larger.
@@ -24,6 +25,7 @@ const HEADER_MAGIC: &[u8; 8] = b"ATELJRNL";
 const FRAME_MAGIC: &[u8; 4] = b"AJF1";
 const PUT: u8 = 1;
 const FORGET: u8 = 2;
+const GROUP: u8 = 3;
 
 /// What a segment holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +83,7 @@ impl Header {
             return Err(BadHeader::Damaged("the header's checksum is wrong"));
         }
         let version = u32_at(fields, 8);
-        if version != VERSION {
+        if !(OLDEST_VERSION..=VERSION).contains(&version) {
             return Err(BadHeader::Version(version));
         }
         let kind = match u32_at(fields, 12) {
@@ -118,12 +120,18 @@ impl Builder {
         match change {
             Change::Put(record) => self.raw(PUT, &record.id, &record.encode_to_vec()),
             Change::Forget { job_id } => self.raw(FORGET, job_id, &[]),
+            Change::Group(record) => self.raw(GROUP, &record.group_id, &record.encode_to_vec()),
         }
     }
 
     /// Adds a job as it was encoded before.
-    pub(super) fn push_encoded(&mut self, job_id: &str, record: &[u8]) -> Option<usize> {
+    pub(super) fn push_job(&mut self, job_id: &str, record: &[u8]) -> Option<usize> {
         self.raw(PUT, job_id, record)
+    }
+
+    /// Adds a group as it was encoded before.
+    pub(super) fn push_group(&mut self, group_id: &str, record: &[u8]) -> Option<usize> {
+        self.raw(GROUP, group_id, record)
     }
 
     /// Adds the changes of another frame.
@@ -132,14 +140,14 @@ impl Builder {
         self.bytes.extend_from_slice(changes);
     }
 
-    fn raw(&mut self, kind: u8, job_id: &str, record: &[u8]) -> Option<usize> {
-        let id_length = u16::try_from(job_id.len()).ok()?;
+    fn raw(&mut self, kind: u8, id: &str, record: &[u8]) -> Option<usize> {
+        let id_length = u16::try_from(id.len()).ok()?;
         let length = u32::try_from(record.len()).ok()?;
         self.bytes.resize(self.bytes.len().max(FRAME_BYTES), 0);
         let before = self.bytes.len();
         self.bytes.push(kind);
         self.bytes.extend_from_slice(&id_length.to_le_bytes());
-        self.bytes.extend_from_slice(job_id.as_bytes());
+        self.bytes.extend_from_slice(id.as_bytes());
         self.bytes.extend_from_slice(&length.to_le_bytes());
         self.bytes.extend_from_slice(record);
         (self.len() <= MAX_FRAME_BYTES).then(|| self.bytes.len() - before)
@@ -187,8 +195,13 @@ pub(super) fn frame_behind(bytes: &[u8], start: usize, salt: u64) -> bool {
         .any(|at| &bytes[at..at + magic] == FRAME_MAGIC && frame_at(bytes, at, salt).is_some())
 }
 
-/// One change as it was written: the job, and its record unless it was forgotten.
-pub(super) type Written<'a> = (&'a str, Option<&'a [u8]>);
+/// One change as it was written: an id, and what is kept under it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written<'a> {
+    Job(&'a str, &'a [u8]),
+    Forgotten(&'a str),
+    Group(&'a str, &'a [u8]),
+}
 
 /// The changes of a frame; nothing in place of one that makes no sense.
 pub(super) fn changes(mut rest: &[u8]) -> impl Iterator<Item = Option<Written<'_>>> {
@@ -212,12 +225,13 @@ fn take_change(bytes: &[u8]) -> Option<(Written<'_>, &[u8])> {
     let (length, rest) = rest.split_at_checked(4)?;
     let (record, rest) = rest.split_at_checked(u32_at(length, 0) as usize)?;
     let id = std::str::from_utf8(id).ok()?;
-    let record = match *kind {
-        PUT => Some(record),
-        FORGET => None,
+    let change = match *kind {
+        PUT => Written::Job(id, record),
+        FORGET => Written::Forgotten(id),
+        GROUP => Written::Group(id, record),
         _ => return None,
     };
-    Some(((id, record), rest))
+    Some((change, rest))
 }
 
 fn checksum(salt: u64, head: &[u8], changes: &[u8]) -> u32 {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use prost::Message;
-use proto::v1::JobRecord;
+use proto::v1::{GroupRecord, JobRecord};
 use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
@@ -101,7 +101,7 @@ fn prepare(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result<(StoreH
     // What is superseded goes only when what supersedes it is sure to stay.
     disk.sync_folder(folder).map_err(failed("sync", folder))?;
     remove(disk.as_ref(), &loaded.stale);
-    let jobs = decode(folder, &loaded)?;
+    let (jobs, groups) = decode(folder, &loaded)?;
 
     let mut begin = Builder::default();
     begin.push_changes(&loaded.unconfirmed);
@@ -124,7 +124,7 @@ fn prepare(folder: &Path, disk: Arc<dyn Disk>, tuning: Tuning) -> Result<(StoreH
         compaction: None,
     };
     info!(folder = %folder.display(), jobs = jobs.len(), term, "journal opened");
-    Ok((handle, Recovered { jobs, term }, Job { writer, inbox, progress, _lock: lock }))
+    Ok((handle, Recovered { jobs, groups, term }, Job { writer, inbox, progress, _lock: lock }))
 }
 
 /// What is done as long as the journal is open.
@@ -177,14 +177,17 @@ fn lock(disk: &dyn Disk, path: &Path, patience: Duration) -> Result<Box<dyn Send
     }
 }
 
-fn decode(folder: &Path, loaded: &Loaded) -> Result<Vec<JobRecord>> {
+fn decode(folder: &Path, loaded: &Loaded) -> Result<(Vec<JobRecord>, Vec<GroupRecord>)> {
+    let damaged = |what: &str, id: &str, error| damaged(folder, 0, &format!("{what} {id} cannot be decoded: {error}"));
     let mut jobs = Vec::with_capacity(loaded.jobs.len());
     for (id, record) in &loaded.jobs {
-        let record = JobRecord::decode(&record[..]);
-        jobs.push(record.map_err(|error| damaged(folder, 0, &format!("job {id} cannot be decoded: {error}")))?);
+        jobs.push(JobRecord::decode(&record[..]).map_err(|error| damaged("job", id, error))?);
     }
     jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
-    Ok(jobs)
+    let group =
+        |(id, record): (&String, &Box<[u8]>)| GroupRecord::decode(&record[..]).map_err(|error| damaged("group", id, error));
+    let groups = loaded.groups.iter().map(group).collect::<Result<_>>()?;
+    Ok((jobs, groups))
 }
 
 /// What is left over is harmless: it does not count, and the next opening tries again.
@@ -270,6 +273,8 @@ impl Writer {
                         self.live_bytes -= u64::from(old) + job_id.len() as u64;
                     }
                 }
+                // There are few, and they never grow.
+                Change::Group(_) => {}
             }
         }
         Ok(())
@@ -328,7 +333,7 @@ const CHANGE_OVERHEAD: usize = 7;
 /// Puts a snapshot in place of all logs before `first`.
 fn compact(disk: &dyn Disk, folder: &Path, term: u64, first: u64) -> Result<u64> {
     let loaded = load(disk, folder, Some(first))?;
-    let bytes = segment::write_snapshot(disk, folder, term, first, &loaded.jobs)?;
+    let bytes = segment::write_snapshot(disk, folder, term, first, &loaded)?;
     let superseded = load_stale(disk, folder, first)?;
     remove(disk, &superseded);
     Ok(bytes)

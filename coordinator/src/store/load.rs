@@ -8,7 +8,7 @@ use std::{
 use super::{
     Result, StoreError,
     disk::Disk,
-    frame::{self, BadHeader, HEADER_BYTES, Header, Kind},
+    frame::{self, BadHeader, HEADER_BYTES, Header, Kind, Written},
     segment::{self, UNFINISHED, failed},
 };
 
@@ -17,6 +17,8 @@ use super::{
 pub(super) struct Loaded {
     /// The newest record of every job that was not forgotten, as it was written.
     pub(super) jobs: HashMap<String, Box<[u8]>>,
+    /// The newest record of every group.
+    pub(super) groups: HashMap<String, Box<[u8]>>,
     /// The newest opening that wrote something; 0 in an empty folder.
     pub(super) term: u64,
     /// Number of the first frame that a new log may have: of the last frame, if nothing shows that it was synced, and then
@@ -157,10 +159,10 @@ impl Loaded {
 
     fn take(&mut self, path: &Path, at: usize, changes: &[u8]) -> Result<()> {
         for change in frame::changes(changes) {
-            let (job_id, record) = change.ok_or_else(|| damaged(path, at, "a change makes no sense"))?;
-            match record {
-                Some(record) => drop(self.jobs.insert(job_id.to_owned(), record.into())),
-                None => drop(self.jobs.remove(job_id)),
+            match change.ok_or_else(|| damaged(path, at, "a change makes no sense"))? {
+                Written::Job(id, record) => drop(self.jobs.insert(id.to_owned(), record.into())),
+                Written::Forgotten(id) => drop(self.jobs.remove(id)),
+                Written::Group(id, record) => drop(self.groups.insert(id.to_owned(), record.into())),
             }
         }
         Ok(())

@@ -4,7 +4,6 @@
 //! there.
 
 use std::{
-    collections::HashMap,
     io,
     path::{Path, PathBuf},
 };
@@ -15,6 +14,7 @@ use super::{
     Result, StoreError,
     disk::{Disk, DiskFile},
     frame::{Builder, Header, Kind},
+    load::Loaded,
 };
 
 /// Bytes of a snapshot's frames: what is in memory beside the jobs.
@@ -103,14 +103,8 @@ impl Log {
     }
 }
 
-/// Writes all jobs as they were before commit `first`, durable when this returns. Gives the bytes written.
-pub(super) fn write_snapshot(
-    disk: &dyn Disk,
-    folder: &Path,
-    term: u64,
-    first: u64,
-    jobs: &HashMap<String, Box<[u8]>>,
-) -> Result<u64> {
+/// Writes all jobs and groups as they were before commit `first`, durable when this returns. Gives the bytes written.
+pub(super) fn write_snapshot(disk: &dyn Disk, folder: &Path, term: u64, first: u64, loaded: &Loaded) -> Result<u64> {
     let header = Header { kind: Kind::Snapshot, term, first, salt: draw_salt() };
     let (mut file, unfinished, path) = unfinished(disk, folder, &header)?;
     let begin = header.encode();
@@ -124,9 +118,12 @@ pub(super) fn write_snapshot(
         written += bytes.len() as u64;
         file.append(&bytes).map_err(failed("write", &unfinished))
     };
-    for (job_id, record) in jobs {
-        let fits = frame.push_encoded(job_id, record);
-        fits.ok_or_else(|| failed("write a job to", &unfinished)(io::ErrorKind::FileTooLarge.into()))?;
+    let too_large = || failed("write a record to", &unfinished)(io::ErrorKind::FileTooLarge.into());
+    for (group_id, record) in &loaded.groups {
+        frame.push_group(group_id, record).ok_or_else(too_large)?;
+    }
+    for (job_id, record) in &loaded.jobs {
+        frame.push_job(job_id, record).ok_or_else(too_large)?;
         if frame.len() >= SNAPSHOT_FRAME_BYTES {
             put(&mut frame)?;
         }

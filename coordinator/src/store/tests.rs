@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures::executor::block_on;
-use proto::v1::{JobRecord, JobSpec};
+use proto::v1::{GroupRecord, JobRecord, JobSpec};
 
 use super::{
     Change, Recovered, Result, StoreError, StoreHandle,
@@ -70,6 +70,27 @@ fn the_newest_record_of_every_job_is_there_after_reopening() {
     drop(handle);
     let (_handle, recovered) = open(&disk).unwrap();
     assert_eq!((recovered.jobs, recovered.term), (vec![record(1, 2), record(2, 1)], 2));
+}
+
+fn group(id: &str, epoch: u64) -> GroupRecord {
+    GroupRecord { group_id: id.into(), epoch }
+}
+
+#[test]
+fn the_newest_epoch_of_every_group_outlives_reopening_and_compaction() {
+    let disk = MemoryDisk::new();
+    let small = Tuning { compact_bytes: 1, lock_patience: Duration::from_secs(10), ..IMPATIENT };
+    let (handle, recovered) = journal::open(folder(), disk.mount(), small).unwrap();
+    assert_eq!(recovered.groups, []);
+    let changes = |attempt| vec![put(1, attempt), Change::Group(group("m/t/0", u64::from(attempt) + 7))];
+    write_each(&handle, std::iter::once(vec![Change::Group(group("m/vae/0", 3))]).chain((1..40).map(changes)));
+    drop(handle);
+    let (_handle, mut recovered) = open(&disk).unwrap();
+    let names = disk.mount().list(folder()).unwrap();
+    assert!(names.iter().any(|name| name.starts_with("snapshot-")), "nothing was compacted: {names:?}");
+    recovered.groups.sort_by(|a, b| a.group_id.cmp(&b.group_id));
+    assert_eq!(recovered.groups, [group("m/t/0", 46), group("m/vae/0", 3)]);
+    assert_eq!(recovered.jobs, [record(1, 39)]);
 }
 
 #[test]

@@ -30,6 +30,7 @@ fn apply(jobs: &mut Jobs, changes: &[Change]) {
         match change {
             Change::Put(record) => drop(jobs.insert(record.id.clone(), (**record).clone())),
             Change::Forget { job_id } => drop(jobs.remove(job_id)),
+            Change::Group(_) => {}
         }
     }
 }

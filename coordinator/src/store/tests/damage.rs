@@ -126,12 +126,23 @@ fn a_log_or_a_snapshot_that_is_missing_stops_the_start() {
 #[test]
 fn a_later_format_is_left_alone() {
     let (disk, path, _) = journal(true);
-    let mut bytes = disk.bytes(&path).unwrap();
-    bytes[8] = 2;
+    with_format(&disk, &path, 3);
+    assert!(matches!(open(&disk), Err(StoreError::Version { found: 3, known: 2, .. })));
+}
+
+#[test]
+fn the_format_without_groups_is_read() {
+    let (disk, path, _) = journal(true);
+    with_format(&disk, &path, 1);
+    assert_eq!(numbers(&reopened(&disk)), (1..=13).collect::<Vec<_>>());
+}
+
+fn with_format(disk: &MemoryDisk, path: &Path, version: u8) {
+    let mut bytes = disk.bytes(path).unwrap();
+    bytes[8] = version;
     let crc = crc32fast::hash(&bytes[..40]).to_le_bytes();
     bytes[40..44].copy_from_slice(&crc);
-    disk.put(&path, &bytes);
-    assert!(matches!(open(&disk), Err(StoreError::Version { found: 2, known: 1, .. })));
+    disk.put(path, &bytes);
 }
 
 /// A process that is killed between writing and syncing leaves what its successor reads and the disk does not have yet.
