@@ -62,7 +62,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     config.data_dir = args.data_dir.clone();
     if !args.etcd.is_empty() {
         let prefix = coordinator::config::DEFAULT_ETCD_PREFIX.to_owned();
-        config.etcd = Some(coordinator::config::EtcdConfig { endpoints: args.etcd.clone(), prefix });
+        config.etcd = Some(coordinator::config::EtcdConfig::new(args.etcd.clone(), prefix));
     }
     let fleet = fleet(&config.models);
     let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };

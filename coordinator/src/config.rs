@@ -12,6 +12,7 @@ use crate::{
     checkpoints::Place,
     error::{Error, Result},
     models_file::{self, ModelConfig},
+    world::Dial,
 };
 
 /// Jobs that may wait. At one a second this is a quarter of an hour of waiting, more than anyone waits for a picture.
@@ -99,6 +100,15 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// What every key begins with; no slash at the end.
     pub prefix: String,
+    /// How it is reached.
+    pub dial: Dial,
+}
+
+impl EtcdConfig {
+    /// An etcd that is reached by the system's TCP.
+    pub fn new(endpoints: Vec<String>, prefix: impl Into<String>) -> Self {
+        Self { endpoints, prefix: prefix.into(), dial: Dial::tcp() }
+    }
 }
 
 /// Ceilings that no caller can raise.
@@ -162,7 +172,7 @@ impl TryFrom<Args> for Config {
             return Err(wrong("--etcd-prefix", "must start with a slash and not end with one"));
         }
         let has_etcd = !args.etcd.is_empty();
-        let etcd = has_etcd.then_some(EtcdConfig { endpoints: args.etcd, prefix: args.etcd_prefix });
+        let etcd = has_etcd.then(|| EtcdConfig::new(args.etcd, args.etcd_prefix));
         let object_store = args.object_store.as_deref().map(|url| Place::parse(url, AmazonS3Builder::from_env)).transpose();
         Ok(Self {
             models: models_file::read(&args.models)?,

@@ -104,6 +104,18 @@ pub async fn leader(config: &EtcdConfig) -> Result<Option<String>> {
     Ok(found.kvs().first().map(|entry| String::from_utf8_lossy(entry.value()).into_owned()))
 }
 
+/// Keeps `value` under `key` for as long as a lease lives; returns when it is lost.
+///
+/// # Errors
+/// As [`leader`].
+pub(crate) async fn hold_key(config: &EtcdConfig, key: &str, value: &impl prost::Message) -> Result<()> {
+    let mut client = connect(config).await?;
+    let lease = session::Lease::grant(config, LEASE_TTL).await?;
+    in_time(client.put(key, value.encode_to_vec(), Some(PutOptions::new().with_lease(lease.id())))).await?;
+    lease.until_lost().await;
+    Ok(())
+}
+
 /// One session: a lease, and the key as soon as nobody has it.
 async fn stand(config: &EtcdConfig, address: &str) -> Result<Led> {
     let mut client = connect(config).await?;

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Server, server::Connected};
 
 use self::service::Fake;
-use crate::world::Dial;
+use crate::{config::EtcdConfig, leadership, membership, world::Dial};
 
 /// How often it says that it is there.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -46,6 +46,15 @@ pub struct Pace {
     pub checkpoints: bool,
 }
 
+/// Where it says that it is there.
+#[derive(Debug, Clone)]
+pub enum Register {
+    /// At the coordinator: host:port.
+    Coordinator(String),
+    /// In etcd, where any coordinator finds it.
+    Etcd(EtcdConfig),
+}
+
 /// A worker that stands in for one that computes.
 #[derive(Debug, Clone)]
 pub struct StandIn {
@@ -55,21 +64,24 @@ pub struct StandIn {
     pub pace: Pace,
     /// How it reaches others.
     pub dial: Dial,
+    /// Cancelled when it is to go: it hands over what it has, and ends.
+    pub drain: CancellationToken,
 }
 
 impl StandIn {
-    /// Serves on `incoming` and stays registered at `coordinator` until `stop`, or until a poisoned prompt ends it.
+    /// Serves on `incoming` and stays registered until `stop`, until it is drained, or until a poisoned prompt ends it.
     ///
     /// # Errors
     /// When the server fails.
-    pub async fn run<S, C>(self, coordinator: String, incoming: S, stop: CancellationToken) -> Result<(), tonic::transport::Error>
+    pub async fn run<S, C>(self, register: Register, incoming: S, stop: CancellationToken) -> Result<(), tonic::transport::Error>
     where
         S: Stream<Item = io::Result<C>>,
         C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
     {
         let life = stop.child_token();
         let fake = Fake::new(self.registration.clone(), self.pace, self.dial.clone(), life.clone());
-        let registering = tokio::spawn(stay_registered(coordinator, self.registration, self.dial, life.clone()));
+        let draining = tokio::spawn(fake.clone().drain(self.drain));
+        let registering = tokio::spawn(stay_registered(register, self.registration, self.dial, life.clone()));
         let service = WorkerServiceServer::new(fake).max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
         let served = tokio::select! {
             biased;
@@ -79,15 +91,23 @@ impl StandIn {
         };
         life.cancel();
         registering.abort();
+        draining.abort();
         served
     }
 }
 
-async fn stay_registered(coordinator: String, registration: Registration, dial: Dial, life: CancellationToken) {
+async fn stay_registered(place: Register, registration: Registration, dial: Dial, life: CancellationToken) {
     while !life.is_cancelled() {
-        drop(register(&coordinator, &registration, &dial).await);
+        match &place {
+            Register::Coordinator(coordinator) => drop(register(coordinator, &registration, &dial).await),
+            Register::Etcd(etcd) => drop(leadership::hold_key(etcd, &worker_key(etcd, &registration), &registration).await),
+        }
         tokio::time::sleep(HEARTBEAT / 4).await;
     }
+}
+
+fn worker_key(etcd: &EtcdConfig, registration: &Registration) -> String {
+    format!("{}{}", membership::etcd::workers_prefix(&etcd.prefix), registration.worker_id)
 }
 
 async fn register(coordinator: &str, registration: &Registration, dial: &Dial) -> Result<(), tonic::Status> {

@@ -29,6 +29,11 @@ impl Dial {
         Self(Some(Arc::new(connect)))
     }
 
+    /// No network is made up.
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.0.is_none()
+    }
+
     /// Connects now.
     ///
     /// # Errors

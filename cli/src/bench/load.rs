@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use coordinator::config::{Config, Limits};
-use coordinator::stand_in::{self, Pace, StandIn};
+use coordinator::stand_in::{self, Pace, Register, StandIn};
 use coordinator::world::Dial;
 use proto::v1::job_event::Kind;
 use proto::v1::{CancelJobRequest, CreateJobRequest, Job, JobSpec, ListModelsRequest, WatchJobRequest};
@@ -101,8 +101,8 @@ impl Cluster {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let registration = stand_in::registration(&format!("stand-in-{worker}"), &listener.local_addr()?.to_string());
             let pace = Pace { load: Duration::ZERO, step: Duration::from_secs(1), checkpoints: false };
-            let worker = StandIn { registration, pace, dial: Dial::tcp() };
-            tokio::spawn(worker.run(address.clone(), TcpListenerStream::new(listener), stop.clone()));
+            let worker = StandIn { registration, pace, dial: Dial::tcp(), drain: CancellationToken::new() };
+            tokio::spawn(worker.run(Register::Coordinator(address.clone()), TcpListenerStream::new(listener), stop.clone()));
         }
         let cluster = Self { server: ServerArgs { server: format!("http://{address}") }, stop };
         let deadline = Instant::now() + Duration::from_secs(60);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use etcd_client::{Client, ConnectOptions};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::transport::Endpoint;
 use tracing::warn;
 
 use super::timeout;
@@ -24,7 +25,20 @@ pub(crate) async fn connect(config: &EtcdConfig) -> Result<Client> {
         .with_connect_timeout(CALL_DEADLINE)
         .with_keep_alive(PING_INTERVAL, CALL_DEADLINE)
         .with_keep_alive_while_idle(true);
-    in_time(Client::connect(&config.endpoints, Some(options))).await
+    if config.dial.is_tcp() {
+        return in_time(Client::connect(&config.endpoints, Some(options))).await;
+    }
+    in_time(async {
+        let endpoint = config.endpoints.first().cloned().unwrap_or_default();
+        let endpoint = Endpoint::from_shared(endpoint)?
+            .connect_timeout(CALL_DEADLINE)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(CALL_DEADLINE)
+            .keep_alive_while_idle(true);
+        let channel = config.dial.connect(endpoint).await?;
+        Client::from_channel(etcd_client::Channel::Tonic(channel), Some(options)).await
+    })
+    .await
 }
 
 pub(crate) async fn in_time<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T> {
@@ -62,6 +76,11 @@ impl Lease {
     /// Cancelled when the lease may be over.
     pub(super) fn lost(&self) -> CancellationToken {
         self.lost.clone()
+    }
+
+    /// Returns when the lease may be over.
+    pub(super) async fn until_lost(&self) {
+        self.lost.cancelled().await;
     }
 
     /// What says that it is lost, and what gives it up when dropped.

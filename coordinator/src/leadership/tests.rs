@@ -39,7 +39,7 @@ impl Etcd {
     }
 
     fn config(&self) -> EtcdConfig {
-        EtcdConfig { endpoints: vec![format!("http://127.0.0.1:{}", self.ports[0])], prefix: "/atelier".into() }
+        EtcdConfig::new(vec![format!("http://127.0.0.1:{}", self.ports[0])], "/atelier")
     }
 
     async fn client(&self) -> Client {
@@ -148,7 +148,7 @@ impl Drop for Leader {
 #[ignore = "a process that other tests start"]
 async fn stands_in_another_process() {
     let Ok(endpoint) = std::env::var(STAND_IN) else { return };
-    let config = EtcdConfig { endpoints: vec![endpoint], prefix: "/atelier".into() };
+    let config = EtcdConfig::new(vec![endpoint], "/atelier");
     let led = campaign(&config, "other:1", &CancellationToken::new()).await.unwrap();
     println!("leads now");
     led.lost.cancelled().await;

@@ -15,13 +15,10 @@ use std::{
     time::Duration,
 };
 
-use etcd_client::{Client, ConnectOptions, EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
+use etcd_client::{EventType, GetOptions, KeyValue, WatchOptions, WatchResponse, WatchStream};
 use prost::Message;
 use proto::v1::Registration;
-use tokio::{
-    sync::mpsc,
-    time::{Instant, timeout},
-};
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -29,10 +26,9 @@ use super::{Change, check};
 use crate::{
     config::EtcdConfig,
     error::{Error, Result},
+    leadership::{connect, in_time},
 };
 
-/// Longest wait for one answer of etcd.
-const CALL_DEADLINE: Duration = Duration::from_secs(3);
 /// How often etcd is asked whether the watch is up to date.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// A watch that says nothing for this long, though asked, is dead.
@@ -73,11 +69,7 @@ pub async fn watch(config: EtcdConfig, changes: mpsc::Sender<Change>, stop: Canc
 
 /// One connection: list, then watch until something ends it.
 async fn session(config: &EtcdConfig, members: &mut Members, healthy: &mut bool) -> Result<()> {
-    let options = ConnectOptions::new()
-        .with_connect_timeout(CALL_DEADLINE)
-        .with_keep_alive(PROGRESS_INTERVAL, CALL_DEADLINE)
-        .with_keep_alive_while_idle(true);
-    let mut client = in_time(Client::connect(&config.endpoints, Some(options))).await?;
+    let mut client = connect(config).await?;
     let listed = in_time(client.get(members.folder.clone(), Some(GetOptions::new().with_prefix()))).await?;
     let revision = listed.header().map_or(0, |header| header.revision());
     members.listed(listed.kvs()).await;
@@ -107,13 +99,6 @@ async fn follow(watch: &mut WatchStream, members: &mut Members) -> Result<()> {
                 members.watched(&response).await?;
             }
         }
-    }
-}
-
-async fn in_time<T>(call: impl Future<Output = Result<T, etcd_client::Error>>) -> Result<T> {
-    match timeout(CALL_DEADLINE, call).await {
-        Ok(answer) => Ok(answer?),
-        Err(_) => Err(Error::WatchEnded("etcd does not answer".into())),
     }
 }
 

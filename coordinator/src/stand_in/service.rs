@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use proto::v1::{
-    ControlRequest, ControlResponse, GroupLost, GroupReady, Heartbeat, HeldRank, Holding, JoinGroup, LeaveGroup, ModelDescribed,
-    PutPayloadRequest, PutPayloadResponse, Registration, RunTask, TaskRef, control_request::Command, control_response::Report,
-    model_described::Outcome, put_payload_request, worker_service_server::WorkerService,
+    ControlRequest, ControlResponse, Draining, GroupLost, GroupReady, Heartbeat, HeldRank, Holding, JoinGroup, LeaveGroup,
+    ModelDescribed, PutPayloadRequest, PutPayloadResponse, Registration, RunTask, TaskRef, control_request::Command,
+    control_response::Report, model_described::Outcome, put_payload_request, worker_service_server::WorkerService,
 };
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,6 +18,8 @@ use crate::world::Dial;
 
 /// Reports that wait for the coordinator to read.
 const MAX_REPORTS: usize = 1024;
+/// How long it waits, when it is to go, for the coordinator to take over.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a payload waits for its task.
 const EARLY_PAYLOAD: Duration = Duration::from_secs(10);
 
@@ -47,6 +49,10 @@ pub(super) struct Held {
     /// The newest coordinator's.
     term: u64,
     session: u64,
+    /// Where that coordinator keeps pictures and checkpoints.
+    home: String,
+    /// It is to go.
+    draining: bool,
     reports: Option<mpsc::Sender<Result<ControlResponse, Status>>>,
     ranks: BTreeMap<(String, u32), HeldRank>,
     pub(super) tasks: BTreeMap<TaskKey, Running>,
@@ -90,9 +96,10 @@ impl Fake {
                 return drop(sender.try_send(Err(Status::failed_precondition("a newer coordinator leads"))));
             }
             held.term = lead.term;
+            held.home = lead.blob_address;
             held.session += 1;
             let tasks = held.tasks.values().map(Running::held).collect();
-            let holding = Holding { ranks: held.ranks.values().cloned().collect(), tasks, draining: false };
+            let holding = Holding { ranks: held.ranks.values().cloned().collect(), tasks, draining: held.draining };
             let ends: Vec<Report> = held.ends.iter().map(|(_, report)| report.clone()).collect();
             let reports = [Report::Hello(self.registration.clone()), Report::Holding(holding)].into_iter().chain(ends);
             for report in reports {
@@ -126,6 +133,30 @@ impl Fake {
             }
         }
         self.wait_for_another(session).await;
+    }
+
+    /// At `drain`, waits until the coordinator has taken over what is held, and ends.
+    pub(super) async fn drain(self, drain: CancellationToken) {
+        drain.cancelled().await;
+        lock(&self.held).draining = true;
+        self.report(Report::Draining(Draining {}));
+        let give_up = tokio::time::Instant::now() + DRAIN_DEADLINE;
+        let holds = || {
+            let held = lock(&self.held);
+            !(held.ranks.is_empty() && held.tasks.is_empty())
+        };
+        while holds() && tokio::time::Instant::now() < give_up {
+            tokio::time::sleep(HEARTBEAT / 10).await;
+        }
+        // What it said last is still on its way.
+        tokio::time::sleep(HEARTBEAT / 10).await;
+        self.life.cancel();
+    }
+
+    /// Where the coordinator keeps things: the newest one, or else the one that gave the task.
+    pub(super) fn home(&self, given: &str) -> String {
+        let newest = lock(&self.held).home.clone();
+        if newest.is_empty() { given.to_owned() } else { newest }
     }
 
     /// Without a coordinator everything is given up after a while.
@@ -178,14 +209,14 @@ impl Fake {
             let ranks = held.ranks.iter().filter(|((group, _), _)| *group == join.group_id);
             ranks.filter_map(|(_, rank)| rank.join.as_ref()).any(|other| other.epoch > join.epoch)
         };
-        if newer(&lock(&self.held)) {
-            let lost = GroupLost {
-                group_id: join.group_id.clone(),
-                epoch: join.epoch,
-                rank: join.rank,
-                reason: "INTERNAL".into(),
-                message: "a newer epoch is held".into(),
-            };
+        let refusal = {
+            let held = lock(&self.held);
+            let newer = newer(&held).then_some(("INTERNAL", "a newer epoch is held"));
+            held.draining.then_some(("DRAINING", "this worker is going")).or(newer)
+        };
+        if let Some((reason, message)) = refusal {
+            let JoinGroup { group_id, epoch, rank, .. } = join;
+            let lost = GroupLost { group_id, epoch, rank, reason: reason.into(), message: message.into() };
             return self.report(Report::GroupLost(lost));
         }
         self.end_tasks(|task| task.group_id == join.group_id && task.epoch < join.epoch);

@@ -139,7 +139,8 @@ impl Fake {
             }
         };
         let at = self.key(running, 0);
-        let stored = self.pace.checkpoints && put_checkpoint(&self.dial, &run.blob_address, at, &output).await.is_ok();
+        let stored =
+            self.pace.checkpoints && put_checkpoint(&self.dial, &self.home(&run.blob_address), at, &output).await.is_ok();
         for to in &run.outputs {
             let refused = |status: tonic::Status| End::Failed("PAYLOAD_REFUSED", status.message().to_owned());
             put_payload(&self.dial, to, &running.task().stage, kind, &output).await.map_err(refused)?;
@@ -186,7 +187,7 @@ impl Fake {
             latents = next_latents(&latents);
             running.0.step.store(step, Ordering::SeqCst);
             let at = self.key(running, step);
-            if self.pace.checkpoints && put_checkpoint(&self.dial, &run.blob_address, at, &latents).await.is_ok() {
+            if self.pace.checkpoints && put_checkpoint(&self.dial, &self.home(&run.blob_address), at, &latents).await.is_ok() {
                 running.0.saved.store(step, Ordering::SeqCst);
             }
             let progress = TaskProgress { task: run.task.clone(), step, steps, saved_step: running.saved() };
@@ -199,7 +200,7 @@ impl Fake {
         // A coordinator that is not there is no reason to begin anew.
         let mut last = String::new();
         for _ in 0..20 {
-            match get_checkpoint(&self.dial, &run.blob_address, at.clone()).await {
+            match get_checkpoint(&self.dial, &self.home(&run.blob_address), at.clone()).await {
                 Ok(state) => return Ok(state),
                 Err(status) if matches!(status.code(), tonic::Code::NotFound | tonic::Code::DataLoss) => {
                     return Err(End::Failed("CHECKPOINT_LOST", status.message().to_owned()));
@@ -214,7 +215,7 @@ impl Fake {
     /// Hands the picture over, however long it takes for a coordinator to be there.
     async fn store(&self, run: &RunTask, running: &Running, picture: [u8; 32]) -> Result<ImageResult, End> {
         loop {
-            match upload(&self.dial, &run.blob_address, picture).await {
+            match upload(&self.dial, &self.home(&run.blob_address), picture).await {
                 Ok(image) => return Ok(image),
                 Err(_) => tokio::time::sleep(super::HEARTBEAT / 2).await,
             }

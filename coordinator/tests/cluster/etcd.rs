@@ -50,7 +50,7 @@ impl Etcd {
     }
 
     fn config(&self) -> EtcdConfig {
-        EtcdConfig { endpoints: vec![self.url()], prefix: "/atelier".into() }
+        EtcdConfig::new(vec![self.url()], "/atelier")
     }
 
     async fn client(&self) -> Client {

@@ -20,7 +20,7 @@ use tonic::{
 use uuid::Uuid;
 
 use crate::{
-    cluster::{COORDINATOR, MODEL, Machine},
+    cluster::{MODEL, Machine},
     faults::{END, Random},
     history::History,
     net::{PORT, dial},
@@ -28,6 +28,8 @@ use crate::{
 
 /// Jobs of a run.
 const JOBS: u64 = 12;
+/// A coordinator that takes longer to answer is not there.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
 /// A call that takes longer has failed.
 const DEADLINE: Duration = Duration::from_secs(3);
 /// A stream that says nothing for so long is given up.
@@ -68,8 +70,9 @@ impl Plan {
         };
         let request_id = Uuid::from_u64_pair(random.next(), random.next()).to_string();
         let priority = if random.once_in(3) { random.within(0..10) as i32 } else { 0 };
+        let timeout = random.once_in(5).then(|| random.millis(2_000..20_000)).and_then(|timeout| timeout.try_into().ok());
         Self {
-            request: CreateJobRequest { request_id, spec: Some(spec), priority, timeout: None },
+            request: CreateJobRequest { request_id, spec: Some(spec), priority, timeout },
             at: random.millis(500..(END.as_millis() as u64 - 2000)),
             twice: random.once_in(4),
             again: random.once_in(3).then(|| random.millis(0..20_000)),
@@ -110,6 +113,7 @@ pub(crate) async fn run(seed: u64, machine: Rc<Machine>, seen: Seen) -> turmoil:
     if let Some(spec) = &mut last.request.spec {
         spec.prompt = "the last picture".into();
     }
+    last.request.timeout = None;
     let id = last.id().to_owned();
     if timeout(PATIENCE, Box::pin(live(last, Instant::now(), seen.clone()))).await.is_err() || !seen.borrow().has_succeeded(&id) {
         seen.borrow_mut().violation("the cluster does not serve after all is mended".into());
@@ -145,13 +149,26 @@ async fn live(plan: Plan, at: Instant, seen: Seen) {
     }
 }
 
-async fn connect() -> Result<Channel, Status> {
-    let endpoint = Endpoint::from_shared(format!("http://{COORDINATOR}:{PORT}")).unwrap();
-    dial().connect(endpoint).await.map_err(|error| Status::unavailable(error.to_string()))
+/// Whichever coordinator is there; one that does not lead does not listen.
+async fn connect(seen: &Seen) -> Result<(&'static str, Channel), Status> {
+    let names = seen.borrow().coordinators();
+    let mut last = Status::unavailable("nobody is there");
+    for name in names {
+        let endpoint = Endpoint::from_shared(format!("http://{name}:{PORT}")).unwrap();
+        match timeout(CONNECT_DEADLINE, dial().connect(endpoint)).await {
+            Ok(Ok(channel)) => {
+                seen.borrow_mut().answers(name);
+                return Ok((name, channel));
+            }
+            Ok(Err(error)) => last = Status::unavailable(error.to_string()),
+            Err(_) => {}
+        }
+    }
+    Err(last)
 }
 
-async fn jobs() -> Result<JobServiceClient<Channel>, Status> {
-    connect().await.map(JobServiceClient::new)
+async fn jobs(seen: &Seen) -> Result<(&'static str, JobServiceClient<Channel>), Status> {
+    connect(seen).await.map(|(name, channel)| (name, JobServiceClient::new(channel)))
 }
 
 async fn in_time<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
@@ -165,7 +182,12 @@ async fn until_answered<T, F: Future<Output = Result<T, Status>>>(call: impl Fn(
             Err(status)
                 if !matches!(
                     status.code(),
-                    Code::NotFound | Code::AlreadyExists | Code::InvalidArgument | Code::FailedPrecondition | Code::DataLoss
+                    Code::NotFound
+                        | Code::AlreadyExists
+                        | Code::InvalidArgument
+                        | Code::FailedPrecondition
+                        | Code::DeadlineExceeded
+                        | Code::DataLoss
                 ) =>
             {
                 sleep(Duration::from_millis(300)).await;
@@ -178,11 +200,16 @@ async fn until_answered<T, F: Future<Output = Result<T, Status>>>(call: impl Fn(
 async fn submit(plan: Plan, seen: Seen) {
     let call = async || {
         let asked = History::now();
-        Ok((asked, jobs().await?.create_job(plan.request.clone()).await?.into_inner().job.unwrap_or_default()))
+        let (from, mut client) = jobs(&seen).await?;
+        Ok((from, asked, client.create_job(plan.request.clone()).await?.into_inner().job.unwrap_or_default()))
     };
     match until_answered(call).await {
-        Ok((asked, job)) => {
-            seen.borrow_mut().accepted(plan.id(), &plan.request.spec.clone().unwrap_or_default(), asked, &job);
+        Ok((from, asked, job)) => {
+            seen.borrow_mut().accepted(from, &plan.request, asked, &job);
+        }
+        // It would not be done in time, and it was not accepted before.
+        Err(status) if status.code() == Code::DeadlineExceeded && plan.request.timeout.is_some() => {
+            seen.borrow_mut().saw(format!("{} was refused: {}", plan.id(), status.message()));
         }
         Err(status) => seen.borrow_mut().violation(format!("{} was refused: {status}", plan.id())),
     }
@@ -190,11 +217,14 @@ async fn submit(plan: Plan, seen: Seen) {
 
 /// The same request id for something else.
 async fn misuse(plan: &Plan, seen: &Seen) {
+    if seen.borrow().id(plan.id()).is_none() {
+        return;
+    }
     let mut request = plan.request.clone();
     if let Some(spec) = &mut request.spec {
         spec.prompt.push_str(", but another");
     }
-    let answer = until_answered(async || Ok(jobs().await?.create_job(request.clone()).await?.into_inner())).await;
+    let answer = until_answered(async || Ok(jobs(seen).await?.1.create_job(request.clone()).await?.into_inner())).await;
     if !answer.as_ref().is_err_and(|status| status.code() == Code::AlreadyExists) {
         seen.borrow_mut().violation(format!("{} was taken for another job: {answer:?}", plan.id()));
     }
@@ -205,11 +235,17 @@ async fn cancel(plan: &Plan, seen: &Seen) {
     let call = async || {
         let request = CancelJobRequest { job_id: job_id.clone() };
         let asked = History::now();
-        Ok((asked, jobs().await?.cancel_job(request).await?.into_inner().job.unwrap_or_default()))
+        let (from, mut client) = jobs(seen).await?;
+        match client.cancel_job(request).await {
+            Ok(response) => Ok((from, asked, response.into_inner().job)),
+            Err(status) if status.code() == Code::NotFound => Ok((from, asked, None)),
+            Err(status) => Err(status),
+        }
     };
     match until_answered(call).await {
-        Ok((asked, job)) => seen.borrow_mut().cancelled(plan.id(), asked, &job),
-        Err(_) => seen.borrow_mut().forgotten(plan.id(), "CancelJob"),
+        Ok((from, asked, Some(job))) => seen.borrow_mut().cancelled(from, plan.id(), asked, &job),
+        Ok((from, _, None)) => seen.borrow_mut().forgotten(from, plan.id(), "CancelJob"),
+        Err(status) => seen.borrow_mut().violation(format!("{} cannot be cancelled: {status}", plan.id())),
     }
 }
 
@@ -219,15 +255,16 @@ async fn watch(plan: &Plan, seen: &Seen) {
     loop {
         let after_sequence = seen.borrow().watched(plan.id());
         let request = WatchJobRequest { job_id: job_id.clone(), after_sequence };
-        let opened = in_time(async { Ok(jobs().await?.watch_job(request).await?.into_inner()) }).await;
-        match opened {
-            Ok(mut events) => {
-                while let Ok(Ok(Some(response))) = timeout(QUIET, events.message()).await {
-                    seen.borrow_mut().event(plan.id(), &response.event.unwrap_or_default());
+        if let Ok((from, mut client)) = jobs(seen).await {
+            match in_time(async { Ok(client.watch_job(request).await?.into_inner()) }).await {
+                Ok(mut events) => {
+                    while let Ok(Ok(Some(response))) = timeout(QUIET, events.message()).await {
+                        seen.borrow_mut().event(from, plan.id(), &response.event.unwrap_or_default());
+                    }
                 }
+                Err(status) if status.code() == Code::NotFound => seen.borrow_mut().forgotten(from, plan.id(), "WatchJob"),
+                Err(_) => {}
             }
-            Err(status) if status.code() == Code::NotFound => seen.borrow_mut().forgotten(plan.id(), "WatchJob"),
-            Err(_) => {}
         }
         if !seen.borrow().unfinished().iter().any(|request_id| request_id == plan.id()) {
             return;
@@ -240,10 +277,10 @@ async fn watch(plan: &Plan, seen: &Seen) {
 async fn poll(seen: Seen) {
     loop {
         sleep(Duration::from_millis(700)).await;
-        let Ok(channel) = in_time(connect()).await else { continue };
+        let Ok((from, channel)) = in_time(connect(&seen)).await else { continue };
         let mut cluster = ClusterServiceClient::new(channel.clone());
         if let Ok(models) = in_time(cluster.list_models(ListModelsRequest {})).await {
-            seen.borrow_mut().models(&models.into_inner().models);
+            seen.borrow_mut().models(from, &models.into_inner().models);
         }
         let mut client = JobServiceClient::new(channel);
         let ids = seen.borrow().ids();
@@ -252,9 +289,9 @@ async fn poll(seen: Seen) {
             match in_time(client.get_job(GetJobRequest { job_id })).await {
                 Ok(response) => {
                     let job = response.into_inner().job.unwrap_or_default();
-                    seen.borrow_mut().read(&request_id, asked, &job);
+                    seen.borrow_mut().read(from, &request_id, asked, &job);
                 }
-                Err(status) if status.code() == Code::NotFound => seen.borrow_mut().forgotten(&request_id, "GetJob"),
+                Err(status) if status.code() == Code::NotFound => seen.borrow_mut().forgotten(from, &request_id, "GetJob"),
                 Err(_) => break,
             }
         }
@@ -263,22 +300,28 @@ async fn poll(seen: Seen) {
 
 /// Nothing is left of jobs that are over.
 async fn at_the_end(machine: &Machine, seen: &Seen) {
-    let list =
-        async || Ok(jobs().await?.list_jobs(ListJobsRequest { page_size: 1000, ..Default::default() }).await?.into_inner());
+    let list = async || {
+        let (from, mut client) = jobs(seen).await?;
+        Ok((from, client.list_jobs(ListJobsRequest { page_size: 1000, ..Default::default() }).await?.into_inner().jobs))
+    };
     let asked = History::now();
-    let listed = until_answered(list).await.map(|listed| listed.jobs).unwrap_or_default();
+    let (from, listed) = until_answered(list).await.unwrap_or_default();
     let ids = seen.borrow().ids();
     for (request_id, job_id) in ids {
         match listed.iter().filter(|job| job.request_id == request_id).collect::<Vec<_>>().as_slice() {
-            [job] if job.id == job_id => seen.borrow_mut().read(&request_id, asked, job),
+            [job] if job.id == job_id => seen.borrow_mut().read(from, &request_id, asked, job),
             other => seen.borrow_mut().violation(format!("{request_id} is listed as {other:?}")),
         }
     }
-    let models = async || Ok(ClusterServiceClient::new(connect().await?).list_models(ListModelsRequest {}).await?.into_inner());
+    let models = async || {
+        let (from, channel) = connect(seen).await?;
+        let listed = ClusterServiceClient::new(channel).list_models(ListModelsRequest {}).await?;
+        Ok((from, listed.into_inner().models))
+    };
     let end = Instant::now() + JANITOR;
     loop {
-        let models = until_answered(models).await.map(|models| models.models).unwrap_or_default();
-        seen.borrow_mut().models(&models);
+        let (from, models) = until_answered(models).await.unwrap_or_default();
+        seen.borrow_mut().models(from, &models);
         let groups: Vec<_> = models.iter().flat_map(|model| &model.groups).collect();
         let busy: Vec<_> = groups.iter().filter(|group| group.running_tasks > 0).collect();
         let prefix = object_store::path::Path::from("checkpoints");

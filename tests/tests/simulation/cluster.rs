@@ -3,50 +3,37 @@
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
-    path::Path,
     rc::Rc,
     sync::Arc,
     time::Duration,
 };
 
 use coordinator::{
-    Config, World,
-    blobs::BlobStore,
-    checkpoints::Place,
-    config::Limits,
-    context::Context,
-    models_file::{ComponentConfig, ModelConfig},
-    run_in,
-    stand_in::{Pace, StandIn, registration},
-    store::{Journal, StoreError, memory::MemoryDisk},
+    stand_in::{Pace, Register, StandIn, registration},
+    store::memory::MemoryDisk,
 };
 use object_store::memory::InMemory;
 use tokio_util::sync::CancellationToken;
 use turmoil::Sim;
 
 use crate::{
-    client,
+    client, coordinators,
+    etcd::Etcd,
     faults::{self, Fault, NORMAL_LATENCY, Random},
     history::{History, Outcome},
     net::{PORT, dial, listen},
 };
 
-/// The host of the coordinator.
-pub(crate) const COORDINATOR: &str = "coordinator";
+/// The host of etcd.
+pub(crate) const ETCD: &str = "etcd";
 /// The host of whoever submits jobs.
 pub(crate) const CLIENT: &str = "client";
 /// How many workers there are.
 pub(crate) const WORKERS: u64 = 5;
 /// What the model is called.
 pub(crate) const MODEL: &str = "model";
-/// The transformer's groups.
-const REPLICAS: u32 = 2;
-/// When the simulation begins, since 1970.
-const EPOCH: Duration = Duration::from_secs(1_800_000_000);
 /// What a process takes to be started again when it has ended by itself.
 const RESTART: Duration = Duration::from_millis(700);
-/// What a sync of the disk takes.
-const SYNC: Duration = Duration::from_millis(2);
 /// How finely time passes.
 const TICK: Duration = Duration::from_millis(2);
 /// No run takes longer: it would hang.
@@ -55,6 +42,41 @@ const LONGEST: Duration = Duration::from_secs(300);
 /// The host of a worker.
 pub(crate) fn worker(index: u64) -> String {
     format!("worker-{index}")
+}
+
+/// Which machines there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shape {
+    /// One coordinator, with a journal.
+    Alone,
+    /// Two coordinators, and etcd.
+    Several,
+}
+
+impl Shape {
+    /// Every other seed; some things break only in one of them.
+    fn of(seed: u64, mutation: Mutation) -> Self {
+        match mutation {
+            Mutation::NoSync => Self::Alone,
+            Mutation::NoFence => Self::Several,
+            _ if seed.is_multiple_of(2) => Self::Alone,
+            _ => Self::Several,
+        }
+    }
+
+    /// The hosts of coordinators.
+    pub(crate) fn coordinators(self) -> &'static [&'static str] {
+        match self {
+            Self::Alone => &["coordinator"],
+            Self::Several => &["coordinator-0", "coordinator-1"],
+        }
+    }
+
+    /// All hosts that can break.
+    fn hosts(self) -> Vec<String> {
+        let etcd = (self == Self::Several).then_some(ETCD);
+        self.coordinators().iter().copied().chain(etcd).map(str::to_owned).chain((0..WORKERS).map(worker)).collect()
+    }
 }
 
 /// What is broken on purpose.
@@ -66,11 +88,26 @@ pub(crate) enum Mutation {
     NoSync,
     /// A coordinator that takes over does not know what its predecessor accepted.
     NoRecovery,
+    /// A coordinator that takes over does not know which requests its predecessor accepted.
+    NoDedupe,
+    /// A coordinator that takes over does not know which epochs were begun.
+    NoEpochs,
+    /// etcd takes writes of leaders that lead no more.
+    NoFence,
 }
 
 impl Mutation {
     /// All that break something.
-    pub(crate) const ALL: [Self; 2] = [Self::NoSync, Self::NoRecovery];
+    pub(crate) const ALL: [Self; 5] = [Self::NoSync, Self::NoRecovery, Self::NoDedupe, Self::NoEpochs, Self::NoFence];
+
+    /// What a violation says that is found for this reason; others may follow from how it was broken.
+    pub(crate) fn is_found_by(self, violation: &str) -> bool {
+        match self {
+            Self::NoDedupe => violation.contains("was accepted as"),
+            Self::NoEpochs => violation.contains("epoch"),
+            _ => true,
+        }
+    }
 
     /// For another process.
     pub(crate) fn name(self) -> String {
@@ -83,16 +120,18 @@ impl Mutation {
     }
 }
 
-/// What outlives the coordinator's process.
+/// What outlives processes.
 pub(crate) struct Machine {
-    seed: u64,
-    mutation: Mutation,
+    pub(crate) seed: u64,
+    pub(crate) mutation: Mutation,
     /// Its journal.
     pub(crate) disk: MemoryDisk,
     /// Pictures and checkpoints.
     pub(crate) objects: Arc<InMemory>,
-    /// How often the process was started.
+    /// How often a coordinator was started.
     pub(crate) lives: Cell<u64>,
+    /// Of each worker's process: to be cancelled when it is to go.
+    drains: RefCell<Vec<CancellationToken>>,
 }
 
 /// Runs a seed.
@@ -104,34 +143,60 @@ pub(crate) fn run(seed: u64, mutation: Mutation) -> Outcome {
     builder.tcp_capacity(4096);
     let mut sim = builder.build();
 
-    let machine =
-        Rc::new(Machine { seed, mutation, disk: MemoryDisk::new(), objects: Arc::new(InMemory::new()), lives: Cell::new(0) });
-    let history = Rc::new(RefCell::new(History::default()));
+    let machine = Rc::new(Machine {
+        seed,
+        mutation,
+        disk: MemoryDisk::new(),
+        objects: Arc::new(InMemory::new()),
+        lives: Cell::new(0),
+        drains: RefCell::new((0..WORKERS).map(|_| CancellationToken::new()).collect()),
+    });
+    let shape = Shape::of(seed, mutation);
+    let history = Rc::new(RefCell::new(History::new(shape.coordinators())));
     if mutation == Mutation::NoSync {
         machine.disk.lie();
     }
-    let (of_machine, of_history) = (machine.clone(), history.clone());
-    sim.host(COORDINATOR, move || {
-        let (machine, history) = (of_machine.clone(), of_history.clone());
-        async move {
-            serve(machine, history).await;
-            Ok(())
-        }
-    });
+    if shape == Shape::Several {
+        let etcd = Etcd::new(mutation == Mutation::NoFence);
+        sim.host(ETCD, move || etcd.clone().serve());
+    }
+    for name in shape.coordinators().iter().copied() {
+        let (of_machine, of_history) = (machine.clone(), history.clone());
+        sim.host(name, move || {
+            let (machine, history) = (of_machine.clone(), of_history.clone());
+            async move {
+                match shape {
+                    Shape::Alone => coordinators::alone(name, machine, history).await,
+                    Shape::Several => coordinators::one_of_several(name, machine, history).await,
+                }
+                Ok(())
+            }
+        });
+    }
     for index in 0..WORKERS {
         let pace = Pace { load: random.millis(50..1000), step: random.millis(20..250), checkpoints: true };
-        sim.host(worker(index), move || async move {
-            let name = worker(index);
-            let stand_in = StandIn { registration: registration(&name, &format!("{name}:{PORT}")), pace, dial: dial() };
-            stand_in.run(format!("{COORDINATOR}:{PORT}"), listen().await?, CancellationToken::new()).await?;
-            Ok(())
+        let machine = machine.clone();
+        sim.host(worker(index), move || {
+            let drain = CancellationToken::new();
+            machine.drains.borrow_mut()[index as usize] = drain.clone();
+            async move {
+                let name = worker(index);
+                let registration = registration(&name, &format!("{name}:{PORT}"));
+                let register = match shape {
+                    Shape::Alone => Register::Coordinator(format!("{}:{PORT}", shape.coordinators()[0])),
+                    Shape::Several => Register::Etcd(coordinators::etcd()),
+                };
+                let stand_in = StandIn { registration, pace, dial: dial(), drain };
+                stand_in.run(register, listen().await?, CancellationToken::new()).await?;
+                Ok(())
+            }
         });
     }
     sim.client(CLIENT, client::run(seed, machine.clone(), history.clone()));
 
-    let mut plan = faults::plan(seed).into_iter().peekable();
+    let mut plan = faults::plan(seed, shape).into_iter().peekable();
     let faults = plan.len() as u64;
-    let mut downs = Downs::default();
+    let mut downs = Downs { hosts: shape.hosts(), ..Downs::default() };
     let mut mended = false;
     loop {
         while let Some((_, fault)) = plan.next_if(|(at, _)| *at <= sim.elapsed()) {
@@ -155,27 +220,30 @@ pub(crate) fn run(seed: u64, mutation: Mutation) -> Outcome {
     }
     let simulated = sim.elapsed();
     drop(sim);
-    let history = Rc::into_inner(history).map(RefCell::into_inner).unwrap_or_default();
+    let history = Rc::into_inner(history).map(RefCell::into_inner).expect("all hosts are gone");
     history.outcome(simulated, faults, machine.lives.get())
 }
 
 /// Machines that are down, and when they start again; none: not before they are told to.
 #[derive(Default)]
-struct Downs(BTreeMap<String, Option<Duration>>);
+struct Downs {
+    hosts: Vec<String>,
+    until: BTreeMap<String, Option<Duration>>,
+}
 
 impl Downs {
     /// Processes that have ended by themselves are started again after a while, as an operator's tool would.
     fn restart(&mut self, sim: &mut Sim<'_>, history: &Rc<RefCell<History>>) {
-        for host in hosts() {
-            match self.0.get(&host) {
+        for host in self.hosts.clone() {
+            match self.until.get(&host) {
                 None if !sim.is_host_running(host.as_str()) => {
                     history.borrow_mut().note(sim.elapsed(), format!("{host} has ended"));
                     // To turmoil a host that has ended cannot crash; what it left running ends when it starts again.
                     sim.crash(host.as_str());
-                    self.0.insert(host, Some(sim.elapsed() + RESTART));
+                    self.until.insert(host, Some(sim.elapsed() + RESTART));
                 }
                 Some(Some(at)) if *at <= sim.elapsed() => {
-                    self.0.remove(&host);
+                    self.until.remove(&host);
                     sim.bounce(host);
                 }
                 _ => {}
@@ -184,24 +252,21 @@ impl Downs {
     }
 }
 
-fn hosts() -> impl Iterator<Item = String> {
-    [COORDINATOR.to_owned()].into_iter().chain((0..WORKERS).map(worker))
-}
-
 fn apply(sim: &mut Sim<'_>, machine: &Machine, downs: &mut Downs, fault: Fault, random: &mut Random) {
     match fault {
         Fault::Crash(host) => {
             sim.crash(host.as_str());
-            if host == COORDINATOR {
+            if Shape::Alone.coordinators().contains(&host.as_str()) {
                 machine.disk.crash(random.next());
             }
-            downs.0.insert(host, None);
+            downs.until.insert(host, None);
         }
         Fault::Start(host) => {
-            if downs.0.remove(&host).is_some() {
+            if downs.until.remove(&host).is_some() {
                 sim.bounce(host);
             }
         }
+        Fault::Drain(index) => machine.drains.borrow()[index as usize].cancel(),
         Fault::Cut(a, b) => sim.partition(a, b),
         Fault::CutOneWay(a, b) => sim.partition_oneway(a, b),
         Fault::Hold(a, b) => sim.hold(a, b),
@@ -215,7 +280,7 @@ fn apply(sim: &mut Sim<'_>, machine: &Machine, downs: &mut Downs, fault: Fault, 
 }
 
 fn mend(sim: &mut Sim<'_>, downs: &mut Downs) {
-    let all: Vec<String> = hosts().chain([CLIENT.to_owned()]).collect();
+    let all: Vec<String> = downs.hosts.iter().cloned().chain([CLIENT.to_owned()]).collect();
     for (index, a) in all.iter().enumerate() {
         for b in &all[index + 1..] {
             sim.release(a.as_str(), b.as_str());
@@ -223,59 +288,7 @@ fn mend(sim: &mut Sim<'_>, downs: &mut Downs) {
         }
     }
     sim.set_max_message_latency(Duration::from_millis(NORMAL_LATENCY));
-    for host in std::mem::take(&mut downs.0).into_keys() {
+    for host in std::mem::take(&mut downs.until).into_keys() {
         sim.bounce(host);
-    }
-}
-
-fn config() -> Config {
-    let transformer = ComponentConfig { tp: 2, replicas: REPLICAS, ..ComponentConfig::default() };
-    let model = ModelConfig {
-        name: MODEL.into(),
-        path: "/models/model".into(),
-        max_batch: 4,
-        max_jobs: 4,
-        components: [("transformer".to_owned(), transformer)].into(),
-        adapters: vec![],
-    };
-    Config { models: vec![model], advertise: None, data_dir: None, object_store: None, etcd: None, limits: Limits::default() }
-}
-
-/// One life of the coordinator's process. It ends by itself only when its disk fails.
-async fn serve(machine: Rc<Machine>, history: Rc<RefCell<History>>) {
-    let life = machine.lives.get();
-    machine.lives.set(life + 1);
-    let place = Place::Memory(machine.objects.clone());
-    let opened = Journal::open_driven(Path::new("/journal"), machine.disk.mount(), SYNC);
-    let (handle, mut recovered, drive) = match opened {
-        Ok(opened) => opened,
-        // The disk may fail while it is opened, too.
-        Err(StoreError::Io { .. }) => return,
-        Err(error) => {
-            history.borrow_mut().violation(format!("the journal cannot be opened: {error}"));
-            return std::future::pending().await;
-        }
-    };
-    if machine.mutation == Mutation::NoRecovery {
-        recovered.jobs.clear();
-    }
-    let mut failures = handle.durable();
-    tokio::spawn(drive);
-    let config = config();
-    let now = EPOCH + History::now();
-    let world = World {
-        context: Arc::new(Context::seeded(Random::of(machine.seed, 1000 + life).next(), now)),
-        dial: dial(),
-        store: (handle, recovered),
-        takes_over: life > 0,
-        lost: CancellationToken::new(),
-        blobs: BlobStore::open_in_memory(&place, &config.limits).await.unwrap(),
-        place,
-        address: format!("{COORDINATOR}:{PORT}"),
-    };
-    let ended = Box::pin(run_in(config, world, listen().await.unwrap(), std::future::pending())).await;
-    let failed = failures.borrow_and_update().failed.clone().unwrap_or_default();
-    if !failed.contains("os error") {
-        history.borrow_mut().violation(format!("the coordinator ended: {ended:?}; the store: {failed:?}"));
     }
 }

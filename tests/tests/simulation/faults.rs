@@ -4,7 +4,7 @@ use std::{ops::Range, time::Duration};
 
 use coordinator::store::memory::{Call, Failure};
 
-use crate::cluster::{CLIENT, COORDINATOR, WORKERS, worker};
+use crate::cluster::{CLIENT, ETCD, Shape, WORKERS, worker};
 
 /// Nothing goes wrong before: the first card is known by then.
 const BEGIN: u64 = 2_000;
@@ -12,6 +12,8 @@ const BEGIN: u64 = 2_000;
 pub(crate) const END: Duration = Duration::from_secs(30);
 /// How long something stays broken, in milliseconds.
 const BROKEN: Range<u64> = 50..8_000;
+/// How long a leader hears nothing of etcd, in milliseconds, to lose its lease.
+const LEASE_LOST: Range<u64> = 3_500..8_000;
 
 /// Something that happens to the cluster.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +22,8 @@ pub(crate) enum Fault {
     Crash(String),
     /// And starts again.
     Start(String),
+    /// A worker is asked to go; its process is started again when it has ended.
+    Drain(u64),
     /// Nothing gets through between two, either way.
     Cut(String, String),
     /// Nothing gets through from one to the other.
@@ -71,14 +75,21 @@ impl Random {
 }
 
 /// What goes wrong in a run, in order.
-pub(crate) fn plan(seed: u64) -> Vec<(Duration, Fault)> {
+pub(crate) fn plan(seed: u64, shape: Shape) -> Vec<(Duration, Fault)> {
     let mut random = Random::of(seed, 1);
     let end = END.as_millis() as u64;
     let mut plan = Vec::new();
     for _ in 0..random.within(1..16) {
         let at = random.within(BEGIN..end - 1);
-        let until = (at + random.within(BROKEN)).min(end);
-        let (fault, mended) = draw(&mut random);
+        let (mut fault, mut mended) = draw(&mut random, shape);
+        let mut broken = BROKEN;
+        if matches!(fault, Fault::Hold(..)) && shape == Shape::Several && random.once_in(2) {
+            // What a leader writes comes so late that another leads.
+            let (a, b) = (any_coordinator(&mut random, shape), ETCD.to_owned());
+            (fault, mended) = (Fault::Hold(a.clone(), b.clone()), Some(Fault::Mend(a, b)));
+            broken = LEASE_LOST;
+        }
+        let until = (at + random.within(broken)).min(end);
         plan.push((Duration::from_millis(at), fault));
         plan.extend(mended.map(|mended| (Duration::from_millis(until), mended)));
     }
@@ -87,26 +98,31 @@ pub(crate) fn plan(seed: u64) -> Vec<(Duration, Fault)> {
 }
 
 /// A fault and what ends it, if it does not end by itself.
-fn draw(random: &mut Random) -> (Fault, Option<Fault>) {
-    match random.within(0..16) {
-        0..5 => (Fault::Crash(COORDINATOR.into()), Some(Fault::Start(COORDINATOR.into()))),
+fn draw(random: &mut Random, shape: Shape) -> (Fault, Option<Fault>) {
+    match random.within(0..18) {
+        0..5 => {
+            let coordinator = any_coordinator(random, shape);
+            (Fault::Crash(coordinator.clone()), Some(Fault::Start(coordinator)))
+        }
         5..8 => {
             let worker = worker(random.within(0..WORKERS));
             (Fault::Crash(worker.clone()), Some(Fault::Start(worker)))
         }
         8..10 => {
-            let (a, b) = pair(random);
+            let (a, b) = pair(random, shape);
             (Fault::Cut(a.clone(), b.clone()), Some(Fault::Mend(a, b)))
         }
         10 => {
-            let (a, b) = pair(random);
+            let (a, b) = pair(random, shape);
             (Fault::CutOneWay(a.clone(), b.clone()), Some(Fault::Mend(a, b)))
         }
-        11..13 => {
-            let (a, b) = pair(random);
+        11..14 => {
+            let (a, b) = pair(random, shape);
             (Fault::Hold(a.clone(), b.clone()), Some(Fault::Mend(a, b)))
         }
-        13 => (Fault::Slow(random.within(10..300)), Some(Fault::Slow(NORMAL_LATENCY))),
+        14 => (Fault::Drain(random.within(0..WORKERS)), None),
+        15 => (Fault::Slow(random.within(10..300)), Some(Fault::Slow(NORMAL_LATENCY))),
+        _ if shape == Shape::Several => (Fault::Crash(ETCD.into()), Some(Fault::Start(ETCD.into()))),
         _ => {
             let call = if random.once_in(2) { Call::Sync } else { Call::Append };
             let failure = if random.once_in(2) { Failure::Broken } else { Failure::Full };
@@ -118,10 +134,16 @@ fn draw(random: &mut Random) -> (Fault, Option<Fault>) {
 /// Most milliseconds that a message takes when all is well.
 pub(crate) const NORMAL_LATENCY: u64 = 10;
 
-fn pair(random: &mut Random) -> (String, String) {
+fn any_coordinator(random: &mut Random, shape: Shape) -> String {
+    let names = shape.coordinators();
+    names[random.within(0..names.len() as u64) as usize].to_owned()
+}
+
+fn pair(random: &mut Random, shape: Shape) -> (String, String) {
     let name = |random: &mut Random| match random.within(0..10) {
-        0..4 => COORDINATOR.to_owned(),
+        0..4 => any_coordinator(random, shape),
         4 => CLIENT.to_owned(),
+        5..8 if shape == Shape::Several => ETCD.to_owned(),
         _ => worker(random.within(0..WORKERS)),
     };
     loop {

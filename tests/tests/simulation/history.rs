@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use coordinator::stand_in::{POISON, picture};
-use proto::v1::{GroupState, Job, JobEvent, JobSpec, JobState, ModelStatus, job_event::Kind};
+use proto::v1::{CreateJobRequest, GroupState, Job, JobEvent, JobSpec, JobState, ModelStatus, job_event::Kind};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -52,6 +52,8 @@ impl Outcome {
 struct Known {
     id: String,
     spec: JobSpec,
+    /// It must be over within a time.
+    timed: bool,
     /// The newest event that was watched.
     watched: u64,
     /// How it ended: the job as it was first seen to be over, and when.
@@ -61,8 +63,12 @@ struct Known {
 }
 
 /// What clients saw, checked as it is seen.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct History {
+    /// Where they look for a coordinator: first where they found one last.
+    coordinators: Vec<&'static str>,
+    /// Who leads, as far as anybody knows, and in which term.
+    leader: (&'static str, u64),
     lines: Vec<String>,
     violations: Vec<String>,
     /// By request id.
@@ -81,6 +87,36 @@ fn ending(job: &Job) -> impl PartialEq + std::fmt::Debug {
 }
 
 impl History {
+    /// Nothing was seen yet.
+    pub(crate) fn new(coordinators: &[&'static str]) -> Self {
+        let (lines, violations, jobs, epochs) = Default::default();
+        Self { coordinators: coordinators.to_vec(), leader: (coordinators[0], 0), lines, violations, jobs, epochs }
+    }
+
+    /// Where to look for a coordinator, in order.
+    pub(crate) fn coordinators(&self) -> Vec<&'static str> {
+        self.coordinators.clone()
+    }
+
+    /// This one answers.
+    pub(crate) fn answers(&mut self, name: &str) {
+        self.coordinators.sort_by_key(|other| *other != name);
+    }
+
+    /// A coordinator leads from now on.
+    pub(crate) fn leads(&mut self, name: &'static str, term: u64) {
+        self.saw(format!("{name} leads in term {term}"));
+        if term <= self.leader.1 {
+            self.violation(format!("{name} leads in term {term}, after {:?}", self.leader));
+        }
+        self.leader = (name, term);
+    }
+
+    /// What it says may be old, for another leads and it has not noticed yet. It changes nothing any more: what it accepts counts.
+    fn is_deposed(&self, from: &str) -> bool {
+        from != self.leader.0
+    }
+
     /// The simulated time.
     pub(crate) fn now() -> Duration {
         turmoil::sim_elapsed().unwrap_or_default()
@@ -103,11 +139,13 @@ impl History {
     }
 
     /// A submission was acknowledged.
-    pub(crate) fn accepted(&mut self, request_id: &str, spec: &JobSpec, asked: Duration, job: &Job) {
+    pub(crate) fn accepted(&mut self, from: &str, request: &CreateJobRequest, asked: Duration, job: &Job) {
+        let request_id = request.request_id.as_str();
         self.saw(format!("accepted {request_id} as {} {}", job.id, job.state().as_str_name()));
         match self.jobs.get(request_id) {
             None => {
-                let known = Known { id: job.id.clone(), spec: spec.clone(), watched: 0, over: None, cancelled: false };
+                let (spec, timed) = (request.spec.clone().unwrap_or_default(), request.timeout.is_some());
+                let known = Known { id: job.id.clone(), spec, timed, watched: 0, over: None, cancelled: false };
                 self.jobs.insert(request_id.to_owned(), known);
             }
             Some(known) if known.id != job.id => {
@@ -116,7 +154,7 @@ impl History {
             }
             Some(_) => {}
         }
-        self.state(request_id, asked, job);
+        self.state(from, request_id, asked, job);
     }
 
     /// The id of an accepted job.
@@ -125,7 +163,7 @@ impl History {
     }
 
     /// An accepted job as it was read.
-    pub(crate) fn read(&mut self, request_id: &str, asked: Duration, job: &Job) {
+    pub(crate) fn read(&mut self, from: &str, request_id: &str, asked: Duration, job: &Job) {
         let failure = job.failure.as_ref().map(|failure| failure.reason.as_str()).unwrap_or_default();
         self.saw(format!(
             "read {request_id}: {} {failure} attempt {} sequence {}",
@@ -133,11 +171,11 @@ impl History {
             job.attempt,
             job.sequence
         ));
-        self.state(request_id, asked, job);
+        self.state(from, request_id, asked, job);
     }
 
     /// An event of an accepted job came, after all those before it.
-    pub(crate) fn event(&mut self, request_id: &str, event: &JobEvent) {
+    pub(crate) fn event(&mut self, from: &str, request_id: &str, event: &JobEvent) {
         let kind = event.kind.as_ref().map(|kind| match kind {
             Kind::StateChanged(job) => format!("is {}", job.state().as_str_name()),
             other => format!("{other:?}"),
@@ -152,7 +190,7 @@ impl History {
         }
         if let Some(Kind::StateChanged(job)) = &event.kind {
             // It tells what was.
-            self.state(request_id, Duration::ZERO, job);
+            self.state(from, request_id, Duration::ZERO, job);
         }
     }
 
@@ -162,9 +200,9 @@ impl History {
     }
 
     /// A cancellation was acknowledged.
-    pub(crate) fn cancelled(&mut self, request_id: &str, asked: Duration, job: &Job) {
+    pub(crate) fn cancelled(&mut self, from: &str, request_id: &str, asked: Duration, job: &Job) {
         self.saw(format!("cancelled {request_id}: {}", job.state().as_str_name()));
-        self.state(request_id, asked, job);
+        self.state(from, request_id, asked, job);
         if let Some(known) = self.jobs.get_mut(request_id)
             && known.over.is_none()
         {
@@ -173,19 +211,23 @@ impl History {
     }
 
     /// Nobody has heard of an accepted job.
-    pub(crate) fn forgotten(&mut self, request_id: &str, by: &str) {
+    pub(crate) fn forgotten(&mut self, from: &str, request_id: &str, by: &str) {
+        if self.is_deposed(from) {
+            return;
+        }
         self.violation(format!("{request_id} was accepted and is not known to {by}"));
     }
 
     /// What was answered to a call that began at `asked`: an answer may be older than what another call has told.
-    fn state(&mut self, request_id: &str, asked: Duration, job: &Job) {
+    fn state(&mut self, from: &str, request_id: &str, asked: Duration, job: &Job) {
+        let deposed = self.is_deposed(from);
         let Some(known) = self.jobs.get_mut(request_id) else { return };
         let mut wrong = Vec::new();
         if known.id != job.id || job.request_id != request_id {
             wrong.push(format!("{request_id} is {}, and was given {}", known.id, job.id));
         }
         match &known.over {
-            Some((at, over)) if (is_over(job) || asked > *at) && ending(over) != ending(job) => {
+            Some((at, over)) if (is_over(job) || (asked > *at && !deposed)) && ending(over) != ending(job) => {
                 wrong.push(format!("{request_id} was over as {:?} and is now {:?}", ending(over), ending(job)));
             }
             None if is_over(job) => {
@@ -198,7 +240,10 @@ impl History {
     }
 
     /// The cluster was asked about its groups.
-    pub(crate) fn models(&mut self, models: &[ModelStatus]) {
+    pub(crate) fn models(&mut self, from: &str, models: &[ModelStatus]) {
+        if self.is_deposed(from) {
+            return;
+        }
         for group in models.iter().flat_map(|model| &model.groups) {
             // Without members there is no epoch.
             if group.state() == GroupState::Waiting {
@@ -251,6 +296,11 @@ fn wrong_end(known: &Known, job: &Job) -> Option<String> {
             let right = format!("{:x}", Sha256::digest(picture(&known.spec)));
             let given: Vec<_> = job.images.iter().map(|image| image.blob_id.clone()).collect();
             (given != [right.as_str()]).then(|| format!("its picture is {given:?} and should be {right}"))
+        }
+        JobState::Failed => {
+            let reason = job.failure.as_ref().map(|failure| failure.reason.as_str()).unwrap_or_default();
+            let expected = reason == "TRIES_EXHAUSTED" || (known.timed && reason == "DEADLINE_EXCEEDED");
+            (!expected).then(|| format!("it failed with {reason:?}"))
         }
         _ => None,
     }

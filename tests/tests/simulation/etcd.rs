@@ -1,0 +1,68 @@
+//! An etcd that stands in for the real one: keys with revisions, transactions, leases and watches, as far as the coordinator uses
+//! them, over the simulated network. What it has acknowledged outlives its crashes, as an etcd's raft log does.
+
+mod keys;
+mod server;
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use etcd_client::proto::{PbKvServer, PbLeaseServer, PbWatchServer};
+use tokio::sync::watch;
+use tonic::transport::Server;
+
+use self::keys::Keys;
+use crate::net::listen;
+
+/// How often leases are looked at.
+const LEASE_TICK: Duration = Duration::from_millis(100);
+
+/// What outlives the process; cheap to clone.
+#[derive(Debug, Clone)]
+pub(crate) struct Etcd {
+    keys: Arc<Mutex<Keys>>,
+    /// The newest revision: watches look at it.
+    revision: Arc<watch::Sender<i64>>,
+}
+
+impl Etcd {
+    /// Nothing is in it. One that is `careless` takes writes of leaders that lead no more.
+    pub(crate) fn new(careless: bool) -> Self {
+        Self { keys: Arc::new(Mutex::new(Keys::new(careless))), revision: Arc::new(watch::channel(1).0) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Keys> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells watches of what was written.
+    fn announce(&self, revision: i64) {
+        self.revision.send_if_modified(|newest| revision > std::mem::replace(newest, revision));
+    }
+
+    /// One life of its process.
+    pub(crate) async fn serve(self) -> turmoil::Result {
+        // Every lease begins anew with its leader, as in etcd.
+        self.lock().renew_all(now());
+        let expiring = self.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(LEASE_TICK).await;
+                let revision = expiring.lock().expire(now());
+                expiring.announce(revision);
+            }
+        });
+        let server = Server::builder()
+            .add_service(PbKvServer::new(self.clone()))
+            .add_service(PbLeaseServer::new(self.clone()))
+            .add_service(PbWatchServer::new(self));
+        server.serve_with_incoming(listen().await?).await?;
+        Ok(())
+    }
+}
+
+fn now() -> Duration {
+    turmoil::sim_elapsed().unwrap_or_default()
+}
