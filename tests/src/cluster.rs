@@ -89,6 +89,15 @@ impl Cluster {
         self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref());
     }
 
+    /// What a supervisor does: a coordinator that has ended by itself is started again. Says whether it had.
+    pub fn supervise(&mut self) -> bool {
+        let ended = matches!(self.coordinator.0.try_wait(), Ok(Some(_)));
+        if ended {
+            self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref());
+        }
+        ended
+    }
+
     /// Another coordinator of the same cluster, at an address of its own. It stands by.
     pub fn add_coordinator(&self) -> (Process, String) {
         let listen = format!("127.0.0.1:{}", free_port());
@@ -279,7 +288,8 @@ pub struct Etcd {
     pub process: Process,
     /// Its client URL.
     pub url: String,
-    _dir: tempfile::TempDir,
+    peer: String,
+    dir: tempfile::TempDir,
 }
 
 impl Etcd {
@@ -287,20 +297,23 @@ impl Etcd {
     pub fn start() -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let (url, peer) = (format!("http://127.0.0.1:{}", free_port()), format!("http://127.0.0.1:{}", free_port()));
-        let mut command = Command::new("etcd");
-        command.arg("--data-dir").arg(dir.path()).args(["--listen-client-urls", &url, "--advertise-client-urls", &url]);
-        command.args([
-            "--listen-peer-urls",
-            &peer,
-            "--initial-advertise-peer-urls",
-            &peer,
-            "--initial-cluster",
-            &format!("default={peer}"),
-        ]);
-        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let child = child.expect("etcd starts (scripts/setup --tests installs it)");
-        Self { process: Process(child), url, _dir: dir }
+        Self { process: etcd(dir.path(), &url, &peer), url, peer, dir }
     }
+
+    /// Starts it again where it was, with what it had.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        self.process = etcd(self.dir.path(), &self.url, &self.peer);
+    }
+}
+
+fn etcd(dir: &Path, url: &str, peer: &str) -> Process {
+    let cluster = format!("default={peer}");
+    let mut command = Command::new("etcd");
+    command.arg("--data-dir").arg(dir).args(["--listen-client-urls", url, "--advertise-client-urls", url]);
+    command.args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", &cluster]);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    Process(child.expect("etcd starts (scripts/setup --tests installs it)"))
 }
 
 /// The `atelier` program beside this test.

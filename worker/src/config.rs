@@ -19,9 +19,9 @@ const MAX_LABELS: usize = 32;
 const HOST_LABEL: &str = "host";
 
 /// How long ranks and tasks go on without a coordinator. A restarted one reads its journal and is back within seconds, the next
-/// leader has the lease within six, and an etcd outage of most of a minute is to stop nothing; memory that nobody asks for
-/// again is not held longer than that.
-pub const ORPHAN_GRACE: Duration = Duration::from_secs(60);
+/// leader has the lease within six, and an etcd outage of a minute is to stop nothing, however long the next election takes;
+/// memory that nobody asks for again is not held longer than that.
+pub const ORPHAN_GRACE: Duration = Duration::from_secs(180);
 
 /// The worker's flags. Every one can be given as an environment variable instead.
 #[derive(Clone, Debug, clap::Args)]

@@ -1,7 +1,15 @@
 //! Chaos with real processes: kill -9 and SIGSTOP to coordinators and workers of the bundled model, by a clock that cares for
 //! nothing. `CHAOS=long` makes the runs as long as the promises say; their figures are printed as a table.
 
+//!
+//! - `main.rs`: ranks, coordinators and workers are killed and restarted
+//! - `etcd.rs`: etcd is away; what etcd is asked to keep
+//! - `clients.rs`: many clients watch and repeat themselves meanwhile
+
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
+
+mod clients;
+mod etcd;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
