@@ -1,5 +1,6 @@
 //! `atelier bench`: how close this machine's cluster is to what the machine can do.
 
+mod gpu;
 mod load;
 mod queue;
 mod speed;
@@ -13,6 +14,8 @@ use crate::error::Error;
 pub(crate) enum BenchCommand {
     /// One row for each operation and shape of FLUX.1: its speed, the limit, the ratio.
     Kernels(speed::KernelsArgs),
+    /// The check-list for a GPU: golden pictures, attention, a step of FLUX.1 beside the device's limit, two devices together.
+    Gpu(gpu::GpuArgs),
     /// Durable submits, watchers and a deep queue, against a coordinator with stand-in workers.
     Load(load::LoadArgs),
 }
@@ -20,6 +23,7 @@ pub(crate) enum BenchCommand {
 pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
     match command {
         BenchCommand::Kernels(args) => speed::run(&args),
+        BenchCommand::Gpu(args) => gpu::run(&args),
         BenchCommand::Load(args) => load::run(args).await,
     }
 }

@@ -39,6 +39,9 @@ pub(crate) enum Error {
     /// A model's files.
     #[error(transparent)]
     Models(#[from] models::Error),
+    /// A check-list that is not all right.
+    #[error("{failed} of the checks failed")]
+    Checks { failed: usize },
     /// A message that should not have come.
     #[error("the server sent something unexpected: {0}")]
     Protocol(&'static str),

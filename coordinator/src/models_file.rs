@@ -159,7 +159,11 @@ fn default_max_jobs() -> u32 {
 }
 
 /// `path` is for messages; models' directories are relative to `folder`.
-fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>> {
+/// Reads the text of the models.toml at `path`; relative paths in it begin at `folder`.
+///
+/// # Errors
+/// With file, line and field.
+pub fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>> {
     let error = |offset: usize, problem: String| Error::ModelsFile {
         path: path.to_owned(),
         line: text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count() + 1,

@@ -16,6 +16,8 @@ pub const BLOB_ID_CHARS: usize = 64;
 const ALWAYS_TAKEN: [&str; 2] = ["embed_prompt", "loras"];
 /// Most adapters of one job; the same as workers take.
 pub const MAX_LORAS: usize = 8;
+/// Most blocks that skip-layer guidance leaves out: the largest network has 57.
+pub const MAX_SKIPPED_LAYERS: usize = 64;
 /// Largest scale of an adapter, and smallest with a minus: beyond it nothing is left of the picture.
 pub const MAX_LORA_SCALE: f64 = 100.0;
 
@@ -320,11 +322,13 @@ impl Check<'_> {
                 self.refuse(name, problem);
             }
         }
+        // A message has room for a million of them: one problem is enough.
         let layers = parameter(self.card, "skip_guidance_layers");
-        for layer in &spec.skip_guidance_layers {
-            if let Some(problem) = layers.and_then(|limits| outside(f64::from(*layer), limits)) {
-                self.refuse("skip_guidance_layers", problem);
-            }
+        let problem = |layer: &u32| outside(f64::from(*layer), layers?);
+        if spec.skip_guidance_layers.len() > MAX_SKIPPED_LAYERS {
+            self.refuse("skip_guidance_layers", format!("must be at most {MAX_SKIPPED_LAYERS}"));
+        } else if let Some(problem) = spec.skip_guidance_layers.iter().find_map(problem) {
+            self.refuse("skip_guidance_layers", problem);
         }
     }
 
@@ -520,6 +524,10 @@ mod tests {
         };
         parse(&[7, 8, 23]).unwrap();
         let Err(Error::InvalidRequest(violations)) = parse(&[7, 24]) else { panic!("24 was taken") };
+        assert_eq!((violations.len(), violations[0].field.as_str()), (1, "spec.skip_guidance_layers"));
+        let Err(Error::InvalidRequest(violations)) = parse(&vec![99; 1 << 18]) else {
+            panic!("a quarter of a million was taken")
+        };
         assert_eq!((violations.len(), violations[0].field.as_str()), (1, "spec.skip_guidance_layers"));
     }
 

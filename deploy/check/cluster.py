@@ -29,7 +29,7 @@ class Pod:
     def __init__(self, documents, workload, name, address, folder, coordinator):
         (self.container,) = workload.containers
         self.name, self.address, self.grace = name, address, workload.spec["terminationGracePeriodSeconds"]
-        known = {"POD_NAME": name, "POD_NAMESPACE": "atelier", "POD_IP": address}
+        known = {"POD_NAME": name, "POD_NAMESPACE": "atelier", "POD_IP": address, "NODE_NAME": "node"}
         variables = {key: known.get(key, value) for key, value in settings(documents, workload).items()}
         places = {
             "0.0.0.0": address,

@@ -125,6 +125,8 @@ MUTATIONS = [
     ("cpu-dev", "a probe of a service that is not there", "nothing answers", of_container(ENCODER, put("worker.Reddy", "readinessProbe", "grpc", "service"))),
     ("cpu-dev", "a liveness probe that depends on the cluster", "more than the process", of_container(ENCODER, put("atelier.worker.Ready", "livenessProbe", "grpc", "service"))),
     ("cpu-dev", "a probe at another port", "does not have", of_container(ENCODER, put(7799, "livenessProbe", "grpc", "port"))),
+    ("cpu-dev", "a pod that counts as a host", "as `host`", of_container(DENOISER, argument("host=$(NODE_NAME)", "host=$(POD_NAME)"))),
+    ("lws", "a node's name from elsewhere", "name of its node", at("LeaderWorkerSet/atelier-denoiser", put([], *LWS, "workerTemplate", "spec", "containers", 0, "env"))),
     ("cpu-dev", "root", "not root", of_pod(ENCODER, put(0, "securityContext", "runAsUser"))),
     ("cpu-dev", "a writable root", "readOnlyRootFilesystem", of_container(ENCODER, put(False, "securityContext", "readOnlyRootFilesystem"))),
     ("cpu-dev", "privileges gained", "allowPrivilegeEscalation", of_container(ENCODER, without("securityContext", "allowPrivilegeEscalation"))),

@@ -128,7 +128,18 @@ def of_container(workload, container):
     for port in container.get("ports", []):
         if "hostPort" in port:
             yield f"port {port.get('name')} is a hostPort"
+    if workload.is_worker:
+        yield from of_host(container)
     yield from of_probes(container)
+
+
+def of_host(container):
+    """Ranks are kept together by node: inside a pod the machine's own name is the pod's, which would make each a host of its own."""
+    if "--label=host=$(NODE_NAME)" not in container.get("args", []):
+        yield "does not register with its node as `host`"
+    sources = {variable["name"]: variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath") for variable in container.get("env", [])}
+    if sources.get("NODE_NAME") != "spec.nodeName":
+        yield "NODE_NAME is not the name of its node"
 
 
 def version(name):

@@ -317,10 +317,17 @@ fn etcd(dir: &Path, url: &str, peer: &str) -> Process {
 }
 
 /// The `atelier` program beside this test.
-fn atelier() -> Command {
+///
+/// # Panics
+/// When it was not built.
+pub fn program() -> PathBuf {
     let test = std::env::current_exe().expect("this program's path");
     let program = test.ancestors().map(|dir| dir.join("atelier")).find(|path| path.is_file());
-    let mut command = Command::new(program.expect("the atelier program: cargo build --release -p cli, or scripts/test"));
+    program.expect("the atelier program: cargo build --release -p cli, or scripts/test")
+}
+
+fn atelier() -> Command {
+    let mut command = Command::new(program());
     command
         .stdin(Stdio::null())
         .env_remove("RUST_LOG")

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod equivalence;
 pub mod golden;
+pub mod hosts;
 pub mod nccl;
 pub mod proxy;
 pub mod published;

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant};
 use models::blocks::{Layout, RankGroup};
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
-use parallel::mesh::Mesh;
+use parallel::mesh::{Link, Mesh};
+use parallel::nccl::NcclLink;
+use parallel::tcp::Tcp;
 use parallel::{Device, InProcess};
 use tests::cluster::Process;
 use tests::nccl::{self, PATIENCE};
@@ -228,6 +230,41 @@ fn disturb(size: usize, fault: &str) -> Option<Vec<Said>> {
         assert!(matches!(said.error(), "PeerLost" | "Stalled"), "{fault}: rank {rank} of {size}: {said:?}");
     }
     Some(said)
+}
+
+/// What every link is, whatever it is made of; asked of the compiler.
+fn contract<L: Link + std::fmt::Debug + 'static>() -> &'static str {
+    std::any::type_name::<L>()
+}
+
+#[test]
+fn the_nccl_link_is_a_twin_of_the_others_joins_without_blocking_and_is_dropped_without_a_panic() {
+    let twins = [contract::<InProcess>(), contract::<Tcp>(), contract::<NcclLink>()];
+    assert_eq!(twins.iter().collect::<BTreeSet<_>>().len(), 3);
+    // The same contract to the bit.
+    let expected = in_threads(2, |link| nccl::collectives(&Mesh::whole(Arc::new(link))).unwrap());
+    let said = Group::new().run(2, PATIENCE, "collectives", &[]);
+    assert_orderly(&said, "contract");
+    for (rank, expected) in expected.iter().enumerate() {
+        let expected: Vec<String> = expected.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        let got: Vec<&str> = said[rank].out.lines().take(expected.len()).collect();
+        assert_eq!(got, expected, "rank {rank}: {}", said[rank].err);
+    }
+    // A rank that never comes back from joining: the others are told in time, and so is it.
+    let Some(said) = disturb(2, "hang") else { return };
+    assert!(said.iter().all(|said| matches!(said.error(), "PeerLost" | "Stalled")), "{said:?}");
+    // A library that cannot even give a communicator up: told, and not a panic on the way out.
+    let Some(said) = disturb(2, "abort:1") else { return };
+    assert_eq!(said[1].error(), "Gpu", "{said:?}");
+    assert!(said[1].err.contains("could not abort a communicator"), "{said:?}");
+    // A function that is not there.
+    let Some(group) = Group::with_stand_ins() else { return };
+    let library = group.libraries.join("libnccl.so");
+    std::fs::remove_file(&library).unwrap();
+    without("ncclCommAbort", &library);
+    let said = group.run(2, PATIENCE, "exchange", &[]);
+    assert_orderly(&said, "a function that is not there");
+    assert!(said.iter().all(|said| said.error() == "SymbolMissing"), "{said:?}");
 }
 
 #[test]

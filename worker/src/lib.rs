@@ -17,7 +17,7 @@ mod adapter_wire;
 mod card_wire;
 mod request_wire;
 
-mod payload_wire;
+pub mod payload_wire;
 
 mod inbox;
 mod mail;

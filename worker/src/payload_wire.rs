@@ -98,7 +98,8 @@ impl Outgoing {
 }
 
 /// A payload on its way in.
-pub(crate) struct Incoming {
+#[derive(Debug)]
+pub struct Incoming {
     /// Of a checkpoint: the steps done.
     step: u32,
     kind: String,
@@ -108,6 +109,7 @@ pub(crate) struct Incoming {
     bytes: Vec<u8>,
 }
 
+#[derive(Debug)]
 struct Slot {
     name: String,
     dtype: DType,
@@ -117,12 +119,18 @@ struct Slot {
 
 impl Incoming {
     /// Checks what the header claims.
-    pub(crate) fn new(header: PayloadHeader) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Message`] with the field that cannot be.
+    pub fn new(header: PayloadHeader) -> Result<Self> {
         Self::begin(header.kind, &PAYLOADS, header.tensors, header.sha256)
     }
 
     /// Checks what the header of a checkpoint claims, and that it is the one that was asked for, or a later state in its place.
-    pub(crate) fn of_checkpoint(header: CheckpointHeader, key: &CheckpointKey, model_digest: &str) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Message`] with the field that cannot be.
+    pub fn of_checkpoint(header: CheckpointHeader, key: &CheckpointKey, model_digest: &str) -> Result<Self> {
         let found = header.key.as_ref().filter(|found| found.job_id == key.job_id && found.stage == key.stage);
         let step = found.map(|found| found.step).filter(|step| *step == key.step || (key.step > 0 && *step > key.step));
         let Some(step) = step else {
@@ -158,12 +166,15 @@ impl Incoming {
     }
 
     /// Bytes it will have.
-    pub(crate) fn byte_size(&self) -> u64 {
+    pub fn byte_size(&self) -> u64 {
         self.expected
     }
 
     /// Takes the next bytes in.
-    pub(crate) fn push(&mut self, chunk: &[u8]) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Message`] when there are more than the header said.
+    pub fn push(&mut self, chunk: &[u8]) -> Result<()> {
         if (self.bytes.len() + chunk.len()) as u64 > self.expected {
             return Err(Error::message("chunk", format!("goes beyond the {} bytes of the header's tensors", self.expected)));
         }
@@ -172,13 +183,19 @@ impl Incoming {
     }
 
     /// The payload, if all has come and is what was sent. Hashes and copies: not for tokio's threads.
-    pub(crate) fn finish(self) -> Result<Payload> {
+    ///
+    /// # Errors
+    /// [`Error::Message`] when bytes are missing, or are others.
+    pub fn finish(self) -> Result<Payload> {
         let kind = self.kind.clone();
         Payload::from_parts(&kind, self.finish_tensors()?).ok_or_else(|| Error::message("header.kind", "is unknown"))
     }
 
     /// As [`Self::finish`], for a denoiser's state.
-    pub(crate) fn finish_state(self) -> Result<Checkpoint> {
+    ///
+    /// # Errors
+    /// As [`Self::finish`].
+    pub fn finish_state(self) -> Result<Checkpoint> {
         let step = self.step as usize;
         Ok(Checkpoint { step, tensors: self.finish_tensors()? })
     }
@@ -215,10 +232,11 @@ impl Slot {
         if shape.len() > MAX_DIMS {
             return Err(bad(format!("has {} dimensions; the limit is {MAX_DIMS}", shape.len())));
         }
-        let bytes = shape.iter().try_fold(dtype.size_in_bytes() as u64, |bytes, dim| bytes.checked_mul(*dim));
-        let bytes = bytes.filter(|bytes| *bytes <= MAX_PAYLOAD_BYTES);
-        let bytes = bytes.ok_or_else(|| bad(format!("is larger than {MAX_PAYLOAD_BYTES} bytes")))?;
-        // No dimension can be beyond usize: a zero among them is the only way past the product.
+        // A dimension of nothing must not hide others that no arithmetic can hold.
+        let most = shape.iter().try_fold(dtype.size_in_bytes() as u64, |bytes, dim| bytes.checked_mul((*dim).max(1)));
+        let most = most.filter(|bytes| *bytes <= MAX_PAYLOAD_BYTES);
+        let most = most.ok_or_else(|| bad(format!("is larger than {MAX_PAYLOAD_BYTES} bytes")))?;
+        let bytes = if shape.contains(&0) { 0 } else { most };
         let dims = shape.iter().map(|dim| usize::try_from(*dim)).collect::<Result<Vec<_>, _>>();
         let shape = dims.map_err(|_| bad("has a dimension that is too large".into()))?;
         Ok(Self { name, dtype, shape, bytes: bytes as usize })
@@ -289,6 +307,7 @@ mod tests {
         check(&|header, _| header.tensors[1].shape[0] = 2, "ended after");
         check(&|header, _| header.tensors[0].shape = vec![u64::MAX, 2], "larger than");
         check(&|header, _| header.tensors[0].shape = vec![1 << 40, 1 << 40, 0], "larger than");
+        check(&|header, _| header.tensors[0].shape = vec![0, 1 << 40, 1 << 40], "larger than");
         check(&|header, _| header.tensors[0].shape = vec![1; 9], "dimensions");
         check(&|header, _| header.tensors[0].name.clear(), "name");
     }

@@ -87,7 +87,9 @@ fn tensor_bytes(tensor: &TensorHeader) -> Result<u64, CheckpointError> {
     if shape.len() > MAX_DIMS {
         return Err(bad("has more than 8 dimensions"));
     }
-    shape.iter().try_fold(*size, |bytes, dim| bytes.checked_mul(*dim)).ok_or_else(|| bad("is too large"))
+    // A dimension of nothing must not hide others that no arithmetic can hold: who takes this up would refuse it.
+    let most = shape.iter().try_fold(*size, |bytes, dim| bytes.checked_mul((*dim).max(1))).ok_or_else(|| bad("is too large"))?;
+    Ok(if shape.contains(&0) { 0 } else { most })
 }
 
 pub(super) fn refused(field: &str, problem: impl Into<String>) -> CheckpointError {

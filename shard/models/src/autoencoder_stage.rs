@@ -99,7 +99,8 @@ impl AutoencoderStage {
         };
         encode("image", &image, &mut out)?;
         if let Some(mask) = &inputs.pictures.mask_image {
-            let mask = image_io::preprocess_mask(&image_io::decode_picture(mask, &self.limits)?, width, height)?;
+            let mask = image_io::decode_picture(mask, &self.limits).map_err(of_mask)?;
+            let mask = image_io::preprocess_mask(&mask, width, height)?;
             if self.masked_picture {
                 encode("masked_image", &image.broadcast_mul(&mask.affine(-1.0, 1.0)?)?, &mut out)?;
             }
@@ -115,6 +116,14 @@ impl AutoencoderStage {
         let image = self.vae.decode(latents, tiling(width * factor, height * factor))?;
         let image = image_io::denormalize(&image)?;
         Ok(Payload::Image(Tensors::new().with("image", image)))
+    }
+}
+
+/// What is wrong with a mask is wrong with that field.
+fn of_mask(error: Error) -> Error {
+    match error {
+        Error::Invalid { reason, .. } => Error::Invalid { field: "mask_image", reason },
+        other => other,
     }
 }
 

@@ -13,6 +13,7 @@ pub(crate) mod host;
 mod matrix;
 
 pub use attention::attention;
+pub use host::has_kernels;
 use host::{map, ours, produce, read};
 pub(crate) use matrix::{Chunks, Matrix};
 

@@ -15,12 +15,8 @@ use serde::Deserialize;
 
 use crate::collective::Collective;
 use crate::lora::Adapters;
+use crate::safetensors_header::{self, LENGTH_BYTES, MAX_TENSORS};
 use crate::{Error, Result};
-
-/// Longest safetensors header that is read. The full FLUX.1 transformer's is 0.1 MB; a hostile one costs memory.
-const MAX_HEADER_BYTES: u64 = 8 << 20;
-/// Most tensors in one component; the full FLUX.1 transformer has 1,446.
-const MAX_TENSORS: usize = 20_000;
 
 /// How one tensor is divided over the ranks of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -366,11 +362,8 @@ fn map_file(path: &Path) -> Result<Mmap> {
 
 fn read_entries(path: &Path, map: &Mmap, file: usize, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
     let bad = |reason: String| Error::Checkpoint { path: path.to_owned(), reason };
-    let header =
-        map.first_chunk::<8>().map(|b| u64::from_le_bytes(*b)).ok_or_else(|| bad("it is shorter than 8 bytes".into()))?;
-    if header > MAX_HEADER_BYTES {
-        return Err(bad(format!("its header claims {header} bytes; the limit is {MAX_HEADER_BYTES}")));
-    }
+    let length = safetensors_header::length(map, map.len() as u64).map_err(bad)?;
+    safetensors_header::check(&map[LENGTH_BYTES..LENGTH_BYTES + length]).map_err(bad)?;
     let tensors = SafeTensors::deserialize(map).map_err(|e| bad(format!("{e}; it may be truncated")))?;
     if tensors.len() + entries.len() > MAX_TENSORS {
         return Err(bad(format!("it holds more than {MAX_TENSORS} tensors")));

@@ -7,6 +7,9 @@ use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Lim
 use super::Picture;
 use crate::{Error, Result};
 
+/// Bytes that one byte of deflate can stand for at most: 258 by two bits.
+const MOST_DEFLATED: u64 = 1032;
+
 /// What a picture may cost, checked on its header, before anything is decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PictureLimits {
@@ -33,7 +36,8 @@ impl Default for PictureLimits {
 /// `Invalid` with the field `image`: another format, a damaged file, or one beyond `limits`.
 pub fn decode_picture(bytes: &[u8], limits: &PictureLimits) -> Result<Picture> {
     let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| invalid(e.to_string()))?;
-    if !matches!(reader.format(), Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) {
+    let format = reader.format();
+    if !matches!(format, Some(ImageFormat::Png | ImageFormat::Jpeg | ImageFormat::WebP)) {
         return Err(invalid("it is not a PNG, JPEG or WebP picture"));
     }
     let mut crate_limits = Limits::default();
@@ -43,6 +47,10 @@ pub fn decode_picture(bytes: &[u8], limits: &PictureLimits) -> Result<Picture> {
     reader.limits(crate_limits);
     let mut decoder = reader.into_decoder().map_err(|e| invalid(e.to_string()))?;
     check(&decoder, limits)?;
+    let (held, file) = (decoder.total_bytes(), bytes.len() as u64);
+    if format == Some(ImageFormat::Png) && held > file.saturating_mul(MOST_DEFLATED) {
+        return Err(invalid(format!("{held} bytes when decoded, which no PNG of {file} bytes can hold")));
+    }
     // A file without EXIF, or with damaged EXIF, is taken as it lies.
     let orientation = decoder.orientation().ok();
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| invalid(e.to_string()))?;

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use parallel::safetensors_header::{self, LENGTH_BYTES, MAX_TENSORS};
 use parallel::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
 use sha2::{Digest, Sha256};
@@ -15,10 +16,6 @@ use crate::model_dir::hex;
 
 /// Largest file that is read. The largest published ones (rank 128 for Qwen-Image) have 2.4 GB.
 pub const MAX_BYTES: u64 = 8 << 30;
-/// Longest safetensors header that is read.
-const MAX_HEADER_BYTES: u64 = 8 << 20;
-/// Most tensors: three for each layer of a network of thousands.
-const MAX_TENSORS: usize = 20_000;
 /// Key of the safetensors metadata under which diffusers keeps the adapter's configuration, as JSON.
 const CONFIG_KEY: &str = "lora_adapter_metadata";
 
@@ -46,6 +43,14 @@ impl AdapterFile {
     pub fn open(path: &Path) -> Result<Self> {
         let path = resolve(path)?;
         let bytes = read(&path)?;
+        Self::parse(path, bytes)
+    }
+
+    /// Takes the bytes of a safetensors file; `path` is what errors call it.
+    ///
+    /// # Errors
+    /// When it is not whole, claims too much, or holds types that are not numbers.
+    pub fn parse(path: PathBuf, bytes: Vec<u8>) -> Result<Self> {
         let digest = hex(&Sha256::digest(&bytes));
         let (entries, metadata) = entries(&path, &bytes)?;
         let config = match metadata.get(CONFIG_KEY) {
@@ -135,17 +140,22 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     if size > MAX_BYTES {
         return Err(bad(path, format!("it has {size} bytes; the limit is {MAX_BYTES}")));
     }
-    let mut bytes = Vec::with_capacity(size as usize);
-    file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(unreadable)?;
+    // Its header is looked at before there is room for the rest.
+    let mut file = file.take(size);
+    let mut bytes = Vec::new();
+    (&mut file).take(LENGTH_BYTES as u64).read_to_end(&mut bytes).map_err(unreadable)?;
+    let length = safetensors_header::length(&bytes, size).map_err(|reason| bad(path, reason))?;
+    bytes.reserve_exact(length);
+    (&mut file).take(length as u64).read_to_end(&mut bytes).map_err(unreadable)?;
+    safetensors_header::check(&bytes[LENGTH_BYTES..]).map_err(|reason| bad(path, reason))?;
+    bytes.reserve_exact(file.limit() as usize);
+    file.read_to_end(&mut bytes).map_err(unreadable)?;
     Ok(bytes)
 }
 
 fn entries(path: &Path, bytes: &[u8]) -> Result<(BTreeMap<String, Entry>, HashMap<String, String>)> {
-    let header = bytes.first_chunk::<8>().map(|b| u64::from_le_bytes(*b));
-    let header = header.ok_or_else(|| bad(path, "it is shorter than 8 bytes"))?;
-    if header > MAX_HEADER_BYTES {
-        return Err(bad(path, format!("its header claims {header} bytes; the limit is {MAX_HEADER_BYTES}")));
-    }
+    let length = safetensors_header::length(bytes, bytes.len() as u64).map_err(|reason| bad(path, reason))?;
+    safetensors_header::check(&bytes[LENGTH_BYTES..LENGTH_BYTES + length]).map_err(|reason| bad(path, reason))?;
     let whole = |e: safetensors::SafeTensorError| bad(path, format!("{e}; it may be truncated"));
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(whole)?;
     let tensors = SafeTensors::deserialize(bytes).map_err(whole)?;

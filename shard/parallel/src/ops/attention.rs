@@ -1,4 +1,8 @@
-//! Attention: ours on the CPU, candle's products elsewhere.
+//! Attention: ours on the CPU; elsewhere candle's products, a block of queries at a time.
+//!
+//! candle's own flash attention is for f16 and bf16, takes no bias, and its build clones CUTLASS from a repository: it is not used.
+//! A block of queries needs no more than its own rows of scores, so a picture of any size needs [`MOST_SCORES`] of them at once, not
+//! the square of its tokens.
 
 use candle_core::Tensor;
 use kernels::attention::{Attention, Bias, Heads};
@@ -7,6 +11,10 @@ use super::host::{fill, ours, read};
 use super::softmax;
 use crate::{Error, Result};
 
+/// Most scores that are held at once, 128 MiB of them in f32 (and as much again for what softmax makes of them): FLUX.1's attention
+/// over 4608 tokens would have 2 GB, and is done in 16 blocks of 303 queries, each a product that keeps a large GPU busy.
+const MOST_SCORES: usize = 1 << 25;
+
 /// Softmax attention. `q: [B, N, Lq, Dh]`, `k, v: [B, N, Lk, Dh]` give `[B, N, Lq, Dh]`.
 ///
 /// `bias` is added to the scores and broadcasts to `[B, N, Lq, Lk]`: T5's relative positions, or a mask of 0 and `-inf`.
@@ -14,12 +22,37 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&T
     if ours(q) && ours(k) && ours(v) && bias.is_none_or(ours) {
         return streamed(q, k, v, scale as f32, bias);
     }
-    let scores = (q.contiguous()? * scale)?.matmul(&k.transpose(2, 3)?.contiguous()?)?;
-    let scores = match bias {
-        Some(bias) => scores.broadcast_add(bias)?,
-        None => scores,
+    blocked(q, k, v, scale, bias, MOST_SCORES)
+}
+
+/// By candle's products, never with more than `most_scores` scores at once (or those of one query, if these are more).
+fn blocked(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>, most_scores: usize) -> Result<Tensor> {
+    let (b, n, queries, _) = q.dims4()?;
+    let of_a_query = b * n * k.dim(2)?;
+    let block = (most_scores / of_a_query.max(1)).clamp(1, queries.max(1));
+    let (k, v) = (k.transpose(2, 3)?.contiguous()?, v.contiguous()?); // [B, N, Dh, Lk], [B, N, Lk, Dh]
+    let rows = |start: usize| {
+        let length = block.min(queries - start);
+        let scores = (q.narrow(2, start, length)?.contiguous()? * scale)?.matmul(&k)?;
+        let scores = match bias {
+            Some(bias) => scores.broadcast_add(&rows_of(bias, start, length)?)?,
+            None => scores,
+        };
+        Ok(softmax(&scores)?.matmul(&v)?)
     };
-    Ok(softmax(&scores)?.matmul(&v.contiguous()?)?)
+    if block >= queries {
+        return rows(0);
+    }
+    let blocks = (0..queries).step_by(block).map(rows).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&blocks, 2)?)
+}
+
+/// A bias for some of the queries; one that is the same for all of them stays as it is.
+fn rows_of(bias: &Tensor, start: usize, length: usize) -> Result<Tensor> {
+    match bias.dims() {
+        [.., queries, _] if *queries > 1 => Ok(bias.narrow(bias.rank() - 2, start, length)?),
+        _ => Ok(bias.clone()),
+    }
 }
 
 fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -56,5 +89,54 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
             let starts: Vec<usize> = (0..b * n).map(|head| head / n * stride[0] + head % n * stride[1]).collect();
             read(&bias, |data| run(Some(Bias { data, starts: &starts, query_stride: stride[2] })))?
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn random(dims: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap()
+    }
+
+    fn plain(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Tensor {
+        let scores = (q.matmul(&k.t().unwrap()).unwrap() * scale).unwrap();
+        let scores = bias.map_or(scores.clone(), |bias| scores.broadcast_add(bias).unwrap());
+        candle_nn::ops::softmax(&scores, 3).unwrap().matmul(v).unwrap()
+    }
+
+    #[test]
+    fn attention_by_blocks_is_attention_whatever_their_size() {
+        let (q, k, v) = (random(&[2, 3, 11, 8]), random(&[2, 3, 7, 8]), random(&[2, 3, 7, 8]));
+        let biases = [vec![1, 1, 1, 7], vec![1, 3, 11, 7], vec![2, 1, 1, 7], vec![2, 3, 11, 1], vec![11, 7], vec![7]];
+        for bias in std::iter::once(None).chain(biases.iter().map(|dims| Some(random(dims)))) {
+            let expected = plain(&q, &k, &v, 0.25, bias.as_ref());
+            // A query has 42 scores: one at a time though that is too many, several with some left over, all.
+            for most_scores in [1, 42, 4 * 42, 10 * 42, 11 * 42, usize::MAX] {
+                let got = blocked(&q, &k, &v, 0.25, bias.as_ref(), most_scores).unwrap();
+                assert_eq!(got.dims(), [2, 3, 11, 8]);
+                let error = (got - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(error < 1e-5, "{most_scores} scores, bias {bias:?}: differs by {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn attention_by_blocks_of_nothing_is_nothing() {
+        let (q, k) = (random(&[1, 2, 0, 8]), random(&[1, 2, 7, 8]));
+        assert_eq!(blocked(&q, &k, &k, 1.0, None, 64).unwrap().dims(), [1, 2, 0, 8]);
+    }
+
+    #[test]
+    fn queries_that_lie_apart_are_attended_alike() {
+        // As heads lie before they are put in order.
+        let x = random(&[1, 9, 2, 8]).transpose(1, 2).unwrap();
+        let whole = blocked(&x, &x, &x, 0.3, None, usize::MAX).unwrap();
+        let parts = blocked(&x, &x, &x, 0.3, None, 2 * 2 * 9).unwrap();
+        let error = (whole - parts).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(error < 1e-6, "differs by {error}");
     }
 }

@@ -14,7 +14,7 @@ pub(crate) fn ours(x: &Tensor) -> bool {
 /// Whether there are kernels of ours for `device`: for the CPU, unless `ATELIER_KERNELS=candle` is in the environment. Then the CPU
 /// computes by candle's operations, as every other device does: so what a GPU is asked to do is held to the golden cases on a
 /// machine without one.
-pub(crate) fn has_kernels(device: &Device) -> bool {
+pub fn has_kernels(device: &Device) -> bool {
     static TURNED_OFF: OnceLock<bool> = OnceLock::new();
     let turned_off = || std::env::var("ATELIER_KERNELS").is_ok_and(|kernels| kernels == "candle");
     matches!(device, Device::Cpu) && !TURNED_OFF.get_or_init(turned_off)
