@@ -19,6 +19,9 @@ mod request_wire;
 
 mod payload_wire;
 
+mod counted;
+mod meters;
+
 mod inbox;
 mod mail;
 mod outbox;

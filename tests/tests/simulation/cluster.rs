@@ -15,6 +15,7 @@ use coordinator::{
     checkpoints::Place,
     config::Limits,
     context::Context,
+    metrics::Meter,
     models_file::{ComponentConfig, ModelConfig},
     run_in,
     stand_in::{Pace, StandIn, registration},
@@ -272,6 +273,7 @@ async fn serve(machine: Rc<Machine>, history: Rc<RefCell<History>>) {
         blobs: BlobStore::open_in_memory(&place, &config.limits).await.unwrap(),
         place,
         address: format!("{COORDINATOR}:{PORT}"),
+        meter: Meter::default(),
     };
     let ended = Box::pin(run_in(config, world, listen().await.unwrap(), std::future::pending())).await;
     let failed = failures.borrow_and_update().failed.clone().unwrap_or_default();
