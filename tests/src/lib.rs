@@ -4,6 +4,7 @@ pub mod cluster;
 pub mod equivalence;
 pub mod golden;
 pub mod nccl;
+pub mod prometheus;
 pub mod proxy;
 pub mod published;
 pub mod ranks;
