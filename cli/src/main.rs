@@ -74,7 +74,8 @@ fn run(command: Command) -> Result<(), Error> {
             Command::Coordinator(args) => {
                 let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
                 let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;
-                Ok(coordinator::run(args.try_into()?, listener, stop_signal()).await?)
+                let metrics = coordinator::metrics::bind(args.metrics_listen).await?;
+                Ok(coordinator::run_measured(args.try_into()?, listener, metrics, stop_signal()).await?)
             }
             Command::Worker(args) => Ok(worker::run(args.try_into()?, stop_signal()).await?),
         }

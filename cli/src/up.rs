@@ -42,6 +42,10 @@ pub(crate) struct UpArgs {
     /// Where pictures are kept. Default: a temporary folder, removed at the end.
     #[arg(long, env = "ATELIER_DATA_DIR")]
     data_dir: Option<PathBuf>,
+    /// Where the coordinator's metrics are read, at /metrics; at /targets there it says where those of the workers are, each of
+    /// which has a free port of this machine.
+    #[arg(long, env = "ATELIER_METRICS_LISTEN", default_value = "127.0.0.1:0")]
+    metrics_listen: std::net::SocketAddr,
     /// Threads each worker computes with. Default: this machine's cores shared among them, at least one each.
     #[arg(long)]
     threads: Option<usize>,
@@ -71,7 +75,10 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
 
     let stop = CancellationToken::new();
     let tracker = TaskTracker::new();
-    let coordinator = tokio::spawn(coordinator::run(config, listener, stop.clone().cancelled_owned()));
+    let metrics = coordinator::metrics::bind(Some(args.metrics_listen)).await?;
+    let metrics_address = metrics.as_ref().map(TcpListener::local_addr).transpose()?;
+    let serving = coordinator::run_measured(config, listener, metrics, stop.clone().cancelled_owned());
+    let coordinator = tokio::spawn(serving);
     let threads =
         args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from).div_ceil(fleet.len().max(1)));
     for labels in &fleet {
@@ -80,6 +87,9 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     }
     tracker.close();
     eprintln!("coordinator at {}, {} workers, models from {}", server.server, fleet.len(), models.display());
+    if let Some(address) = metrics_address {
+        eprintln!("metrics at http://{address}/metrics, where workers' are at http://{address}/targets");
+    }
 
     let outcome = tokio::select! {
         outcome = work(&server, args.then) => outcome,
@@ -191,7 +201,7 @@ impl WorkerProcess {
 
     fn start(&self) -> std::io::Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("worker").args(["--threads", &self.threads.to_string()]);
+        command.arg("worker").args(["--threads", &self.threads.to_string(), "--metrics-listen", "127.0.0.1:0"]);
         if self.etcd.is_empty() {
             command.args(["--coordinator", &self.server]);
         } else {

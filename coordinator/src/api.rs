@@ -8,6 +8,7 @@ use proto::v1::{
     ListJobsRequest, ListJobsResponse, ListModelsRequest, ListModelsResponse, ListWorkersRequest, ListWorkersResponse,
     WatchJobRequest, WatchJobResponse, cluster_service_server::ClusterService, job_service_server::JobService,
 };
+use telemetry::{TRACEPARENT, TraceContext};
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use tracing::error;
@@ -17,6 +18,7 @@ use crate::{
     blobs::BlobStore,
     context::Context,
     error::{Error, Result},
+    metrics::Meter,
     request::{self, is_blob_id},
     runtime::Handle,
     state::{Millis, Submission},
@@ -82,10 +84,11 @@ pub(crate) struct JobApi {
     pub(crate) handle: Handle,
     pub(crate) blobs: BlobStore,
     pub(crate) context: Arc<Context>,
+    pub(crate) meter: Meter,
 }
 
 impl JobApi {
-    async fn create(&self, request: CreateJobRequest) -> Result<CreateJobResponse> {
+    async fn create(&self, request: CreateJobRequest, trace: TraceContext) -> Result<CreateJobResponse> {
         let spec = request.spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
         request::check_request_id(&request.request_id)?;
         // Parsing makes one of the several ways to write a UUID; a client without one cannot retry.
@@ -98,9 +101,15 @@ impl JobApi {
             timeout: request.timeout.map(millis).transpose()?,
             missing_blobs: self.missing_blobs(&spec),
             spec,
+            trace: Some(trace),
         };
         let job = self.handle.submit(submission).await?;
-        tracing::info!(job.id = job.id, model = job.spec.as_ref().map(|spec| spec.model.as_str()), "job accepted");
+        tracing::info!(
+            job.id = job.id,
+            trace_id = job.trace_id,
+            model = job.spec.as_ref().map(|spec| spec.model.as_str()),
+            "job accepted"
+        );
         Ok(CreateJobResponse { job: Some(job) })
     }
 
@@ -162,7 +171,10 @@ fn follow(handle: Handle, job_id: String, after: u64) -> impl Stream<Item = Resu
 #[tonic::async_trait]
 impl JobService for JobApi {
     async fn create_job(&self, request: Request<CreateJobRequest>) -> Result<Response<CreateJobResponse>, Status> {
-        respond(self.create(request.into_inner()).await)
+        let given = request.metadata().get(TRACEPARENT).and_then(|value| value.to_str().ok()).and_then(TraceContext::parse);
+        let trace = given.unwrap_or_else(|| TraceContext::from_random(*self.context.uuid().as_bytes()));
+        let created = self.create(request.into_inner(), trace).await;
+        respond(created.inspect_err(|error| self.meter.refused(error.reason())))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<GetJobResponse>, Status> {

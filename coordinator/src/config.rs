@@ -59,6 +59,10 @@ pub struct Args {
     #[arg(long, env = "ATELIER_ETCD_PREFIX", default_value = DEFAULT_ETCD_PREFIX)]
     pub etcd_prefix: String,
 
+    /// Where metrics are read by HTTP, at /metrics. Without it: nowhere.
+    #[arg(long, env = "ATELIER_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
+
     /// Most jobs that may wait.
     #[arg(long, env = "ATELIER_QUEUE_LIMIT", default_value_t = DEFAULT_QUEUE_LIMIT)]
     pub queue_limit: usize,

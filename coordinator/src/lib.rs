@@ -24,6 +24,7 @@ mod control;
 pub mod leadership;
 mod live;
 pub mod membership;
+pub mod metrics;
 mod runtime;
 mod server;
 mod standby;
@@ -32,4 +33,4 @@ mod testing;
 
 pub use config::{Args, Config};
 pub use error::{Error, Result};
-pub use server::{World, run, run_in};
+pub use server::{World, run, run_in, run_measured};

@@ -50,7 +50,7 @@ async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
     } else {
         log.init();
     }
-    let listen = flags.coordinator.listen;
+    let (listen, metrics) = (flags.coordinator.listen, flags.coordinator.metrics_listen);
     let config = Config::try_from(flags.coordinator)?;
     let listener = TcpListener::bind(listen).await.map_err(|error| format!("listen on {listen}: {error}"))?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -61,6 +61,7 @@ async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
             _ = interrupt.recv() => {}
         }
     };
-    Box::pin(coordinator::run(config, listener, shutdown)).await?;
+    let metrics = coordinator::metrics::bind(metrics).await?;
+    Box::pin(coordinator::run_measured(config, listener, metrics, shutdown)).await?;
     Ok(())
 }

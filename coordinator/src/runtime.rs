@@ -10,6 +10,7 @@ use std::{
 };
 
 use proto::v1::{ControlRequest, Holding, Job, JoinGroup, Registration, control_request::Command, control_response::Report};
+use telemetry::Page;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -23,7 +24,7 @@ use crate::{
     error::{Error, Result},
     live::LiveJobs,
     state::{Effect, Event, EventPage, State, Submission},
-    store::{Change, Durable, StoreHandle},
+    store::{Change, Durable, StoreHandle, Writes},
 };
 
 /// Messages that wait for the task. A full channel slows whoever sends: reports, then clients.
@@ -55,6 +56,7 @@ enum Message {
     Client { event: Event, answer: oneshot::Sender<Result<Job>> },
     Read(Box<dyn FnOnce(&State) -> Show + Send>),
     Follow { job_id: String, after: u64, reply: oneshot::Sender<Result<Followed>> },
+    Measure(oneshot::Sender<Page>),
     Connected { worker: Registration, holding: Holding, link: WorkerLink },
     Happened(Event),
 }
@@ -92,6 +94,7 @@ impl Handle {
             durable,
             live,
             written: 0,
+            writes: Writes::default(),
             waiting: VecDeque::new(),
             done_with,
         };
@@ -117,6 +120,13 @@ impl Handle {
             Box::new(move || drop(reply.send(seen)))
         };
         self.send(Message::Read(Box::new(read))).await?;
+        answer.await.map_err(|_| Error::Stopping)
+    }
+
+    /// What Prometheus is told. It waits for nothing to be durable: a store that hangs is to be seen.
+    pub(crate) async fn measure(&self) -> Result<Page> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Message::Measure(reply)).await?;
         answer.await.map_err(|_| Error::Stopping)
     }
 
@@ -181,6 +191,8 @@ struct Owner {
     live: LiveJobs,
     /// The newest batch that was given to the store.
     written: u64,
+    /// How long batches take to be durable.
+    writes: Writes,
     /// In order, each with the batch it waits for.
     waiting: VecDeque<(u64, Deed)>,
     /// Jobs whose checkpoints are not needed any more.
@@ -219,6 +231,13 @@ impl Owner {
             Message::Read(look) => {
                 let show = look(&self.state);
                 self.commit(Deed::Show(show)).await;
+            }
+            Message::Measure(reply) => {
+                let mut page = Page::default();
+                self.state.measure(&mut page);
+                self.writes.measure(&mut page);
+                // A reader that has gone does not want to know.
+                drop(reply.send(page));
             }
             Message::Follow { job_id, after, reply } => {
                 let followed = self.follow(job_id, after);
@@ -262,6 +281,7 @@ impl Owner {
         }
         if !changes.is_empty() {
             self.written = self.store.write(changes);
+            self.writes.began(self.written);
         }
         for deed in deeds {
             self.commit(deed).await;
@@ -278,6 +298,7 @@ impl Owner {
 
     async fn release(&mut self) {
         let durable = self.durable.borrow().batch;
+        self.writes.ended(durable);
         while let Some((_, deed)) = self.waiting.pop_front_if(|(batch, _)| *batch <= durable) {
             self.carry_out(deed).await;
         }

@@ -40,6 +40,7 @@ use crate::{
     leadership::{self, Led},
     live::LiveJobs,
     membership::{self, embedded::EmbeddedMembership},
+    metrics::Meter,
     runtime::{Handle, Parts, health_service},
     standby,
     state::{Key, SavedSteps, Settings, State},
@@ -60,11 +61,29 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from
 /// # Errors
 /// When the data folder cannot be used, the store breaks, the lead is lost, or the server fails.
 pub async fn run(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
-    // What it holds over its awaits is some kilobytes.
-    Box::pin(run_tcp(config, listener, shutdown)).await
+    run_measured(config, listener, None, shutdown).await
 }
 
-async fn run_tcp(config: Config, listener: TcpListener, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
+/// As [`run`]; metrics are read at the socket of [`crate::metrics::bind`], while it stands by too.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_measured(
+    config: Config,
+    listener: TcpListener,
+    metrics: Option<TcpListener>,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<()> {
+    let (meter, over) = (Meter::default(), CancellationToken::new());
+    let _over_on_return = over.clone().drop_guard();
+    if let Some(metrics) = metrics {
+        tokio::spawn(meter.clone().serve(metrics, over));
+    }
+    // What it holds over its awaits is some kilobytes.
+    Box::pin(run_tcp(config, listener, meter, shutdown)).await
+}
+
+async fn run_tcp(config: Config, listener: TcpListener, meter: Meter, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let address = config.advertise.clone().unwrap_or_else(|| local.to_string());
     let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
@@ -92,7 +111,8 @@ async fn run_tcp(config: Config, listener: TcpListener, shutdown: impl Future<Ou
     };
     let lost = led.as_ref().map_or_else(CancellationToken::new, |led| led.lost.clone());
     let place = config.object_store.clone().unwrap_or_else(|| Place::Folder(folder.join("objects")));
-    let world = World { context: Arc::new(Context::system()), dial: Dial::tcp(), store, takes_over, lost, blobs, place, address };
+    let (context, dial) = (Arc::new(Context::system()), Dial::tcp());
+    let world = World { context, dial, store, takes_over, lost, blobs, place, address, meter };
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     Box::pin(run_in(config, world, incoming, shutdown)).await
 }
@@ -139,6 +159,8 @@ pub struct World {
     pub place: Place,
     /// host:port at which workers reach this coordinator.
     pub address: String,
+    /// What is measured beside the state.
+    pub meter: Meter,
 }
 
 /// As [`run`], in a given world: connections come from `incoming`.
@@ -150,7 +172,7 @@ where
     S: Stream<Item = io::Result<C>>,
     C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
 {
-    let World { context, dial, store: (store, recovered), takes_over, lost, blobs, place, address } = world;
+    let World { context, dial, store: (store, recovered), takes_over, lost, blobs, place, address, meter } = world;
     let Recovered { jobs, groups, term } = recovered;
     let settings = Settings {
         models: config.models.clone(),
@@ -179,8 +201,10 @@ where
     let (health, health_server) = tonic_health::server::health_reporter();
     announce(&health, &config).await;
     let (done_with, not_needed) = mpsc::unbounded_channel();
+    let durable = store.durable();
     let parts = Parts { state, context: context.clone(), health, store, live: live.clone(), done_with };
     let (handle, owner) = Handle::spawn(parts, stop.clone());
+    meter.leads(handle.clone(), durable);
 
     let tasks = TaskTracker::new();
     let (changes, changed) = mpsc::channel(membership::MAX_CHANGES);
@@ -193,8 +217,9 @@ where
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
-    let mut router =
-        services(&mut server, handle, blobs, context)?.add_service(health_server).add_service(CheckpointApi::server(checkpoints));
+    let mut router = services(&mut server, handle, blobs, context, meter)?
+        .add_service(health_server)
+        .add_service(CheckpointApi::server(checkpoints));
     match config.etcd {
         Some(etcd) => drop(tasks.spawn(membership::etcd::watch(etcd, changes, stop.clone()))),
         None => {
@@ -250,8 +275,8 @@ where
     }
 }
 
-fn services(server: &mut Server, handle: Handle, blobs: BlobStore, context: Arc<Context>) -> Result<Router> {
-    let jobs = JobServiceServer::new(JobApi { handle: handle.clone(), blobs: blobs.clone(), context })
+fn services(server: &mut Server, handle: Handle, blobs: BlobStore, context: Arc<Context>, meter: Meter) -> Result<Router> {
+    let jobs = JobServiceServer::new(JobApi { handle: handle.clone(), blobs: blobs.clone(), context, meter })
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
     let cluster = ClusterServiceServer::new(ClusterApi { handle })

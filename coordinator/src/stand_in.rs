@@ -9,7 +9,7 @@ mod rpc;
 mod service;
 mod task;
 
-use std::{collections::HashMap, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use futures::Stream;
 use proto::v1::{
@@ -198,7 +198,7 @@ pub fn registration(worker_id: &str, address: &str) -> Registration {
         address: address.into(),
         data_address: address.into(),
         device: "cpu".into(),
-        labels: HashMap::new(),
+        ..Registration::default()
     }
 }
 

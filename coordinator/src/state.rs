@@ -13,6 +13,7 @@
 //! - `stuck.rs`, `estimate.rs`: groups that get nowhere; how long a job will take
 //! - `recovery.rs`: what a new coordinator takes over from the one before
 //! - `view.rs`: what can be asked; changes nothing
+//! - `tally.rs`, `measure.rs`: what is counted as it happens; what Prometheus is told
 
 mod away;
 mod cluster;
@@ -22,12 +23,14 @@ mod group;
 mod groups;
 mod job;
 mod jobs;
+mod measure;
 mod model;
 mod queue;
 mod record;
 mod recovery;
 mod requeue;
 mod stuck;
+mod tally;
 mod tasks;
 mod view;
 mod work;
@@ -49,7 +52,9 @@ use proto::v1::{
     self, GroupRecord, Holding, JobRecord, JobSpec, Registration, control_request::Command, control_response::Report,
 };
 
-use self::{estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling};
+use telemetry::TraceContext;
+
+use self::{estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling, tally::Tally};
 use crate::{config::Limits, error::Result, models_file::ModelConfig};
 
 pub use self::{
@@ -178,6 +183,8 @@ pub struct Submission {
     pub priority: i32,
     /// The picture is wanted within this time.
     pub timeout: Option<Millis>,
+    /// The trace it is to belong to.
+    pub trace: Option<TraceContext>,
 }
 
 /// Something to be done about it.
@@ -254,6 +261,7 @@ pub struct State {
     /// While the workers of an earlier coordinator come back.
     settling: Option<Settling>,
     stale_reports: u64,
+    tally: Tally,
     effects: Vec<Effect>,
 }
 
@@ -276,6 +284,7 @@ impl State {
             epochs: BTreeMap::new(),
             settling: None,
             stale_reports: 0,
+            tally: Tally::default(),
             effects: Vec::new(),
         }
     }

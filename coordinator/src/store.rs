@@ -21,6 +21,7 @@ pub mod memory;
 mod segment;
 #[cfg(test)]
 mod tests;
+mod writes;
 
 use std::{
     io,
@@ -31,6 +32,7 @@ use std::{
 use proto::v1::{GroupRecord, JobRecord};
 use tokio::sync::{mpsc, watch};
 
+pub(crate) use self::writes::Writes;
 pub use self::{
     disk::{Disk, DiskFile, RealDisk},
     etcd::{EtcdStore, MAX_ACCEPTED_BYTES, MAX_RECORD_BYTES},

@@ -62,5 +62,6 @@ pub(crate) fn worker(id: &str, role: &str) -> Registration {
         data_address: format!("{id}:2"),
         device: "cpu".into(),
         labels: [("role".to_owned(), role.to_owned())].into(),
+        ..Registration::default()
     }
 }

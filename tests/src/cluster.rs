@@ -64,6 +64,8 @@ pub struct Cluster {
     pub coordinator: Process,
     /// http://host:port of the coordinator.
     pub address: String,
+    /// host:port the coordinator's metrics are read at.
+    pub metrics: String,
     /// host:port the coordinator listens on.
     listen: String,
     etcd: Option<String>,
@@ -76,9 +78,10 @@ impl Cluster {
         let dir = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(dir.path().join("models.toml"), models).expect("models.toml can be written");
         let listen = format!("127.0.0.1:{}", free_port());
-        let coordinator = coordinator(&listen, dir.path(), etcd);
+        let metrics = format!("127.0.0.1:{}", free_port());
+        let coordinator = coordinator(&listen, &metrics, dir.path(), etcd);
         let (address, etcd) = (format!("http://{listen}"), etcd.map(str::to_owned));
-        let mut cluster = Self { workers: Vec::new(), coordinator, address, listen, etcd, dir };
+        let mut cluster = Self { workers: Vec::new(), coordinator, address, metrics, listen, etcd, dir };
         labels.iter().for_each(|labels| cluster.add_worker(labels));
         cluster
     }
@@ -86,14 +89,14 @@ impl Cluster {
     /// kill -9 to the coordinator, and another on the same address and data.
     pub fn restart_coordinator(&mut self) {
         self.coordinator.kill();
-        self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref());
+        self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref());
     }
 
     /// What a supervisor does: a coordinator that has ended by itself is started again. Says whether it had.
     pub fn supervise(&mut self) -> bool {
         let ended = matches!(self.coordinator.0.try_wait(), Ok(Some(_)));
         if ended {
-            self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref());
+            self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref());
         }
         ended
     }
@@ -101,7 +104,7 @@ impl Cluster {
     /// Another coordinator of the same cluster, at an address of its own. It stands by.
     pub fn add_coordinator(&self) -> (Process, String) {
         let listen = format!("127.0.0.1:{}", free_port());
-        (coordinator(&listen, self.dir.path(), self.etcd.as_deref()), format!("http://{listen}"))
+        (coordinator(&listen, "127.0.0.1:0", self.dir.path(), self.etcd.as_deref()), format!("http://{listen}"))
     }
 
     /// Starts one more worker.
@@ -119,7 +122,7 @@ impl Cluster {
 
     fn add_worker_with(&mut self, labels: &str, flags: &[&str]) {
         let mut command = atelier();
-        command.args(["worker", "--threads", "1"]).args(flags);
+        command.args(["worker", "--threads", "1", "--metrics-listen", "127.0.0.1:0"]).args(flags);
         match &self.etcd {
             Some(etcd) => command.args(["--etcd", etcd]),
             None => command.args(["--coordinator", &self.address]),
@@ -143,9 +146,9 @@ impl Cluster {
     }
 }
 
-fn coordinator(listen: &str, dir: &Path, etcd: Option<&str>) -> Process {
+fn coordinator(listen: &str, metrics: &str, dir: &Path, etcd: Option<&str>) -> Process {
     let mut command = atelier();
-    command.args(["coordinator", "--listen", listen, "--models"]).arg(dir.join("models.toml"));
+    command.args(["coordinator", "--listen", listen, "--metrics-listen", metrics, "--models"]).arg(dir.join("models.toml"));
     command.arg("--data-dir").arg(dir.join("data")).args(["--queue-limit", "1000000"]);
     if let Some(etcd) = etcd {
         command.args(["--etcd", etcd]);

@@ -5,6 +5,7 @@ pub mod equivalence;
 pub mod golden;
 pub mod hosts;
 pub mod nccl;
+pub mod prometheus;
 pub mod proxy;
 pub mod published;
 pub mod ranks;

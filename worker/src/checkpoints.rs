@@ -8,6 +8,7 @@ use proto::v1::checkpoint_service_client::CheckpointServiceClient;
 use proto::v1::get_checkpoint_response::Part;
 use proto::v1::{CheckpointKey, GetCheckpointRequest, GetCheckpointResponse, RunTask};
 use sha2::{Digest, Sha256};
+use tokio::time::Instant;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
@@ -57,13 +58,15 @@ impl Store {
     }
 
     async fn put(&self, stage: &str, step: u32, body: &Outgoing) -> Result<()> {
-        let key = self.key(stage, step);
+        let (key, began) = (self.key(stage, step), Instant::now());
         let answer = self.home.call(&self.address, |channel| {
             let messages = body.checkpoint_messages(key.clone(), &self.model_digest);
             let mut client = client(channel);
             async move { client.put_checkpoint(stream::iter(messages)).await }
         });
-        answer.await.map(drop)
+        let stored = answer.await.map(drop);
+        self.home.saves.took(began.elapsed(), stored.is_ok());
+        stored
     }
 
     async fn get<T: Send + 'static>(

@@ -33,6 +33,9 @@ pub struct Args {
     /// Where to listen for the other ranks of this worker's groups (TCP).
     #[arg(long, env = "ATELIER_WORKER_DATA_LISTEN", default_value = "127.0.0.1:0")]
     pub data_listen: SocketAddr,
+    /// Where metrics are read by HTTP, at /metrics. Without it: nowhere.
+    #[arg(long, env = "ATELIER_WORKER_METRICS_LISTEN")]
+    pub metrics_listen: Option<SocketAddr>,
     /// Name or address by which others reach this host; needed when listening on 0.0.0.0.
     #[arg(long, env = "ATELIER_WORKER_ADVERTISE_HOST")]
     pub advertise_host: Option<String>,
@@ -92,6 +95,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where to listen for ranks.
     pub data_listen: SocketAddr,
+    /// Where to listen for readers of metrics.
+    pub metrics_listen: Option<SocketAddr>,
     /// By which others reach this host, if not by the listen address.
     pub advertise_host: Option<String>,
     /// Where to register.
@@ -144,6 +149,9 @@ impl TryFrom<Args> for Config {
         for (flag, address) in [("listen", args.listen.ip()), ("data-listen", args.data_listen.ip())] {
             check_reachable(flag, address, args.advertise_host.as_deref())?;
         }
+        if let Some(metrics) = args.metrics_listen {
+            check_reachable("metrics-listen", metrics.ip(), args.advertise_host.as_deref())?;
+        }
         let worker_id = args.worker_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
         if !is_plain(&worker_id) || worker_id.len() > MAX_ID_CHARS {
             return Err(bad("worker-id", format!("must be 1 to {MAX_ID_CHARS} letters, digits, `-`, `_` or `.`")));
@@ -151,6 +159,7 @@ impl TryFrom<Args> for Config {
         Ok(Self {
             listen: args.listen,
             data_listen: args.data_listen,
+            metrics_listen: args.metrics_listen,
             advertise_host: args.advertise_host,
             membership: membership(args.coordinator, args.etcd, args.etcd_prefix)?,
             labels: with_host(labels(&args.labels)?),

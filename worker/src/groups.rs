@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::Backend;
 use crate::inbox::TaskId;
+use crate::meters::RankMeter;
 use crate::outbox::Reports;
 use crate::rank::{CONNECT_TIMEOUT, Command, End, Seat, Status, Stop};
 use crate::routes::{Routes, Seated};
@@ -77,6 +78,7 @@ struct Held {
     epoch: u64,
     leader: Leader,
     stop: Arc<Stop>,
+    meter: Arc<RankMeter>,
 }
 
 /// The way to a leader's thread.
@@ -130,6 +132,12 @@ impl Groups {
         let table = self.table();
         let ranks = table.held.values();
         ranks.map(|held| HeldRank { join: Some(held.join.clone()), ready: held.ready.load(Ordering::SeqCst) }).collect()
+    }
+
+    /// What the ranks that are held count, and whether each is ready.
+    pub(crate) fn meters(&self) -> Vec<(Arc<RankMeter>, bool)> {
+        let table = self.table();
+        table.held.values().map(|held| (held.meter.clone(), held.ready.load(Ordering::SeqCst))).collect()
     }
 
     /// Takes a seat in a group. Older epochs of it end first.
@@ -188,6 +196,7 @@ impl Groups {
         let (ended, end) = oneshot::channel();
         let stop = Arc::new(Stop::default());
         let leader = Leader { commands, ended: CancellationToken::new(), path: join.path.clone().into() };
+        let meter = RankMeter::new(&join.model, &join.component, &join.group_id, rank);
         let seat = Seat {
             rendezvous: Rendezvous { group_id: join.group_id.clone(), epoch: join.epoch, secret: join.secret.to_vec() },
             rank,
@@ -202,6 +211,7 @@ impl Groups {
             commands: to_obey,
             status,
             stop: stop.clone(),
+            meter: meter.clone(),
             memory: self.memory(&join.group_id, rank),
         };
         // The attendant is gone only when the whole runtime is.
@@ -214,7 +224,7 @@ impl Groups {
         tracing::info!(group.id = join.group_id, group.epoch = join.epoch, rank, component = join.component, "joining a group");
         let ready = Arc::new(AtomicBool::new(false));
         let shown = JoinGroup { secret: bytes::Bytes::new(), ..join.clone() };
-        let held = Held { join: shown, ready: ready.clone(), epoch: join.epoch, leader, stop: stop.clone() };
+        let held = Held { join: shown, ready: ready.clone(), epoch: join.epoch, leader, stop: stop.clone(), meter };
         {
             let mut table = self.table();
             table.held.insert((join.group_id.clone(), rank), held);

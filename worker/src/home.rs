@@ -8,6 +8,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use crate::dial::{CALL_TIMEOUT, Dial};
+use crate::meters::Saves;
 use crate::{Error, Result};
 
 /// Pause after the first try; doubles with each.
@@ -23,11 +24,13 @@ pub(crate) struct Home {
     newest: Mutex<Option<String>>,
     /// How long a coordinator that is not there is called again.
     patience: Duration,
+    /// How long writing to the checkpoint store took.
+    pub(crate) saves: Saves,
 }
 
 impl Home {
     pub(crate) fn new(patience: Duration) -> Self {
-        Self { dial: Dial::default(), newest: Mutex::default(), patience }
+        Self { dial: Dial::default(), newest: Mutex::default(), patience, saves: Saves::default() }
     }
 
     /// A new leader is at `address`; empty: where the tasks it gives say.

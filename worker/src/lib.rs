@@ -19,6 +19,9 @@ mod request_wire;
 
 pub mod payload_wire;
 
+mod counted;
+mod meters;
+
 mod inbox;
 mod mail;
 mod outbox;

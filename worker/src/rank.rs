@@ -21,6 +21,8 @@ use parallel::tcp::{Hello, Rendezvous, Tcp};
 use tokio::sync::{oneshot, watch};
 
 use crate::backend::{Backend, RankSpec};
+use crate::counted::Counted;
+use crate::meters::RankMeter;
 
 /// How long the ranks of a group may take to find each other.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,6 +46,8 @@ pub(crate) struct Sink {
     pub(crate) states: watch::Sender<Option<Checkpoint>>,
     pub(crate) outcome: oneshot::Sender<Outcome>,
     pub(crate) began: Option<Instant>,
+    /// When it began or made its last step.
+    pub(crate) stepped: Option<Instant>,
 }
 
 /// How far a task is.
@@ -151,6 +155,7 @@ pub(crate) struct Seat {
     pub(crate) commands: Receiver<Command>,
     pub(crate) status: watch::Sender<Status>,
     pub(crate) stop: Arc<Stop>,
+    pub(crate) meter: Arc<RankMeter>,
     /// Held while weights are: the next epoch's rank waits for this one's memory.
     pub(crate) memory: Arc<Mutex<()>>,
 }
@@ -188,7 +193,10 @@ impl Seat {
             limits: self.limits,
             adapters: self.adapters.clone(),
         };
-        let rank = self.backend.load(spec, &mut |progress| drop(self.status.send_replace(Status::Loading(progress))));
+        let rank = self.backend.load(spec, &mut |progress| {
+            self.meter.loads(progress.clone());
+            self.status.send_replace(Status::Loading(progress));
+        });
         let rank = match rank {
             Ok(rank) => rank,
             Err(error) if error.loses_group() => return End::of(&error),
@@ -209,7 +217,8 @@ impl Seat {
         let link = Tcp::connect(&self.rendezvous, self.rank, &self.data_addresses, &self.accepted, deadline)?;
         let link = Arc::new(link);
         self.stop.hold(link.clone());
-        RankGroup::new(parallel::device::link(link, &self.backend.device())?, self.layout)
+        let link = parallel::device::link(link, &self.backend.device())?;
+        RankGroup::new(Arc::new(Counted { link, traffic: self.meter.traffic.clone() }), self.layout)
     }
 
     /// The leader: one turn of the stage after the other, commands in between.
@@ -226,7 +235,9 @@ impl Seat {
             if self.stop.is_asked() {
                 return End::left();
             }
-            match stage.turn(&mut |event| deliver(event, &mut sinks)) {
+            let turned = stage.turn(&mut |event| deliver(event, &mut sinks, &self.meter));
+            self.meter.forwards(stage.forwards());
+            match turned {
                 Ok(true) => {}
                 Ok(false) => match self.commands.recv() {
                     Ok(command) => obey(command, &mut *stage, &mut sinks),
@@ -250,16 +261,21 @@ fn obey(command: Command, stage: &mut dyn Stage, sinks: &mut HashMap<TaskKey, Si
     }
 }
 
-fn deliver(event: StageEvent<'_>, sinks: &mut HashMap<TaskKey, Sink>) {
+fn deliver(event: StageEvent<'_>, sinks: &mut HashMap<TaskKey, Sink>, meter: &RankMeter) {
     match event {
         StageEvent::Started { key } => {
             if let Some(sink) = sinks.get_mut(&key) {
                 sink.began = Some(Instant::now());
+                sink.stepped = sink.began;
                 sink.progress.send_replace(Progress::Started);
             }
         }
         StageEvent::Step { key, step, steps, state } => {
-            if let Some(sink) = sinks.get(&key) {
+            if let Some(sink) = sinks.get_mut(&key) {
+                let now = Instant::now();
+                if let Some(before) = sink.stepped.replace(now) {
+                    meter.stepped(now.duration_since(before));
+                }
                 if let Some(state) = state {
                     sink.states.send_replace(Some(state.checkpoint()));
                 }

@@ -149,7 +149,7 @@ impl Task {
         let (progress, mut seen) = watch::channel(Progress::Waiting);
         let (states, to_save) = watch::channel(None);
         let (outcome, mut over) = oneshot::channel();
-        let sink = Sink { progress, states, outcome, began: None };
+        let sink = Sink { progress, states, outcome, began: None, stepped: None };
         let _saving = keep_saving(store.clone(), self.id.stage.clone(), to_save, self.ticket.saved.clone());
         let tell = |command: Command| leader.commands.try_send(command).map_err(|_| Failure::lost());
         tell(Command::Start { key, request: Box::new(request), inputs: Box::new(inputs), sink })?;

@@ -112,6 +112,11 @@ impl Tasks {
         self.running().iter().map(|(id, ticket)| ticket.held(id)).collect()
     }
 
+    /// How many wait or run.
+    pub(crate) fn count(&self) -> usize {
+        self.running().len()
+    }
+
     /// Whether there are none.
     pub(crate) fn is_empty(&self) -> bool {
         self.running().is_empty()

@@ -18,6 +18,7 @@ use crate::drain::Drain;
 use crate::groups::{CacheBytes, Groups};
 use crate::home::Home;
 use crate::mail::Mail;
+use crate::meters::Readings;
 use crate::outbox::Reports;
 use crate::routes::Routes;
 use crate::service::Service;
@@ -50,6 +51,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 pub struct Worker {
     listener: tokio::net::TcpListener,
     data_listener: TcpListener,
+    metrics_listener: Option<tokio::net::TcpListener>,
     registration: Registration,
     membership: Membership,
     groups: Arc<Groups>,
@@ -74,12 +76,22 @@ impl Worker {
         let listen = |source| Error::Listen { address, source };
         let data_listener = TcpListener::bind(address).map_err(listen)?;
         let data_bound = data_listener.local_addr().map_err(listen)?;
+        let (metrics_listener, metrics_bound) = match config.metrics_listen {
+            Some(address) => {
+                let listen = |source| Error::Listen { address, source };
+                let listener = tokio::net::TcpListener::bind(address).await.map_err(listen)?;
+                let bound = listener.local_addr().map_err(listen)?;
+                (Some(listener), Some(bound))
+            }
+            None => (None, None),
+        };
         let registration = Registration {
             worker_id: config.worker_id,
             address: advertised(bound, config.advertise_host.as_deref()),
             data_address: advertised(data_bound, config.advertise_host.as_deref()),
             device: config.place.to_string(),
             labels: config.labels,
+            metrics_address: metrics_bound.map(|bound| advertised(bound, config.advertise_host.as_deref())).unwrap_or_default(),
         };
         let routes = Arc::<Routes>::default();
         let reports = Reports::default();
@@ -90,6 +102,7 @@ impl Worker {
         Ok(Self {
             listener,
             data_listener,
+            metrics_listener,
             registration,
             membership,
             groups,
@@ -133,6 +146,10 @@ impl Worker {
             next_key: AtomicU64::new(1),
         };
         let tasks = Tasks::new(means, reports.clone());
+        if let Some(listener) = self.metrics_listener {
+            let (readings, tasks) = (Readings { groups: groups.clone(), home: home.clone() }, tasks.clone());
+            tokio::spawn(readings.serve(listener, tasks, reports.attached(), stop.clone()));
+        }
         let drain = Drain { groups: groups.clone(), tasks: tasks.clone(), reports: reports.clone(), timeout: self.drain_timeout };
         let sessions = Sessions {
             hello: self.registration.clone(),
@@ -152,6 +169,7 @@ impl Worker {
             worker.id = self.registration.worker_id,
             address = self.registration.address,
             data_address = self.registration.data_address,
+            metrics_address = self.registration.metrics_address,
             "listening"
         );
 

@@ -88,6 +88,7 @@ impl Fleet {
             missing_blobs: Vec::new(),
             priority: 0,
             timeout: None,
+            trace: None,
         }))
     }
 

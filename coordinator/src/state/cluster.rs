@@ -182,6 +182,7 @@ impl State {
             return;
         };
         let epoch = group.epoch;
+        self.tally.epoch_ended(&group.wanted.model, &group.wanted.component, planned);
         let (members, tasks) = group.end(cause.clone());
         for member in members {
             self.send(&member, Command::LeaveGroup(LeaveGroup { group_id: group_id.to_owned(), epoch }));

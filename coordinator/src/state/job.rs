@@ -10,6 +10,8 @@ use proto::v1::{
     StageStarted, TaskRef, job_event::Kind,
 };
 
+use telemetry::TraceContext;
+
 use super::{Millis, requeue::Why};
 use crate::plan::Plan;
 
@@ -36,6 +38,8 @@ pub(super) struct Job {
     pub(super) priority: i32,
     /// The client's: it is ended then.
     pub(super) deadline: Option<Millis>,
+    /// The trace it belongs to, and the client's span in it.
+    pub(super) trace: Option<TraceContext>,
     /// Counts from 1 with each new try.
     pub(super) attempt: u32,
     /// By stage; empty until the job is placed.
@@ -44,8 +48,12 @@ pub(super) struct Job {
     pub(super) saved: Saved,
     /// Every worker that was ever told of it: all of them are told when it is over.
     pub(super) told: BTreeSet<String>,
+    /// When it began to wait last.
+    pub(super) queued: Millis,
     /// When it was placed last.
     pub(super) placed: Millis,
+    /// When the checkpoint store had last got more of it.
+    pub(super) saved_at: Millis,
     pub(super) state: JobState,
     pub(super) failure: Option<JobFailure>,
     pub(super) images: Vec<ImageResult>,
@@ -132,6 +140,7 @@ pub(super) struct NewJob {
     pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
     pub(super) deadline: Option<Millis>,
+    pub(super) trace: Option<TraceContext>,
 }
 
 impl Job {
@@ -145,11 +154,14 @@ impl Job {
             plan: new.plan,
             priority: new.priority,
             deadline: new.deadline,
+            trace: new.trace,
             attempt: 1,
             tasks: BTreeMap::new(),
             saved: Saved::default(),
             told: BTreeSet::new(),
+            queued: now,
             placed: now,
+            saved_at: now,
             state: JobState::Queued,
             failure: None,
             images: Vec::new(),
@@ -173,6 +185,9 @@ impl Job {
     /// Changes the state and records it.
     pub(super) fn enter(&mut self, state: JobState, now: Millis) {
         self.state = state;
+        if state == JobState::Queued {
+            self.queued = now;
+        }
         if self.is_over() {
             self.finished = Some(now);
         }
@@ -248,10 +263,13 @@ impl Job {
     }
 
     /// The checkpoint store has this step of a stage.
-    pub(super) fn saw_saved(&mut self, stage: &str, step: u32) {
+    pub(super) fn saw_saved(&mut self, stage: &str, step: u32, now: Millis) {
         if step > 0 && self.plan.stage(stage).is_some() {
             let newest = self.saved.steps.entry(stage.to_owned()).or_default();
-            *newest = step.max(*newest);
+            if step > *newest {
+                *newest = step;
+                self.saved_at = now;
+            }
         }
     }
 
@@ -338,7 +356,13 @@ impl Job {
             priority: self.priority,
             deadline: self.deadline.map(timestamp),
             attempt: self.attempt,
+            trace_id: self.trace.map(|trace| trace.id()).unwrap_or_default(),
         }
+    }
+
+    /// The trace, and the span in it that is the job's own.
+    pub(super) fn span(&self) -> Option<TraceContext> {
+        self.trace.map(|trace| trace.under(&["job", &self.id]))
     }
 
     /// Sequence number of the newest event.
@@ -405,6 +429,7 @@ mod tests {
             plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 0,
             deadline: None,
+            trace: None,
         };
         let mut job = Job::new(1, new, 1000);
         job.tasks.insert("denoise".into(), Task::new("g".into(), 1, "w".into(), 0));

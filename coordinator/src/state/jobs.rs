@@ -100,6 +100,11 @@ impl Jobs {
         }
     }
 
+    /// How many jobs of `model` are placed.
+    pub(super) fn running(&self, model: &str) -> usize {
+        self.running.get(model).map_or(0, |running| running.values().sum())
+    }
+
     /// The lowest priority among the jobs of `model` that are placed.
     pub(super) fn least_urgent_running(&self, model: &str) -> Option<i32> {
         self.running.get(model)?.first_key_value().map(|(priority, _)| *priority)

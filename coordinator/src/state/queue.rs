@@ -49,6 +49,11 @@ impl Queue {
         row.map_or(0, |row| row.range(..=(Reverse(priority), u64::MAX)).count())
     }
 
+    /// The jobs of `model` that wait.
+    pub(super) fn of<'a>(&'a self, model: &str) -> impl Iterator<Item = u64> + use<'a> {
+        self.by_model.get(model).into_iter().flatten().map(|(_, number)| *number)
+    }
+
     /// Jobs that wait, of all models.
     pub(super) fn len(&self) -> usize {
         self.jobs

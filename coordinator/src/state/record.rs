@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use proto::v1::{JobEnd, JobRecord, JobState, PlannedStage, StageKind};
 
+use telemetry::TraceContext;
+
 use super::{
     Millis,
     job::{Job, NewJob, timestamp},
@@ -41,6 +43,7 @@ impl Job {
             cancelling: self.cancelling,
             end,
             stages: self.plan.stages.iter().map(stage).collect(),
+            traceparent: self.trace.map(|trace| trace.to_string()).unwrap_or_default(),
         }
     }
 
@@ -62,6 +65,7 @@ impl Job {
             plan: Arc::new(Plan { stages: stages.collect() }),
             priority: record.priority,
             deadline: record.deadline.as_ref().map(millis),
+            trace: TraceContext::parse(&record.traceparent),
         };
         let mut job = Self::new(record.number, new, record.create_time.as_ref().map_or(0, millis));
         job.attempt = record.attempt.max(1);
@@ -108,6 +112,7 @@ mod tests {
             plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 5,
             deadline: Some(9000),
+            trace: TraceContext::parse("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
         };
         Job::new(17, new, 1234)
     }

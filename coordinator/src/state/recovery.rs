@@ -51,7 +51,7 @@ impl State {
                 if step == 0 {
                     job.saved.outputs.insert(stage);
                 } else {
-                    job.saw_saved(&stage, step);
+                    job.saw_saved(&stage, step, self.now);
                 }
             }
             job.plan = self.jobs.share(Plan::clone(&job.plan));
@@ -263,7 +263,7 @@ impl State {
                 mine.phase = TaskPhase::Running;
             }
             job.tasks.insert(task.stage.clone(), mine);
-            job.saw_saved(&task.stage, held.saved_step);
+            job.saw_saved(&task.stage, held.saved_step, self.now);
             if held.steps > 0 {
                 job.stage_progressed(&task.stage, held.step, held.steps, self.now);
             }

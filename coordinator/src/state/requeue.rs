@@ -90,6 +90,7 @@ impl State {
             return;
         };
         job.wait_again(why, message, self.now);
+        self.tally.requeued(&job.spec.model, why);
         self.queue.add(&job.spec.model, job.priority, number);
         self.job_changed(number);
     }
@@ -131,7 +132,7 @@ impl State {
         self.release(number, &stage);
         let job = self.jobs.get_mut(number)?;
         job.end_task(&stage);
-        job.saw_saved(&stage, report.saved_step);
+        job.saw_saved(&stage, report.saved_step, self.now);
         self.finish_parking(number);
         self.conclude(number);
         Some(())

@@ -6,6 +6,7 @@ use super::{
     Effect, LATE_REPORT_DEADLINE, State, estimate,
     job::{Job, TaskPhase},
     requeue::Why,
+    tally,
     work::shortened,
 };
 
@@ -25,7 +26,7 @@ impl State {
     pub(super) fn task_progress(&mut self, worker_id: &str, report: &TaskProgress) -> Option<()> {
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
         let job = self.jobs.get_mut(number)?;
-        job.saw_saved(&stage, report.saved_step);
+        job.saw_saved(&stage, report.saved_step, self.now);
         let group_id = job.tasks.get(&stage)?.group_id.clone();
         if job.stage_progressed(&stage, report.step, report.steps, self.now) {
             self.job_changed(number);
@@ -39,7 +40,13 @@ impl State {
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
         let job = self.jobs.get_mut(number)?;
         let group_id = job.tasks.get(&stage)?.group_id.clone();
+        let units = tally::units(job, job.plan.stage(&stage)?);
+        let model = job.spec.model.clone();
         job.stage_finished(&stage, report.seconds, self.now);
+        // Those that shared the group's time with it took their part of it.
+        let beside = self.groups.get(&group_id).map_or(1, |group| group.tasks.len());
+        self.tally.stage_done(&model, &stage, report.seconds, beside, units);
+        let job = self.jobs.get_mut(number)?;
         let is_sink = job.plan.consumers(&stage).next().is_none();
         if is_sink && report.images.is_empty() {
             let message = "the last stage ended without pictures".to_owned();
@@ -191,6 +198,7 @@ impl State {
                 job.enter(JobState::Failed, self.now);
             }
         }
+        self.tally.ended(job);
         self.jobs.finished(number);
         self.persist(number);
         for worker in told {

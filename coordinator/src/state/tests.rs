@@ -139,6 +139,7 @@ impl Cluster {
             missing_blobs: vec![],
             priority: 0,
             timeout: None,
+            trace: None,
         }
     }
 

@@ -97,6 +97,12 @@ impl State {
             .collect()
     }
 
+    /// (Worker, host:port of its metrics), of those that have any.
+    pub fn metrics_addresses(&self) -> Vec<(String, String)> {
+        let of = |worker: &Registration| (worker.worker_id.clone(), worker.metrics_address.clone());
+        self.workers.values().filter(|worker| !worker.metrics_address.is_empty()).map(of).collect()
+    }
+
     /// Blobs that a job which can be asked for has taken or given.
     pub fn blobs_in_use(&self) -> BTreeSet<String> {
         let of_job = |job: &Job| {

@@ -26,7 +26,7 @@ const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
-        let Submission { job_id, request_id, spec, seed, missing_blobs, priority, timeout } = submission;
+        let Submission { job_id, request_id, spec, seed, missing_blobs, priority, timeout, trace } = submission;
         request::check_request_id(&request_id)?;
         request::check_urgency(priority, timeout)?;
         let fingerprint = fingerprint(&spec, priority, timeout);
@@ -46,7 +46,7 @@ impl State {
         let plan = self.jobs.share(plan);
         let deadline = timeout.map(|timeout| self.now.saturating_add(timeout));
         let spec = request.into_spec();
-        let new = NewJob { id: job_id, request_id, fingerprint, spec, plan, priority, deadline };
+        let new = NewJob { id: job_id, request_id, fingerprint, spec, plan, priority, deadline, trace };
         let job = Job::new(self.jobs.next_number(), new, self.now);
         if let Some(timeout) = timeout
             && let Some(predicted) = self.predicted_millis(&job.spec.model, estimate::work(&job), priority)
@@ -60,6 +60,7 @@ impl State {
         }
         self.watch_deadline(&job);
         let (number, view) = (job.number, job.view());
+        self.tally.accepted(&job.spec.model);
         self.queue.add(&job.spec.model, priority, number);
         self.jobs.add(job);
         self.persist(number);
@@ -106,6 +107,8 @@ impl State {
         };
         self.queue.remove(&job.spec.model, job.priority, number);
         job.placed = self.now;
+        job.saved_at = self.now;
+        self.tally.placed(&job.spec.model, self.now.saturating_sub(job.queued));
         for (stage, group_id) in placement {
             let Some(group) = self.groups.get_mut(&group_id) else {
                 continue;
@@ -177,6 +180,7 @@ impl State {
             resume_step: task.resumed_step,
             with_pictures: stage.with_pictures,
             adapter_digests: model.adapter_digests(&job.spec),
+            traceparent: job.span().map(|span| span.to_string()).unwrap_or_default(),
         };
         Some((task.leader.clone(), command))
     }

@@ -62,7 +62,7 @@ impl FakeWorker {
             address: listener.local_addr().unwrap().to_string(),
             data_address: "127.0.0.1:1".into(),
             device: "cpu".into(),
-            labels: HashMap::new(),
+            ..Registration::default()
         };
         let fake = Fake { registration: registration.clone(), shared: Arc::new(Mutex::new(Shared::new(pace))) };
         let service = WorkerServiceServer::new(fake.clone());

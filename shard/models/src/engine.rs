@@ -12,7 +12,7 @@ use crate::block_runner::BlockRunner;
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::lora::Share;
 use crate::registry::Limits;
-use crate::stage::{Inputs, Stage, StageEvent, TaskKey, Waiting};
+use crate::stage::{Forwards, Inputs, Stage, StageEvent, TaskKey, Waiting};
 use crate::{Error, Request, Result};
 
 /// The leader's end of a denoiser's group.
@@ -24,6 +24,7 @@ pub struct Engine {
     active: Vec<Active>,
     /// Forwards under way, oldest first: whose branches are in each, in order.
     in_flight: VecDeque<Vec<BranchRef>>,
+    forwards: Forwards,
 }
 
 /// A job in the engine.
@@ -59,7 +60,8 @@ struct BranchRef {
 impl Engine {
     /// For the leader of the group that holds the network.
     pub fn new(denoiser: Box<dyn Denoiser>, runner: BlockRunner, limits: Limits) -> Self {
-        Self { denoiser, runner, limits, waiting: Waiting::default(), active: Vec::new(), in_flight: VecDeque::new() }
+        let (waiting, active, in_flight, forwards) = Default::default();
+        Self { denoiser, runner, limits, waiting, active, in_flight, forwards }
     }
 
     fn admit(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) {
@@ -177,7 +179,10 @@ impl Engine {
             Ok(inputs) => {
                 let job = |reference: &BranchRef| self.active.iter().find(|job| job.key == reference.key);
                 let shares: Vec<Share> = picked.iter().filter_map(job).map(|job| job.share.clone()).collect();
+                let pictures: usize = picked.iter().filter_map(job).map(|job| job.state.pictures()).sum();
                 self.runner.issue(&inputs, &shares)?;
+                self.forwards.count += 1;
+                self.forwards.pictures += pictures as u64;
                 self.in_flight.push_back(picked);
             }
             Err(error) => self.settle(&picked, &Err(error), on_event),
@@ -271,6 +276,10 @@ impl Stage for Engine {
     fn cancel(&mut self, key: TaskKey) {
         self.waiting.cancel(key);
         self.stop(key, Leaving::Cancelled);
+    }
+
+    fn forwards(&self) -> Forwards {
+        self.forwards
     }
 
     /// Issues one forward while a block range is free, else takes in the oldest one.

@@ -32,6 +32,20 @@ pub trait Stage: Send {
     /// # Errors
     /// Only when the group cannot go on ([`Error::loses_group`]); what goes wrong with one task is that task's event.
     fn turn(&mut self, on_event: &mut dyn FnMut(StageEvent<'_>)) -> Result<bool>;
+
+    /// The forwards that were begun so far, for a stage that puts pictures of several tasks into one.
+    fn forwards(&self) -> Forwards {
+        Forwards::default()
+    }
+}
+
+/// Forwards since the beginning: pictures over count is the mean size of a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forwards {
+    /// How many.
+    pub count: u64,
+    /// Pictures in all of them together.
+    pub pictures: u64,
 }
 
 /// What happens to a task.

@@ -9,6 +9,7 @@ use coordinator::{
     config::{EtcdConfig, Limits},
     context::Context,
     leadership::campaign,
+    metrics::Meter,
     models_file::{ComponentConfig, ModelConfig},
     run_in,
     store::{EtcdStore, Journal, Recovered, StoreError},
@@ -105,6 +106,7 @@ pub(crate) async fn alone(name: &'static str, machine: Rc<Machine>, history: Rc<
         blobs: BlobStore::open_in_memory(&place, &config.limits).await.unwrap(),
         place,
         address: format!("{name}:{PORT}"),
+        meter: Meter::default(),
     };
     let ended = Box::pin(run_in(config, world, listen().await.unwrap(), std::future::pending())).await;
     let failed = failures.borrow_and_update().failed.clone().unwrap_or_default();
@@ -152,6 +154,7 @@ pub(crate) async fn one_of_several(name: &'static str, machine: Rc<Machine>, his
         blobs: BlobStore::open_in_memory(&place, &config.limits).await.unwrap(),
         place,
         address,
+        meter: Meter::default(),
     };
     let ended = Box::pin(run_in(config, world, listen().await.unwrap(), std::future::pending())).await;
     let failed = failures.borrow_and_update().failed.clone().unwrap_or_default();

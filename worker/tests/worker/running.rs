@@ -66,6 +66,7 @@ impl Running {
         let config = Config {
             listen: "127.0.0.1:0".parse().unwrap(),
             data_listen: "127.0.0.1:0".parse().unwrap(),
+            metrics_listen: None,
             advertise_host: None,
             membership,
             labels: HashMap::from([("role".into(), "any".into())]),
