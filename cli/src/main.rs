@@ -7,6 +7,7 @@ mod generate;
 mod list;
 mod plan;
 mod progress;
+mod top;
 mod trace;
 mod up;
 
@@ -35,6 +36,8 @@ enum Command {
     Models(list::ModelsArgs),
     /// Show the workers and the ranks they hold.
     Workers(list::WorkersArgs),
+    /// Show workers, groups, the queue and the jobs that run, again each second.
+    Top(top::TopArgs),
     /// Say what a model needs on each rank of a layout, and whether it fits.
     Plan(plan::PlanArgs),
     /// Measure what this machine computes and its cluster takes, against the machine's own limits.
@@ -85,6 +88,7 @@ async fn perform(command: Command) -> Result<(), Error> {
         Command::Jobs(args) => list::jobs(args).await,
         Command::Models(args) => list::models(args).await,
         Command::Workers(args) => list::workers(args).await,
+        Command::Top(args) => top::run(args).await,
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(command).await,
         Command::Coordinator(args) => {
