@@ -36,6 +36,9 @@ pub(crate) enum Error {
     /// A worker.
     #[error(transparent)]
     Worker(#[from] worker::error::Error),
+    /// Spans cannot be exported.
+    #[error("exporting spans")]
+    Telemetry(#[from] telemetry::Error),
     /// A model's files.
     #[error(transparent)]
     Models(#[from] models::Error),

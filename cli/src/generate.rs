@@ -12,6 +12,7 @@ use tonic::Code;
 use crate::client::{Client, ServerArgs};
 use crate::error::Error;
 use crate::progress::Progress;
+use crate::trace::Call;
 
 /// How long a coordinator that is away is waited for: a restart, or a new leader.
 const AWAY: Duration = Duration::from_secs(60);
@@ -127,8 +128,15 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), Error> {
 
 /// Asks for a job, shows it while it runs and writes its pictures.
 pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Error> {
+    let call = Call::begin();
+    let drawn = draw_in(client, args, &call).await;
+    call.ended(drawn.is_err());
+    drawn
+}
+
+async fn draw_in(client: &mut Client, args: &JobArgs, call: &Call) -> Result<(), Error> {
     let spec = spec(client, args).await?;
-    let job = create(client, args, spec).await?;
+    let job = create(client, args, spec, call).await?;
     let (job, times) = watch(client, &job.id, args.quiet).await?;
     for (i, image) in job.images.iter().enumerate() {
         let bytes = client.download(&image.blob_id).await?;
@@ -142,7 +150,7 @@ pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Erro
 }
 
 /// Asks for the job. The request's id makes it safe to ask again when the answer was lost with the coordinator.
-async fn create(client: &mut Client, args: &JobArgs, spec: JobSpec) -> Result<Job, Error> {
+async fn create(client: &mut Client, args: &JobArgs, spec: JobSpec, call: &Call) -> Result<Job, Error> {
     let request = CreateJobRequest {
         request_id: uuid::Uuid::new_v4().to_string(),
         spec: Some(spec),
@@ -151,7 +159,7 @@ async fn create(client: &mut Client, args: &JobArgs, spec: JobSpec) -> Result<Jo
     };
     let patience = Patience::default();
     loop {
-        match client.jobs.create_job(request.clone()).await {
+        match client.jobs.create_job(call.tagged(request.clone())).await {
             Ok(created) => return created.into_inner().job.ok_or(Error::Protocol("no job")),
             Err(status) => patience.wait(status).await?,
         }

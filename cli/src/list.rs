@@ -100,6 +100,9 @@ fn job_line(job: &Job) -> String {
 
 fn show(job: &Job) {
     println!("{}", job_line(job));
+    if !job.trace_id.is_empty() {
+        println!("  trace {}", job.trace_id);
+    }
     if let Some(failure) = &job.failure {
         println!(
             "  {} ({}{}{})",

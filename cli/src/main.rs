@@ -7,6 +7,8 @@ mod generate;
 mod list;
 mod plan;
 mod progress;
+mod top;
+mod trace;
 mod up;
 
 use std::process::ExitCode;
@@ -34,6 +36,8 @@ enum Command {
     Models(list::ModelsArgs),
     /// Show the workers and the ranks they hold.
     Workers(list::WorkersArgs),
+    /// Show workers, groups, the queue and the jobs that run, again each second.
+    Top(top::TopArgs),
     /// Say what a model needs on each rank of a layout, and whether it fits.
     Plan(plan::PlanArgs),
     /// Measure what this machine computes and its cluster takes, against the machine's own limits.
@@ -60,26 +64,41 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Result<(), Error> {
     let default_level = if matches!(command, Command::Coordinator(_) | Command::Worker(_)) { "info" } else { "error" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| default_level.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let (format, service) = match &command {
+        Command::Up(args) => (args.log_format(), "atelier-coordinator"),
+        Command::Coordinator(args) => (args.log_format, "atelier-coordinator"),
+        Command::Worker(args) => (args.log_format, "atelier-worker"),
+        _ => (telemetry::log::Format::Text, "atelier-client"),
+    };
+    telemetry::log::start(format, filter);
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
-        match command {
-            Command::Up(args) => up::run(args).await,
-            Command::Generate(args) => generate::run(args).await,
-            Command::Jobs(args) => list::jobs(args).await,
-            Command::Models(args) => list::models(args).await,
-            Command::Workers(args) => list::workers(args).await,
-            Command::Plan(args) => plan::run(&args),
-            Command::Bench(command) => bench::run(command).await,
-            Command::Coordinator(args) => {
-                let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
-                let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;
-                let metrics = coordinator::metrics::bind(args.metrics_listen).await?;
-                Ok(coordinator::run_measured(args.try_into()?, listener, metrics, stop_signal()).await?)
-            }
-            Command::Worker(args) => Ok(worker::run(args.try_into()?, stop_signal()).await?),
-        }
+        telemetry::start_export(service, |name| std::env::var(name).ok())?;
+        let ended = perform(command).await;
+        // What is left is sent, or is not.
+        drop(tokio::task::spawn_blocking(telemetry::flush).await);
+        ended
     })
+}
+
+async fn perform(command: Command) -> Result<(), Error> {
+    match command {
+        Command::Up(args) => up::run(args).await,
+        Command::Generate(args) => generate::run(args).await,
+        Command::Jobs(args) => list::jobs(args).await,
+        Command::Models(args) => list::models(args).await,
+        Command::Workers(args) => list::workers(args).await,
+        Command::Top(args) => top::run(args).await,
+        Command::Plan(args) => plan::run(&args),
+        Command::Bench(command) => bench::run(command).await,
+        Command::Coordinator(args) => {
+            let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
+            let listener = tokio::net::TcpListener::bind(args.listen).await.map_err(taken)?;
+            let metrics = coordinator::metrics::bind(args.metrics_listen).await?;
+            Ok(coordinator::run_measured(args.try_into()?, listener, metrics, stop_signal()).await?)
+        }
+        Command::Worker(args) => Ok(worker::run(args.try_into()?, stop_signal()).await?),
+    }
 }
 
 /// Resolves when the process is asked to stop.

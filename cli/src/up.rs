@@ -46,6 +46,9 @@ pub(crate) struct UpArgs {
     /// which has a free port of this machine.
     #[arg(long, env = "ATELIER_METRICS_LISTEN", default_value = "127.0.0.1:0")]
     metrics_listen: std::net::SocketAddr,
+    /// How this process and the workers write their logs: `text`, or `json` for one object a line.
+    #[arg(long, env = "ATELIER_LOG_FORMAT", default_value = "text")]
+    log_format: telemetry::log::Format,
     /// Threads each worker computes with. Default: this machine's cores shared among them, at least one each.
     #[arg(long)]
     threads: Option<usize>,
@@ -58,6 +61,12 @@ pub(crate) struct UpArgs {
 enum Then {
     /// Draw one picture, then stop.
     Generate(JobArgs),
+}
+
+impl UpArgs {
+    pub(crate) fn log_format(&self) -> telemetry::log::Format {
+        self.log_format
+    }
 }
 
 pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
@@ -82,7 +91,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     let threads =
         args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from).div_ceil(fleet.len().max(1)));
     for labels in &fleet {
-        let worker = WorkerProcess { labels: labels.clone(), threads, server: server.server.clone(), etcd: args.etcd.clone() };
+        let (labels, server, etcd) = (labels.clone(), server.server.clone(), args.etcd.clone());
+        let worker = WorkerProcess { labels, threads, server, etcd, log_format: args.log_format };
         tracker.spawn(worker.supervise(stop.clone()));
     }
     tracker.close();
@@ -178,6 +188,7 @@ struct WorkerProcess {
     threads: usize,
     server: String,
     etcd: Vec<String>,
+    log_format: telemetry::log::Format,
 }
 
 impl WorkerProcess {
@@ -202,6 +213,7 @@ impl WorkerProcess {
     fn start(&self) -> std::io::Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("worker").args(["--threads", &self.threads.to_string(), "--metrics-listen", "127.0.0.1:0"]);
+        command.args(["--log-format", &self.log_format.to_string()]);
         if self.etcd.is_empty() {
             command.args(["--coordinator", &self.server]);
         } else {

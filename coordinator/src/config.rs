@@ -75,6 +75,10 @@ pub struct Args {
     #[arg(long, env = "ATELIER_MAX_TOTAL_BLOB_BYTES", default_value_t = DEFAULT_MAX_TOTAL_BLOB_BYTES)]
     pub max_total_blob_bytes: u64,
 
+    /// How to write the log: `text`, or `json` for one object a line.
+    #[arg(long, env = "ATELIER_LOG_FORMAT", default_value = "text")]
+    pub log_format: telemetry::log::Format,
+
     /// Most pixels of one job, over all its pictures.
     #[arg(long, env = "ATELIER_MAX_PIXELS", default_value_t = DEFAULT_MAX_PIXELS)]
     pub max_pixels: u64,

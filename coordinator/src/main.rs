@@ -20,10 +20,6 @@ struct Flags {
     /// Which log lines to write, such as "info" or "coordinator=debug".
     #[arg(long, env = "ATELIER_LOG", default_value = "info")]
     log: String,
-
-    /// Write the log as JSON, one object a line.
-    #[arg(long, env = "ATELIER_LOG_JSON")]
-    log_json: bool,
 }
 
 #[tokio::main]
@@ -44,12 +40,8 @@ async fn main() -> ExitCode {
 }
 
 async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
-    let log = tracing_subscriber::fmt().with_env_filter(EnvFilter::try_new(&flags.log)?).with_writer(std::io::stderr);
-    if flags.log_json {
-        log.json().init();
-    } else {
-        log.init();
-    }
+    telemetry::log::start(flags.coordinator.log_format, EnvFilter::try_new(&flags.log)?);
+    telemetry::start_export("atelier-coordinator", |name| std::env::var(name).ok())?;
     let (listen, metrics) = (flags.coordinator.listen, flags.coordinator.metrics_listen);
     let config = Config::try_from(flags.coordinator)?;
     let listener = TcpListener::bind(listen).await.map_err(|error| format!("listen on {listen}: {error}"))?;
@@ -62,6 +54,7 @@ async fn start(flags: Flags) -> Result<(), Box<dyn Error>> {
         }
     };
     let metrics = coordinator::metrics::bind(metrics).await?;
-    Box::pin(coordinator::run_measured(config, listener, metrics, shutdown)).await?;
-    Ok(())
+    let ended = Box::pin(coordinator::run_measured(config, listener, metrics, shutdown)).await;
+    tokio::task::spawn_blocking(telemetry::flush).await?;
+    Ok(ended?)
 }

@@ -267,7 +267,9 @@ impl Owner {
     async fn apply(&mut self, event: Event, mut answer: Option<oneshot::Sender<Result<Job>>>) {
         let mut changes = Vec::new();
         let mut deeds = Vec::new();
-        for effect in self.state.apply(self.context.now(), event) {
+        let effects = self.state.apply(self.context.now(), event);
+        self.state.take_spans().into_iter().for_each(telemetry::record);
+        for effect in effects {
             match effect {
                 Effect::Persist(record) => {
                     self.live.note(&record);
@@ -358,7 +360,7 @@ impl Owner {
 
     fn wake_followers(&mut self, job_id: &str, over: bool) {
         if over {
-            info!(job.id = job_id, "job over");
+            info!(job.id = job_id, trace_id = self.state.trace_id(job_id), "job over");
             // Dropping the sender wakes them a last time.
             self.followers.remove(job_id);
         } else if let Some(followers) = self.followers.get(job_id) {

@@ -13,7 +13,7 @@
 //! - `stuck.rs`, `estimate.rs`: groups that get nowhere; how long a job will take
 //! - `recovery.rs`: what a new coordinator takes over from the one before
 //! - `view.rs`: what can be asked; changes nothing
-//! - `tally.rs`, `measure.rs`: what is counted as it happens; what Prometheus is told
+//! - `tally.rs`, `measure.rs`, `spans.rs`: what is counted as it happens; what Prometheus is told; what traces are told
 
 mod away;
 mod cluster;
@@ -29,6 +29,7 @@ mod queue;
 mod record;
 mod recovery;
 mod requeue;
+mod spans;
 mod stuck;
 mod tally;
 mod tasks;
@@ -52,7 +53,7 @@ use proto::v1::{
     self, GroupRecord, Holding, JobRecord, JobSpec, Registration, control_request::Command, control_response::Report,
 };
 
-use telemetry::TraceContext;
+use telemetry::{Span, TraceContext};
 
 use self::{estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling, tally::Tally};
 use crate::{config::Limits, error::Result, models_file::ModelConfig};
@@ -262,6 +263,7 @@ pub struct State {
     settling: Option<Settling>,
     stale_reports: u64,
     tally: Tally,
+    spans: Vec<Span>,
     effects: Vec<Effect>,
 }
 
@@ -285,6 +287,7 @@ impl State {
             settling: None,
             stale_reports: 0,
             tally: Tally::default(),
+            spans: Vec::new(),
             effects: Vec::new(),
         }
     }

@@ -24,6 +24,15 @@ impl std::str::FromStr for Format {
     }
 }
 
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
 /// Writes the log to the standard error from now on, as far as `filter` lets it.
 pub fn start(format: Format, filter: EnvFilter) {
     let log = fmt().with_env_filter(filter).with_writer(std::io::stderr);

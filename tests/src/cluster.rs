@@ -19,6 +19,9 @@ use crate::proxy::Proxy;
 /// Longest wait for anything that a healthy cluster does in a second or two; the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where processes with variables of their own log.
+const LOG: &str = "log";
+
 /// A process that is killed when it goes out of sight.
 #[derive(Debug)]
 pub struct Process(pub Child);
@@ -69,19 +72,27 @@ pub struct Cluster {
     /// host:port the coordinator listens on.
     listen: String,
     etcd: Option<String>,
+    /// Variables of every process.
+    variables: Vec<(String, String)>,
     dir: tempfile::TempDir,
 }
 
 impl Cluster {
     /// Starts a coordinator with this models.toml, and a worker for each of `labels` ("role=encoder", or "" for none).
     pub fn start(models: &str, labels: &[&str], etcd: Option<&str>) -> Self {
+        Self::start_with(models, labels, etcd, &[])
+    }
+
+    /// As [`Self::start`], with variables for every process, whose logs are then in a file: [`Self::log`].
+    pub fn start_with(models: &str, labels: &[&str], etcd: Option<&str>, variables: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(dir.path().join("models.toml"), models).expect("models.toml can be written");
         let listen = format!("127.0.0.1:{}", free_port());
         let metrics = format!("127.0.0.1:{}", free_port());
-        let coordinator = coordinator(&listen, &metrics, dir.path(), etcd);
+        let coordinator = coordinator(&listen, &metrics, dir.path(), etcd, variables);
         let (address, etcd) = (format!("http://{listen}"), etcd.map(str::to_owned));
-        let mut cluster = Self { workers: Vec::new(), coordinator, address, metrics, listen, etcd, dir };
+        let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let mut cluster = Self { workers: Vec::new(), coordinator, address, metrics, listen, etcd, variables, dir };
         labels.iter().for_each(|labels| cluster.add_worker(labels));
         cluster
     }
@@ -89,14 +100,14 @@ impl Cluster {
     /// kill -9 to the coordinator, and another on the same address and data.
     pub fn restart_coordinator(&mut self) {
         self.coordinator.kill();
-        self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref());
+        self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref(), &self.variables);
     }
 
     /// What a supervisor does: a coordinator that has ended by itself is started again. Says whether it had.
     pub fn supervise(&mut self) -> bool {
         let ended = matches!(self.coordinator.0.try_wait(), Ok(Some(_)));
         if ended {
-            self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref());
+            self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref(), &self.variables);
         }
         ended
     }
@@ -104,7 +115,7 @@ impl Cluster {
     /// Another coordinator of the same cluster, at an address of its own. It stands by.
     pub fn add_coordinator(&self) -> (Process, String) {
         let listen = format!("127.0.0.1:{}", free_port());
-        (coordinator(&listen, "127.0.0.1:0", self.dir.path(), self.etcd.as_deref()), format!("http://{listen}"))
+        (coordinator(&listen, "127.0.0.1:0", self.dir.path(), self.etcd.as_deref(), &self.variables), format!("http://{listen}"))
     }
 
     /// Starts one more worker.
@@ -130,7 +141,13 @@ impl Cluster {
         if !labels.is_empty() {
             command.args(["--label", labels]);
         }
+        with_variables(&mut command, self.dir.path(), &self.variables);
         self.workers.push(Process(command.spawn().expect("a worker starts")));
+    }
+
+    /// What the processes of [`Self::start_with`] have logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
     }
 
     /// A client, once the coordinator answers.
@@ -146,14 +163,29 @@ impl Cluster {
     }
 }
 
-fn coordinator(listen: &str, metrics: &str, dir: &Path, etcd: Option<&str>) -> Process {
+fn coordinator<S: AsRef<std::ffi::OsStr>>(
+    listen: &str,
+    metrics: &str,
+    dir: &Path,
+    etcd: Option<&str>,
+    variables: &[(S, S)],
+) -> Process {
     let mut command = atelier();
     command.args(["coordinator", "--listen", listen, "--metrics-listen", metrics, "--models"]).arg(dir.join("models.toml"));
     command.arg("--data-dir").arg(dir.join("data")).args(["--queue-limit", "1000000"]);
     if let Some(etcd) = etcd {
         command.args(["--etcd", etcd]);
     }
+    with_variables(&mut command, dir, variables);
     Process(command.spawn().expect("the coordinator starts"))
+}
+
+fn with_variables<S: AsRef<std::ffi::OsStr>>(command: &mut Command, dir: &Path, variables: &[(S, S)]) {
+    if variables.is_empty() {
+        return;
+    }
+    let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.join(LOG)).expect("a log can be written");
+    command.envs(variables.iter().map(|(name, value)| (name, value))).stderr(log);
 }
 
 /// Clients of a coordinator's services.
@@ -329,7 +361,8 @@ pub fn program() -> PathBuf {
     program.expect("the atelier program: cargo build --release -p cli, or scripts/test")
 }
 
-fn atelier() -> Command {
+/// A command of it, which logs errors only.
+pub fn atelier() -> Command {
     let mut command = Command::new(program());
     command
         .stdin(Stdio::null())

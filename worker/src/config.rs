@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use clap::{ArgGroup, ValueEnum};
+use clap::ArgGroup;
 use models::lora::store::DEFAULT_CACHE_BYTES;
 use parallel::device::Place;
 
@@ -74,18 +74,9 @@ pub struct Args {
     /// Seconds to wait, at the signal to stop, until the coordinator has taken over what this worker does.
     #[arg(long, env = "ATELIER_WORKER_DRAIN_TIMEOUT", default_value_t = 30)]
     pub drain_timeout: u64,
-    /// How to write the log.
-    #[arg(long, env = "ATELIER_WORKER_LOG_FORMAT", value_enum, default_value = "text")]
-    pub log_format: LogFormat,
-}
-
-/// How the log is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// For people.
-    Text,
-    /// For programs: one JSON object a line.
-    Json,
+    /// How to write the log: `text`, or `json` for one object a line.
+    #[arg(long, env = "ATELIER_WORKER_LOG_FORMAT", default_value = "text")]
+    pub log_format: telemetry::log::Format,
 }
 
 /// What a worker needs to run.

@@ -21,6 +21,7 @@ pub mod payload_wire;
 
 mod counted;
 mod meters;
+mod spans;
 
 mod inbox;
 mod mail;

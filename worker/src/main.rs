@@ -4,7 +4,6 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
-use worker::config::LogFormat;
 use worker::{Args, Config};
 
 /// Holds parts of text-to-image models and runs their stages for an Atelier coordinator.
@@ -18,16 +17,21 @@ struct Cli {
 fn main() -> ExitCode {
     kernels::memory::keep_freed_pages();
     let args = Cli::parse().args;
-    start_log(args.log_format);
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    telemetry::log::start(args.log_format, filter);
     let ended = Config::try_from(args).map_err(|error| error.to_string()).and_then(|config| {
         let runtime = tokio::runtime::Runtime::new().map_err(|error| format!("could not start the runtime: {error}"))?;
-        let ended = runtime.block_on(worker::run(config, worker::signals::stop()));
+        let ended = runtime.block_on(async {
+            let exporting = telemetry::start_export("atelier-worker", |name| std::env::var(name).ok());
+            exporting.map_err(|error| with_source(&error))?;
+            let ended = worker::run(config, worker::signals::stop()).await;
+            // What is left is sent, or is not.
+            drop(tokio::task::spawn_blocking(telemetry::flush).await);
+            ended.map_err(|error| with_source(&error))
+        });
         // A rank's thread in the middle of a step is not waited for.
         runtime.shutdown_background();
-        ended.map_err(|error| match std::error::Error::source(&error) {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        })
+        ended
     });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
@@ -38,11 +42,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
+fn with_source(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }

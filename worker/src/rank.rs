@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use models::blocks::{Layout, RankGroup};
 use models::lora::store::Sources;
@@ -23,6 +23,7 @@ use tokio::sync::{oneshot, watch};
 use crate::backend::{Backend, RankSpec};
 use crate::counted::Counted;
 use crate::meters::RankMeter;
+use crate::spans::StageSpan;
 
 /// How long the ranks of a group may take to find each other.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -47,7 +48,9 @@ pub(crate) struct Sink {
     pub(crate) outcome: oneshot::Sender<Outcome>,
     pub(crate) began: Option<Instant>,
     /// When it began or made its last step.
-    pub(crate) stepped: Option<Instant>,
+    pub(crate) stepped: Option<(Instant, SystemTime)>,
+    /// Its place in its job's trace.
+    pub(crate) span: Option<StageSpan>,
 }
 
 /// How far a task is.
@@ -265,16 +268,27 @@ fn deliver(event: StageEvent<'_>, sinks: &mut HashMap<TaskKey, Sink>, meter: &Ra
     match event {
         StageEvent::Started { key } => {
             if let Some(sink) = sinks.get_mut(&key) {
-                sink.began = Some(Instant::now());
-                sink.stepped = sink.began;
+                let now = Instant::now();
+                (sink.began, sink.stepped) = (Some(now), Some((now, SystemTime::now())));
+                if let Some(span) = &sink.span {
+                    tracing::info!(
+                        trace_id = span.trace_id(),
+                        group.id = meter.group_id,
+                        rank = meter.rank,
+                        "a rank begins a task"
+                    );
+                }
                 sink.progress.send_replace(Progress::Started);
             }
         }
         StageEvent::Step { key, step, steps, state } => {
             if let Some(sink) = sinks.get_mut(&key) {
                 let now = Instant::now();
-                if let Some(before) = sink.stepped.replace(now) {
+                if let Some((before, since)) = sink.stepped.replace((now, SystemTime::now())) {
                     meter.stepped(now.duration_since(before));
+                    if let Some(span) = &sink.span {
+                        span.stepped(step, steps, since);
+                    }
                 }
                 if let Some(state) = state {
                     sink.states.send_replace(Some(state.checkpoint()));

@@ -25,6 +25,7 @@ use crate::outbox::Reports;
 use crate::payload_wire::Outgoing;
 use crate::rank::{Command, Outcome, Progress, Sink};
 use crate::saver::keep_saving;
+use crate::spans::StageSpan;
 use crate::tasks::Ticket;
 use crate::{Error, pictures, request_wire};
 
@@ -46,6 +47,8 @@ pub(crate) struct Task {
     pub(crate) ticket: Arc<Ticket>,
     pub(crate) run: RunTask,
     pub(crate) id: TaskId,
+    /// Its place in its job's trace.
+    pub(crate) span: Option<StageSpan>,
 }
 
 /// How a task ends that does not fail.
@@ -73,6 +76,9 @@ impl Task {
             () = leader.ended.cancelled() => return Err(Failure::lost()),
             () = self.ticket.park.cancelled() => return Ok(Ending::Parked { saved_step: self.ticket.saved_step() }),
         };
+        if let Some(span) = &self.span {
+            span.prepared();
+        }
         match self.compute(&leader, &store, request, inputs).await? {
             Computed::Output { payload, seconds, steps } => tokio::select! {
                 handed = self.hand_over(&store, payload, &leader) => {
@@ -149,7 +155,7 @@ impl Task {
         let (progress, mut seen) = watch::channel(Progress::Waiting);
         let (states, to_save) = watch::channel(None);
         let (outcome, mut over) = oneshot::channel();
-        let sink = Sink { progress, states, outcome, began: None, stepped: None };
+        let sink = Sink { progress, states, outcome, began: None, stepped: None, span: self.span.clone() };
         let _saving = keep_saving(store.clone(), self.id.stage.clone(), to_save, self.ticket.saved.clone());
         let tell = |command: Command| leader.commands.try_send(command).map_err(|_| Failure::lost());
         tell(Command::Start { key, request: Box::new(request), inputs: Box::new(inputs), sink })?;

@@ -14,6 +14,7 @@ use crate::groups::MAX_TASKS;
 use crate::inbox::TaskId;
 use crate::outbox::Reports;
 use crate::rank::Progress;
+use crate::spans::StageSpan;
 use crate::task::{Ending, Means, Task};
 
 /// The tasks this worker leads.
@@ -64,12 +65,18 @@ impl Tasks {
                 return self.reports.end(id, report, &ticket.forgotten).await;
             }
         }
-        let task = Task { means: self.means.clone(), reports: self.reports.clone(), ticket, run, id };
+        let span = StageSpan::of(&run, &id);
+        let trace_id = span.as_ref().map(StageSpan::trace_id).unwrap_or_default();
+        tracing::info!(job.id = id.job_id, trace_id, stage = id.stage, group.id = id.group_id, "a task was taken on");
+        let task = Task { means: self.means.clone(), reports: self.reports.clone(), ticket, run, id, span };
         let tasks = self.clone();
         self.tracker.spawn(async move {
             let ended = task.work().await;
-            let Task { id, ticket, .. } = task;
-            let report = conclude(ended, &id);
+            let Task { id, ticket, span, .. } = task;
+            if let Some(span) = span {
+                span.ended(ended.as_ref().err().map(|failure| failure.reason));
+            }
+            let report = conclude(ended, &id, &trace_id);
             tasks.means.mail.forget(|task| *task == id);
             // Until it is told, a coordinator that comes finds it among those that run.
             tasks.reports.end(id.clone(), report, &ticket.forgotten).await;
@@ -177,17 +184,32 @@ impl Ticket {
     }
 }
 
-fn conclude(ended: Result<Ending, Failure>, id: &TaskId) -> Report {
+fn conclude(ended: Result<Ending, Failure>, id: &TaskId, trace_id: &str) -> Report {
     let task = TaskRef::from(id.clone());
     match ended {
         Ok(Ending::Done { seconds, images, stored }) => Report::TaskDone(TaskDone { task: Some(task), seconds, images, stored }),
         Ok(Ending::Parked { saved_step }) => {
-            tracing::info!(job.id = id.job_id, stage = id.stage, group.id = id.group_id, saved_step, "a task was parked");
+            tracing::info!(
+                job.id = id.job_id,
+                trace_id,
+                stage = id.stage,
+                group.id = id.group_id,
+                saved_step,
+                "a task was parked"
+            );
             Report::TaskParked(TaskParked { task: Some(task), saved_step })
         }
         Err(failure) => {
             let Failure { reason, message, .. } = &failure;
-            tracing::info!(job.id = id.job_id, stage = id.stage, group.id = id.group_id, reason, message, "a task failed");
+            tracing::info!(
+                job.id = id.job_id,
+                trace_id,
+                stage = id.stage,
+                group.id = id.group_id,
+                reason,
+                message,
+                "a task failed"
+            );
             failure.report(task)
         }
     }

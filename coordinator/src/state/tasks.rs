@@ -6,7 +6,7 @@ use super::{
     Effect, LATE_REPORT_DEADLINE, State, estimate,
     job::{Job, TaskPhase},
     requeue::Why,
-    tally,
+    spans, tally,
     work::shortened,
 };
 
@@ -199,6 +199,7 @@ impl State {
             }
         }
         self.tally.ended(job);
+        self.spans.extend(spans::ended(job));
         self.jobs.finished(number);
         self.persist(number);
         for worker in told {

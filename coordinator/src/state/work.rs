@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{
     CANCEL_DEADLINE, Millis, State, Submission, estimate,
     job::{Job, NewJob, Task},
+    spans,
     tasks::End,
 };
 use crate::{
@@ -106,6 +107,7 @@ impl State {
             return false;
         };
         self.queue.remove(&job.spec.model, job.priority, number);
+        self.spans.extend(spans::waited(job, self.now));
         job.placed = self.now;
         job.saved_at = self.now;
         self.tally.placed(&job.spec.model, self.now.saturating_sub(job.queued));

@@ -1,0 +1,183 @@
+//! One trace from the client to the rank: spans of every process at a collector of OpenTelemetry, and the trace's name in logs.
+
+#![allow(clippy::unwrap_used)] // helpers of tests are tests
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
+use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::common::v1::KeyValue;
+use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use opentelemetry_proto::tonic::trace::v1::Span;
+use proto::v1::{CreateJobRequest, GetJobRequest, JobSpec, JobState};
+use tests::cluster::{Client, Cluster, atelier, eventually, tiny_flux};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, Response, Status};
+
+const STEPS: usize = 6;
+
+/// Keeps what is exported to it: (service, span).
+#[derive(Debug, Clone, Default)]
+struct Collector(Arc<Mutex<Vec<(String, Span)>>>);
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(&self, request: Request<ExportTraceServiceRequest>) -> Result<Response<ExportTraceServiceResponse>, Status> {
+        for of_process in request.into_inner().resource_spans {
+            let attributes = of_process.resource.unwrap_or_default().attributes;
+            let service = text(&attributes, "service.name");
+            let spans = of_process.scope_spans.into_iter().flat_map(|scope| scope.spans);
+            self.0.lock().unwrap().extend(spans.map(|span| (service.clone(), span)));
+        }
+        Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+impl Collector {
+    async fn start() -> (Self, String) {
+        let collector = Self::default();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let service = TraceServiceServer::new(collector.clone());
+        let server = tonic::transport::Server::builder().add_service(service);
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        (collector, address)
+    }
+
+    /// The spans of a trace, each once: a process that had no answer may send them again.
+    fn of(&self, trace_id: &str) -> Vec<(String, Span)> {
+        let mut seen = BTreeSet::new();
+        let spans = self.0.lock().unwrap().clone();
+        spans.into_iter().filter(|(_, span)| hex(&span.trace_id) == trace_id && seen.insert(span.span_id.clone())).collect()
+    }
+}
+
+fn text(attributes: &[KeyValue], key: &str) -> String {
+    let found = attributes.iter().find(|attribute| attribute.key == key).and_then(|attribute| attribute.value.clone()?.value);
+    match found {
+        Some(Value::StringValue(text)) => text,
+        other => panic!("{key} is {other:?} in {attributes:?}"),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn models() -> String {
+    format!("[[model]]\nname = \"tiny\"\npath = \"{}\"\n[model.components.transformer]\ntp = 2\n", tiny_flux().display())
+}
+
+fn spec(steps: usize) -> JobSpec {
+    JobSpec {
+        model: "tiny".into(),
+        prompt: "a very secret fox".into(),
+        width: Some(48),
+        height: Some(32),
+        num_inference_steps: Some(steps as u32),
+        max_sequence_length: Some(16),
+        ..JobSpec::default()
+    }
+}
+
+/// The job's trace, when it is asked for with this `traceparent`.
+async fn trace_of(client: &mut Client, traceparent: &str, steps: usize) -> (String, String) {
+    let mut request = Request::new(CreateJobRequest { spec: Some(spec(steps)), ..CreateJobRequest::default() });
+    request.metadata_mut().insert("traceparent", traceparent.parse().unwrap());
+    let job = client.jobs.create_job(request).await.unwrap().into_inner().job.unwrap();
+    (job.id, job.trace_id)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_trace_leads_from_the_client_through_the_coordinator_to_the_ranks_and_is_named_in_their_logs() {
+    let (collector, endpoint) = Collector::start().await;
+    let variables = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()),
+        ("OTEL_BSP_SCHEDULE_DELAY", "100"),
+        ("RUST_LOG", "info"),
+        ("ATELIER_LOG_FORMAT", "json"),
+        ("ATELIER_WORKER_LOG_FORMAT", "json"),
+    ];
+    let cluster = Cluster::start_with(&models(), &["", ""], None, &variables);
+    let mut client = cluster.ready().await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = atelier();
+    command.args(["generate", "a very secret fox", "--server", &cluster.address, "--size", "48x32", "--quiet"]);
+    command.args(["--steps", &STEPS.to_string(), "--max-sequence-length", "16", "--out"]).arg(folder.path().join("fox.png"));
+    command.envs(variables).stdout(std::process::Stdio::null());
+    let trace_id = "0af7651916cd43dd8448eb211c80319c";
+    command.env("TRACEPARENT", format!("00-{trace_id}-b7ad6b7169203331-01"));
+    assert!(tokio::task::spawn_blocking(move || command.status().unwrap()).await.unwrap().success());
+
+    let wanted: BTreeMap<(&str, &str), usize> = BTreeMap::from([
+        (("atelier-client", "generate"), 1),
+        (("atelier-coordinator", "job"), 1),
+        (("atelier-coordinator", "queue"), 1),
+        (("atelier-worker", "stage"), 4),
+        (("atelier-worker", "inputs"), 4),
+        // Stages without steps count as one.
+        (("atelier-worker", "step"), STEPS + 3),
+    ]);
+    let spans = eventually("every span is exported", async || {
+        let spans = collector.of(trace_id);
+        let mut counts = BTreeMap::<(&str, &str), usize>::new();
+        spans.iter().for_each(|(service, span)| *counts.entry((service, &span.name)).or_default() += 1);
+        (counts == wanted).then_some(spans)
+    })
+    .await;
+    let id = |name: &str| spans.iter().find(|(_, span)| span.name == name).map(|(_, span)| span.span_id.clone()).unwrap();
+    let stages: Vec<Vec<u8>> =
+        spans.iter().filter(|(_, span)| span.name == "stage").map(|(_, span)| span.span_id.clone()).collect();
+    for (_, span) in &spans {
+        let parent = &span.parent_span_id;
+        let fits = match span.name.as_str() {
+            "generate" => hex(parent) == "b7ad6b7169203331",
+            "job" => *parent == id("generate"),
+            "queue" | "stage" => *parent == id("job"),
+            _ => stages.contains(parent),
+        };
+        assert!(fits, "{} is under {}", span.name, hex(parent));
+        assert!(span.end_time_unix_nano >= span.start_time_unix_nano);
+        if span.name == "step" {
+            assert_eq!(text(&span.attributes, "rank"), "0");
+        }
+    }
+    assert!(!format!("{spans:?}").contains("secret"), "a prompt is in a span");
+
+    let says = |log: &str, message: &str| {
+        let lines = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["fields"].clone());
+        lines.filter(|fields| fields["message"] == message && fields["trace_id"] == trace_id).count()
+    };
+    eventually("the logs name the trace", async || {
+        let log = cluster.log();
+        let told = [
+            says(&log, "job accepted"),
+            says(&log, "a task was taken on"),
+            says(&log, "a rank begins a task"),
+            says(&log, "job over"),
+        ];
+        (told == [1, 4, 4, 1]).then_some(())
+    })
+    .await;
+    assert!(!cluster.log().contains("secret"), "a prompt is in a log");
+
+    // A wrong name is no name: the job gets a trace of its own.
+    let (_, other) = trace_of(&mut client, "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01", 1).await;
+    assert!(other.len() == 32 && other != trace_id, "{other}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_keeps_its_trace_when_its_coordinator_is_killed() {
+    let mut cluster = Cluster::start(&models(), &["", ""], None);
+    let mut client = cluster.ready().await;
+    let trace_id = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let (job_id, told) = trace_of(&mut client, &format!("00-{trace_id}-00f067aa0ba902b7-01"), 200).await;
+    assert_eq!(told, trace_id);
+    cluster.restart_coordinator();
+    let mut client = cluster.client().await;
+    let job = client.finish(&job_id).await;
+    assert_eq!((job.state(), job.trace_id.as_str()), (JobState::Succeeded, trace_id));
+    let asked = client.jobs.get_job(GetJobRequest { job_id }).await.unwrap().into_inner().job.unwrap();
+    assert_eq!(asked.trace_id, trace_id);
+}
