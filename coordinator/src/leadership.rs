@@ -78,6 +78,7 @@ pub async fn campaign(config: &EtcdConfig, address: &str, stop: &CancellationTok
     let mut healthy = true;
     loop {
         let stood = tokio::select! {
+            biased;
             () = stop.cancelled() => return Err(Error::Stopping),
             stood = stand(config, address) => stood,
         };
@@ -132,6 +133,7 @@ async fn stand(config: &EtcdConfig, address: &str) -> Result<Led> {
         }
         let lost = lease.lost();
         tokio::select! {
+            biased;
             () = lost.cancelled() => return Err(Error::WatchEnded("the lease was lost".into())),
             freed = until_free(&mut client, &key) => freed?,
         }
@@ -171,6 +173,7 @@ async fn until_free(client: &mut Client, key: &str) -> Result<()> {
     let mut deadline = Instant::now() + SILENCE;
     loop {
         tokio::select! {
+            biased;
             () = tokio::time::sleep_until(deadline) => return Err(Error::WatchEnded("etcd is silent".into())),
             _ = progress.tick() => in_time(watch.request_progress()).await?,
             response = watch.message() => {

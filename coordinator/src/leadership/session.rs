@@ -101,6 +101,7 @@ struct Keeper {
 impl Keeper {
     async fn run(mut self, lost: CancellationToken, released: CancellationToken) {
         let given_up = tokio::select! {
+            biased;
             () = released.cancelled() => true,
             () = self.keep() => false,
         };

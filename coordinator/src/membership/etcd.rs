@@ -51,6 +51,7 @@ pub async fn watch(config: EtcdConfig, changes: mpsc::Sender<Change>, stop: Canc
     let mut healthy = true;
     loop {
         let ended = tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             ended = session(&config, &mut members, &mut healthy) => ended,
         };
@@ -61,6 +62,7 @@ pub async fn watch(config: EtcdConfig, changes: mpsc::Sender<Change>, stop: Canc
             healthy = false;
         }
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = tokio::time::sleep(RETRY_PAUSE) => {}
         }
@@ -88,6 +90,7 @@ async fn follow(watch: &mut WatchStream, members: &mut Members) -> Result<()> {
     let mut deadline = Instant::now() + SILENCE;
     loop {
         tokio::select! {
+            biased;
             () = tokio::time::sleep_until(deadline) => return Err(Error::WatchEnded("etcd is silent".into())),
             _ = progress.tick() => {
                 members.give_up_missing().await;

@@ -176,6 +176,7 @@ impl Writer {
                 }
             }
             tokio::select! {
+                biased;
                 () = lost.cancelled() => return Err(StoreError::Fenced),
                 () = self.reconnect() => {}
             }

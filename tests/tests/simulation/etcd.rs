@@ -10,7 +10,7 @@ use std::{
 };
 
 use etcd_client::proto::{PbKvServer, PbLeaseServer, PbWatchServer};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tonic::transport::Server;
 
 use self::keys::Keys;
@@ -23,23 +23,18 @@ const LEASE_TICK: Duration = Duration::from_millis(100);
 #[derive(Debug, Clone)]
 pub(crate) struct Etcd {
     keys: Arc<Mutex<Keys>>,
-    /// The newest revision: watches look at it.
-    revision: Arc<watch::Sender<i64>>,
+    /// Watches look again. They are woken in the order they came, which `tokio::sync::watch` does not promise.
+    written: Arc<Notify>,
 }
 
 impl Etcd {
     /// Nothing is in it. One that is `careless` takes writes of leaders that lead no more.
     pub(crate) fn new(careless: bool) -> Self {
-        Self { keys: Arc::new(Mutex::new(Keys::new(careless))), revision: Arc::new(watch::channel(1).0) }
+        Self { keys: Arc::new(Mutex::new(Keys::new(careless))), written: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Keys> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Tells watches of what was written.
-    fn announce(&self, revision: i64) {
-        self.revision.send_if_modified(|newest| revision > std::mem::replace(newest, revision));
     }
 
     /// One life of its process.
@@ -50,8 +45,8 @@ impl Etcd {
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(LEASE_TICK).await;
-                let revision = expiring.lock().expire(now());
-                expiring.announce(revision);
+                expiring.lock().expire(now());
+                expiring.written.notify_waiters();
             }
         });
         let server = Server::builder()

@@ -193,13 +193,12 @@ impl Keys {
         known
     }
 
-    /// Leases that are over take their keys with them. Gives the revision.
-    pub(super) fn expire(&mut self, now: Duration) -> i64 {
+    /// Leases that are over take their keys with them.
+    pub(super) fn expire(&mut self, now: Duration) {
         let over: Vec<i64> = self.leases.iter().filter(|(_, lease)| lease.ends <= now).map(|(id, _)| *id).collect();
         for id in over {
             self.revoke(id);
         }
-        self.revision
     }
 
     pub(super) fn renew_all(&mut self, now: Duration) {

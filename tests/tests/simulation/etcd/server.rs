@@ -37,19 +37,19 @@ impl PbKvService for Etcd {
 
     async fn put(&self, request: Request<PbPutRequest>) -> Result<Response<PbPutResponse>, Status> {
         let put = self.lock().put(request.into_inner())?;
-        self.announce(put.header.map_or(0, |header| header.revision));
+        self.written.notify_waiters();
         Ok(Response::new(put))
     }
 
     async fn delete_range(&self, request: Request<PbDeleteRequest>) -> Result<Response<PbDeleteResponse>, Status> {
         let deleted = self.lock().delete(request.get_ref());
-        self.announce(deleted.header.map_or(0, |header| header.revision));
+        self.written.notify_waiters();
         Ok(Response::new(deleted))
     }
 
     async fn txn(&self, request: Request<PbTxnRequest>) -> Result<Response<PbTxnResponse>, Status> {
         let done = self.lock().txn(request.into_inner())?;
-        self.announce(done.header.map_or(0, |header| header.revision));
+        self.written.notify_waiters();
         Ok(Response::new(done))
     }
 
@@ -77,7 +77,7 @@ impl PbLeaseService for Etcd {
             }
             keys.header()
         };
-        self.announce(header.revision);
+        self.written.notify_waiters();
         Ok(Response::new(PbLeaseRevokeResponse { header: Some(header) }))
     }
 
@@ -135,20 +135,23 @@ impl Etcd {
         sender: mpsc::Sender<Result<PbWatchResponse, Status>>,
     ) {
         let mut watches: Vec<Watch> = Vec::new();
-        let mut revision = self.revision.subscribe();
         loop {
+            let written = self.written.notified();
+            tokio::pin!(written);
+            written.as_mut().enable();
+            let news: Vec<_> = watches.iter_mut().filter_map(|watch| self.news(watch)).collect();
+            for response in news {
+                if sender.send(Ok(response)).await.is_err() {
+                    return;
+                }
+            }
             let responses = tokio::select! {
                 biased;
                 request = requests.next() => match request {
                     Some(Ok(request)) => self.asked(request, &mut watches),
                     _ => return,
                 },
-                changed = revision.changed() => {
-                    if changed.is_err() {
-                        return;
-                    }
-                    watches.iter_mut().filter_map(|watch| self.news(watch)).collect()
-                }
+                () = written => vec![],
             };
             for response in responses {
                 if sender.send(Ok(response)).await.is_err() {
