@@ -72,7 +72,8 @@ async fn a_real_prometheus_sees_jobs_and_a_killed_worker_and_finds_every_metric_
     };
     sees("atelier_jobs_finished_total{model=\"tiny\",state=\"succeeded\"}", 1.0).await;
     sees("atelier_stage_seconds_count{stage=\"denoise\"}", 1.0).await;
-    sees("sum(atelier_worker_step_seconds_count{component=\"transformer\"})", f64::from(STEPS)).await;
+    // Not all of them, should the group have been lost on a very busy machine: the next epoch's rank counts anew.
+    sees("sum(atelier_worker_step_seconds_count{component=\"transformer\"}) > bool 0", 1.0).await;
     sees("sum(atelier_group_state{component=\"transformer\",state=\"ready\"})", 1.0).await;
     sees("count(atelier_worker_collective_sent_bytes_total{component=\"transformer\"} > 0)", 2.0).await;
     sees("atelier_leader", 1.0).await;
@@ -93,7 +94,7 @@ async fn a_real_prometheus_sees_jobs_and_a_killed_worker_and_finds_every_metric_
     cluster.workers[1].kill();
     sees("atelier_workers{state=\"connected\"}", 1.0).await;
     println!("a killed worker is seen in Prometheus after {:.1} s, read every second", killed.elapsed().as_secs_f64());
-    sees("sum(atelier_group_epochs_ended_total{component=\"transformer\",reason=\"lost\"})", 1.0).await;
+    sees("sum(atelier_group_epochs_ended_total{component=\"transformer\",reason=\"lost\"}) > bool 0", 1.0).await;
     sees("sum(atelier_group_state{component=\"transformer\",state=\"ready\"})", 0.0).await;
 }
 
