@@ -51,9 +51,10 @@ fn alerts(text: &str, word: &str) -> Vec<String> {
 async fn a_real_prometheus_sees_jobs_and_a_killed_worker_and_finds_every_metric_that_is_asked_for() {
     let path = tiny_flux();
     let models = format!("[[model]]\nname = \"tiny\"\npath = \"{}\"\n[model.components.transformer]\ntp = 2\n", path.display());
-    let mut cluster = Cluster::start(&models, &["", ""], None);
+    let mut cluster = Cluster::start_with(&models, &["", ""], None, &[("RUST_LOG", "info"), ("ATELIER_LOG_FORMAT", "json")]);
     let mut client = cluster.ready().await;
-    let prometheus = Prometheus::start(&cluster.metrics);
+    let metrics = cluster.metrics().await;
+    let prometheus = Prometheus::start(&metrics);
     eventually("both workers and the coordinator are read", async || (prometheus.value("sum(up)") == Some(3.0)).then_some(()))
         .await;
 
@@ -87,7 +88,7 @@ async fn a_real_prometheus_sees_jobs_and_a_killed_worker_and_finds_every_metric_
     for (rule, problem) in evaluated.await {
         assert_eq!(problem, "", "{rule}");
     }
-    let page = get(&cluster.metrics, "/metrics").unwrap();
+    let page = get(&metrics, "/metrics").unwrap();
     assert!(!page.contains("secret"), "a prompt is in a metric");
 
     let killed = Instant::now();
