@@ -74,7 +74,8 @@ fn run(command: Command) -> Result<(), Error> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         telemetry::start_export(service, |name| std::env::var(name).ok())?;
-        let ended = perform(command).await;
+        // Boxed: it is as large as the largest of the commands.
+        let ended = Box::pin(perform(command)).await;
         // What is left is sent, or is not.
         drop(tokio::task::spawn_blocking(telemetry::flush).await);
         ended

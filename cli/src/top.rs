@@ -103,13 +103,19 @@ impl Drop for Screen {
 }
 
 fn paint(text: &str) -> Result<(), Error> {
+    let (rows, columns) = console::Term::stdout().size();
     let mut out = std::io::stdout().lock();
     write!(out, "{HOME}")?;
-    for line in text.lines() {
+    for line in fitting(text, rows.into(), columns.into()) {
         write!(out, "{line}{CLEAR_LINE}")?;
     }
     write!(out, "{CLEAR_BELOW}")?;
     Ok(out.flush()?)
+}
+
+/// As much of a text as a terminal can show: a longer line would be two, and one line more would move all others.
+fn fitting(text: &str, rows: usize, columns: usize) -> impl Iterator<Item = String> {
+    text.lines().take(rows.saturating_sub(1)).map(move |line| line.chars().take(columns).collect())
 }
 
 async fn look(client: &mut Client) -> Result<Snapshot, Error> {
@@ -253,6 +259,12 @@ mod tests {
         let line = |start: &str| text.lines().position(|line| line.starts_with(start));
         assert!(line("runs") < line("waits") && line("over").is_none(), "{text}");
         assert!(text.contains("denoise          [#####...............] 5/20"), "{text}");
+    }
+
+    #[test]
+    fn no_more_is_painted_than_the_terminal_shows() {
+        let shown: Vec<String> = fitting("abcd\nef\ngh", 3, 3).collect();
+        assert_eq!(shown, ["abc", "ef"]);
     }
 
     #[test]

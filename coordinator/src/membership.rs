@@ -43,6 +43,9 @@ pub fn check(registration: &Registration) -> Result<()> {
     if !is_host_and_port(&registration.data_address) {
         return refuse("data_address must be host:port");
     }
+    if !registration.metrics_address.is_empty() && !is_host_and_port(&registration.metrics_address) {
+        return refuse("metrics_address must be host:port or empty");
+    }
     if registration.labels.len() > MAX_LABELS {
         return refuse("there may be at most 64 labels");
     }

@@ -66,9 +66,8 @@ impl Meter {
 
     /// Serves until `stop`.
     pub(crate) async fn serve(self, listener: TcpListener, stop: CancellationToken) {
-        let meter = self.clone();
         let answer = move |path: String| {
-            let meter = meter.clone();
+            let meter = self.clone();
             Box::pin(async move {
                 match path.as_str() {
                     "/metrics" => meter.page().await,

@@ -13,7 +13,9 @@ from .workloads import named, of_kind, settings, workloads
 
 ATELIER = pathlib.Path(os.environ.get("ATELIER", ROOT / "target" / "release" / "atelier"))
 # Read by the log and by libraries, not by our flags.
-OTHER_VARIABLES = {"RUST_LOG", "POD_NAME", "POD_NAMESPACE", "POD_IP", "NODE_NAME", "CUDA_CACHE_PATH", "AWS_REGION"}
+OTHER_VARIABLES = {
+    "RUST_LOG", "POD_NAME", "POD_NAMESPACE", "POD_IP", "NODE_NAME", "CUDA_CACHE_PATH", "AWS_REGION", "OTEL_EXPORTER_OTLP_ENDPOINT",
+}
 # Where a coordinator says that it has read all it was given.
 SERVES = "coordinator serves"
 

@@ -1,6 +1,7 @@
 """Dockerfiles and compose.yaml, read as text: no Docker engine is needed, so nothing is built."""
 
 import re
+import tomllib
 
 import yaml
 
@@ -29,6 +30,10 @@ def instructions(text):
             yield word.upper(), " ".join(rest.split())
 
 
+def members():
+    return tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["members"]
+
+
 def of_dockerfile(text):
     known = {"FROM", "ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
     stages, last = [], []
@@ -49,6 +54,10 @@ def of_dockerfile(text):
     users = [rest for word, rest in last if word == "USER"]
     if not users or users[-1] != USER:
         yield f"the last stage does not end as user {USER}"
+    copied = {path for word, rest in instructions(text) if word == "COPY" and "--from" not in rest for path in rest.split()[:-1]}
+    for member in members():
+        if not any(member == path or member.startswith(f"{path}/") for path in copied):
+            yield f"{member} is a member of the workspace and is not copied: cargo could not build"
     if len(stages) < 2:
         yield "has one stage: what builds would be shipped"
     if any(word == "RUN" and "compile" in rest for word, rest in last):

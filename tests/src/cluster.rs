@@ -12,6 +12,7 @@ use proto::v1::job_service_client::JobServiceClient;
 use proto::v1::{
     CreateJobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ListWorkersRequest, ModelStatus, WatchJobRequest, WorkerStatus,
 };
+use serde_json::Value;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proxy::Proxy;
@@ -67,8 +68,6 @@ pub struct Cluster {
     pub coordinator: Process,
     /// http://host:port of the coordinator.
     pub address: String,
-    /// host:port the coordinator's metrics are read at.
-    pub metrics: String,
     /// host:port the coordinator listens on.
     listen: String,
     etcd: Option<String>,
@@ -88,11 +87,10 @@ impl Cluster {
         let dir = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(dir.path().join("models.toml"), models).expect("models.toml can be written");
         let listen = format!("127.0.0.1:{}", free_port());
-        let metrics = format!("127.0.0.1:{}", free_port());
-        let coordinator = coordinator(&listen, &metrics, dir.path(), etcd, variables);
+        let coordinator = coordinator(&listen, dir.path(), etcd, variables);
         let (address, etcd) = (format!("http://{listen}"), etcd.map(str::to_owned));
         let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let mut cluster = Self { workers: Vec::new(), coordinator, address, metrics, listen, etcd, variables, dir };
+        let mut cluster = Self { workers: Vec::new(), coordinator, address, listen, etcd, variables, dir };
         labels.iter().for_each(|labels| cluster.add_worker(labels));
         cluster
     }
@@ -100,7 +98,7 @@ impl Cluster {
     /// kill -9 to the coordinator, and another on the same address and data.
     pub fn restart_coordinator(&mut self) {
         self.coordinator.kill();
-        self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref(), &self.variables);
+        self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref(), &self.variables);
     }
 
     /// What a supervisor does: a coordinator that has ended by itself is started again. Says whether it had.
@@ -115,7 +113,7 @@ impl Cluster {
     /// Another coordinator of the same cluster, at an address of its own. It stands by.
     pub fn add_coordinator(&self) -> (Process, String) {
         let listen = format!("127.0.0.1:{}", free_port());
-        (coordinator(&listen, "127.0.0.1:0", self.dir.path(), self.etcd.as_deref(), &self.variables), format!("http://{listen}"))
+        (coordinator(&listen, self.dir.path(), self.etcd.as_deref(), &self.variables), format!("http://{listen}"))
     }
 
     /// Starts one more worker.
@@ -145,6 +143,17 @@ impl Cluster {
         self.workers.push(Process(command.spawn().expect("a worker starts")));
     }
 
+    /// host:port the coordinator's metrics are read at, of a cluster of [`Self::start_with`] that logs in JSON what is info.
+    pub async fn metrics(&self) -> String {
+        let said = async || {
+            let lines = self.log();
+            let fields = lines.lines().filter_map(|line| Some(serde_json::from_str::<Value>(line).ok()?["fields"].clone()));
+            let mut said = fields.filter(|fields| fields["message"] == "metrics are read at /metrics");
+            said.next().and_then(|fields| fields["address"].as_str().map(str::to_owned))
+        };
+        eventually("the coordinator says where its metrics are", said).await
+    }
+
     /// What the processes of [`Self::start_with`] have logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
@@ -163,15 +172,9 @@ impl Cluster {
     }
 }
 
-fn coordinator<S: AsRef<std::ffi::OsStr>>(
-    listen: &str,
-    metrics: &str,
-    dir: &Path,
-    etcd: Option<&str>,
-    variables: &[(S, S)],
-) -> Process {
+fn coordinator<S: AsRef<std::ffi::OsStr>>(listen: &str, dir: &Path, etcd: Option<&str>, variables: &[(S, S)]) -> Process {
     let mut command = atelier();
-    command.args(["coordinator", "--listen", listen, "--metrics-listen", metrics, "--models"]).arg(dir.join("models.toml"));
+    command.args(["coordinator", "--listen", listen, "--metrics-listen", "127.0.0.1:0", "--models"]).arg(dir.join("models.toml"));
     command.arg("--data-dir").arg(dir.join("data")).args(["--queue-limit", "1000000"]);
     if let Some(etcd) = etcd {
         command.args(["--etcd", etcd]);

@@ -5,12 +5,14 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::cluster::{Process, free_port};
+use crate::cluster::{PATIENCE, Process, free_port};
 
+/// Ports that are tried.
+const TRIES: usize = 5;
 /// Longest wait for an answer.
 const ANSWER: Duration = Duration::from_secs(20);
 
@@ -53,7 +55,7 @@ impl Prometheus {
     /// Starts one for the coordinator whose metrics are at `coordinator`; workers are found there.
     ///
     /// # Panics
-    /// When the program is not there.
+    /// When the program is not there, or does not get ready.
     pub fn start(coordinator: &str) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         std::fs::write(dir.path().join("rules.yaml"), rules()).expect("rules can be written");
@@ -65,13 +67,22 @@ impl Prometheus {
         );
         let file = dir.path().join("prometheus.yaml");
         std::fs::write(&file, config).expect("the configuration can be written");
-        let address = format!("127.0.0.1:{}", free_port());
-        let mut command = Command::new("prometheus");
-        command.arg("--config.file").arg(&file).arg("--storage.tsdb.path").arg(dir.path().join("data"));
-        command.args(["--web.listen-address", &address, "--log.level", "error"]);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
-        let child = child.expect("prometheus starts (scripts/setup --tests installs it)");
-        Self { address, _process: Process(child), _dir: dir }
+        // Somebody else may take a port between the moment it is found free and the moment it is taken.
+        for _ in 0..TRIES {
+            let address = format!("127.0.0.1:{}", free_port());
+            let mut command = Command::new("prometheus");
+            command.arg("--config.file").arg(&file).arg("--storage.tsdb.path").arg(dir.path().join("data"));
+            command.args(["--web.listen-address", &address, "--log.level", "error"]);
+            let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+            let mut process = Process(child.expect("prometheus starts (scripts/setup --tests installs it)"));
+            let deadline = Instant::now() + PATIENCE;
+            while process.wait(Duration::from_millis(50)).is_none() && Instant::now() < deadline {
+                if get(&address, "/-/ready").is_some() {
+                    return Self { address, _process: process, _dir: dir };
+                }
+            }
+        }
+        panic!("prometheus does not get ready");
     }
 
     /// What an expression gives now: the value of the only series, if there is one.

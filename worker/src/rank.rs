@@ -50,7 +50,7 @@ pub(crate) struct Sink {
     /// When it began or made its last step.
     pub(crate) stepped: Option<(Instant, SystemTime)>,
     /// Its place in its job's trace.
-    pub(crate) span: Option<StageSpan>,
+    pub(crate) span: Option<Arc<StageSpan>>,
 }
 
 /// How far a task is.

@@ -10,7 +10,7 @@ use telemetry::{Span, SpanId, TraceContext};
 use crate::inbox::TaskId;
 
 /// A stage's place in its job's trace.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct StageSpan {
     /// The stage's own span.
     context: TraceContext,

@@ -48,7 +48,7 @@ pub(crate) struct Task {
     pub(crate) run: RunTask,
     pub(crate) id: TaskId,
     /// Its place in its job's trace.
-    pub(crate) span: Option<StageSpan>,
+    pub(crate) span: Option<Arc<StageSpan>>,
 }
 
 /// How a task ends that does not fail.

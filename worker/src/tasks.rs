@@ -65,8 +65,8 @@ impl Tasks {
                 return self.reports.end(id, report, &ticket.forgotten).await;
             }
         }
-        let span = StageSpan::of(&run, &id);
-        let trace_id = span.as_ref().map(StageSpan::trace_id).unwrap_or_default();
+        let span = StageSpan::of(&run, &id).map(Arc::new);
+        let trace_id = span.as_ref().map(|span| span.trace_id()).unwrap_or_default();
         tracing::info!(job.id = id.job_id, trace_id, stage = id.stage, group.id = id.group_id, "a task was taken on");
         let task = Task { means: self.means.clone(), reports: self.reports.clone(), ticket, run, id, span };
         let tasks = self.clone();

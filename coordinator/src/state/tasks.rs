@@ -40,13 +40,12 @@ impl State {
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
         let job = self.jobs.get_mut(number)?;
         let group_id = job.tasks.get(&stage)?.group_id.clone();
-        let units = tally::units(job, job.plan.stage(&stage)?);
-        let model = job.spec.model.clone();
-        job.stage_finished(&stage, report.seconds, self.now);
+        let (units, model) = (tally::units(job, job.plan.stage(&stage)?), job.spec.model.clone());
         // Those that shared the group's time with it took their part of it.
-        let beside = self.groups.get(&group_id).map_or(1, |group| group.tasks.len());
+        let beside = self.running_in(&group_id);
         self.tally.stage_done(&model, &stage, report.seconds, beside, units);
         let job = self.jobs.get_mut(number)?;
+        job.stage_finished(&stage, report.seconds, self.now);
         let is_sink = job.plan.consumers(&stage).next().is_none();
         if is_sink && report.images.is_empty() {
             let message = "the last stage ended without pictures".to_owned();
@@ -161,6 +160,13 @@ impl State {
         } else if job.cancelling && !job.has_task(TaskPhase::Running) {
             self.end_job(number, End::Cancelled);
         }
+    }
+
+    /// How many tasks the group works on.
+    fn running_in(&self, group_id: &str) -> usize {
+        let tasks = self.groups.get(group_id).into_iter().flat_map(|group| &group.tasks);
+        let phase = |(number, stage): &(u64, String)| Some(self.jobs.get(*number)?.tasks.get(stage)?.phase);
+        tasks.filter(|task| phase(task) == Some(TaskPhase::Running)).count()
     }
 
     /// The group has room for another task.
