@@ -15,6 +15,9 @@ pub(crate) enum Error {
         #[source]
         source: tonic::transport::Error,
     },
+    /// It answers, and does not serve.
+    #[error("it says {0}")]
+    NotServing(&'static str),
     /// The job came to its end without pictures.
     #[error("the job {}", .0)]
     Job(String),
@@ -36,6 +39,9 @@ pub(crate) enum Error {
     /// A worker.
     #[error(transparent)]
     Worker(#[from] worker::error::Error),
+    /// Certificates and keys.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
     /// A model's files.
     #[error(transparent)]
     Models(#[from] models::Error),

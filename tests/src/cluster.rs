@@ -304,7 +304,10 @@ impl Etcd {
 }
 
 /// The `atelier` program beside this test.
-fn atelier() -> Command {
+///
+/// # Panics
+/// When it is not built.
+pub fn atelier() -> Command {
     let test = std::env::current_exe().expect("this program's path");
     let program = test.ancestors().map(|dir| dir.join("atelier")).find(|path| path.is_file());
     let mut command = Command::new(program.expect("the atelier program: cargo build --release -p cli, or scripts/test"));

@@ -27,6 +27,7 @@ mod provenance;
 
 pub mod backend;
 
+mod mesh;
 mod rank;
 mod routes;
 

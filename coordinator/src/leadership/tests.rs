@@ -39,7 +39,11 @@ impl Etcd {
     }
 
     fn config(&self) -> EtcdConfig {
-        EtcdConfig { endpoints: vec![format!("http://127.0.0.1:{}", self.ports[0])], prefix: "/atelier".into() }
+        EtcdConfig {
+            endpoints: vec![format!("http://127.0.0.1:{}", self.ports[0])],
+            prefix: "/atelier".into(),
+            tls: identity::EtcdTls::default(),
+        }
     }
 
     async fn client(&self) -> Client {
@@ -148,7 +152,7 @@ impl Drop for Leader {
 #[ignore = "a process that other tests start"]
 async fn stands_in_another_process() {
     let Ok(endpoint) = std::env::var(STAND_IN) else { return };
-    let config = EtcdConfig { endpoints: vec![endpoint], prefix: "/atelier".into() };
+    let config = EtcdConfig { endpoints: vec![endpoint], prefix: "/atelier".into(), tls: identity::EtcdTls::default() };
     let led = campaign(&config, "other:1", &CancellationToken::new()).await.unwrap();
     println!("leads now");
     led.lost.cancelled().await;

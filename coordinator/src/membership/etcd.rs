@@ -73,10 +73,13 @@ pub async fn watch(config: EtcdConfig, changes: mpsc::Sender<Change>, stop: Canc
 
 /// One connection: list, then watch until something ends it.
 async fn session(config: &EtcdConfig, members: &mut Members, healthy: &mut bool) -> Result<()> {
-    let options = ConnectOptions::new()
+    let mut options = ConnectOptions::new()
         .with_connect_timeout(CALL_DEADLINE)
         .with_keep_alive(PROGRESS_INTERVAL, CALL_DEADLINE)
         .with_keep_alive_while_idle(true);
+    if let Some(tls) = config.tls.options()? {
+        options = options.with_tls(tls);
+    }
     let mut client = in_time(Client::connect(&config.endpoints, Some(options))).await?;
     let listed = in_time(client.get(members.folder.clone(), Some(GetOptions::new().with_prefix()))).await?;
     let revision = listed.header().map_or(0, |header| header.revision());

@@ -39,6 +39,7 @@ impl Job {
             attempt: self.attempt,
             losses: self.losses,
             cancelling: self.cancelling,
+            tenant: self.tenant.to_string(),
             end,
             stages: self.plan.stages.iter().map(stage).collect(),
         }
@@ -57,6 +58,7 @@ impl Job {
         let new = NewJob {
             id: record.id,
             request_id: record.request_id,
+            tenant: record.tenant.into(),
             fingerprint: <[u8; 32]>::try_from(&record.fingerprint[..]).unwrap_or_default(),
             spec: record.spec.unwrap_or_default(),
             plan: Arc::new(Plan { stages: stages.collect() }),
@@ -103,6 +105,7 @@ mod tests {
         let new = NewJob {
             id: "j".into(),
             request_id: "r".into(),
+            tenant: "studio".into(),
             fingerprint: [7; 32],
             spec: JobSpec { prompt: "a car".into(), seed: Some(3), ..JobSpec::default() },
             plan: Arc::new(Plan { stages: vec![stage] }),

@@ -50,7 +50,7 @@ impl Etcd {
     }
 
     fn config(&self) -> EtcdConfig {
-        EtcdConfig { endpoints: vec![self.url()], prefix: "/atelier".into() }
+        EtcdConfig { endpoints: vec![self.url()], prefix: "/atelier".into(), tls: identity::EtcdTls::default() }
     }
 
     async fn client(&self) -> Client {

@@ -13,7 +13,7 @@ use coordinator::{
     Config, World,
     blobs::BlobStore,
     checkpoints::Place,
-    config::Limits,
+    config::{AuthConfig, Limits},
     context::Context,
     models_file::{ComponentConfig, ModelConfig},
     run_in,
@@ -238,7 +238,16 @@ fn config() -> Config {
         components: [("transformer".to_owned(), transformer)].into(),
         adapters: vec![],
     };
-    Config { models: vec![model], advertise: None, data_dir: None, object_store: None, etcd: None, limits: Limits::default() }
+    Config {
+        models: vec![model],
+        identity: None,
+        auth: AuthConfig::default(),
+        advertise: None,
+        data_dir: None,
+        object_store: None,
+        etcd: None,
+        limits: Limits::default(),
+    }
 }
 
 /// One life of the coordinator's process. It ends by itself only when its disk fails.
