@@ -1,42 +1,117 @@
 //! The connection to a coordinator, and the calls that take more than one message.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use identity::{Files, Identity, Role};
 use proto::v1::blob_service_client::BlobServiceClient;
 use proto::v1::cluster_service_client::ClusterServiceClient;
 use proto::v1::download_blob_response::Part as DownloadPart;
 use proto::v1::job_service_client::JobServiceClient;
 use proto::v1::upload_blob_request::Part as UploadPart;
 use proto::v1::{BlobHeader, DownloadBlobRequest, UploadBlobRequest};
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::{Interceptor, interceptor::InterceptedService};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 
 use crate::error::Error;
 
 /// Where the coordinator is.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ServerArgs {
-    /// The coordinator's address.
+    /// The coordinator's address: http://host:port, or https://host:port with --tls-ca.
     #[arg(long, env = "ATELIER_SERVER", default_value = "http://127.0.0.1:7700")]
     pub(crate) server: String,
+    /// The authorities that the coordinator's certificate is checked against (PEM).
+    #[arg(long, env = "ATELIER_TLS_CA")]
+    pub(crate) tls_ca: Option<PathBuf>,
+    /// The certificate to show, of a client (PEM).
+    #[arg(long, env = "ATELIER_TLS_CERT", requires_all = ["tls_ca", "tls_key"])]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key (PEM).
+    #[arg(long, env = "ATELIER_TLS_KEY", requires_all = ["tls_ca", "tls_cert"])]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// A file that holds the API key, or the token, of this client.
+    #[arg(long, env = "ATELIER_API_KEY_FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
 }
+
+impl ServerArgs {
+    /// A coordinator in plain text.
+    pub(crate) fn plain(server: String) -> Self {
+        Self { server, ..Self::default() }
+    }
+
+    async fn channel(&self) -> Result<Channel, Error> {
+        let connect = |source| Error::Connect { address: self.server.clone(), source };
+        let wrong = |reason: &str| Error::Flag { flag: "--server", reason: format!("`{}`: {reason}", self.server) };
+        match (self.server.strip_prefix("https://"), &self.tls_ca) {
+            (Some(address), Some(ca)) => {
+                let own = self.tls_cert.clone().zip(self.tls_key.clone());
+                let identity = Identity::open(Files { own, ca: ca.clone() }, Role::Client)?;
+                // The connector makes it TLS; see there.
+                let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(connect)?;
+                endpoint.connect_with_connector(identity.connector_by_name(Role::Coordinator)).await.map_err(connect)
+            }
+            (Some(_), None) => Err(wrong("https:// needs --tls-ca")),
+            (None, Some(_)) => Err(wrong("--tls-ca goes with https://")),
+            (None, None) => Endpoint::from_shared(self.server.clone()).map_err(connect)?.connect().await.map_err(connect),
+        }
+    }
+
+    /// What every call says of this client.
+    fn bearer(&self) -> Result<Bearer, Error> {
+        let Some(path) = &self.api_key_file else {
+            return Ok(Bearer(None));
+        };
+        let file = |source| Error::File { path: path.display().to_string(), source };
+        let text = std::fs::read_to_string(path).map_err(file)?;
+        let value = MetadataValue::try_from(format!("Bearer {}", text.trim()));
+        let mut value = value.map_err(|_| Error::Flag { flag: "--api-key-file", reason: "holds no key".into() })?;
+        value.set_sensitive(true);
+        Ok(Bearer(Some(value)))
+    }
+}
+
+/// Adds the key to every call.
+#[derive(Clone)]
+pub(crate) struct Bearer(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request.metadata_mut().insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl std::fmt::Debug for Bearer {
+    /// Without the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.is_some() { "Bearer(..)" } else { "Bearer(none)" })
+    }
+}
+
+/// The way to a service.
+pub(crate) type Calls = InterceptedService<Channel, Bearer>;
 
 /// Clients of the three services over one connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
-    pub(crate) jobs: JobServiceClient<Channel>,
-    pub(crate) cluster: ClusterServiceClient<Channel>,
-    blobs: BlobServiceClient<Channel>,
+    pub(crate) jobs: JobServiceClient<Calls>,
+    pub(crate) cluster: ClusterServiceClient<Calls>,
+    blobs: BlobServiceClient<Calls>,
 }
 
 impl Client {
     pub(crate) async fn connect(args: &ServerArgs) -> Result<Self, Error> {
-        let connect = |source| Error::Connect { address: args.server.clone(), source };
-        let channel = Endpoint::from_shared(args.server.clone()).map_err(connect)?.connect().await.map_err(connect)?;
+        let calls = InterceptedService::new(args.channel().await?, args.bearer()?);
         Ok(Self {
-            jobs: JobServiceClient::new(channel.clone()),
-            cluster: ClusterServiceClient::new(channel.clone()),
-            blobs: BlobServiceClient::new(channel),
+            jobs: JobServiceClient::new(calls.clone()),
+            cluster: ClusterServiceClient::new(calls.clone()),
+            blobs: BlobServiceClient::new(calls),
         })
     }
 

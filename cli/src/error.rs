@@ -15,6 +15,9 @@ pub(crate) enum Error {
         #[source]
         source: tonic::transport::Error,
     },
+    /// It answers, and does not serve.
+    #[error("it says {0}")]
+    NotServing(&'static str),
     /// The job came to its end without pictures.
     #[error("the job {}", .0)]
     Job(String),
@@ -39,6 +42,9 @@ pub(crate) enum Error {
     /// Spans cannot be exported.
     #[error("exporting spans")]
     Telemetry(#[from] telemetry::Error),
+    /// Certificates and keys.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
     /// A model's files.
     #[error(transparent)]
     Models(#[from] models::Error),

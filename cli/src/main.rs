@@ -1,9 +1,12 @@
 //! The `atelier` command.
 
 mod bench;
+mod certs;
 mod client;
 mod error;
 mod generate;
+mod health;
+mod keys;
 mod list;
 mod plan;
 mod progress;
@@ -38,6 +41,13 @@ enum Command {
     Workers(list::WorkersArgs),
     /// Show workers, groups, the queue and the jobs that run, again each second.
     Top(top::TopArgs),
+    /// Make an authority and certificates for development.
+    Certs(certs::CertsArgs),
+    /// Ask a process whether it serves, as a probe.
+    Health(health::HealthArgs),
+    /// API keys of tenants.
+    #[command(subcommand)]
+    Keys(keys::KeysCommand),
     /// Say what a model needs on each rank of a layout, and whether it fits.
     Plan(plan::PlanArgs),
     /// Measure what this machine computes and its cluster takes, against the machine's own limits.
@@ -90,6 +100,9 @@ async fn perform(command: Command) -> Result<(), Error> {
         Command::Models(args) => list::models(args).await,
         Command::Workers(args) => list::workers(args).await,
         Command::Top(args) => top::run(args).await,
+        Command::Certs(args) => certs::run(args),
+        Command::Health(args) => health::run(args).await,
+        Command::Keys(command) => keys::run(command),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(command) => bench::run(command).await,
         Command::Coordinator(args) => {

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use coordinator::models_file::ModelConfig;
+use identity::authority::{self, Existing, files};
+use identity::{Files, Role};
 use proto::v1::{GroupState, ListModelsRequest};
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
@@ -52,6 +54,18 @@ pub(crate) struct UpArgs {
     /// Threads each worker computes with. Default: this machine's cores shared among them, at least one each.
     #[arg(long)]
     threads: Option<usize>,
+    /// TLS between all processes and to clients, with the certificates in this folder; they are made if it has none.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = crate::certs::DEFAULT_DIR)]
+    tls: Option<PathBuf>,
+    /// Listen without TLS where other machines can reach it: whoever can, may use it.
+    #[arg(long, env = "ATELIER_INSECURE", conflicts_with = "tls")]
+    insecure: bool,
+    /// Who clients are; needs --tls.
+    #[command(flatten)]
+    auth: coordinator::config::AuthArgs,
+    /// The file that holds the key with which this command itself draws.
+    #[arg(long, env = "ATELIER_API_KEY_FILE")]
+    api_key_file: Option<PathBuf>,
     /// Draw one picture, then stop.
     #[command(subcommand)]
     then: Option<Then>,
@@ -77,10 +91,17 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
         let prefix = coordinator::config::DEFAULT_ETCD_PREFIX.to_owned();
         config.etcd = Some(coordinator::config::EtcdConfig::new(args.etcd.clone(), prefix));
     }
+    let tls = args.tls.as_deref().map(local_tls).transpose()?;
+    config.identity =
+        tls.as_ref().map(|dir| identity::Identity::open(files(dir, Role::Coordinator), Role::Coordinator)).transpose()?;
+    config.auth = args.auth.clone().config(tls.is_some())?;
+    let listening = identity::TlsArgs { insecure: args.insecure || tls.is_some(), ..Default::default() };
+    listening.check_listen("--listen", args.listen.ip())?;
     let fleet = fleet(&config.models);
     let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
     let listener = TcpListener::bind(args.listen).await.map_err(taken)?;
-    let server = ServerArgs { server: format!("http://{}", listener.local_addr()?) };
+    let mut server = server(listener.local_addr()?, tls.as_deref());
+    server.api_key_file = args.api_key_file.clone();
 
     let stop = CancellationToken::new();
     let tracker = TaskTracker::new();
@@ -91,8 +112,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     let threads =
         args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from).div_ceil(fleet.len().max(1)));
     for labels in &fleet {
-        let (labels, server, etcd) = (labels.clone(), server.server.clone(), args.etcd.clone());
-        let worker = WorkerProcess { labels, threads, server, etcd, log_format: args.log_format };
+        let (labels, server, etcd, tls) = (labels.clone(), server.server.clone(), args.etcd.clone(), tls.clone());
+        let worker = WorkerProcess { labels, threads, server, etcd, tls, log_format: args.log_format };
         tracker.spawn(worker.supervise(stop.clone()));
     }
     tracker.close();
@@ -116,10 +137,31 @@ async fn work(server: &ServerArgs, then: Option<Then>) -> Result<(), Error> {
     match then {
         Some(Then::Generate(job)) => generate::draw(&mut client, &job).await,
         None => {
-            eprintln!("ready: atelier generate \"red heart\" --server {}", server.server);
+            let tls = [("ca", &server.tls_ca), ("cert", &server.tls_cert), ("key", &server.tls_key)];
+            let tls: String =
+                tls.iter().filter_map(|(name, path)| Some(format!(" --tls-{name} {}", path.as_ref()?.display()))).collect();
+            eprintln!("ready: atelier generate \"red heart\" --server {}{tls}", server.server);
             std::future::pending().await
         }
     }
+}
+
+/// The folder, with certificates in it.
+fn local_tls(dir: &Path) -> Result<PathBuf, Error> {
+    if !files(dir, Role::Coordinator).ca.exists() {
+        authority::write(dir, &crate::certs::hosts(Vec::new()), Existing::Refuse)?;
+    }
+    Ok(dir.to_owned())
+}
+
+/// How this program itself reaches the coordinator.
+fn server(address: std::net::SocketAddr, tls: Option<&Path>) -> ServerArgs {
+    let Some(dir) = tls else {
+        return ServerArgs::plain(format!("http://{address}"));
+    };
+    let Files { own, ca } = files(dir, Role::Client);
+    let (cert, key) = own.unzip();
+    ServerArgs { tls_ca: Some(ca), tls_cert: cert, tls_key: key, ..ServerArgs::plain(format!("https://{address}")) }
 }
 
 /// Waits until every model is ready, showing how far the weights are. A broken one ends it.
@@ -189,6 +231,8 @@ struct WorkerProcess {
     server: String,
     etcd: Vec<String>,
     log_format: telemetry::log::Format,
+    /// Where the certificates are.
+    tls: Option<PathBuf>,
 }
 
 impl WorkerProcess {
@@ -218,6 +262,9 @@ impl WorkerProcess {
             command.args(["--coordinator", &self.server]);
         } else {
             command.args(["--etcd", &self.etcd.join(",")]);
+        }
+        if let Some(Files { own: Some((cert, key)), ca }) = self.tls.as_deref().map(|dir| files(dir, Role::Worker)) {
+            command.arg("--tls-cert").arg(cert).arg("--tls-key").arg(key).arg("--tls-ca").arg(ca);
         }
         for (key, value) in &self.labels {
             command.args(["--label", &format!("{key}={value}")]);

@@ -15,13 +15,14 @@ use tracing::error;
 use uuid::Uuid;
 
 use crate::{
-    blobs::BlobStore,
+    auth::Caller,
+    blobs::{BlobStore, Owners},
     context::Context,
     error::{Error, Result},
     metrics::Meter,
     request::{self, is_blob_id},
     runtime::Handle,
-    state::{Millis, Submission},
+    state::{Millis, State, Submission},
 };
 
 /// When to come back to a full queue or a full store: about the time of one picture.
@@ -40,15 +41,20 @@ pub fn status(error: &Error) -> Status {
         Error::ModelBroken { .. } => (Code::FailedPrecondition, None),
         Error::RequestIdReused(_) => (Code::AlreadyExists, None),
         Error::QueueFull(_) | Error::BlobStoreFull(_) => (Code::ResourceExhausted, Some(RETRY_LATER)),
+        Error::TenantQueueFull { .. } => (Code::ResourceExhausted, Some(RETRY_LATER)),
+        Error::TenantQuota { retry_millis, .. } => (Code::ResourceExhausted, Some(Duration::from_millis(*retry_millis))),
+        Error::Unauthenticated { .. } => (Code::Unauthenticated, None),
         Error::Setting { .. }
         | Error::ModelsFile { .. }
+        | Error::KeysFile { .. }
         | Error::Io { .. }
+        | Error::Identity(_)
         | Error::Serve(_)
         | Error::Etcd(_)
         | Error::WatchEnded(_) => (Code::Internal, None),
     };
     let mut details = ErrorDetails::new();
-    details.set_error_info(error.reason(), proto::ERROR_DOMAIN, HashMap::new());
+    details.set_error_info(error.reason(), proto::ERROR_DOMAIN, facts(error));
     if let Some(delay) = retry {
         details.set_retry_info(Some(delay));
     }
@@ -61,6 +67,16 @@ pub fn status(error: &Error) -> Status {
         error!(error = %Chain(error), "request failed");
     }
     Status::with_error_details(code, error.to_string(), details)
+}
+
+/// What programs may want to know of an error.
+fn facts(error: &Error) -> HashMap<String, String> {
+    let of = |tenant: &String, limit: String| [("tenant".to_owned(), tenant.clone()), ("limit".to_owned(), limit)].into();
+    match error {
+        Error::TenantQueueFull { tenant, limit } => of(tenant, format!("{limit} jobs waiting")),
+        Error::TenantQuota { tenant, limit, .. } => of(tenant, format!("{limit} pixel-steps a second")),
+        _ => HashMap::new(),
+    }
 }
 
 /// An error with what caused it.
@@ -83,12 +99,14 @@ impl std::fmt::Display for Chain<'_> {
 pub(crate) struct JobApi {
     pub(crate) handle: Handle,
     pub(crate) blobs: BlobStore,
+    pub(crate) owners: Owners,
     pub(crate) context: Arc<Context>,
     pub(crate) meter: Meter,
 }
 
 impl JobApi {
-    async fn create(&self, request: CreateJobRequest, trace: TraceContext) -> Result<CreateJobResponse> {
+    async fn create(&self, caller: &Caller, request: CreateJobRequest, trace: TraceContext) -> Result<CreateJobResponse> {
+        let tenant = caller.tenant()?;
         let spec = request.spec.ok_or_else(|| Error::invalid("spec", "is missing"))?;
         request::check_request_id(&request.request_id)?;
         // Parsing makes one of the several ways to write a UUID; a client without one cannot retry.
@@ -99,7 +117,8 @@ impl JobApi {
             seed: self.context.noise_seed(),
             priority: request.priority,
             timeout: request.timeout.map(millis).transpose()?,
-            missing_blobs: self.missing_blobs(&spec),
+            missing_blobs: self.missing_blobs(&tenant, &spec).await?,
+            tenant: tenant.to_string(),
             spec,
             trace: Some(trace),
         };
@@ -113,26 +132,45 @@ impl JobApi {
         Ok(CreateJobResponse { job: Some(job) })
     }
 
-    fn missing_blobs(&self, spec: &JobSpec) -> Vec<String> {
-        [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)]
-            .into_iter()
-            .filter(|(_, id)| is_blob_id(id) && !self.blobs.contains(id))
-            .map(|(field, _)| field.to_owned())
-            .collect()
+    /// The fields that name a picture which is not there, or not the tenant's.
+    async fn missing_blobs(&self, tenant: &Arc<str>, spec: &JobSpec) -> Result<Vec<String>> {
+        let mut missing = Vec::new();
+        for (field, id) in [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)] {
+            if is_blob_id(id) && !(self.blobs.contains(id) && self.has_blob(tenant, id).await?) {
+                missing.push(field.to_owned());
+            }
+        }
+        Ok(missing)
     }
 
-    async fn get(&self, request: GetJobRequest) -> Result<GetJobResponse> {
-        let job = self.handle.read(move |state| state.job(&request.job_id)).await??;
+    async fn has_blob(&self, tenant: &Arc<str>, id: &str) -> Result<bool> {
+        if tenant.is_empty() || self.owners.has(tenant, id) {
+            return Ok(true);
+        }
+        let (tenant, id) = (tenant.clone(), id.to_owned());
+        self.handle.read(move |state| state.has_blob(&tenant, &id)).await
+    }
+
+    async fn get(&self, caller: &Caller, request: GetJobRequest) -> Result<GetJobResponse> {
+        let tenant = caller.tenant()?;
+        let look = move |state: &State| {
+            state.check_owner(&tenant, &request.job_id)?;
+            state.job(&request.job_id)
+        };
+        let job = self.handle.read(look).await??;
         Ok(GetJobResponse { job: Some(job) })
     }
 
-    async fn list(&self, request: ListJobsRequest) -> Result<ListJobsResponse> {
-        let look = move |state: &crate::state::State| state.jobs(request.page_size, &request.page_token);
+    async fn list(&self, caller: &Caller, request: ListJobsRequest) -> Result<ListJobsResponse> {
+        let tenant = caller.tenant()?;
+        let look = move |state: &State| state.jobs(&tenant, request.page_size, &request.page_token);
         let (jobs, next_page_token) = self.handle.read(look).await??;
         Ok(ListJobsResponse { jobs, next_page_token })
     }
 
-    async fn cancel(&self, request: CancelJobRequest) -> Result<CancelJobResponse> {
+    async fn cancel(&self, caller: &Caller, request: CancelJobRequest) -> Result<CancelJobResponse> {
+        let (tenant, job_id) = (caller.tenant()?, request.job_id.clone());
+        self.handle.read(move |state| state.check_owner(&tenant, &job_id)).await??;
         let job = self.handle.cancel(request.job_id).await?;
         Ok(CancelJobResponse { job: Some(job) })
     }
@@ -171,30 +209,35 @@ fn follow(handle: Handle, job_id: String, after: u64) -> impl Stream<Item = Resu
 #[tonic::async_trait]
 impl JobService for JobApi {
     async fn create_job(&self, request: Request<CreateJobRequest>) -> Result<Response<CreateJobResponse>, Status> {
+        let caller = Caller::of(request.extensions());
         let given = request.metadata().get(TRACEPARENT).and_then(|value| value.to_str().ok()).and_then(TraceContext::parse);
         let trace = given.unwrap_or_else(|| TraceContext::from_random(*self.context.uuid().as_bytes()));
-        let created = self.create(request.into_inner(), trace).await;
+        let created = self.create(&caller, request.into_inner(), trace).await;
         respond(created.inspect_err(|error| self.meter.refused(error.reason())))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<GetJobResponse>, Status> {
-        respond(self.get(request.into_inner()).await)
+        let caller = Caller::of(request.extensions());
+        respond(self.get(&caller, request.into_inner()).await)
     }
 
     async fn list_jobs(&self, request: Request<ListJobsRequest>) -> Result<Response<ListJobsResponse>, Status> {
-        respond(self.list(request.into_inner()).await)
+        let caller = Caller::of(request.extensions());
+        respond(self.list(&caller, request.into_inner()).await)
     }
 
     async fn cancel_job(&self, request: Request<CancelJobRequest>) -> Result<Response<CancelJobResponse>, Status> {
-        respond(self.cancel(request.into_inner()).await)
+        let caller = Caller::of(request.extensions());
+        respond(self.cancel(&caller, request.into_inner()).await)
     }
 
     type WatchJobStream = stream::BoxStream<'static, Result<WatchJobResponse, Status>>;
 
     async fn watch_job(&self, request: Request<WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
+        let caller = Caller::of(request.extensions());
         let WatchJobRequest { job_id, after_sequence } = request.into_inner();
         // A job that is not there is told before the stream begins.
-        self.get(GetJobRequest { job_id: job_id.clone() }).await.map_err(|error| status(&error))?;
+        self.get(&caller, GetJobRequest { job_id: job_id.clone() }).await.map_err(|error| status(&error))?;
         let events = follow(self.handle.clone(), job_id, after_sequence);
         let responses = events.map_ok(|event| WatchJobResponse { event: Some(event) });
         Ok(Response::new(responses.map_err(|error| status(&error)).boxed()))

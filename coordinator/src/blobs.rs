@@ -5,6 +5,7 @@
 //! some minutes after it was used last.
 
 mod incoming;
+mod owners;
 mod remote;
 mod service;
 
@@ -32,7 +33,7 @@ use crate::{
     request::is_blob_id,
 };
 
-pub(crate) use self::service::BlobApi;
+pub(crate) use self::{owners::Owners, service::BlobApi};
 
 /// How long a blob is kept that no job refers to, counted from its last use.
 pub const UNUSED_BLOB_TTL: Duration = Duration::from_secs(10 * 60);

@@ -6,9 +6,11 @@ use std::{
 };
 
 use clap::Parser;
+use identity::{EtcdTls, Identity, Role, TlsArgs};
 use object_store::aws::AmazonS3Builder;
 
 use crate::{
+    auth::JwtConfig,
     checkpoints::Place,
     error::{Error, Result},
     models_file::{self, ModelConfig},
@@ -62,6 +64,17 @@ pub struct Args {
     /// Where metrics are read by HTTP, at /metrics. Without it: nowhere.
     #[arg(long, env = "ATELIER_METRICS_LISTEN")]
     pub metrics_listen: Option<SocketAddr>,
+    /// How etcd is talked to.
+    #[command(flatten)]
+    pub etcd_tls: EtcdTls,
+
+    /// Who this coordinator is.
+    #[command(flatten)]
+    pub tls: TlsArgs,
+
+    /// Who clients are.
+    #[command(flatten)]
+    pub auth: AuthArgs,
 
     /// Most jobs that may wait.
     #[arg(long, env = "ATELIER_QUEUE_LIMIT", default_value_t = DEFAULT_QUEUE_LIMIT)]
@@ -84,13 +97,69 @@ pub struct Args {
     pub max_pixels: u64,
 }
 
+/// The flags that say who clients are. Both ways need TLS.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct AuthArgs {
+    /// API keys of tenants and what each may use (TOML; `atelier keys new` makes them). Read again when it changes.
+    #[arg(long, env = "ATELIER_API_KEYS")]
+    pub api_keys: Option<PathBuf>,
+    /// Keys of those whose tokens (JWT) are taken (JWKS). Read again when it changes.
+    #[arg(long, env = "ATELIER_JWKS", requires_all = ["jwt_issuer", "jwt_audience"])]
+    pub jwks: Option<PathBuf>,
+    /// What the tokens' `iss` must be.
+    #[arg(long, env = "ATELIER_JWT_ISSUER", requires = "jwks")]
+    pub jwt_issuer: Option<String>,
+    /// What the tokens' `aud` must be or hold.
+    #[arg(long, env = "ATELIER_JWT_AUDIENCE", requires = "jwks")]
+    pub jwt_audience: Option<String>,
+    /// The claim that names the tenant.
+    #[arg(long, env = "ATELIER_JWT_TENANT_CLAIM", default_value = "tenant")]
+    pub jwt_tenant_claim: String,
+}
+
+impl AuthArgs {
+    /// What they say, for a coordinator with TLS or without.
+    ///
+    /// # Errors
+    /// When keys would travel in plain text.
+    pub fn config(self, has_tls: bool) -> Result<AuthConfig> {
+        let given = [("--api-keys", &self.api_keys), ("--jwks", &self.jwks)];
+        if let Some((flag, _)) = given.iter().find(|(_, path)| path.is_some() && !has_tls) {
+            return Err(wrong(flag, "needs TLS: in plain text anybody could read the keys"));
+        }
+        let jwt = self.jwks.zip(self.jwt_issuer.zip(self.jwt_audience));
+        let jwt = jwt.map(|(jwks, (issuer, audience))| JwtConfig { jwks, issuer, audience, tenant_claim: self.jwt_tenant_claim });
+        Ok(AuthConfig { api_keys: self.api_keys, jwt })
+    }
+}
+
+/// Who clients are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AuthConfig {
+    /// The file of API keys.
+    pub api_keys: Option<PathBuf>,
+    /// Whose tokens are taken.
+    pub jwt: Option<JwtConfig>,
+}
+
+impl AuthConfig {
+    /// What its files hold.
+    pub(crate) fn contents(&self) -> std::io::Result<Vec<Vec<u8>>> {
+        self.api_keys.iter().chain(self.jwt.iter().map(|jwt| &jwt.jwks)).map(std::fs::read).collect()
+    }
+}
+
 /// What a coordinator needs to run. The listen address is not here: the caller of [`crate::run`] owns the socket.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// The models to serve.
     pub models: Vec<ModelConfig>,
+    /// Who this coordinator is; without it, connections are plain.
+    pub identity: Option<Identity>,
     /// host:port at which workers reach this coordinator; the listener's own address if absent.
     pub advertise: Option<String>,
+    /// Who clients are; without it, all are one tenant.
+    pub auth: AuthConfig,
     /// Where pictures are kept; a temporary folder if absent.
     pub data_dir: Option<PathBuf>,
     /// Where pictures and checkpoints are kept instead, for several coordinators.
@@ -108,6 +177,8 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// What every key begins with; no slash at the end.
     pub prefix: String,
+    /// How it is talked to.
+    pub tls: EtcdTls,
     /// How it is reached.
     pub dial: Dial,
 }
@@ -115,7 +186,7 @@ pub struct EtcdConfig {
 impl EtcdConfig {
     /// An etcd that is reached by the system's TCP.
     pub fn new(endpoints: Vec<String>, prefix: impl Into<String>) -> Self {
-        Self { endpoints, prefix: prefix.into(), dial: Dial::tcp() }
+        Self { endpoints, prefix: prefix.into(), tls: EtcdTls::default(), dial: Dial::tcp() }
     }
 }
 
@@ -148,6 +219,8 @@ impl Config {
     pub fn for_models(models_file: &Path) -> Result<Self> {
         Ok(Self {
             models: models_file::read(models_file)?,
+            identity: None,
+            auth: AuthConfig::default(),
             advertise: None,
             data_dir: None,
             object_store: None,
@@ -179,11 +252,14 @@ impl TryFrom<Args> for Config {
         if !args.etcd_prefix.starts_with('/') || args.etcd_prefix.ends_with('/') {
             return Err(wrong("--etcd-prefix", "must start with a slash and not end with one"));
         }
+        args.tls.check_listen("--listen", args.listen.ip())?;
         let has_etcd = !args.etcd.is_empty();
-        let etcd = has_etcd.then(|| EtcdConfig::new(args.etcd, args.etcd_prefix));
+        let etcd = has_etcd.then(|| EtcdConfig { tls: args.etcd_tls, ..EtcdConfig::new(args.etcd, args.etcd_prefix) });
         let object_store = args.object_store.as_deref().map(|url| Place::parse(url, AmazonS3Builder::from_env)).transpose();
         Ok(Self {
             models: models_file::read(&args.models)?,
+            identity: args.tls.identity(Role::Coordinator)?,
+            auth: args.auth.config(args.tls.tls_cert.is_some())?,
             advertise: args.advertise,
             data_dir: args.data_dir,
             object_store: object_store.map_err(|problem| wrong("--object-store", &problem))?,
@@ -240,7 +316,17 @@ mod tests {
     fn a_listener_on_every_address_must_say_where_it_is_reached() {
         let problem = config(&["--listen", "0.0.0.0:7700"]).unwrap_err().to_string();
         assert!(problem.starts_with("--advertise: is needed"), "{problem}");
-        assert!(config(&["--listen", "0.0.0.0:7700", "--advertise", "coordinator:7700"]).is_ok());
+        assert!(config(&["--listen", "0.0.0.0:7700", "--advertise", "coordinator:7700", "--insecure"]).is_ok());
+    }
+
+    #[test]
+    fn a_port_that_others_can_reach_needs_tls_or_leave_to_be_open() {
+        let problem = config(&["--listen", "0.0.0.0:7700", "--advertise", "a:7700"]).unwrap_err().to_string();
+        assert!(problem.starts_with("--listen: 0.0.0.0") && problem.contains("--insecure"), "{problem}");
+        let problem = config(&["--api-keys", "keys.toml"]).unwrap_err().to_string();
+        assert!(problem.starts_with("--api-keys: needs TLS"), "{problem}");
+        let problem = config(&["--tls-cert", "a.crt", "--tls-ca", "ca.crt"]).unwrap_err().to_string();
+        assert!(problem.starts_with("--tls-key: is missing"), "{problem}");
     }
 
     #[test]

@@ -34,6 +34,32 @@ pub enum Error {
     /// As many jobs wait as may wait.
     #[error("the queue holds {0} jobs, which is its limit")]
     QueueFull(usize),
+    /// A tenant has as many jobs waiting as it may.
+    #[error("tenant {tenant:?} has {limit} jobs waiting, which is its limit")]
+    TenantQueueFull {
+        /// Whose limit.
+        tenant: String,
+        /// Jobs.
+        limit: usize,
+    },
+    /// A tenant has used what it may for now.
+    #[error("tenant {tenant:?} has used its quota of {limit} pixel-steps a second")]
+    TenantQuota {
+        /// Whose limit.
+        tenant: String,
+        /// Pixel-steps a second.
+        limit: u64,
+        /// When there will be enough for this job.
+        retry_millis: u64,
+    },
+    /// Nobody whom this coordinator knows.
+    #[error("{problem}")]
+    Unauthenticated {
+        /// The word programs act on.
+        reason: &'static str,
+        /// For people; never what was shown.
+        problem: &'static str,
+    },
     /// What is known of the model says that the picture cannot be there in time.
     #[error("the picture is expected in {predicted} ms, later than the {timeout} ms asked for")]
     DeadlineUnreachable {
@@ -78,6 +104,14 @@ pub enum Error {
         /// The field and what is wrong with it.
         problem: String,
     },
+    /// The file of keys says something that cannot be right.
+    #[error("{}: {problem}", path.display())]
+    KeysFile {
+        /// The file.
+        path: PathBuf,
+        /// The field and what is wrong with it; never a key.
+        problem: String,
+    },
     /// The disk.
     #[error("{what}")]
     Io {
@@ -86,6 +120,9 @@ pub enum Error {
         /// What came of it.
         source: io::Error,
     },
+    /// Certificates, keys, and addresses that need them.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
     /// The gRPC server.
     #[error("the gRPC server failed")]
     Serve(#[from] tonic::transport::Error),
@@ -134,6 +171,9 @@ impl Error {
             Self::ModelBroken { .. } => "MODEL_BROKEN",
             Self::RequestIdReused(_) => "REQUEST_ID_REUSED",
             Self::QueueFull(_) => "QUEUE_FULL",
+            Self::TenantQueueFull { .. } => "TENANT_QUEUE_FULL",
+            Self::TenantQuota { .. } => "TENANT_QUOTA",
+            Self::Unauthenticated { reason, .. } => reason,
             Self::DeadlineUnreachable { .. } => "DEADLINE_UNREACHABLE",
             Self::StoreFailed(_) => "STORE_FAILED",
             Self::JobNotFound(_) => "JOB_NOT_FOUND",
@@ -141,7 +181,7 @@ impl Error {
             Self::BlobStoreFull(_) => "BLOB_STORE_FULL",
             Self::InvalidRegistration(_) => "INVALID_REGISTRATION",
             Self::Stopping => "STOPPING",
-            Self::Setting { .. } | Self::ModelsFile { .. } => "INVALID_CONFIGURATION",
+            Self::Setting { .. } | Self::ModelsFile { .. } | Self::KeysFile { .. } | Self::Identity(_) => "INVALID_CONFIGURATION",
             Self::Io { .. } | Self::Serve(_) | Self::Etcd(_) | Self::WatchEnded(_) => "INTERNAL",
         }
     }

@@ -18,6 +18,7 @@ pub mod store;
 pub mod world;
 
 pub mod api;
+pub mod auth;
 pub mod blobs;
 pub mod checkpoints;
 mod control;

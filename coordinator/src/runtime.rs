@@ -23,7 +23,7 @@ use crate::{
     context::Context,
     error::{Error, Result},
     live::LiveJobs,
-    state::{Effect, Event, EventPage, State, Submission},
+    state::{Effect, Event, EventPage, State, Submission, TenantLimits},
     store::{Change, Durable, StoreHandle, Writes},
 };
 
@@ -109,6 +109,11 @@ impl Handle {
     /// Asks a job to stop.
     pub(crate) async fn cancel(&self, job_id: String) -> Result<Job> {
         self.answer_to(Event::Cancel { job_id }).await
+    }
+
+    /// What tenants may use from now on.
+    pub(crate) async fn tenants(&self, limits: BTreeMap<String, TenantLimits>) -> Result<()> {
+        self.send(Message::Happened(Event::Tenants(limits))).await
     }
 
     /// Looks at the state.

@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures::Stream;
+use identity::{Incoming, Peer, Port, Role};
 use proto::v1::{
     Lead, blob_service_server::BlobServiceServer, cluster_service_server::ClusterServiceServer,
     job_service_server::JobServiceServer, membership_service_server::MembershipServiceServer,
@@ -22,16 +23,20 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::{
-    Server,
-    server::{Connected, Router, TcpIncoming},
+use tonic::{
+    service::interceptor::InterceptedService,
+    transport::{
+        Server,
+        server::{Connected, Router},
+    },
 };
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 
 use crate::{
     api::{ClusterApi, JobApi},
-    blobs::{BlobApi, BlobStore, UNUSED_BLOB_TTL},
+    auth::Authenticator,
+    blobs::{BlobApi, BlobStore, Owners, UNUSED_BLOB_TTL},
     checkpoints::{CheckpointApi, CheckpointLimits, CheckpointStore, Place},
     config::{Config, EtcdConfig},
     context::Context,
@@ -43,7 +48,7 @@ use crate::{
     metrics::Meter,
     runtime::{Handle, Parts, health_service},
     standby,
-    state::{Key, SavedSteps, Settings, State},
+    state::{Event, Key, SavedSteps, Settings, State},
     store::{EtcdStore, Journal, RealDisk, Recovered, StoreHandle},
     world::Dial,
 };
@@ -99,7 +104,7 @@ async fn run_tcp(config: Config, listener: TcpListener, meter: Meter, shutdown: 
             let stopped = CancellationToken::new();
             let led = tokio::select! {
                 biased;
-                led = stand_by(etcd, &address, &listener, &stopped) => led?,
+                led = stand_by(&config, etcd, &address, &listener, &stopped) => led?,
                 () = &mut shutdown => return Ok(()),
             };
             (EtcdStore::open(etcd, &led).await?, true, Some(led))
@@ -111,14 +116,20 @@ async fn run_tcp(config: Config, listener: TcpListener, meter: Meter, shutdown: 
     };
     let lost = led.as_ref().map_or_else(CancellationToken::new, |led| led.lost.clone());
     let place = config.object_store.clone().unwrap_or_else(|| Place::Folder(folder.join("objects")));
-    let (context, dial) = (Arc::new(Context::system()), Dial::tcp());
-    let world = World { context, dial, store, takes_over, lost, blobs, place, address, meter };
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let dial = config.identity.as_ref().map_or_else(Dial::tcp, Dial::to_workers);
+    let incoming = incoming(&config, listener);
+    let world = World { context: Arc::new(Context::system()), dial, store, takes_over, lost, blobs, place, address, meter };
     Box::pin(run_in(config, world, incoming, shutdown)).await
 }
 
 /// Waits until this coordinator leads; meanwhile calls are told to come back.
-async fn stand_by(etcd: &EtcdConfig, address: &str, listener: &TcpListener, stop: &CancellationToken) -> Result<Led> {
+async fn stand_by(
+    config: &Config,
+    etcd: &EtcdConfig,
+    address: &str,
+    listener: &TcpListener,
+    stop: &CancellationToken,
+) -> Result<Led> {
     let _stop_on_return = stop.clone().drop_guard();
     let clone = || {
         use std::os::fd::AsFd;
@@ -126,7 +137,8 @@ async fn stand_by(etcd: &EtcdConfig, address: &str, listener: &TcpListener, stop
         TcpListener::from_std(socket)
     };
     let over = CancellationToken::new();
-    let waiting = standby::serve(clone().map_err(Error::io("share the listener"))?, over.clone().cancelled_owned());
+    let listener = clone().map_err(Error::io("share the listener"))?;
+    let waiting = standby::serve(incoming(config, listener), over.clone().cancelled_owned());
     tokio::pin!(waiting);
     tokio::select! {
         biased;
@@ -138,6 +150,11 @@ async fn stand_by(etcd: &EtcdConfig, address: &str, listener: &TcpListener, stop
         }
         ended = &mut waiting => Err(ended.err().unwrap_or(Error::Stopping)),
     }
+}
+
+/// The connections of clients and workers, secured if this coordinator has an identity.
+fn incoming(config: &Config, listener: TcpListener) -> Incoming {
+    Incoming::new(listener, config.identity.clone().map(|identity| (identity, Port::COORDINATOR)))
 }
 
 /// Where a coordinator finds itself: what it shares with others, and how it reaches them.
@@ -185,6 +202,9 @@ where
         first_epoch: context.now(),
     };
     let mut state = State::new(settings);
+    let authenticator = Authenticator::open(&config.auth)?;
+    // Known before the jobs of an earlier coordinator are put in order. There is nothing yet that it could have an effect on.
+    drop(state.apply(context.now(), Event::Tenants(authenticator.limits())));
     let live = LiveJobs::default();
     jobs.iter().for_each(|record| live.note(record));
     let is_live = live.clone();
@@ -217,14 +237,18 @@ where
         .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
-    let mut router = services(&mut server, handle, blobs, context, meter)?
+    tasks.spawn(authenticator.clone().follow(config.auth.clone(), handle.clone(), stop.clone()));
+    let owners = Owners::default();
+    let jobs = JobApi { handle: handle.clone(), blobs: blobs.clone(), owners: owners.clone(), context, meter };
+    let mut router = services(&mut server, handle, blobs, owners, jobs, authenticator)?
         .add_service(health_server)
-        .add_service(CheckpointApi::server(checkpoints));
+        .add_service(InterceptedService::new(CheckpointApi::server(checkpoints), only_workers));
     match config.etcd {
         Some(etcd) => drop(tasks.spawn(membership::etcd::watch(etcd, changes, stop.clone()))),
         None => {
             let embedded = MembershipServiceServer::new(EmbeddedMembership::new(changes, stop.clone()));
-            router = router.add_service(embedded.max_decoding_message_size(proto::MAX_MESSAGE_BYTES));
+            let embedded = embedded.max_decoding_message_size(proto::MAX_MESSAGE_BYTES);
+            router = router.add_service(InterceptedService::new(embedded, only_workers));
         }
     }
     info!(address, models = config.models.len(), term, "coordinator serves");
@@ -275,21 +299,38 @@ where
     }
 }
 
-fn services(server: &mut Server, handle: Handle, blobs: BlobStore, context: Arc<Context>, meter: Meter) -> Result<Router> {
-    let jobs = JobServiceServer::new(JobApi { handle: handle.clone(), blobs: blobs.clone(), context, meter })
+fn services(
+    server: &mut Server,
+    handle: Handle,
+    blobs: BlobStore,
+    owners: Owners,
+    jobs: JobApi,
+    authenticator: Authenticator,
+) -> Result<Router> {
+    let jobs = JobServiceServer::new(jobs)
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-    let cluster = ClusterServiceServer::new(ClusterApi { handle })
+    let cluster = ClusterServiceServer::new(ClusterApi { handle: handle.clone() })
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-    let blobs = BlobServiceServer::new(BlobApi { store: blobs })
+    let blobs = BlobServiceServer::new(BlobApi { store: blobs, handle, owners })
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|error| Error::io("read the descriptors")(std::io::Error::other(error)))?;
+    let jobs = InterceptedService::new(jobs, authenticator.clone());
+    let cluster = InterceptedService::new(cluster, authenticator.clone());
+    let blobs = InterceptedService::new(blobs, authenticator);
     Ok(server.add_service(jobs).add_service(cluster).add_service(blobs).add_service(reflection))
+}
+
+/// What only workers may call.
+#[allow(clippy::result_large_err)] // as tonic has it
+fn only_workers(request: tonic::Request<()>) -> std::result::Result<tonic::Request<()>, tonic::Status> {
+    Peer::check(request.extensions(), &[Role::Worker])?;
+    Ok(request)
 }
 
 async fn announce(health: &HealthReporter, config: &Config) {

@@ -9,17 +9,12 @@ use std::{
 };
 
 use futures::future::{Ready, ready};
+use identity::Incoming;
 use proto::v1::{
     blob_service_server::BlobServiceServer, checkpoint_service_server::CheckpointServiceServer,
     cluster_service_server::ClusterServiceServer, job_service_server::JobServiceServer,
 };
-use tokio::net::TcpListener;
-use tonic::{
-    Code, Status,
-    body::Body,
-    server::NamedService,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{Code, Status, body::Body, server::NamedService, transport::Server};
 use tonic_health::ServingStatus;
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -36,8 +31,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long a connection lasts. Behind one address for several coordinators, the next one may reach the leader.
 const CONNECTION_AGE: Duration = Duration::from_secs(2);
 
-/// Serves on `listener` until `over`.
-pub(crate) async fn serve(listener: TcpListener, over: impl Future<Output = ()>) -> Result<()> {
+/// Serves `incoming` until `over`.
+pub(crate) async fn serve(incoming: Incoming, over: impl Future<Output = ()>) -> Result<()> {
     let (health, health_server) = tonic_health::server::health_reporter();
     health.set_service_status("atelier.v1.JobService", ServingStatus::NotServing).await;
     Server::builder()
@@ -47,7 +42,7 @@ pub(crate) async fn serve(listener: TcpListener, over: impl Future<Output = ()>)
         .add_service(Standby::<ClusterServiceServer<ClusterApi>>::default())
         .add_service(Standby::<BlobServiceServer<BlobApi>>::default())
         .add_service(Standby::<CheckpointServiceServer<CheckpointApi>>::default())
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener), over)
+        .serve_with_incoming_shutdown(incoming, over)
         .await
         .map_err(Error::from)
 }
@@ -92,7 +87,7 @@ impl<S, B> tower::Service<tonic::codegen::http::Request<B>> for Standby<S> {
 mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpStream,
+        net::{TcpListener, TcpStream},
         time::timeout,
     };
 
@@ -106,7 +101,7 @@ mod tests {
     async fn a_client_that_reached_a_standby_is_sent_away_to_connect_anew() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        tokio::spawn(serve(listener, std::future::pending()));
+        tokio::spawn(serve(Incoming::new(listener, None), std::future::pending()));
         client.write_all(HELLO).await.unwrap();
         let sent_away = async {
             loop {

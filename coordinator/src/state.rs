@@ -10,6 +10,7 @@
 //! - `tasks.rs`: what leaders report, and how jobs come to their end
 //! - `requeue.rs`: a job is taken off its groups and waits again; jobs that kill workers
 //! - `drain.rs`: workers that want to go, urgent jobs that need a place
+//! - `tenants.rs`: what each tenant may use, and what it uses
 //! - `stuck.rs`, `estimate.rs`: groups that get nowhere; how long a job will take
 //! - `recovery.rs`: what a new coordinator takes over from the one before
 //! - `view.rs`: what can be asked; changes nothing
@@ -33,6 +34,7 @@ mod spans;
 mod stuck;
 mod tally;
 mod tasks;
+mod tenants;
 mod view;
 mod work;
 
@@ -45,6 +47,8 @@ mod chaos;
 #[cfg(test)]
 mod durable_tests;
 #[cfg(test)]
+mod fair_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,12 +59,15 @@ use proto::v1::{
 
 use telemetry::{Span, TraceContext};
 
-use self::{estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling, tally::Tally};
+use self::{
+    estimate::Cost, groups::Groups, jobs::Jobs, model::Model, queue::Queue, recovery::Settling, tally::Tally, tenants::Tenants,
+};
 use crate::{config::Limits, error::Result, models_file::ModelConfig};
 
 pub use self::{
     recovery::{SETTLE, SavedSteps},
     requeue::MAX_LOSSES,
+    tenants::{DEFAULT_BURST_SECONDS, MAX_WEIGHT, Quota, TenantLimits},
     view::{EVENTS_PER_PAGE, EventPage},
 };
 
@@ -153,6 +160,8 @@ pub enum Event {
         /// The job.
         job_id: String,
     },
+    /// What tenants may use has changed.
+    Tenants(BTreeMap<String, TenantLimits>),
     /// Time has passed.
     Tick,
 }
@@ -174,6 +183,8 @@ pub struct Submission {
     pub job_id: String,
     /// The client's id for its request, or one drawn for it.
     pub request_id: String,
+    /// Whose job it is; empty when clients need not say who they are.
+    pub tenant: String,
     /// What the client wrote.
     pub spec: JobSpec,
     /// Taken if the client names no seed.
@@ -249,6 +260,7 @@ pub struct State {
     groups: Groups,
     jobs: Jobs,
     queue: Queue,
+    tenants: Tenants,
     /// Workers that want to go.
     draining: BTreeSet<String>,
     /// Workers whose stream broke a moment ago.
@@ -279,6 +291,7 @@ impl State {
             groups: Groups::default(),
             jobs: Jobs::default(),
             queue: Queue::default(),
+            tenants: Tenants::default(),
             draining: BTreeSet::new(),
             away: BTreeSet::new(),
             due: BTreeSet::new(),
@@ -313,6 +326,7 @@ impl State {
                 let answer = self.cancel(&job_id);
                 self.effects.push(Effect::Answer(answer));
             }
+            Event::Tenants(limits) => self.set_tenants(limits),
             Event::Tick => {
                 self.settle();
                 self.end_overdue_jobs();

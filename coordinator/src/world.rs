@@ -4,6 +4,7 @@ use std::{fmt, io, sync::Arc};
 
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
+use identity::{Identity, Role};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Channel, Endpoint, Uri};
 
@@ -22,6 +23,15 @@ impl Dial {
     /// By the system's TCP.
     pub fn tcp() -> Self {
         Self(None)
+    }
+
+    /// As `identity`, to workers.
+    pub fn to_workers(identity: &Identity) -> Self {
+        let connector = identity.connector(Role::Worker);
+        Self::through(move |uri| {
+            let connector = connector.clone();
+            Box::pin(async move { connector.connect(&uri).await.map(|stream| Box::new(stream) as Box<dyn Io>) })
+        })
     }
 
     /// By `connect`, which is given `http://host:port`.

@@ -105,7 +105,7 @@ impl Cluster {
     pub fn supervise(&mut self) -> bool {
         let ended = matches!(self.coordinator.0.try_wait(), Ok(Some(_)));
         if ended {
-            self.coordinator = coordinator(&self.listen, &self.metrics, self.dir.path(), self.etcd.as_deref(), &self.variables);
+            self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref(), &self.variables);
         }
         ended
     }

@@ -74,12 +74,13 @@ fn imports_run_one_way() {
     let ours: [(&str, &[&str]); 8] = [
         ("proto", &[]),
         ("telemetry", &[]),
+        ("identity", &[]),
         ("kernels", &[]),
         ("parallel", &["kernels"]),
         ("models", &["parallel"]),
-        ("worker", &["models", "parallel", "proto", "telemetry", "kernels"]), // kernels::memory alone; see below
-        ("coordinator", &["proto", "telemetry"]),
-        ("cli", &["coordinator", "worker", "models", "parallel", "proto", "telemetry", "kernels"]),
+        ("worker", &["models", "parallel", "proto", "telemetry", "identity", "kernels"]), // kernels::memory alone; see below
+        ("coordinator", &["proto", "telemetry", "identity"]),
+        ("cli", &["coordinator", "worker", "models", "parallel", "proto", "telemetry", "identity", "kernels"]),
     ];
     let dependencies = dependencies();
     for (name, may) in ours {

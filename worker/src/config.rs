@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use clap::ArgGroup;
+use identity::{EtcdTls, Identity, Role, TlsArgs};
 use models::lora::store::DEFAULT_CACHE_BYTES;
 use parallel::device::Place;
 
@@ -39,10 +40,10 @@ pub struct Args {
     /// Name or address by which others reach this host; needed when listening on 0.0.0.0.
     #[arg(long, env = "ATELIER_WORKER_ADVERTISE_HOST")]
     pub advertise_host: Option<String>,
-    /// Register at this coordinator: http://host:port.
+    /// Register at this coordinator: http://host:port, or https://host:port with TLS.
     #[arg(long, env = "ATELIER_WORKER_COORDINATOR")]
     pub coordinator: Option<String>,
-    /// Register in etcd: endpoints by comma, http://host:port.
+    /// Register in etcd: endpoints by comma, http://host:port, or https:// with --etcd-ca.
     #[arg(long, env = "ATELIER_WORKER_ETCD", value_delimiter = ',')]
     pub etcd: Vec<String>,
     /// What every key in etcd begins with.
@@ -74,6 +75,12 @@ pub struct Args {
     /// Seconds to wait, at the signal to stop, until the coordinator has taken over what this worker does.
     #[arg(long, env = "ATELIER_WORKER_DRAIN_TIMEOUT", default_value_t = 30)]
     pub drain_timeout: u64,
+    /// Who this worker is.
+    #[command(flatten)]
+    pub tls: TlsArgs,
+    /// How etcd is talked to.
+    #[command(flatten)]
+    pub etcd_tls: EtcdTls,
     /// How to write the log: `text`, or `json` for one object a line.
     #[arg(long, env = "ATELIER_WORKER_LOG_FORMAT", default_value = "text")]
     pub log_format: telemetry::log::Format,
@@ -90,6 +97,8 @@ pub struct Config {
     pub metrics_listen: Option<SocketAddr>,
     /// By which others reach this host, if not by the listen address.
     pub advertise_host: Option<String>,
+    /// Who this worker is; without it, connections are plain.
+    pub identity: Option<Identity>,
     /// Where to register.
     pub membership: Membership,
     /// What models.toml may select by.
@@ -121,12 +130,18 @@ pub enum Membership {
         url: String,
     },
     /// In etcd.
-    Etcd {
-        /// http://host:port of each member.
-        endpoints: Vec<String>,
-        /// What every key begins with.
-        prefix: String,
-    },
+    Etcd(EtcdPlace),
+}
+
+/// Where in which etcd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EtcdPlace {
+    /// http://host:port or https://host:port of each member.
+    pub endpoints: Vec<String>,
+    /// What every key begins with.
+    pub prefix: String,
+    /// How it is talked to.
+    pub tls: EtcdTls,
 }
 
 impl TryFrom<Args> for Config {
@@ -137,7 +152,11 @@ impl TryFrom<Args> for Config {
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));
         }
-        for (flag, address) in [("listen", args.listen.ip()), ("data-listen", args.data_listen.ip())] {
+        let identity = args.tls.identity(Role::Worker)?;
+        for (flag, name, address) in
+            [("listen", "--listen", args.listen.ip()), ("data-listen", "--data-listen", args.data_listen.ip())]
+        {
+            args.tls.check_listen(name, address)?;
             check_reachable(flag, address, args.advertise_host.as_deref())?;
         }
         if let Some(metrics) = args.metrics_listen {
@@ -152,7 +171,8 @@ impl TryFrom<Args> for Config {
             data_listen: args.data_listen,
             metrics_listen: args.metrics_listen,
             advertise_host: args.advertise_host,
-            membership: membership(args.coordinator, args.etcd, args.etcd_prefix)?,
+            membership: membership(args.coordinator, identity.is_some(), args.etcd, args.etcd_prefix, args.etcd_tls)?,
+            identity,
             labels: with_host(labels(&args.labels)?),
             worker_id,
             place,
@@ -166,27 +186,32 @@ impl TryFrom<Args> for Config {
     }
 }
 
-fn membership(coordinator: Option<String>, etcd: Vec<String>, prefix: String) -> Result<Membership> {
+fn membership(coordinator: Option<String>, secure: bool, etcd: Vec<String>, prefix: String, tls: EtcdTls) -> Result<Membership> {
     match (coordinator, etcd.is_empty()) {
         (Some(url), true) => {
-            check_url("coordinator", &url)?;
+            check_url("coordinator", &url, secure)?;
             Ok(Membership::Coordinator { url })
         }
         (None, false) => {
-            etcd.iter().try_for_each(|url| check_url("etcd", url))?;
+            etcd.iter().try_for_each(|url| check_url("etcd", url, tls.etcd_ca.is_some()))?;
             if !prefix.starts_with('/') || prefix.ends_with('/') {
                 return Err(bad("etcd-prefix", "must begin with `/` and not end with it"));
             }
-            Ok(Membership::Etcd { endpoints: etcd, prefix })
+            Ok(Membership::Etcd(EtcdPlace { endpoints: etcd, prefix, tls }))
         }
         _ => Err(bad("coordinator", "exactly one of --coordinator and --etcd must be given")),
     }
 }
 
-fn check_url(flag: &'static str, url: &str) -> Result<()> {
-    let rest = url.strip_prefix("http://").unwrap_or_default();
+fn check_url(flag: &'static str, url: &str, secure: bool) -> Result<()> {
+    let (scheme, other) = if secure { ("https://", "http://") } else { ("http://", "https://") };
+    if url.starts_with(other) {
+        let flags = if flag == "etcd" { "--etcd-ca" } else { "--tls-cert, --tls-key and --tls-ca" };
+        return Err(bad(flag, format!("`{url}`: https:// goes with {flags}, http:// with none of them")));
+    }
+    let rest = url.strip_prefix(scheme).unwrap_or_default();
     let host_and_port = rest.rsplit_once(':').filter(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
-    host_and_port.map(drop).ok_or_else(|| bad(flag, format!("`{url}` is not http://host:port")))
+    host_and_port.map(drop).ok_or_else(|| bad(flag, format!("`{url}` is not {scheme}host:port")))
 }
 
 fn check_reachable(flag: &'static str, address: IpAddr, advertise_host: Option<&str>) -> Result<()> {
@@ -273,7 +298,11 @@ mod tests {
         check("--etcd http://a:1 --etcd-prefix x", "--etcd-prefix");
         check("--coordinator http://a:1 --device cuda", "--device");
         check("--coordinator http://a:1 --label role", "--label");
-        check("--coordinator http://a:1 --listen 0.0.0.0:7701", "--advertise-host");
+        check("--coordinator http://a:1 --listen 0.0.0.0:7701 --insecure", "--advertise-host");
+        check("--coordinator http://a:1 --data-listen 0.0.0.0:7702 --advertise-host b", "--insecure");
+        check("--coordinator https://a:1", "--coordinator");
+        check("--coordinator http://a:1 --tls-cert a.crt", "--tls-key");
+        check("--etcd https://a:1", "--etcd-ca");
         check("--coordinator http://a:1 --worker-id a/b", "--worker-id");
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use identity::{Identity, Role};
 use tokio::time::{Instant, sleep};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -28,28 +29,40 @@ const MAX_CHANNELS: usize = 256;
 
 /// Channels by address. A channel connects when it is used, and again when it has broken.
 #[derive(Debug, Default)]
-pub(crate) struct Dial(Mutex<HashMap<String, Channel>>);
+pub(crate) struct Dial {
+    channels: Mutex<HashMap<(Role, String), Channel>>,
+    identity: Option<Identity>,
+}
 
 impl Dial {
-    /// The channel to host:port.
-    pub(crate) fn channel(&self, address: &str) -> Result<Channel> {
-        let mut channels = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(channel) = channels.get(address) {
+    /// Connections that show `identity`, or plain ones.
+    pub(crate) fn new(identity: Option<Identity>) -> Self {
+        Self { channels: Mutex::default(), identity }
+    }
+
+    /// The channel to the coordinator or worker at host:port.
+    pub(crate) fn channel(&self, role: Role, address: &str) -> Result<Channel> {
+        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(channel) = channels.get(&(role, address.to_owned())) {
             return Ok(channel.clone());
         }
-        let channel = endpoint(&format!("http://{address}"))?.connect_lazy();
+        let endpoint = endpoint(address)?;
+        let channel = match &self.identity {
+            Some(identity) => endpoint.connect_with_connector_lazy(identity.connector(role)),
+            None => endpoint.connect_lazy(),
+        };
         if channels.len() >= MAX_CHANNELS {
             channels.clear();
         }
-        channels.insert(address.to_owned(), channel.clone());
+        channels.insert((role, address.to_owned()), channel.clone());
         Ok(channel)
     }
 }
 
-/// What every connection to another process of the cluster keeps to.
-pub(crate) fn endpoint(url: &str) -> Result<Endpoint> {
-    let endpoint = Endpoint::from_shared(url.to_owned());
-    let endpoint = endpoint.map_err(|_| Error::message("address", format!("`{url}` is no address")))?;
+/// What every connection to another process of the cluster, at host:port, keeps to.
+fn endpoint(address: &str) -> Result<Endpoint> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"));
+    let endpoint = endpoint.map_err(|_| Error::message("address", format!("`{address}` is no address")))?;
     Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -58,6 +71,28 @@ pub(crate) fn endpoint(url: &str) -> Result<Endpoint> {
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .keep_alive_while_idle(true))
+}
+
+/// Connects to the coordinator at `url` now. An `https://` one is dialled with `identity`, which must be there.
+pub(crate) async fn coordinator(url: &str, identity: Option<&Identity>) -> Result<Channel, Status> {
+    let address = url.split_once("://").map_or(url, |(_, address)| address);
+    let endpoint = endpoint(address).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let channel = match identity {
+        Some(identity) => endpoint.connect_with_connector(identity.connector(Role::Coordinator)).await,
+        None => endpoint.connect().await,
+    };
+    channel.map_err(|error| Status::unavailable(with_causes(&error)))
+}
+
+/// An error with what caused it: which certificate was refused, and why.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    text
 }
 
 /// Calls `address` until it answers. A refusal is an answer.

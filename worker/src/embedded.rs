@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use identity::Identity;
 use proto::v1::membership_service_client::MembershipServiceClient;
 use proto::v1::{RegisterRequest, RegisterResponse, Registration};
 use tokio::sync::mpsc;
@@ -26,11 +27,16 @@ const LAST_PAUSE: Duration = Duration::from_secs(3);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Registers at `url`, again and again, until `stop`.
-pub(crate) async fn keep_registered(url: String, registration: Registration, stop: CancellationToken) {
+pub(crate) async fn keep_registered(
+    url: String,
+    identity: Option<Identity>,
+    registration: Registration,
+    stop: CancellationToken,
+) {
     let mut pause = FIRST_PAUSE;
     while !stop.is_cancelled() {
         let began = Instant::now();
-        let ended = stay(&url, &registration, &stop).await;
+        let ended = stay(&url, identity.as_ref(), &registration, &stop).await;
         if stop.is_cancelled() {
             return;
         }
@@ -49,12 +55,16 @@ pub(crate) async fn keep_registered(url: String, registration: Registration, sto
 }
 
 /// One registration, from the dial to its end.
-async fn stay(url: &str, registration: &Registration, stop: &CancellationToken) -> Result<&'static str, Status> {
-    let endpoint = dial::endpoint(url).map_err(|error| Status::invalid_argument(error.to_string()))?;
+async fn stay(
+    url: &str,
+    identity: Option<&Identity>,
+    registration: &Registration,
+    stop: &CancellationToken,
+) -> Result<&'static str, Status> {
     let (beats, outgoing) = mpsc::channel(MAX_BEATS);
     drop(beats.try_send(RegisterRequest { registration: Some(registration.clone()) }));
     let call = async {
-        let channel = endpoint.connect().await.map_err(|error| Status::unavailable(error.to_string()))?;
+        let channel = dial::coordinator(url, identity).await?;
         MembershipServiceClient::new(channel).register(ReceiverStream::new(outgoing)).await
     };
     let responses = tokio::select! {

@@ -16,6 +16,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Certificates, keys, and addresses that need them.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
     /// A port that cannot be listened on.
     #[error("could not listen on {address}")]
     Listen {

@@ -12,6 +12,7 @@ use proto::v1::Registration;
 use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::config::EtcdPlace;
 use crate::{Error, Result};
 
 /// After this long without a word the worker is no member any more.
@@ -28,13 +29,13 @@ const LAST_PAUSE: Duration = Duration::from_secs(2);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// Registers under `prefix`, again and again, until `stop`.
-pub(crate) async fn keep_registered(endpoints: Vec<String>, prefix: String, registration: Registration, stop: CancellationToken) {
-    let key = format!("{prefix}/workers/{}", registration.worker_id);
+pub(crate) async fn keep_registered(place: EtcdPlace, registration: Registration, stop: CancellationToken) {
+    let key = format!("{}/workers/{}", place.prefix, registration.worker_id);
     let mut pause = FIRST_PAUSE;
     while !stop.is_cancelled() {
         let mut session = None;
         let lost = tokio::select! {
-            lost = stay(&endpoints, &key, &registration, &mut session) => lost,
+            lost = stay(&place, &key, &registration, &mut session) => lost,
             () = stop.cancelled() => return farewell(session).await,
         };
         if session.is_some() {
@@ -57,14 +58,17 @@ struct Session {
 
 /// One lease, from its grant to its loss.
 async fn stay(
-    endpoints: &[String],
+    place: &EtcdPlace,
     key: &str,
     registration: &Registration,
     session: &mut Option<Session>,
 ) -> Result<std::convert::Infallible> {
-    let options =
+    let mut options =
         ConnectOptions::new().with_connect_timeout(SILENCE).with_keep_alive(KEEP_ALIVE, SILENCE).with_keep_alive_while_idle(true);
-    let mut client = in_time(Client::connect(endpoints, Some(options))).await?;
+    if let Some(tls) = place.tls.options()? {
+        options = options.with_tls(tls);
+    }
+    let mut client = in_time(Client::connect(&place.endpoints, Some(options))).await?;
     let lease = in_time(client.lease_grant(TTL.as_secs() as i64, None)).await?.id();
     *session = Some(Session { client: client.clone(), lease });
     let options = PutOptions::new().with_lease(lease);

@@ -208,6 +208,7 @@ impl Groups {
             adapters: adapter_wire::sources(join, self.caches.adapters),
             backend: self.backend.clone(),
             accepted: self.routes.expect(&seated),
+            security: self.routes.security.clone(),
             commands: to_obey,
             status,
             stop: stop.clone(),

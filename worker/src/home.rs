@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use identity::Role;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
@@ -29,8 +30,8 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    pub(crate) fn new(patience: Duration) -> Self {
-        Self { dial: Dial::default(), newest: Mutex::default(), patience, saves: Saves::default() }
+    pub(crate) fn new(dial: Dial, patience: Duration) -> Self {
+        Self { dial, newest: Mutex::default(), patience, saves: Saves::default() }
     }
 
     /// A new leader is at `address`; empty: where the tasks it gives say.
@@ -47,7 +48,7 @@ impl Home {
         let mut pause = FIRST_PAUSE;
         loop {
             let address = self.address(given);
-            let tried = timeout(CALL_TIMEOUT, attempt(self.dial.channel(&address)?)).await;
+            let tried = timeout(CALL_TIMEOUT, attempt(self.dial.channel(Role::Coordinator, &address)?)).await;
             let status = match tried.unwrap_or_else(|_| Err(Status::deadline_exceeded("no answer"))) {
                 Ok(answer) => return Ok(answer),
                 Err(status) => status,
@@ -89,7 +90,7 @@ mod tests {
                 async move { if there { Ok(()) } else { Err(Status::unavailable("")) } }
             }
         };
-        let home = Home::new(FIRST_PAUSE * 4);
+        let home = Home::new(Dial::default(), FIRST_PAUSE * 4);
         home.call("a:1", attempt(2)).await.unwrap();
         let absent = home.call("a:1", attempt(100)).await;
         assert!(matches!(absent, Err(Error::Call { code: Code::Unavailable, .. })));
@@ -99,7 +100,7 @@ mod tests {
 
     #[test]
     fn the_newest_leader_says_where_it_is() {
-        let home = Home::new(FIRST_PAUSE);
+        let home = Home::new(Dial::default(), FIRST_PAUSE);
         assert_eq!(home.address("given"), "given");
         home.moved("there".into());
         assert_eq!(home.address("given"), "there");

@@ -31,6 +31,7 @@ mod provenance;
 
 pub mod backend;
 
+mod mesh;
 mod rank;
 mod routes;
 

@@ -4,7 +4,6 @@
 //! newest value ([`Sink`]), so a slow network never slows a step.
 
 use std::collections::HashMap;
-use std::net::TcpStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +16,7 @@ use models::lora::store::Sources;
 use models::registry::{Limits, LoadProgress, Rank};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Checkpoint, Payload, Request};
-use parallel::tcp::{Hello, Rendezvous, Tcp};
+use parallel::tcp::{Hello, Rendezvous, Security, Tcp, Wire};
 use tokio::sync::{oneshot, watch};
 
 use crate::backend::{Backend, RankSpec};
@@ -154,7 +153,8 @@ pub(crate) struct Seat {
     pub(crate) limits: Limits,
     pub(crate) adapters: Sources,
     pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) accepted: Receiver<(Hello, TcpStream)>,
+    pub(crate) accepted: Receiver<(Hello, Wire)>,
+    pub(crate) security: Arc<dyn Security>,
     pub(crate) commands: Receiver<Command>,
     pub(crate) status: watch::Sender<Status>,
     pub(crate) stop: Arc<Stop>,
@@ -217,7 +217,7 @@ impl Seat {
             return Ok(RankGroup::solo());
         }
         let deadline = Instant::now() + CONNECT_TIMEOUT;
-        let link = Tcp::connect(&self.rendezvous, self.rank, &self.data_addresses, &self.accepted, deadline)?;
+        let link = Tcp::connect(&self.rendezvous, self.rank, &self.data_addresses, &self.accepted, &*self.security, deadline)?;
         let link = Arc::new(link);
         self.stop.hold(link.clone());
         let link = parallel::device::link(link, &self.backend.device())?;

@@ -3,13 +3,13 @@
 //! A peer may dial before this worker was told to join: its connection waits, for a while and among few.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use parallel::tcp::{self, Hello};
+use parallel::tcp::{self, Hello, Security, Wire};
 
 use crate::{Error, Result};
 
@@ -20,7 +20,7 @@ const EARLY: Duration = Duration::from_secs(10);
 /// Connections on their way to one rank, which takes them as they come.
 const MAX_PENDING: usize = 64;
 
-type Connection = (Hello, TcpStream);
+type Connection = (Hello, Wire);
 
 /// A rank as a peer names it: group, epoch, rank.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -31,8 +31,12 @@ pub(crate) struct Seated {
 }
 
 /// Which rank waits for which connections.
-#[derive(Debug, Default)]
-pub(crate) struct Routes(Mutex<Table>);
+#[derive(Debug)]
+pub(crate) struct Routes {
+    table: Mutex<Table>,
+    /// How connections between ranks are made.
+    pub(crate) security: Arc<dyn Security>,
+}
 
 #[derive(Debug, Default)]
 struct Table {
@@ -41,10 +45,14 @@ struct Table {
 }
 
 impl Routes {
+    pub(crate) fn new(security: Arc<dyn Security>) -> Arc<Self> {
+        Arc::new(Self { table: Mutex::default(), security })
+    }
+
     /// Accepts connections on `listener` on a thread of its own, for as long as the process lives.
     pub(crate) fn listen(self: &Arc<Self>, listener: TcpListener) -> Result<()> {
-        let routes = self.clone();
-        let serve = move || tcp::serve(&listener, move |hello, stream| routes.route((hello, stream)));
+        let (routes, security) = (self.clone(), self.security.clone());
+        let serve = move || tcp::serve(&listener, &security, move |hello, stream| routes.route((hello, stream)));
         thread::Builder::new().name("data-listener".into()).spawn(serve).map(drop).map_err(Error::Thread)
     }
 
@@ -80,7 +88,7 @@ impl Routes {
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -92,6 +100,8 @@ impl Seated {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpStream;
+
     use parallel::tcp::Rendezvous;
 
     use super::*;
@@ -100,12 +110,12 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let rendezvous = Rendezvous { group_id: group_id.into(), epoch: 1, secret: vec![1] };
-        (Hello { from: 1, to, rendezvous }, stream)
+        (Hello { from: 1, to, rendezvous }, Arc::new(stream))
     }
 
     #[test]
     fn a_connection_finds_its_rank_before_and_after_the_rank_is_there() {
-        let routes = Routes::default();
+        let routes = Routes::new(Arc::new(tcp::Plain));
         let seat = Seated { group_id: "g".into(), epoch: 1, rank: 0 };
         routes.route(connection("g", 0));
         routes.route(connection("other", 0));
@@ -119,7 +129,7 @@ mod tests {
 
     #[test]
     fn early_connections_are_bounded() {
-        let routes = Routes::default();
+        let routes = Routes::new(Arc::new(tcp::Plain));
         for _ in 0..MAX_EARLY + 3 {
             routes.route(connection("g", 0));
         }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use identity::{Peer, Role};
 use proto::v1::put_payload_request::Part;
 use proto::v1::worker_service_server::{WorkerService, WorkerServiceServer};
 use proto::v1::{ControlRequest, ControlResponse, PutPayloadRequest, PutPayloadResponse};
@@ -76,12 +77,14 @@ impl WorkerService for Service {
     type ControlStream = ReceiverStream<Result<ControlResponse, Status>>;
 
     async fn control(&self, request: Request<Streaming<ControlRequest>>) -> Result<Response<Self::ControlStream>, Status> {
+        Peer::check(request.extensions(), &[Role::Coordinator])?;
         let (reports, stream) = outbox::queue();
         tokio::spawn(self.sessions.clone().serve(request.into_inner(), reports));
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
     async fn put_payload(&self, request: Request<Streaming<PutPayloadRequest>>) -> Result<Response<PutPayloadResponse>, Status> {
+        Peer::check(request.extensions(), &[Role::Worker])?;
         match self.receive(request.into_inner()).await {
             Ok(()) => Ok(Response::new(PutPayloadResponse {})),
             Err(error) => {

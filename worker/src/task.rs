@@ -242,7 +242,7 @@ impl Task {
 
     async fn put(&self, payload: &Outgoing, to: &Destination) -> Result<(), Failure> {
         let refused = |error: Error| Failure::refused(&error);
-        let client = WorkerServiceClient::new(self.means.dial.channel(&to.address).map_err(refused)?)
+        let client = WorkerServiceClient::new(self.means.dial.channel(identity::Role::Worker, &to.address).map_err(refused)?)
             .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
         let task = to.task.clone().unwrap_or_default();
         let answer = dial::call(&to.address, || {

@@ -5,8 +5,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use identity::{Identity, Incoming, Port};
 use proto::v1::Registration;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -25,7 +25,7 @@ use crate::service::Service;
 use crate::session::{Leadership, Sessions};
 use crate::task::Means;
 use crate::tasks::Tasks;
-use crate::{Error, Result, embedded, etcd, health, signals};
+use crate::{Error, Result, embedded, etcd, health, mesh, signals};
 
 /// Longest time between the end of the drain and the end of [`Worker::run`].
 const CALLS_END: Duration = Duration::from_secs(2);
@@ -54,6 +54,7 @@ pub struct Worker {
     metrics_listener: Option<tokio::net::TcpListener>,
     registration: Registration,
     membership: Membership,
+    identity: Option<Identity>,
     groups: Arc<Groups>,
     routes: Arc<Routes>,
     cards: Arc<Cards>,
@@ -93,18 +94,19 @@ impl Worker {
             labels: config.labels,
             metrics_address: metrics_bound.map(|bound| advertised(bound, config.advertise_host.as_deref())).unwrap_or_default(),
         };
-        let routes = Arc::<Routes>::default();
+        let routes = Routes::new(mesh::security(config.identity.as_ref()));
         let reports = Reports::default();
         let caches = CacheBytes { prompts: config.prompt_cache_bytes, adapters: config.adapter_cache_bytes };
         let groups = Groups::new(backend.clone(), routes.clone(), caches, config.load_timeout, reports.clone());
         let (cards, membership) = (Cards::new(backend), config.membership);
-        let Config { drain_timeout, orphan_grace, .. } = config;
+        let Config { drain_timeout, orphan_grace, identity, .. } = config;
         Ok(Self {
             listener,
             data_listener,
             metrics_listener,
             registration,
             membership,
+            identity,
             groups,
             routes,
             cards,
@@ -136,12 +138,12 @@ impl Worker {
         self.routes.listen(self.data_listener)?;
         let stop = CancellationToken::new();
         let mail = Arc::new(Mail::default());
-        let home = Arc::new(Home::new(self.orphan_grace));
+        let home = Arc::new(Home::new(Dial::new(self.identity.clone()), self.orphan_grace));
         let (groups, reports) = (self.groups.clone(), self.reports.clone());
         let means = Means {
             groups: groups.clone(),
             mail: mail.clone(),
-            dial: Dial::default(),
+            dial: Dial::new(self.identity.clone()),
             home: home.clone(),
             next_key: AtomicU64::new(1),
         };
@@ -164,7 +166,8 @@ impl Worker {
             turn: tokio::sync::Mutex::default(),
         };
         let service = Service { sessions: Arc::new(sessions), groups: self.groups.clone(), mail };
-        let serving = tokio::spawn(serve(self.listener, service, stop.clone()));
+        let incoming = Incoming::new(self.listener, self.identity.clone().map(|identity| (identity, Port::WORKER)));
+        let serving = tokio::spawn(serve(incoming, service, stop.clone()));
         tracing::info!(
             worker.id = self.registration.worker_id,
             address = self.registration.address,
@@ -176,10 +179,10 @@ impl Worker {
         let leave = CancellationToken::new();
         let membership = tokio::spawn(match self.membership {
             Membership::Coordinator { url } => {
-                futures::future::Either::Left(embedded::keep_registered(url, self.registration, leave.clone()))
+                futures::future::Either::Left(embedded::keep_registered(url, self.identity, self.registration, leave.clone()))
             }
-            Membership::Etcd { endpoints, prefix } => {
-                futures::future::Either::Right(etcd::keep_registered(endpoints, prefix, self.registration, leave.clone()))
+            Membership::Etcd(place) => {
+                futures::future::Either::Right(etcd::keep_registered(place, self.registration, leave.clone()))
             }
         });
         tokio::pin!(serving);
@@ -207,7 +210,7 @@ impl Worker {
     }
 }
 
-async fn serve(listener: tokio::net::TcpListener, service: Service, stop: CancellationToken) -> Result<()> {
+async fn serve(incoming: Incoming, service: Service, stop: CancellationToken) -> Result<()> {
     let (health_reporter, health_server) = tonic_health::server::health_reporter();
     health_reporter.set_serving::<proto::v1::worker_service_server::WorkerServiceServer<Service>>().await;
     health_reporter.set_service_status(health::READY_SERVICE, tonic_health::ServingStatus::NotServing).await;
@@ -227,7 +230,7 @@ async fn serve(listener: tokio::net::TcpListener, service: Service, stop: Cancel
         .add_service(health_server)
         .add_service(reflection)
         .add_service(service.into_server())
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned())
+        .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
         .await?;
     Ok(())
 }

@@ -104,7 +104,7 @@ impl Cluster {
             let worker = StandIn { registration, pace, dial: Dial::tcp(), drain: CancellationToken::new() };
             tokio::spawn(worker.run(Register::Coordinator(address.clone()), TcpListenerStream::new(listener), stop.clone()));
         }
-        let cluster = Self { server: ServerArgs { server: format!("http://{address}") }, stop };
+        let cluster = Self { server: ServerArgs::plain(format!("http://{address}")), stop };
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Ok(mut client) = Client::connect(&cluster.server).await {

@@ -83,6 +83,7 @@ impl Fleet {
         Event::Submit(Box::new(Submission {
             job_id: format!("00000000-0000-4000-8000-{:012}", self.submitted),
             request_id: format!("10000000-0000-4000-8000-{:012}", self.submitted),
+            tenant: String::new(),
             spec,
             seed: self.submitted,
             missing_blobs: Vec::new(),

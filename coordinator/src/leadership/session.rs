@@ -21,10 +21,13 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A connection to etcd that notices when the other end is gone.
 pub(crate) async fn connect(config: &EtcdConfig) -> Result<Client> {
-    let options = ConnectOptions::new()
+    let mut options = ConnectOptions::new()
         .with_connect_timeout(CALL_DEADLINE)
         .with_keep_alive(PING_INTERVAL, CALL_DEADLINE)
         .with_keep_alive_while_idle(true);
+    if let Some(tls) = config.tls.options()? {
+        options = options.with_tls(tls);
+    }
     if config.dial.is_tcp() {
         return in_time(Client::connect(&config.endpoints, Some(options))).await;
     }

@@ -30,6 +30,11 @@ impl Cost {
     }
 }
 
+/// What a job's cost grows with, as tenants' shares are counted: pixels times steps of all its pictures.
+pub(super) fn pixel_steps(job: &Job) -> u64 {
+    job.pixels().saturating_mul(u64::from(job.spec.num_inference_steps.unwrap_or(1).max(1)))
+}
+
 /// What a job's cost grows with.
 pub(super) fn work(job: &Job) -> f64 {
     job.pixels() as f64 * f64::from(job.spec.num_inference_steps.unwrap_or(1).max(1))

@@ -30,6 +30,8 @@ pub(super) struct Job {
     pub(super) number: u64,
     pub(super) id: String,
     pub(super) request_id: String,
+    /// Whose it is.
+    pub(super) tenant: Arc<str>,
     /// sha256 of what the client asked for, before defaults.
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
@@ -134,6 +136,7 @@ enum What {
 pub(super) struct NewJob {
     pub(super) id: String,
     pub(super) request_id: String,
+    pub(super) tenant: Arc<str>,
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
     /// Shared by all jobs with the same stages.
@@ -149,6 +152,7 @@ impl Job {
             number,
             id: new.id,
             request_id: new.request_id,
+            tenant: new.tenant,
             fingerprint: new.fingerprint,
             spec: new.spec,
             plan: new.plan,
@@ -424,6 +428,7 @@ mod tests {
         let new = NewJob {
             id: "j".into(),
             request_id: "r".into(),
+            tenant: "".into(),
             fingerprint: [0; 32],
             spec: JobSpec::default(),
             plan: Arc::new(Plan { stages: vec![stage] }),

@@ -14,7 +14,8 @@ pub(super) struct Jobs {
     /// Boxed: nodes of a tree that grows at its end are half empty.
     by_number: BTreeMap<u64, Box<Job>>,
     by_id: HashMap<String, u64>,
-    by_request: HashMap<String, u64>,
+    /// By tenant and its id for the request: no tenant learns of another's.
+    by_request: HashMap<(Arc<str>, String), u64>,
     /// Oldest end first.
     finished: VecDeque<u64>,
     /// Bytes of the pictures of finished jobs.
@@ -47,7 +48,7 @@ impl Jobs {
         let number = job.number;
         self.last_number = self.last_number.max(number);
         self.by_id.insert(job.id.clone(), number);
-        self.by_request.insert(job.request_id.clone(), number);
+        self.by_request.insert((job.tenant.clone(), job.request_id.clone()), number);
         let over = job.is_over();
         self.by_number.insert(number, Box::new(job));
         if over {
@@ -67,8 +68,8 @@ impl Jobs {
         self.by_id.get(id).and_then(|number| self.get(*number))
     }
 
-    pub(super) fn by_request(&self, request_id: &str) -> Option<&Job> {
-        self.by_request.get(request_id).and_then(|number| self.get(*number))
+    pub(super) fn by_request(&self, tenant: &str, request_id: &str) -> Option<&Job> {
+        self.by_request.get(&(tenant.into(), request_id.to_owned())).and_then(|number| self.get(*number))
     }
 
     /// Newest first, beginning below `number`.
@@ -131,7 +132,7 @@ impl Jobs {
             forgotten.push(job.id.clone());
             self.result_bytes = self.result_bytes.saturating_sub(result_bytes(job));
             self.by_id.remove(&job.id);
-            self.by_request.remove(&job.request_id);
+            self.by_request.remove(&(job.tenant.clone(), job.request_id.clone()));
             if let Some(number) = self.finished.pop_front() {
                 self.by_number.remove(&number);
             }

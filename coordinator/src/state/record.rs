@@ -41,6 +41,7 @@ impl Job {
             attempt: self.attempt,
             losses: self.losses,
             cancelling: self.cancelling,
+            tenant: self.tenant.to_string(),
             end,
             stages: self.plan.stages.iter().map(stage).collect(),
             traceparent: self.trace.map(|trace| trace.to_string()).unwrap_or_default(),
@@ -60,6 +61,7 @@ impl Job {
         let new = NewJob {
             id: record.id,
             request_id: record.request_id,
+            tenant: record.tenant.into(),
             fingerprint: <[u8; 32]>::try_from(&record.fingerprint[..]).unwrap_or_default(),
             spec: record.spec.unwrap_or_default(),
             plan: Arc::new(Plan { stages: stages.collect() }),
@@ -107,6 +109,7 @@ mod tests {
         let new = NewJob {
             id: "j".into(),
             request_id: "r".into(),
+            tenant: "studio".into(),
             fingerprint: [7; 32],
             spec: JobSpec { prompt: "a car".into(), seed: Some(3), ..JobSpec::default() },
             plan: Arc::new(Plan { stages: vec![stage] }),

@@ -12,7 +12,7 @@ use proto::v1::{
 };
 
 use super::{
-    Millis, State,
+    Millis, State, estimate,
     job::{Job, Task, TaskPhase},
     requeue::Why,
     tasks::End,
@@ -57,7 +57,9 @@ impl State {
             job.plan = self.jobs.share(Plan::clone(&job.plan));
             self.watch_deadline(&job);
             if !job.is_over() {
-                self.queue.add(&job.spec.model, job.priority, job.number);
+                // In the order in which they came: their tags are made anew.
+                let weight = self.tenants.limits(&job.tenant).weight;
+                self.queue.add(&job.spec.model, job.priority, job.number, &job.tenant, estimate::pixel_steps(&job), weight);
             }
             self.jobs.add(job);
         }
@@ -246,7 +248,7 @@ impl State {
         let Some(job) = self.jobs.get_mut(number) else {
             return;
         };
-        self.queue.remove(&job.spec.model, job.priority, number);
+        self.queue.take(&job.spec.model, number);
         job.attempt = claims.first().map_or(job.attempt, |claim| claim.task.attempt);
         job.placed = self.now;
         for claim in claims {
@@ -271,7 +273,7 @@ impl State {
         if job.has_task(TaskPhase::Running) {
             job.enter(JobState::Running, self.now);
         }
-        self.jobs.placed(number);
+        self.note_placed(number);
         self.job_changed(number);
     }
 

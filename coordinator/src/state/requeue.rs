@@ -91,7 +91,7 @@ impl State {
         };
         job.wait_again(why, message, self.now);
         self.tally.requeued(&job.spec.model, why);
-        self.queue.add(&job.spec.model, job.priority, number);
+        self.queue.add_again(&job.spec.model, job.priority, number, &job.tenant);
         self.job_changed(number);
     }
 
@@ -164,7 +164,7 @@ impl State {
                 group.release(number, stage);
             }
         }
-        self.jobs.unplaced(number);
+        self.note_unplaced(number);
     }
 
     /// Stops what still runs of the job, wherever it is.

@@ -185,7 +185,7 @@ impl State {
         let Some(job) = self.jobs.get_mut(number).filter(|job| !job.is_over()) else {
             return;
         };
-        self.queue.remove(&job.spec.model, job.priority, number);
+        self.queue.remove(&job.spec.model, number);
         job.tasks.clear();
         job.overdue = None;
         let (job_id, told) = (job.id.clone(), std::mem::take(&mut job.told));

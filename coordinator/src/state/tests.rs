@@ -134,6 +134,7 @@ impl Cluster {
         Submission {
             job_id: format!("job{}", self.jobs),
             request_id: format!("00000000-0000-4000-8000-{:012}", self.jobs),
+            tenant: String::new(),
             spec: testing::spec("emoji"),
             seed: 42,
             missing_blobs: vec![],
@@ -573,7 +574,7 @@ fn pages_of_jobs_are_newest_first_and_complete() {
     let jobs: Vec<String> = (0..5).map(|_| cluster.new_job()).collect();
     let (mut seen, mut token) = (vec![], String::new());
     loop {
-        let (page, next) = cluster.state.jobs(2, &token).unwrap();
+        let (page, next) = cluster.state.jobs("", 2, &token).unwrap();
         seen.extend(page.into_iter().map(|job| job.id));
         if next.is_empty() {
             break;
@@ -591,7 +592,7 @@ fn a_page_of_long_prompts_fits_one_message() {
         submission.spec.prompt = "馬".repeat(32_000);
         cluster.submit(submission).unwrap();
     }
-    let (page, next) = cluster.state.jobs(1000, "").unwrap();
+    let (page, next) = cluster.state.jobs("", 1000, "").unwrap();
     let bytes: usize = page.iter().map(prost::Message::encoded_len).sum();
     assert!(bytes < proto::MAX_MESSAGE_BYTES && !page.is_empty() && !next.is_empty());
 }

@@ -32,8 +32,28 @@ impl State {
         self.find(job_id).map(Job::view)
     }
 
-    /// A page of jobs, newest first, and the token of the next page.
-    pub fn jobs(&self, page_size: u32, page_token: &str) -> Result<(Vec<v1::Job>, String)> {
+    /// Whether the job is the tenant's.
+    ///
+    /// # Errors
+    /// [`Error::JobNotFound`] if not: nobody learns what others have.
+    pub fn check_owner(&self, tenant: &str, job_id: &str) -> Result<()> {
+        let job = self.find(job_id)?;
+        if *job.tenant == *tenant { Ok(()) } else { Err(Error::JobNotFound(name(job_id))) }
+    }
+
+    /// Whether a job of the tenant, which can be asked for, has taken or given this blob.
+    pub fn has_blob(&self, tenant: &str, blob_id: &str) -> bool {
+        let names = |job: &Job| {
+            let spec = &job.spec;
+            let given = job.images.iter().any(|image| image.blob_id == blob_id);
+            given || spec.image_blob_id == blob_id || spec.mask_image_blob_id == blob_id
+        };
+        // Newest first: that is what is asked for.
+        self.jobs.newest_before(u64::MAX).any(|job| *job.tenant == *tenant && names(job))
+    }
+
+    /// A page of a tenant's jobs, newest first, and the token of the next page.
+    pub fn jobs(&self, tenant: &str, page_size: u32, page_token: &str) -> Result<(Vec<v1::Job>, String)> {
         let below = match page_token {
             "" => u64::MAX,
             token => token.parse().map_err(|_| Error::invalid("page_token", "must be a next_page_token"))?,
@@ -42,7 +62,7 @@ impl State {
         let mut page: Vec<v1::Job> = Vec::new();
         let mut bytes = 0;
         let mut last = below;
-        for job in self.jobs.newest_before(below) {
+        for job in self.jobs.newest_before(below).filter(|job| *job.tenant == *tenant) {
             let view = job.view();
             bytes += view.encoded_len();
             if page.len() == most || (bytes > MAX_PAGE_BYTES && !page.is_empty()) {

@@ -1,6 +1,6 @@
 //! Jobs are accepted, placed, sent to their groups, and asked to stop.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message;
 use proto::v1::{self, Destination, RunTask, control_request::Command};
@@ -11,6 +11,7 @@ use super::{
     job::{Job, NewJob, Task},
     spans,
     tasks::End,
+    tenants::TenantLimits,
 };
 use crate::{
     error::{Error, Result},
@@ -27,11 +28,11 @@ const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
-        let Submission { job_id, request_id, spec, seed, missing_blobs, priority, timeout, trace } = submission;
+        let Submission { job_id, request_id, tenant, spec, seed, missing_blobs, priority, timeout, trace } = submission;
         request::check_request_id(&request_id)?;
         request::check_urgency(priority, timeout)?;
         let fingerprint = fingerprint(&spec, priority, timeout);
-        if let Some(job) = self.jobs.by_request(&request_id) {
+        if let Some(job) = self.jobs.by_request(&tenant, &request_id) {
             let same = job.fingerprint == fingerprint;
             return if same { Ok(job.view()) } else { Err(Error::RequestIdReused(request_id)) };
         }
@@ -47,7 +48,8 @@ impl State {
         let plan = self.jobs.share(plan);
         let deadline = timeout.map(|timeout| self.now.saturating_add(timeout));
         let spec = request.into_spec();
-        let new = NewJob { id: job_id, request_id, fingerprint, spec, plan, priority, deadline, trace };
+        let of = tenant.as_str().into();
+        let new = NewJob { id: job_id, request_id, tenant: of, fingerprint, spec, plan, priority, deadline, trace };
         let job = Job::new(self.jobs.next_number(), new, self.now);
         if let Some(timeout) = timeout
             && let Some(predicted) = self.predicted_millis(&job.spec.model, estimate::work(&job), priority)
@@ -59,10 +61,11 @@ impl State {
         if let Some(limit) = self.settings.max_record_bytes.filter(|limit| bytes > *limit) {
             return Err(Error::invalid("spec", format!("takes {bytes} bytes; the store of jobs takes {limit}")));
         }
+        let weight = self.admit(&tenant, estimate::pixel_steps(&job))?;
         self.watch_deadline(&job);
         let (number, view) = (job.number, job.view());
         self.tally.accepted(&job.spec.model);
-        self.queue.add(&job.spec.model, priority, number);
+        self.queue.add(&job.spec.model, priority, number, &job.tenant, estimate::pixel_steps(&job), weight);
         self.jobs.add(job);
         self.persist(number);
         Ok(view)
@@ -87,6 +90,46 @@ impl State {
         self.jobs.get(number).map(Job::view).ok_or_else(not_found)
     }
 
+    /// Counts a job against what its tenant may use, and gives the tenant's weight.
+    fn admit(&mut self, tenant: &str, work: u64) -> Result<u32> {
+        let limits = self.tenants.limits(tenant);
+        if let Some(most) = limits.max_queued.filter(|most| self.queue.waiting(tenant) >= *most) {
+            return Err(Error::TenantQueueFull { tenant: tenant.to_owned(), limit: most });
+        }
+        self.tenants.charge(tenant, work, self.now).map_err(|retry_millis| Error::TenantQuota {
+            tenant: tenant.to_owned(),
+            limit: limits.quota.map_or(0, |quota| quota.per_second),
+            retry_millis,
+        })?;
+        Ok(limits.weight)
+    }
+
+    pub(super) fn set_tenants(&mut self, limits: BTreeMap<String, TenantLimits>) {
+        let before = self.tenants.names();
+        self.tenants.set(limits);
+        for tenant in before.into_iter().chain(self.tenants.names()) {
+            self.queue.hold(&tenant, self.tenants.is_at_cap(&tenant));
+        }
+    }
+
+    /// The job has its place; its tenant may have as many as it can.
+    pub(super) fn note_placed(&mut self, number: u64) {
+        self.jobs.placed(number);
+        if let Some(job) = self.jobs.get(number) {
+            self.tenants.placed(&job.tenant);
+            self.queue.hold(&job.tenant, self.tenants.is_at_cap(&job.tenant));
+        }
+    }
+
+    /// The job, which had a place, has none any more.
+    pub(super) fn note_unplaced(&mut self, number: u64) {
+        self.jobs.unplaced(number);
+        if let Some(job) = self.jobs.get(number) {
+            self.tenants.unplaced(&job.tenant);
+            self.queue.hold(&job.tenant, self.tenants.is_at_cap(&job.tenant));
+        }
+    }
+
     /// Starts every job that finds its groups, in the order of the queue within a model.
     pub(super) fn start_jobs(&mut self) {
         for model in self.queue.models() {
@@ -106,7 +149,7 @@ impl State {
         let Some(job) = self.jobs.get_mut(number) else {
             return false;
         };
-        self.queue.remove(&job.spec.model, job.priority, number);
+        self.queue.take(&job.spec.model, number);
         self.spans.extend(spans::waited(job, self.now));
         job.placed = self.now;
         job.saved_at = self.now;
@@ -122,7 +165,7 @@ impl State {
             job.told.insert(leader.clone());
             job.tasks.insert(stage, Task::new(group_id, group.epoch, leader, resumed_step));
         }
-        self.jobs.placed(number);
+        self.note_placed(number);
         self.groups.refresh(&self.draining, &self.away);
         self.send_tasks(number);
         true

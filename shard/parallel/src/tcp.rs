@@ -1,6 +1,6 @@
 //! Ranks that are processes, connected pairwise over TCP.
 //!
-//! Every pair of ranks of an epoch has one connection; the higher rank dials. A thread per connection reads frames into a
+//! Every pair of ranks of an epoch has one connection, made by a [`Security`] that says who may be at the other end; the higher rank dials. A thread per connection reads frames into a
 //! queue, so a send never waits for the receiver's arithmetic. Another thread sends a heartbeat on every connection: a peer
 //! whose process is gone shows by end of file at once, one that is stopped or cut off by silence within [`SILENCE`].
 
@@ -51,6 +51,76 @@ pub struct Hello {
     pub rendezvous: Rendezvous,
 }
 
+/// A connection between two ranks: one thread reads it, and one at a time writes.
+pub trait Stream: Send + Sync + std::fmt::Debug {
+    /// Reads what is there, at least one byte; 0 at the end.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+    /// Writes all of `bytes`.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    fn write_all(&self, bytes: &[u8]) -> io::Result<()>;
+    /// What is below, for time limits and for the end.
+    fn socket(&self) -> &TcpStream;
+}
+
+/// A connection that is shared by those who read it and those who write.
+pub type Wire = Arc<dyn Stream>;
+
+/// How a socket becomes a connection to somebody who is believed.
+pub trait Security: Send + Sync + std::fmt::Debug {
+    /// After `address` (host:port) was dialled.
+    ///
+    /// # Errors
+    /// When it is not who it should be.
+    fn dialled(&self, socket: TcpStream, address: &str) -> io::Result<Wire>;
+    /// After somebody dialled this process.
+    ///
+    /// # Errors
+    /// When it may not.
+    fn accepted(&self, socket: TcpStream) -> io::Result<Wire>;
+}
+
+/// Plain text: whoever reaches a port is believed what it says.
+#[derive(Clone, Copy, Debug)]
+pub struct Plain;
+
+impl Security for Plain {
+    fn dialled(&self, socket: TcpStream, _: &str) -> io::Result<Wire> {
+        Ok(Arc::new(socket))
+    }
+
+    fn accepted(&self, socket: TcpStream) -> io::Result<Wire> {
+        Ok(Arc::new(socket))
+    }
+}
+
+impl Stream for TcpStream {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        Read::read(&mut &*self, buffer)
+    }
+
+    fn write_all(&self, bytes: &[u8]) -> io::Result<()> {
+        Write::write_all(&mut &*self, bytes)
+    }
+
+    fn socket(&self) -> &TcpStream {
+        self
+    }
+}
+
+/// A connection as a reader.
+struct Reading<'a>(&'a dyn Stream);
+
+impl Read for Reading<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
 /// One end of a group whose ranks are processes.
 #[derive(Debug)]
 pub struct Tcp {
@@ -60,8 +130,8 @@ pub struct Tcp {
 
 #[derive(Debug)]
 struct Peer {
-    stream: TcpStream,
-    writer: Mutex<TcpStream>,
+    stream: Wire,
+    writer: Mutex<()>,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
 }
@@ -82,13 +152,14 @@ impl Tcp {
         rendezvous: &Rendezvous,
         rank: usize,
         addresses: &[String],
-        accepted: &std::sync::mpsc::Receiver<(Hello, TcpStream)>,
+        accepted: &std::sync::mpsc::Receiver<(Hello, Wire)>,
+        security: &dyn Security,
         deadline: Instant,
     ) -> Result<Self> {
-        let mut streams: Vec<Option<TcpStream>> = (0..addresses.len()).map(|_| None).collect();
+        let mut streams: Vec<Option<Wire>> = (0..addresses.len()).map(|_| None).collect();
         for (to, address) in addresses.iter().enumerate().take(rank) {
             let hello = Hello { from: rank, to, rendezvous: rendezvous.clone() };
-            streams[to] = Some(dial(address, &hello, deadline)?);
+            streams[to] = Some(dial(address, &hello, security, deadline)?);
         }
         while let Some(missing) = (rank + 1..addresses.len()).find(|r| streams[*r].is_none()) {
             let lost = || Error::PeerLost { rank: missing, reason: "it did not connect in time".into() };
@@ -141,8 +212,8 @@ impl Link for Tcp {
     fn send(&self, x: &Tensor, to: usize) -> Result<()> {
         let peer = self.peer(to)?;
         let frame = encode(x)?;
-        let mut writer = peer.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.write_all(&frame).map_err(|e| {
+        let _writing = peer.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        peer.stream.write_all(&frame).map_err(|e| {
             peer.lose(&e.to_string());
             Error::PeerLost { rank: to, reason: e.to_string() }
         })
@@ -163,7 +234,7 @@ impl Drop for Tcp {
     fn drop(&mut self) {
         // Frames already written still arrive: the peer reads to the end before it sees the close.
         for peer in self.peers.iter().flatten() {
-            let _ = peer.stream.shutdown(Shutdown::Write);
+            let _ = peer.stream.socket().shutdown(Shutdown::Write);
             peer.inbox().lost.get_or_insert_with(|| "this rank left the group".into());
             peer.arrived.notify_all();
         }
@@ -171,25 +242,24 @@ impl Drop for Tcp {
 }
 
 impl Peer {
-    fn start(rank: usize, stream: TcpStream) -> io::Result<Arc<Self>> {
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(FIRST_WORD))?;
-        stream.set_write_timeout(Some(SILENCE))?;
-        let peer =
-            Arc::new(Self { writer: Mutex::new(stream.try_clone()?), stream, inbox: Mutex::default(), arrived: Condvar::new() });
+    fn start(rank: usize, stream: Wire) -> io::Result<Arc<Self>> {
+        let socket = stream.socket();
+        socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(FIRST_WORD))?;
+        socket.set_write_timeout(Some(SILENCE))?;
+        let peer = Arc::new(Self { writer: Mutex::default(), stream, inbox: Mutex::default(), arrived: Condvar::new() });
         let reader = peer.clone();
         thread::Builder::new().name(format!("recv-rank-{rank}")).spawn(move || reader.read_frames())?;
         Ok(peer)
     }
 
     fn read_frames(&self) {
-        let Ok(stream) = self.stream.try_clone() else { return self.lose("its socket is closed") };
-        let mut stream = BufReader::with_capacity(64 << 10, stream);
+        let mut stream = BufReader::with_capacity(64 << 10, Reading(&*self.stream));
         let mut silent_so_far = true;
         loop {
             let frame = decode(&mut stream);
             if std::mem::take(&mut silent_so_far) && frame.is_ok() {
-                let _ = self.stream.set_read_timeout(Some(SILENCE));
+                let _ = self.stream.socket().set_read_timeout(Some(SILENCE));
             }
             match frame {
                 Ok(Some(x)) => {
@@ -209,7 +279,7 @@ impl Peer {
     fn lose(&self, reason: &str) {
         self.inbox().lost.get_or_insert_with(|| reason.to_owned());
         self.arrived.notify_all();
-        let _ = self.stream.shutdown(Shutdown::Both);
+        let _ = self.stream.socket().shutdown(Shutdown::Both);
     }
 
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
@@ -221,8 +291,11 @@ impl Peer {
 ///
 /// # Errors
 /// When the words are not ours, or do not come within [`SILENCE`].
-pub fn accept(mut stream: TcpStream) -> io::Result<(Hello, TcpStream)> {
-    stream.set_read_timeout(Some(SILENCE))?;
+pub fn accept(socket: TcpStream, security: &dyn Security) -> io::Result<(Hello, Wire)> {
+    socket.set_read_timeout(Some(SILENCE))?;
+    let wire = security.accepted(socket)?;
+    wire.socket().set_read_timeout(Some(SILENCE))?;
+    let mut stream = Reading(&*wire);
     let mut head = [0; 4 + 8 + 4 + 4 + 2 + 2];
     stream.read_exact(&mut head)?;
     if head[..4] != MAGIC {
@@ -237,16 +310,16 @@ pub fn accept(mut stream: TcpStream) -> io::Result<(Hello, TcpStream)> {
     stream.read_exact(&mut secret)?;
     let group_id = String::from_utf8(group_id).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
     let hello = Hello { from: word(12), to: word(16), rendezvous: Rendezvous { group_id, epoch, secret } };
-    Ok((hello, stream))
+    Ok((hello, wire))
 }
 
 /// Accepts connections on `listener` for ever and hands each to `route`, which knows who waits for it.
-pub fn serve(listener: &TcpListener, route: impl Fn(Hello, TcpStream) + Clone + Send + 'static) {
+pub fn serve(listener: &TcpListener, security: &Arc<dyn Security>, route: impl Fn(Hello, Wire) + Clone + Send + 'static) {
     for stream in listener.incoming() {
-        let route = route.clone();
+        let (route, security) = (route.clone(), security.clone());
         match stream {
             // Each in a thread of its own: a connection that says nothing must not hold up the next.
-            Ok(stream) => drop(thread::spawn(move || match accept(stream) {
+            Ok(stream) => drop(thread::spawn(move || match accept(stream, &*security) {
                 Ok((hello, stream)) => route(hello, stream),
                 Err(error) => tracing::warn!(%error, "refused a data connection"),
             })),
@@ -255,9 +328,10 @@ pub fn serve(listener: &TcpListener, route: impl Fn(Hello, TcpStream) + Clone + 
     }
 }
 
-fn dial(address: &str, hello: &Hello, deadline: Instant) -> Result<TcpStream> {
+fn dial(address: &str, hello: &Hello, security: &dyn Security, deadline: Instant) -> Result<Wire> {
     loop {
-        let attempt = TcpStream::connect(address).and_then(|mut stream| {
+        let attempt = TcpStream::connect(address).and_then(|socket| {
+            let stream = security.dialled(socket, address)?;
             stream.write_all(&encode_hello(hello))?;
             Ok(stream)
         });
@@ -294,10 +368,10 @@ fn start_heartbeat(peers: &[Option<Arc<Peer>>]) {
             }
             for peer in alive {
                 // A writer that is busy is a heartbeat of its own.
-                if let Ok(mut writer) = peer.writer.try_lock()
-                    && let Err(e) = writer.write_all(&[BEAT])
+                if let Ok(writing) = peer.writer.try_lock()
+                    && let Err(e) = peer.stream.write_all(&[BEAT])
                 {
-                    drop(writer);
+                    drop(writing);
                     peer.lose(&e.to_string());
                 }
             }
@@ -363,11 +437,12 @@ mod tests {
     use crate::Collective;
     use crate::mesh::Mesh;
 
-    fn listen() -> (String, mpsc::Receiver<(Hello, TcpStream)>) {
+    fn listen() -> (String, mpsc::Receiver<(Hello, Wire)>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (route, accepted) = mpsc::channel();
-        thread::spawn(move || serve(&listener, move |hello, stream| drop(route.send((hello, stream)))));
+        let plain: Arc<dyn Security> = Arc::new(Plain);
+        thread::spawn(move || serve(&listener, &plain, move |hello, stream| drop(route.send((hello, stream)))));
         (address, accepted)
     }
 
@@ -381,7 +456,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         let ranks = ends.into_iter().enumerate().map(|(rank, (_, accepted))| {
             let addresses = addresses.clone();
-            thread::spawn(move || Tcp::connect(&rendezvous(1), rank, &addresses, &accepted, deadline).unwrap())
+            thread::spawn(move || Tcp::connect(&rendezvous(1), rank, &addresses, &accepted, &Plain, deadline).unwrap())
         });
         ranks.collect::<Vec<_>>().into_iter().map(|r| r.join().unwrap()).collect()
     }
@@ -441,8 +516,8 @@ mod tests {
         let (address, accepted) = listen();
         let addresses = vec![address.clone(), "127.0.0.1:1".into()];
         let hello = Hello { from: 1, to: 0, rendezvous: rendezvous(2) };
-        let _stream = dial(&address, &hello, Instant::now()).unwrap();
-        let result = Tcp::connect(&rendezvous(1), 0, &addresses, &accepted, Instant::now() + Duration::from_millis(300));
+        let _stream = dial(&address, &hello, &Plain, Instant::now()).unwrap();
+        let result = Tcp::connect(&rendezvous(1), 0, &addresses, &accepted, &Plain, Instant::now() + Duration::from_millis(300));
         assert!(matches!(result, Err(Error::PeerLost { rank: 1, .. })), "{result:?}");
     }
 
@@ -460,9 +535,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (_route, accepted) = mpsc::channel();
-        let link = Tcp::connect(&rendezvous(1), 1, &[address, String::new()], &accepted, Instant::now() + Duration::from_secs(5))
-            .unwrap();
-        let (mut silent, _) = listener.accept().unwrap();
+        let addresses = [address, String::new()];
+        let link =
+            Tcp::connect(&rendezvous(1), 1, &addresses, &accepted, &Plain, Instant::now() + Duration::from_secs(5)).unwrap();
+        let (silent, _) = listener.accept().unwrap();
         silent.write_all(&[BEAT]).unwrap();
         assert!(matches!(link.recv(0), Err(Error::PeerLost { rank: 0, .. })));
     }

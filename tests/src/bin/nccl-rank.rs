@@ -81,7 +81,8 @@ fn connect(arguments: &Arguments, epoch: u64) -> Result<Arc<NcclLink>, Error> {
     std::fs::write(&draft, listener.local_addr().map_err(io)?.to_string()).map_err(io)?;
     std::fs::rename(draft, place(arguments.rank)).map_err(io)?;
     let (route, accepted) = mpsc::channel();
-    std::thread::spawn(move || tcp::serve(&listener, move |hello, stream| drop(route.send((hello, stream)))));
+    let plain: Arc<dyn tcp::Security> = Arc::new(tcp::Plain);
+    std::thread::spawn(move || tcp::serve(&listener, &plain, move |hello, stream| drop(route.send((hello, stream)))));
 
     let deadline = Instant::now() + PATIENCE;
     let mut addresses = Vec::new();
@@ -95,7 +96,7 @@ fn connect(arguments: &Arguments, epoch: u64) -> Result<Arc<NcclLink>, Error> {
         });
     }
     let rendezvous = Rendezvous { group_id: "group".into(), epoch, secret: vec![7; 16] };
-    let tcp = Arc::new(Tcp::connect(&rendezvous, arguments.rank, &addresses, &accepted, deadline)?);
+    let tcp = Arc::new(Tcp::connect(&rendezvous, arguments.rank, &addresses, &accepted, &tcp::Plain, deadline)?);
     // A GPU each where there are as many.
     let memory = Box::new(DriverMemory::open(arguments.rank)?);
     Ok(Arc::new(NcclLink::connect(tcp, memory, arguments.limit)?))

@@ -6,7 +6,7 @@ use coordinator::{
     Config, World,
     blobs::BlobStore,
     checkpoints::Place,
-    config::{EtcdConfig, Limits},
+    config::{AuthConfig, EtcdConfig, Limits},
     context::Context,
     leadership::campaign,
     metrics::Meter,
@@ -36,7 +36,7 @@ const SYNC: Duration = Duration::from_millis(2);
 
 /// Where workers and coordinators find each other if there are several.
 pub(crate) fn etcd() -> EtcdConfig {
-    EtcdConfig { endpoints: vec![format!("http://{ETCD}:{PORT}")], prefix: "/atelier".into(), dial: dial() }
+    EtcdConfig { dial: dial(), ..EtcdConfig::new(vec![format!("http://{ETCD}:{PORT}")], "/atelier") }
 }
 
 fn config(etcd: Option<EtcdConfig>) -> Config {
@@ -49,7 +49,9 @@ fn config(etcd: Option<EtcdConfig>) -> Config {
         components: [("transformer".to_owned(), transformer)].into(),
         adapters: vec![],
     };
-    Config { models: vec![model], advertise: None, data_dir: None, object_store: None, etcd, limits: Limits::default() }
+    let (identity, auth) = (None, AuthConfig::default());
+    let (advertise, data_dir, object_store) = (None, None, None);
+    Config { models: vec![model], identity, auth, advertise, data_dir, object_store, etcd, limits: Limits::default() }
 }
 
 /// The next life of any coordinator.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use etcd_client::Client;
 use prost::Message;
 use proto::v1::Registration;
-use worker::config::Membership;
+use worker::config::{EtcdPlace, Membership};
 
 use crate::coordinator::PATIENCE;
 use crate::running::{Running, Waits};
@@ -87,7 +87,8 @@ async fn a_worker_registers_in_etcd_again_whatever_happens_to_etcd() {
     let data = tempfile::tempdir().unwrap();
     let (url, peer_url) = (free_url(), free_url());
     let etcd = Etcd::start(data.path(), &url, &peer_url);
-    let worker = Running::with(Membership::Etcd { endpoints: vec![url.clone()], prefix: "/test".into() }, Waits::default()).await;
+    let place = EtcdPlace { endpoints: vec![url.clone()], prefix: "/test".into(), tls: identity::EtcdTls::default() };
+    let worker = Running::with(Membership::Etcd(place), Waits::default()).await;
     let first = etcd.new_lease(&worker.registration, None).await;
 
     // The passing of time is what is tested: nothing happens that could be waited for. Stopped again and again, because

@@ -64,6 +64,7 @@ impl Running {
 
     pub(crate) async fn with(membership: Membership, waits: Waits) -> Self {
         let config = Config {
+            identity: None,
             listen: "127.0.0.1:0".parse().unwrap(),
             data_listen: "127.0.0.1:0".parse().unwrap(),
             metrics_listen: None,
