@@ -133,7 +133,7 @@ fn data(span: Span) -> SpanData {
         dropped_attributes_count: 0,
         events: opentelemetry_sdk::trace::SpanEvents::default(),
         links: opentelemetry_sdk::trace::SpanLinks::default(),
-        status: failed.map_or(Status::Unset, |reason| Status::error(reason)),
+        status: failed.map_or(Status::Unset, Status::error),
         instrumentation_scope: InstrumentationScope::builder("atelier").build(),
     }
 }

@@ -80,7 +80,7 @@ impl StageSpan {
         attributes.extend(more);
         telemetry::record(Span {
             name,
-            context: self.context.under(&[&words[..], &[&hex(self.context.span_id)]].concat()),
+            context: self.context.under(&[words, &[&hex(self.context.span_id)]].concat()),
             parent: self.context.span_id,
             start,
             end: SystemTime::now(),
