@@ -1,0 +1,33 @@
+//! Prompts of any Unicode, up to the longest that is taken, through every kind of tokenizer: exactly as many ids as asked for, all
+//! within the vocabulary.
+#![no_main]
+
+use std::path::Path;
+use std::sync::LazyLock;
+
+use libfuzzer_sys::fuzz_target;
+use models::tokenizer::Tokenizer;
+
+static TOKENIZERS: LazyLock<Vec<Tokenizer>> = LazyLock::new(|| {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tokenizers");
+    let load = |name: &&str| Tokenizer::load(&cases.join(name)).expect("a tokenizer");
+    ["clip_l", "t5", "mt5", "qwen2_5"].iter().map(load).collect()
+});
+
+fuzz_target!(|input: (u16, u8, &str)| {
+    let (length, repeats, text) = input;
+    let (length, repeats) = (usize::from(length % 513), usize::from(repeats));
+    // Some inputs as long as a prompt may be.
+    let most = if repeats == 255 { proto::MAX_PROMPT_CHARS } else { 400 };
+    let prompt: String =
+        text.chars().cycle().take(if text.is_empty() { 0 } else { most.min(text.len() * (repeats + 1)) }).collect();
+    for tokenizer in TOKENIZERS.iter() {
+        let Ok(encoding) = tokenizer.encode(&prompt, length) else {
+            assert!(length < 4, "only what has no room for the closing token is refused");
+            continue;
+        };
+        assert_eq!((encoding.input_ids.len(), encoding.attention_mask.len()), (length, length));
+        let used = encoding.attention_mask.iter().take_while(|mask| **mask == 1).count();
+        assert!(encoding.input_ids[used..].iter().all(|id| *id == tokenizer.pad_id()));
+    }
+});
