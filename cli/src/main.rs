@@ -30,7 +30,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Start a coordinator and the workers that a models file asks for, on this machine.
-    Up(up::UpArgs),
+    Up(Box<up::UpArgs>),
     /// Draw a picture.
     Generate(generate::GenerateArgs),
     /// List jobs, show one, or cancel one.
@@ -94,7 +94,7 @@ fn run(command: Command) -> Result<(), Error> {
 
 async fn perform(command: Command) -> Result<(), Error> {
     match command {
-        Command::Up(args) => up::run(args).await,
+        Command::Up(args) => up::run(*args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Jobs(args) => list::jobs(args).await,
         Command::Models(args) => list::models(args).await,

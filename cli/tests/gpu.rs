@@ -19,7 +19,7 @@ fn points(output: &Output) -> Vec<Value> {
 }
 
 fn named<'a>(points: &'a [Value], prefix: &str) -> Vec<&'a Value> {
-    points.iter().filter(|point| point["check"].as_str().unwrap().starts_with(prefix)).collect()
+    points.iter().filter(|point| point["check"].as_str().is_some_and(|check| check.starts_with(prefix))).collect()
 }
 
 #[test]

@@ -79,6 +79,7 @@ impl Cluster {
         self.apply(Event::Submit(Box::new(Submission {
             job_id: format!("job-{}", self.jobs),
             request_id: format!("10000000-0000-4000-8000-{:012}", self.jobs),
+            tenant: String::new(),
             spec,
             seed: 1,
             missing_blobs: Vec::new(),

@@ -12,7 +12,10 @@ const MANY: usize = 4096;
 
 /// Which tenant brought which picture. Not written down: after a restart, what no job names is brought again. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Owners(Arc<Mutex<BTreeSet<(Arc<str>, String)>>>);
+pub(crate) struct Owners(Arc<Mutex<BTreeSet<Brought>>>);
+
+/// A tenant, and a picture it brought.
+type Brought = (Arc<str>, String);
 
 impl Owners {
     /// The tenant brought it.

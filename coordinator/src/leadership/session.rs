@@ -29,9 +29,10 @@ pub(crate) async fn connect(config: &EtcdConfig) -> Result<Client> {
         options = options.with_tls(tls);
     }
     if config.dial.is_tcp() {
-        return in_time(Client::connect(&config.endpoints, Some(options))).await;
+        // Boxed, like what a test makes up: their futures are large.
+        return in_time(Box::pin(Client::connect(&config.endpoints, Some(options)))).await;
     }
-    in_time(async {
+    in_time(Box::pin(async {
         let endpoint = config.endpoints.first().cloned().unwrap_or_default();
         let endpoint = Endpoint::from_shared(endpoint)?
             .connect_timeout(CALL_DEADLINE)
@@ -40,7 +41,7 @@ pub(crate) async fn connect(config: &EtcdConfig) -> Result<Client> {
             .keep_alive_while_idle(true);
         let channel = config.dial.connect(endpoint).await?;
         Client::from_channel(etcd_client::Channel::Tonic(channel), Some(options)).await
-    })
+    }))
     .await
 }
 

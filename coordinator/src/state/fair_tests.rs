@@ -268,5 +268,5 @@ fn a_request_id_is_its_tenants_alone() {
     assert!(cluster.state.check_owner("a", &first.id).is_ok());
     assert!(matches!(cluster.state.check_owner("b", &first.id), Err(Error::JobNotFound(_))));
     let listed = |tenant: &str| cluster.state.jobs(tenant, 10, "").unwrap().0.into_iter().map(|job| job.id).collect::<Vec<_>>();
-    assert_eq!((listed("a"), listed("b"), listed("")), (vec![first.id.clone()], vec!["other".to_owned()], vec![]));
+    assert_eq!((listed("a"), listed("b"), listed("")), (vec![first.id], vec!["other".to_owned()], vec![]));
 }

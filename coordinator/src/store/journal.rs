@@ -184,9 +184,8 @@ fn decode(folder: &Path, loaded: &Loaded) -> Result<(Vec<JobRecord>, Vec<GroupRe
         jobs.push(JobRecord::decode(&record[..]).map_err(|error| damaged("job", id, error))?);
     }
     jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
-    let group =
-        |(id, record): (&String, &Box<[u8]>)| GroupRecord::decode(&record[..]).map_err(|error| damaged("group", id, error));
-    let groups = loaded.groups.iter().map(group).collect::<Result<_>>()?;
+    let group = |(id, record): (&String, &[u8])| GroupRecord::decode(record).map_err(|error| damaged("group", id, error));
+    let groups = loaded.groups.iter().map(|(id, record)| group((id, &record[..]))).collect::<Result<_>>()?;
     Ok((jobs, groups))
 }
 

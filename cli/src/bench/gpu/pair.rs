@@ -81,7 +81,7 @@ fn on_two<T: Send>(
     }
     let (rendezvous, addresses, f) = (&rendezvous, &addresses, &f);
     let run = move |rank: usize, device: &Device, accepted: mpsc::Receiver<_>| {
-        let tcp = Tcp::connect(rendezvous, rank, addresses, &accepted, Instant::now() + TO_MEET)?;
+        let tcp = Tcp::connect(rendezvous, rank, addresses, &accepted, &tcp::Plain, Instant::now() + TO_MEET)?;
         let link = device::link(Arc::new(tcp), device)?;
         // The link is kept until both are done: a rank that leaves counts as lost.
         Ok::<_, models::Error>((f(link.clone(), device)?, link))
@@ -94,14 +94,15 @@ fn on_two<T: Send>(
     results.into_iter().map(|result| result.map(|(done, _link)| done)).collect()
 }
 
-type Connections = mpsc::Receiver<(tcp::Hello, std::net::TcpStream)>;
+type Connections = mpsc::Receiver<(tcp::Hello, tcp::Wire)>;
 
 /// A port of this machine alone, and what dials it.
 fn listen() -> std::io::Result<(String, Connections)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
     let (route, accepted) = mpsc::channel();
-    thread::spawn(move || tcp::serve(&listener, move |hello, stream| drop(route.send((hello, stream)))));
+    let plain: Arc<dyn tcp::Security> = Arc::new(tcp::Plain);
+    thread::spawn(move || tcp::serve(&listener, &plain, move |hello, stream| drop(route.send((hello, stream)))));
     Ok((address, accepted))
 }
 
