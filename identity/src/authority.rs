@@ -40,7 +40,7 @@ pub struct Leaf {
     pub key: String,
 }
 
-/// What [`write`] does with what is there.
+/// What [`fn@write`] does with what is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
     /// Nothing is replaced: it is an error if anything is there.
