@@ -178,15 +178,23 @@ fn lock(disk: &dyn Disk, path: &Path, patience: Duration) -> Result<Box<dyn Send
 }
 
 fn decode(folder: &Path, loaded: &Loaded) -> Result<(Vec<JobRecord>, Vec<GroupRecord>)> {
-    let damaged = |what: &str, id: &str, error| damaged(folder, 0, &format!("{what} {id} cannot be decoded: {error}"));
     let mut jobs = Vec::with_capacity(loaded.jobs.len());
     for (id, record) in &loaded.jobs {
-        jobs.push(JobRecord::decode(&record[..]).map_err(|error| damaged("job", id, error))?);
+        jobs.push(record_of(folder, id, record, |job: &JobRecord| &job.id)?);
     }
     jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
-    let group = |(id, record): (&String, &[u8])| GroupRecord::decode(record).map_err(|error| damaged("group", id, error));
-    let groups = loaded.groups.iter().map(|(id, record)| group((id, &record[..]))).collect::<Result<_>>()?;
+    let own: fn(&GroupRecord) -> &String = |group| &group.group_id;
+    let groups = loaded.groups.iter().map(|(id, record)| record_of(folder, id, record, own)).collect::<Result<_>>()?;
     Ok((jobs, groups))
+}
+
+/// The record that is kept under `id`, which must be its own.
+fn record_of<M: Message + Default>(folder: &Path, id: &str, bytes: &[u8], own: fn(&M) -> &String) -> Result<M> {
+    let record = M::decode(bytes).map_err(|error| damaged(folder, 0, &format!("{id} cannot be decoded: {error}")))?;
+    if own(&record) != id {
+        return Err(damaged(folder, 0, &format!("{id} holds the record of {:?}", own(&record))));
+    }
+    Ok(record)
 }
 
 /// What is left over is harmless: it does not count, and the next opening tries again.

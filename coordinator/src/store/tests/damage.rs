@@ -1,6 +1,9 @@
 //! Journals that are cut and flipped.
 
+use prost::Message;
+
 use super::*;
+use crate::store::{frame, segment::Log};
 
 /// A disk with one log: ten jobs, each durable before the next, and three that were `in_flight` together when the machine
 /// stopped, or durable one by one as well. With it, where the last three begin and end.
@@ -135,6 +138,16 @@ fn the_format_without_groups_is_read() {
     let (disk, path, _) = journal(true);
     with_format(&disk, &path, 1);
     assert_eq!(numbers(&reopened(&disk)), (1..=13).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_record_under_the_id_of_another_job_stops_the_start() {
+    let disk = MemoryDisk::new();
+    let mut changes = frame::Builder::default();
+    changes.push_job("job-1", &record(2, 1).encode_to_vec()).unwrap();
+    drop(Log::create(disk.mount().as_ref(), folder(), 1, 1, changes).unwrap());
+    let error = open(&disk).unwrap_err().to_string();
+    assert!(error.starts_with("DATA_LOSS") && error.contains("job-1 holds the record of \"job-2\""), "{error}");
 }
 
 fn with_format(disk: &MemoryDisk, path: &Path, version: u8) {
