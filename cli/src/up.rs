@@ -97,6 +97,8 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     config.auth = args.auth.clone().config(tls.is_some())?;
     let listening = identity::TlsArgs { insecure: args.insecure || tls.is_some(), ..Default::default() };
     listening.check_listen("--listen", args.listen.ip())?;
+    identity::TlsArgs { insecure: args.insecure, ..Default::default() }
+        .check_plain("--metrics-listen", args.metrics_listen.ip())?;
     let fleet = fleet(&config.models);
     let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
     let listener = TcpListener::bind(args.listen).await.map_err(taken)?;

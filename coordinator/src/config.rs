@@ -253,6 +253,9 @@ impl TryFrom<Args> for Config {
             return Err(wrong("--etcd-prefix", "must start with a slash and not end with one"));
         }
         args.tls.check_listen("--listen", args.listen.ip())?;
+        if let Some(metrics) = args.metrics_listen {
+            args.tls.check_plain("--metrics-listen", metrics.ip())?;
+        }
         let has_etcd = !args.etcd.is_empty();
         let etcd = has_etcd.then(|| EtcdConfig { tls: args.etcd_tls, ..EtcdConfig::new(args.etcd, args.etcd_prefix) });
         let object_store = args.object_store.as_deref().map(|url| Place::parse(url, AmazonS3Builder::from_env)).transpose();

@@ -27,6 +27,16 @@ pub enum Error {
         /// The address.
         address: std::net::IpAddr,
     },
+    /// A port that is plain in any case, and that others can reach.
+    #[error(
+        "{flag}: {address} can be reached from other machines, and this port is plain text with TLS too; give a loopback address, or --insecure"
+    )]
+    Plain {
+        /// The flag that names the address.
+        flag: &'static str,
+        /// The address.
+        address: std::net::IpAddr,
+    },
     /// A file that cannot be read.
     #[error("read {}", path.display())]
     Read {

@@ -55,6 +55,17 @@ impl TlsArgs {
         }
         Err(Error::Open { flag, address })
     }
+
+    /// As [`Self::check_listen`], for a port that is plain with TLS too: that of metrics.
+    ///
+    /// # Errors
+    /// As [`Self::check_listen`].
+    pub fn check_plain(&self, flag: &'static str, address: IpAddr) -> Result<()> {
+        if address.is_loopback() || self.insecure {
+            return Ok(());
+        }
+        Err(Error::Plain { flag, address })
+    }
 }
 
 /// Where an identity is kept.

@@ -265,14 +265,14 @@ fn start_coordinator(host: &Host, folder: &Path, etcd: &str) -> Process {
     let models = folder.join("models.toml");
     std::fs::write(&models, format!("[[model]]\nname = \"tiny\"\npath = {:?}\n{components}", tiny_flux())).unwrap();
     let mut command = host.command(program());
-    command.args(["coordinator", "--listen", "0.0.0.0:7700", "--advertise", &format!("{}:7700", host.address)]);
+    command.args(["coordinator", "--insecure", "--listen", "0.0.0.0:7700", "--advertise", &format!("{}:7700", host.address)]);
     command.arg("--models").arg(models).arg("--data-dir").arg(folder.join("data")).args(["--etcd", etcd]);
     host.start(command.env("RUST_LOG", log_level()))
 }
 
 fn start_worker(host: &Host, etcd: &str) -> Process {
     let mut command = host.command(program());
-    command.args(["worker", "--threads", "1", "--etcd", etcd, "--advertise-host", &host.address]);
+    command.args(["worker", "--insecure", "--threads", "1", "--etcd", etcd, "--advertise-host", &host.address]);
     command.args(["--listen", "0.0.0.0:7701", "--data-listen", "0.0.0.0:7702", "--label", &format!("host={}", host.address)]);
     host.start(command.env("RUST_LOG", log_level()))
 }

@@ -28,6 +28,7 @@ use tonic_types::StatusExt;
 async fn every_port_refuses_plain_text_other_authorities_expired_certificates_and_other_roles() {
     let up = Up::start(&[]).await;
     up.client().await.wait_ready().await;
+    // Those of metrics left out, which are plain and of this machine alone.
     let ports = up.ports();
     let of = |kind: Kind| ports.iter().filter(|(_, port)| *port == kind).count();
     assert_eq!((of(Kind::Coordinator), of(Kind::Worker), of(Kind::Ranks)), (1, 2, 2), "{ports:?}");

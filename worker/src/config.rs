@@ -160,6 +160,7 @@ impl TryFrom<Args> for Config {
             check_reachable(flag, address, args.advertise_host.as_deref())?;
         }
         if let Some(metrics) = args.metrics_listen {
+            args.tls.check_plain("--metrics-listen", metrics.ip())?;
             check_reachable("metrics-listen", metrics.ip(), args.advertise_host.as_deref())?;
         }
         let worker_id = args.worker_id.unwrap_or_else(|| uuid::Uuid::new_v4().to_string());

@@ -5,8 +5,8 @@
 use std::collections::BTreeSet;
 
 use proto::v1::{
-    CancelTask, ForgetJob, GroupState, HeldRank, HeldTask, Holding, LeaveGroup, ParkTask, Registration, TaskProgress, TaskRef,
-    control_request::Command, control_response::Report,
+    CancelTask, ForgetJob, GroupState, HeldRank, HeldTask, Holding, LeaveGroup, ParkTask, Registration, TaskFailed, TaskProgress,
+    TaskRef, control_request::Command, control_response::Report,
 };
 
 use super::{State, job::Job};
@@ -106,8 +106,14 @@ impl State {
         if self.current_task(worker_id, Some(&task)).is_none() {
             return;
         }
+        if !is_held && job.cancelling {
+            // It never came there, and what is not there says nothing when it is told to stop.
+            let message = "it was cancelled before its worker had it".to_owned();
+            self.task_failed(worker_id, TaskFailed { task: Some(task), reason: "CANCELLED".into(), message, step: 0 });
+            return;
+        }
         let mut commands = Vec::new();
-        if !is_held && !job.cancelling {
+        if !is_held {
             let planned = job.plan.stage(stage);
             commands.extend(
                 planned.and_then(|planned| self.run_task(job, planned, &self.layout(job))).map(|(_, run)| Command::RunTask(run)),

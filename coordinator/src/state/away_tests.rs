@@ -163,3 +163,17 @@ fn the_end_of_a_task_whose_job_is_over_is_forgotten_by_the_worker() {
     cluster.report(&leader, Report::TaskProgress(progress));
     assert!(cluster.forgets().is_empty(), "only an end is kept");
 }
+
+#[test]
+fn a_cancelled_job_whose_task_never_arrived_ends_when_its_worker_is_back() {
+    let (mut cluster, job, tasks, _) = denoising();
+    cluster.start(stage(&tasks, "denoise"));
+    cluster.finish(stage(&tasks, "denoise"));
+    let decoder = stage(&tasks, "decode").0.clone();
+    away(&mut cluster, &decoder);
+    cluster.cancel(&job);
+    assert_eq!(cluster.job(&job).state(), JobState::Running, "its worker may be at work on it");
+    let held = holding(&cluster, &decoder, &[]);
+    back(&mut cluster, &decoder, held);
+    assert_eq!(cluster.job(&job).state(), JobState::Cancelled);
+}

@@ -1,6 +1,8 @@
 //! A cluster that `atelier up --tls` starts, and load on it.
 
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -142,6 +144,7 @@ impl Up {
                 ports.push((port, if of_ranks { Kind::Ranks } else { Kind::Worker }));
             }
         }
+        ports.retain(|(port, _)| !is_metrics(*port));
         ports
     }
 
@@ -180,6 +183,21 @@ impl Up {
         let worker = *children(self.process.0.id()).first().unwrap();
         assert!(Command::new("kill").args(["-9", &worker.to_string()]).status().unwrap().success());
     }
+}
+
+/// Metrics are read in plain text, by whoever is on this machine, and nothing else is answered there.
+fn is_metrics(port: u16) -> bool {
+    let ask = |path: &str| {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let asked = write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let mut answer = Vec::new();
+        drop(asked.and_then(|()| stream.read_to_end(&mut answer)));
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    let is = ask("/metrics").starts_with("HTTP/1.1 200");
+    assert!(!is || ask("/").starts_with("HTTP/1.1 404"), "a port of metrics answers something else");
+    is
 }
 
 impl Drop for Up {
