@@ -61,11 +61,11 @@ impl Coordinator {
         ClusterServiceClient::new(self.channel())
     }
 
-    /// None while it does not lead.
+    /// None while it does not lead, or while whoever stood by hangs up since it leads now.
     pub(crate) async fn models(&self) -> Vec<ModelStatus> {
         match self.cluster().list_models(ListModelsRequest {}).await {
             Ok(response) => response.into_inner().models,
-            Err(status) if status.code() == tonic::Code::Unavailable => vec![],
+            Err(status) if matches!(status.code(), tonic::Code::Unavailable | tonic::Code::Cancelled) => vec![],
             Err(status) => panic!("{status}"),
         }
     }
