@@ -67,7 +67,7 @@ struct RankPlan {
     reads_bytes: u64,
     /// Of these, tensors that all ranks of its range read whole.
     whole_bytes: u64,
-    /// In memory, as f32.
+    /// In memory.
     holds_bytes: u64,
     fits: bool,
 }
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
 }
 
 fn print(plan: &Plan) {
-    println!("{} ({}), weights are held as f32", plan.family, plan.pipeline_class);
+    println!("{} ({}), weights of 16 bits and in blocks are held as stored, others as f32", plan.family, plan.pipeline_class);
     let memory = plan.memory_bytes as f64 / f64::from(1 << 30);
     println!(
         "{:<16} {:<14} {:>4} {:>14} {:>14} {:>14}  fits {memory:.1} GiB",

@@ -14,10 +14,12 @@ use crate::activation::Activation;
 use crate::gemm::micro::MicroKernel;
 use crate::{rows, scratch, threads};
 
+mod blocks;
 pub mod micro;
 mod packing;
 mod plane;
 
+pub use blocks::BlockRows;
 pub use packing::{Element, PackedWeight};
 pub(crate) use packing::{pack_rows, pack_transposed};
 pub(crate) use plane::{Plane, SharedPlane};
@@ -180,10 +182,10 @@ impl Job<'_> {
             for (i, chunk) in chunks.iter().enumerate() {
                 let pieces = chunk.as_ref();
                 let len: usize = pieces.iter().map(|(_, len)| len).sum();
-                let even = len.div_ceil(len.div_ceil(K_STEP).max(1));
+                let step = self.weight.step(len);
                 let mut done = 0;
                 loop {
-                    let k = done..len.min(done + even);
+                    let k = done..len.min(done + step);
                     pack_rows(a, self.x, self.rows.clone(), pieces, k.clone(), kernel.mr);
                     let step = Step {
                         k: start + k.start..start + k.end,

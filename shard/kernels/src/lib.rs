@@ -9,6 +9,7 @@
 //! multiply-adds where there are any, and differ between paths in the last bits. Another instruction set is one more
 //! [`gemm::micro::MicroKernel`]; nothing else knows what the machine can do.
 
+pub mod blocks;
 pub mod conv;
 pub mod cpu;
 pub mod math;

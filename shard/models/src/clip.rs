@@ -5,14 +5,12 @@
 //! checkpoint has a `text_projection`. Difference: heads, feed-forward columns and the columns of the token embedding are
 //! divided over the tensor-parallel group. A text encoder of this size is not cut into block ranges.
 
-use std::fmt;
-use std::sync::Arc;
-
 use parallel::ops::{self, Activation};
-use parallel::{Collective, ColumnParallelLinear, DType, Device, Linear, RowParallelLinear, Shard, Tensor, Tensors, Weights};
+use parallel::{ColumnParallelLinear, DType, Device, Linear, RowParallelLinear, Shard, Tensor, Tensors, Weights};
 use serde::Deserialize;
 
 use crate::blocks::BlockModel;
+use crate::token_embedding::TokenEmbedding;
 use crate::{Error, Result};
 
 /// The class whose pooled output is projected.
@@ -195,11 +193,11 @@ pub(crate) fn causal_mask(length: usize, dtype: DType, device: &Device) -> Resul
     Ok(Tensor::from_vec(scores, (1, 1, length, length), device)?.to_dtype(dtype)?)
 }
 
-/// Token and position embeddings. Each rank holds some columns of the first.
+/// Token and position embeddings.
+#[derive(Debug)]
 struct Embeddings {
-    token: Tensor,
+    token: TokenEmbedding,
     position: Tensor,
-    group: Arc<dyn Collective>,
 }
 
 impl Embeddings {
@@ -207,29 +205,19 @@ impl Embeddings {
         w.skip("position_ids"); // a buffer of 0, 1, 2, ... in older files
         let d = config.hidden_size;
         Ok(Self {
-            token: w.get("token_embedding.weight", &[config.vocab_size, d], Shard::split(1, d))?,
+            token: TokenEmbedding::load(w, "token_embedding.weight", [config.vocab_size, d])?,
             position: w.get("position_embedding.weight", &[config.max_position_embeddings, d], Shard::Replicated)?,
-            group: w.group().clone(),
         })
     }
 
     /// `[B, L] -> [B, L, D]`
     fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let (b, l) = ids.dims2()?;
+        let (_, l) = ids.dims2()?;
         let longest = self.position.dim(0)?;
         if l > longest {
             return Err(Error::Invalid { field: "input_ids", reason: format!("{l} tokens are more than {longest}") });
         }
-        let ids = ids.to_device(self.token.device())?.flatten_all()?;
-        let x = self.token.index_select(&ids, 0)?.reshape((b, l, ()))?; // [B, L, D/tp]
-        let x = self.group.all_gather(&x, 2)?;
-        Ok(x.broadcast_add(&self.position.narrow(0, 0, l)?)?)
-    }
-}
-
-impl fmt::Debug for Embeddings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Embeddings({:?}, rank {} of {})", self.token.shape(), self.group.rank(), self.group.size())
+        Ok(self.token.forward(ids)?.broadcast_add(&self.position.narrow(0, 0, l)?)?)
     }
 }
 
@@ -305,9 +293,10 @@ impl Layer {
 mod tests {
     use std::collections::HashMap;
     use std::path::Path;
+    use std::sync::Arc;
 
     use parallel::mesh::Mesh;
-    use parallel::{InProcess, Solo};
+    use parallel::{Collective, InProcess, Solo};
 
     use super::*;
 

@@ -52,6 +52,7 @@ pub mod flux;
 pub mod qwen_image;
 pub mod sd3;
 
+mod checkpoint_names;
 pub mod registry;
 
 pub use checkpoint::Checkpoint;

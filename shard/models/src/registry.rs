@@ -1,11 +1,12 @@
 //! Which class of a checkpoint is which code: the one list to extend for a new family.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parallel::weights::Measured;
-use parallel::{DType, Device, Weights};
+use parallel::{Collective, DType, Device, Weights};
 
 use crate::block_runner::Follower;
 use crate::blocks::{Layout, RankGroup};
@@ -14,7 +15,7 @@ use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
-use crate::{Error, Result, flux, qwen_image, sd3};
+use crate::{Error, Result, checkpoint_names, flux, qwen_image, sd3};
 
 /// A rank with its weights.
 pub enum Rank {
@@ -99,7 +100,7 @@ pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result
 pub fn load_with(spec: LoadSpec<'_>, adapters: Sources, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
     let LoadSpec { dir, component, mut group, device, limits } = spec;
     let path = dir.require(component)?.path;
-    let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &device)?;
+    let weights = open(dir, &path, group.tensor.clone(), &device)?;
     let ranks = group.layout().lane_ranks() as u64;
     on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
     if !adapters.named.is_empty() {
@@ -119,10 +120,16 @@ pub fn sites(dir: &ModelDir, component: &str) -> Result<Sites> {
     Ok(Sites::new(component, weights.adapters().sites()))
 }
 
+/// A component's checkpoint, whatever names it has.
+fn open(dir: &ModelDir, path: &Path, group: Arc<dyn Collective>, device: &Device) -> Result<Weights> {
+    let names = |name: &str, shape: &[usize]| checkpoint_names::names(dir.pipeline_class(), name, shape);
+    Ok(Weights::open_as(path, group, DType::F32, device, &names)?)
+}
+
 /// A rank's loading code, run without reading.
 fn measured(dir: &ModelDir, component: &str, group: RankGroup) -> Result<(Rank, Weights)> {
     let path = dir.require(component)?.path;
-    let weights = Weights::open(&path, group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
+    let weights = open(dir, &path, group.tensor.clone(), &Device::Cpu)?.measuring();
     let rank = load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;
     Ok((rank, weights))
 }

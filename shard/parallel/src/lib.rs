@@ -20,6 +20,7 @@ pub mod device;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 
+pub mod checkpoint;
 pub mod safetensors_header;
 pub mod weights;
 

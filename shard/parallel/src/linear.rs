@@ -36,25 +36,23 @@ pub struct Linear {
 impl Linear {
     /// Reads `weight: [d_out, d_in]` and, if the checkpoint has one, `bias: [d_out]`.
     pub fn load(w: &Weights, d_in: usize, d_out: usize) -> Result<Self> {
-        let weight = w.get("weight", &[d_out, d_in], Shard::Replicated)?;
+        let weight = w.matrix("weight", &[d_out, d_in], Shard::Replicated, None)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
-        let patch = patch(w, d_in, d_out, Cut::Whole);
-        Ok(Self { weight: matrix(w, &weight)?, bias, patch: Some(patch) })
+        Ok(Self { weight, bias, patch: Some(patch(w, d_in, d_out, Cut::Whole)) })
     }
 
     /// Reads some rows of `weight: [d_out, d_in]` and, if the checkpoint has one, of `bias: [d_out]`: those output features, one
     /// part after the other.
     pub fn load_rows(w: &Weights, [d_in, d_out]: [usize; 2], rows: &[Range<usize>]) -> Result<Self> {
         let shard = Shard::Parts { dim: 0, parts: rows.to_vec() };
-        let weight = w.get("weight", &[d_out, d_in], shard.clone())?;
+        let weight = w.matrix("weight", &[d_out, d_in], shard.clone(), None)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], shard)).transpose()?;
-        let patch = patch(w, d_in, d_out, Cut::Rows(rows.to_vec()));
-        Ok(Self { weight: matrix(w, &weight)?, bias, patch: Some(patch) })
+        Ok(Self { weight, bias, patch: Some(patch(w, d_in, d_out, Cut::Rows(rows.to_vec()))) })
     }
 
-    /// A layer of `weight: [d_out, d_in]` and `bias: [d_out]` that were read from `w`. Adapters do not change it.
-    pub fn of(w: &Weights, weight: &Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Ok(Self { weight: matrix(w, weight)?, bias, patch: None })
+    /// Reads a slice of `weight: [d_out, d_in..]`, without a bias. Adapters do not change it.
+    pub fn load_fixed(w: &Weights, full_shape: &[usize], shard: Shard) -> Result<Self> {
+        Ok(Self { weight: w.matrix("weight", full_shape, shard, None)?, bias: None, patch: None })
     }
 
     /// `x: [.., d_in]` gives `[.., d_out]`.
@@ -71,10 +69,6 @@ impl Linear {
 /// The layer's place among those that adapters can change.
 fn patch(w: &Weights, d_in: usize, d_out: usize, cut: Cut) -> Patch {
     w.adapters().register(Site { name: w.prefix().to_owned(), d_in, d_out, cut }, w.group())
-}
-
-fn matrix(w: &Weights, weight: &Tensor) -> Result<Matrix> {
-    if w.is_measuring() { Matrix::measured(weight) } else { Matrix::new(weight) }
 }
 
 /// `y = x W^T + b`, with the rows of `W` (output features) divided over the group.
@@ -96,11 +90,10 @@ impl ColumnParallelLinear {
     pub fn load_kernel(w: &Weights, kernel: &[usize], d_out: &[usize]) -> Result<Self> {
         let rows = d_out.iter().sum();
         let shard = Shard::Split { dim: 0, blocks: d_out.to_vec() };
-        let weight = w.get("weight", &[&[rows], kernel].concat(), shard.clone())?;
-        let weight = if kernel.len() == 1 { weight } else { weight.flatten_from(1)? };
+        let weight = w.matrix("weight", &[&[rows], kernel].concat(), shard.clone(), None)?;
         let bias = w.contains("bias").then(|| w.get("bias", &[rows], shard)).transpose()?;
         let patch = Some(patch(w, kernel.iter().product(), rows, Cut::Outputs(d_out.to_vec())));
-        Ok(Self { linear: Linear { weight: matrix(w, &weight)?, bias, patch }, group: w.group().clone(), packed: d_out.len() })
+        Ok(Self { linear: Linear { weight, bias, patch }, group: w.group().clone(), packed: d_out.len() })
     }
 
     /// `x: [.., d_in]`, equal on every rank, gives this rank's `[.., d_out/tp]`: its slice of every packed part.
@@ -145,10 +138,8 @@ impl RowParallelLinear {
         if !CHUNKS.is_multiple_of(tp) {
             return Err(Error::GroupSize { size: tp });
         }
-        let weight = w.get("weight", &[d_out, d_in.iter().sum()], shard)?;
+        let weight = w.matrix("weight", &[d_out, d_in.iter().sum()], shard, Some(chunks(d_in, tp, rank)))?;
         let bias = w.contains("bias").then(|| w.get("bias", &[d_out], Shard::Replicated)).transpose()?;
-        let weight =
-            if w.is_measuring() { Matrix::measured(&weight)? } else { Matrix::in_chunks(&weight, chunks(d_in, tp, rank))? };
         let patch = patch(w, d_in.iter().sum(), d_out, Cut::Inputs(d_in.to_vec())).reducing(w.group());
         Ok(Self { weight, bias, patch, group: w.group().clone() })
     }

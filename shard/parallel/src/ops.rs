@@ -9,6 +9,7 @@ use kernels::{channels, rope, rows};
 use crate::Result;
 
 mod attention;
+mod blocks;
 pub(crate) mod host;
 mod matrix;
 

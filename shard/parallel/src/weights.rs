@@ -1,22 +1,24 @@
 //! Reading this rank's slice of a checkpoint, and nothing else.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Display};
-use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize;
+use kernels::blocks::BlockType;
+use kernels::gemm::BlockRows;
 
+use crate::checkpoint::{Checkpoint, Entry, Names, Stored};
 use crate::collective::Collective;
 use crate::lora::Adapters;
-use crate::safetensors_header::{self, LENGTH_BYTES, MAX_TENSORS};
+use crate::ops::{Chunks, Matrix};
 use crate::{Error, Result};
+
+pub use crate::checkpoint::checkpoint_files;
 
 /// How one tensor is divided over the ranks of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +59,7 @@ impl Shard {
 #[derive(Clone)]
 pub struct Weights {
     checkpoint: Arc<Checkpoint>,
+    taken: Arc<Taken>,
     prefix: String,
     group: Arc<dyn Collective>,
     dtype: DType,
@@ -66,11 +69,10 @@ pub struct Weights {
     adapters: Arc<Adapters>,
 }
 
-struct Checkpoint {
-    dir: PathBuf,
-    files: Vec<Mmap>,
-    entries: BTreeMap<String, Entry>,
-    taken: Mutex<BTreeSet<String>>,
+/// What has been taken of a checkpoint.
+#[derive(Default)]
+struct Taken {
+    names: Mutex<BTreeSet<String>>,
     bytes_read: Arc<AtomicU64>,
     bytes_held: AtomicU64,
     measured: Mutex<BTreeMap<String, Measured>>,
@@ -85,41 +87,26 @@ pub struct Measured {
     pub whole: bool,
 }
 
-#[derive(Clone)]
-struct Entry {
-    file: usize,
-    dtype: DType,
+/// A tensor, and what of it this rank holds.
+struct Held<'a> {
+    name: String,
+    entry: &'a Entry,
+    /// Of which dimension; `None`: all of the tensor.
+    parts: Option<(usize, Vec<Range<usize>>)>,
     shape: Vec<usize>,
-    start: usize,
-    end: usize,
-}
-
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
 }
 
 impl Weights {
-    /// Opens the safetensors of a component's folder: one file (`diffusion_pytorch_model.safetensors` or
-    /// `model.safetensors`) or several with an index. Tensors come out as `dtype` on `device`.
+    /// Opens the checkpoint in a component's folder: see [`checkpoint_files`]. Tensors come out as `dtype` on `device`.
     pub fn open(dir: &Path, group: Arc<dyn Collective>, dtype: DType, device: &Device) -> Result<Self> {
-        let (mut files, mut entries) = (Vec::new(), BTreeMap::new());
-        for path in checkpoint_files(dir)? {
-            let map = map_file(&path)?;
-            read_entries(&path, &map, files.len(), &mut entries)?;
-            files.push(map);
-        }
-        let checkpoint = Checkpoint {
-            dir: dir.to_owned(),
-            files,
-            entries,
-            taken: Mutex::default(),
-            bytes_read: Arc::default(),
-            bytes_held: AtomicU64::new(0),
-            measured: Mutex::default(),
-        };
+        Self::open_as(dir, group, dtype, device, &|_, _| None)
+    }
+
+    /// As [`Self::open`], for a checkpoint that may have other names than the model's.
+    pub fn open_as(dir: &Path, group: Arc<dyn Collective>, dtype: DType, device: &Device, names: Names<'_>) -> Result<Self> {
         Ok(Self {
-            checkpoint: Arc::new(checkpoint),
+            checkpoint: Arc::new(Checkpoint::open(dir, names)?),
+            taken: Arc::default(),
             prefix: String::new(),
             group,
             dtype,
@@ -161,6 +148,11 @@ impl Weights {
         &self.prefix
     }
 
+    /// The type tensors come out as.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// The device tensors are made on.
     pub fn device(&self) -> &Device {
         &self.device
@@ -176,84 +168,156 @@ impl Weights {
     /// # Errors
     /// When it is missing, when the *full* tensor has another shape than `full_shape`, or when a block cannot be divided.
     pub fn get(&self, name: &str, full_shape: &[usize], shard: Shard) -> Result<Tensor> {
+        self.tensor(self.held(name, full_shape, shard)?, self.dtype)
+    }
+
+    /// As [`Self::get`], but as it is stored if that is a type of 16 bits: for tables whose rows are looked up, and widened
+    /// then.
+    pub fn get_narrow(&self, name: &str, full_shape: &[usize], shard: Shard) -> Result<Tensor> {
+        let held = self.held(name, full_shape, shard)?;
+        let dtype = self.narrow(held.entry.stored);
+        self.tensor(held, dtype)
+    }
+
+    /// This rank's slice of a linear layer's weight `[d_out, d_in..]`, ready to be multiplied with: as it is stored, where that is
+    /// in 16 bits or in blocks. `chunks` says how a product is cut; `None`: it is one sum.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub(crate) fn matrix(&self, name: &str, full_shape: &[usize], shard: Shard, chunks: Option<Chunks>) -> Result<Matrix> {
+        let held = self.held(name, full_shape, shard)?;
+        let chunks = chunks.unwrap_or_else(|| vec![vec![(0, held.shape.iter().skip(1).product())]]);
+        match held.entry.stored {
+            Stored::Plain(_) => {
+                let dtype = self.narrow(held.entry.stored);
+                let weight = self.tensor(held, dtype)?;
+                let weight = if weight.rank() > 2 { weight.flatten_from(1)? } else { weight };
+                if self.measuring { Matrix::measured(&weight) } else { Matrix::in_chunks(&weight, chunks) }
+            }
+            Stored::Blocks(kind) => self.blocks(held, kind, chunks),
+        }
+    }
+
+    fn held(&self, name: &str, full_shape: &[usize], shard: Shard) -> Result<Held<'_>> {
         let name = self.full_name(name);
         let entry = self.checkpoint.entries.get(&name).ok_or_else(|| Error::MissingTensor { name: name.clone() })?;
         if entry.shape != full_shape {
             return Err(Error::Shape { name, found: entry.shape.clone(), expected: full_shape.to_vec() });
         }
-        self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
+        self.taken.names.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone());
         let parts = self.parts(&name, entry, shard)?;
         let mut shape = entry.shape.clone();
         if let Some((dim, parts)) = &parts {
             shape[*dim] = parts.iter().map(Range::len).sum();
         }
-        if self.measuring {
-            return self.measure(name, entry, shape, parts.is_none());
-        }
-        let data = &self.checkpoint.files[entry.file][entry.start..entry.end];
-        match parts {
-            None => self.tensor(data, entry.dtype, &shape),
-            Some((dim, parts)) => self.tensor(&slice(data, entry, dim, &parts), entry.dtype, &shape),
-        }
+        Ok(Held { name, entry, parts, shape })
     }
 
     /// Marks every tensor under `prefix` as somebody else's: another block range's, or a buffer the model does not need.
     pub fn skip(&self, prefix: impl Display) {
         let prefix = self.full_name(&prefix.to_string());
-        let mut taken = self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.taken.names.lock().unwrap_or_else(PoisonError::into_inner);
         let below = format!("{prefix}.");
         taken.extend(self.checkpoint.entries.keys().filter(|k| **k == prefix || k.starts_with(&below)).cloned());
     }
 
     /// To be called when the model is loaded: a tensor that nobody took or skipped is an error.
     pub fn finish(&self) -> Result<()> {
-        let taken = self.checkpoint.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = self.taken.names.lock().unwrap_or_else(PoisonError::into_inner);
         let names: Vec<String> = self.checkpoint.entries.keys().filter(|k| !taken.contains(*k)).cloned().collect();
         if names.is_empty() { Ok(()) } else { Err(Error::UnusedTensors { names }) }
     }
 
     /// Bytes of weights this rank has read so far; shared, so that a loading bar can watch it.
     pub fn bytes_read(&self) -> Arc<AtomicU64> {
-        self.checkpoint.bytes_read.clone()
+        self.taken.bytes_read.clone()
     }
 
     /// Bytes of the tensors that were given out, in the type they were given out in.
     pub fn bytes_held(&self) -> u64 {
-        self.checkpoint.bytes_held.load(Ordering::Relaxed)
+        self.taken.bytes_held.load(Ordering::Relaxed)
     }
 
     /// What was counted of each tensor, by its full name; empty unless this is [`Self::measuring`].
     pub fn measured(&self) -> BTreeMap<String, Measured> {
-        self.checkpoint.measured.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.taken.measured.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Bytes of weights in the whole checkpoint, as stored.
     pub fn total_bytes(&self) -> u64 {
-        self.checkpoint.entries.values().map(|e| (e.end - e.start) as u64).sum()
+        self.checkpoint.total_bytes()
     }
 
     fn full_name(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 
-    fn tensor(&self, data: &[u8], dtype: DType, shape: &[usize]) -> Result<Tensor> {
-        self.count(data.len() / dtype.size_in_bytes(), dtype);
-        Ok(Tensor::from_raw_buffer(data, dtype, shape, &self.device)?.to_dtype(self.dtype)?)
+    fn tensor(&self, held: Held<'_>, dtype: DType) -> Result<Tensor> {
+        let Held { name, entry, parts, shape } = held;
+        let elements: usize = shape.iter().product();
+        let taken = match entry.stored {
+            Stored::Plain(stored) => elements * stored.size_in_bytes(),
+            // Blocks that are cut are read whole; close enough for the few tensors that are widened.
+            Stored::Blocks(kind) => elements.div_ceil(kind.values()) * kind.bytes(),
+        };
+        self.count(taken, elements * dtype.size_in_bytes());
+        if self.measuring {
+            // Zeros in the shape of this rank's slice, all in one element.
+            self.measured_tensor(name, taken, parts.is_none());
+            return Ok(Tensor::zeros((), dtype, &self.device)?.broadcast_as(shape)?);
+        }
+        let data = self.checkpoint.data(entry);
+        let (data, stored) = match entry.stored {
+            Stored::Plain(stored) => (data, stored),
+            Stored::Blocks(kind) => (Cow::Owned(widened(kind, &data)), DType::F32),
+        };
+        let tensor = match parts {
+            None => Tensor::from_raw_buffer(&data, stored, &shape, &self.device),
+            Some((dim, parts)) => {
+                Tensor::from_raw_buffer(&slice(&data, &entry.shape, stored, dim, &parts), stored, &shape, &self.device)
+            }
+        };
+        Ok(tensor?.to_dtype(dtype)?)
     }
 
-    fn count(&self, elements: usize, stored: DType) {
-        let Checkpoint { bytes_read, bytes_held, .. } = &*self.checkpoint;
-        bytes_read.fetch_add((elements * stored.size_in_bytes()) as u64, Ordering::Relaxed);
-        bytes_held.fetch_add((elements * self.dtype.size_in_bytes()) as u64, Ordering::Relaxed);
+    fn blocks(&self, held: Held<'_>, kind: BlockType, chunks: Chunks) -> Result<Matrix> {
+        let Held { name, entry, parts, shape } = held;
+        let (d_out, stored) = (entry.shape[0], entry.shape.iter().skip(1).product::<usize>());
+        let (rows, columns) = match &parts {
+            None => (vec![0..d_out], vec![0..stored]),
+            Some((0, rows)) => (rows.clone(), vec![0..stored]),
+            Some((1, columns)) if entry.shape.len() == 2 => (vec![0..d_out], columns.clone()),
+            Some((dim, _)) => {
+                return Err(Error::Operands { reason: format!("a weight in blocks, `{name}`, cut along dimension {dim}") });
+            }
+        };
+        let columns = pieces_of(&columns, &chunks);
+        let taken = BlockRows::bytes_of(kind, shape[0], &columns);
+        self.count(taken, taken);
+        if self.measuring {
+            self.measured_tensor(name, taken, parts.is_none());
+            return Matrix::measured(&Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?);
+        }
+        let rows = BlockRows::of(kind, &self.checkpoint.data(entry), stored, &rows, &columns);
+        Matrix::of_blocks(rows, chunks, &self.device)
     }
 
-    /// Zeros in the shape of this rank's slice, all in one element; its bytes are counted as read.
-    fn measure(&self, name: String, entry: &Entry, shape: Vec<usize>, whole: bool) -> Result<Tensor> {
-        let elements = shape.iter().product();
-        self.count(elements, entry.dtype);
-        let taken = Measured { bytes: (elements * entry.dtype.size_in_bytes()) as u64, whole };
-        self.checkpoint.measured.lock().unwrap_or_else(PoisonError::into_inner).insert(name, taken);
-        Ok(Tensor::zeros((), self.dtype, &self.device)?.broadcast_as(shape)?)
+    /// The type in which a matrix or a table is held: 16 bits stay, since they are widened exactly when they are used.
+    fn narrow(&self, stored: Stored) -> DType {
+        match stored {
+            Stored::Plain(stored @ (DType::BF16 | DType::F16)) if self.dtype == DType::F32 => stored,
+            _ => self.dtype,
+        }
+    }
+
+    fn count(&self, read: usize, held: usize) {
+        self.taken.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
+        self.taken.bytes_held.fetch_add(held as u64, Ordering::Relaxed);
+    }
+
+    fn measured_tensor(&self, name: String, bytes: usize, whole: bool) {
+        let taken = Measured { bytes: bytes as u64, whole };
+        self.taken.measured.lock().unwrap_or_else(PoisonError::into_inner).insert(name, taken);
     }
 
     /// What this rank holds of which dimension; `None`: all of the tensor.
@@ -294,10 +358,10 @@ impl Weights {
     }
 }
 
-/// The bytes of `parts` along `dim`.
-fn slice(data: &[u8], entry: &Entry, dim: usize, parts: &[Range<usize>]) -> Vec<u8> {
-    let full = entry.shape[dim];
-    let unit = entry.shape[dim + 1..].iter().product::<usize>() * entry.dtype.size_in_bytes();
+/// The bytes of `parts` along `dim` of a tensor of `shape`.
+fn slice(data: &[u8], shape: &[usize], dtype: DType, dim: usize, parts: &[Range<usize>]) -> Vec<u8> {
+    let full = shape[dim];
+    let unit = shape[dim + 1..].iter().product::<usize>() * dtype.size_in_bytes();
     let held: usize = parts.iter().map(Range::len).sum();
     let mut bytes = Vec::with_capacity(data.len() / full.max(1) * held);
     for row in data.chunks_exact((full * unit).max(1)) {
@@ -306,6 +370,30 @@ fn slice(data: &[u8], entry: &Entry, dim: usize, parts: &[Range<usize>]) -> Vec<
         }
     }
     bytes
+}
+
+/// Blocks as bytes of f32.
+fn widened(kind: BlockType, blocks: &[u8]) -> Vec<u8> {
+    let mut wide = vec![0f32; blocks.len() / kind.bytes() * kind.values()];
+    kind.widen(blocks, &mut wide);
+    wide.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// The columns of the stored weight that the pieces of `chunks` are, one after the other. Pieces count in what is held: `columns`,
+/// one run after the other.
+fn pieces_of(columns: &[Range<usize>], chunks: &Chunks) -> Vec<Range<usize>> {
+    let piece = |(start, len): &(usize, usize)| {
+        let (start, end) = (*start, start + len);
+        let mut before = 0;
+        let part = move |run: &Range<usize>| {
+            let (from, until) = (start.clamp(before, before + run.len()), end.clamp(before, before + run.len()));
+            let part = run.start + from - before..run.start + until - before;
+            before += run.len();
+            part
+        };
+        columns.iter().map(part).filter(|part| !part.is_empty()).collect::<Vec<_>>()
+    };
+    chunks.iter().flatten().flat_map(piece).collect()
 }
 
 impl fmt::Debug for Weights {
@@ -319,79 +407,6 @@ impl fmt::Debug for Weights {
             self.group.size()
         )
     }
-}
-
-/// The safetensors files of a component's folder.
-///
-/// # Errors
-/// When there are none, or an index names a file outside the folder.
-pub fn checkpoint_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    for stem in ["diffusion_pytorch_model", "model"] {
-        let one = dir.join(format!("{stem}.safetensors"));
-        if one.is_file() {
-            return Ok(vec![one]);
-        }
-        let index = dir.join(format!("{stem}.safetensors.index.json"));
-        if index.is_file() {
-            return index_files(dir, &index);
-        }
-    }
-    let reason = "there is no diffusion_pytorch_model.safetensors or model.safetensors (and no index of several)".to_owned();
-    Err(Error::Checkpoint { path: dir.to_owned(), reason })
-}
-
-fn index_files(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
-    let bad = |reason: String| Error::Checkpoint { path: index.to_owned(), reason };
-    let text = std::fs::read(index).map_err(|source| Error::Io { path: index.to_owned(), source })?;
-    let index: Index = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
-    let names: BTreeSet<&String> = index.weight_map.values().collect();
-    if let Some(name) = names.iter().find(|n| n.contains('/') || n.contains('\\') || n.starts_with('.')) {
-        return Err(bad(format!("`{name}` is not a plain file name")));
-    }
-    Ok(names.into_iter().map(|name| dir.join(name)).collect())
-}
-
-#[allow(unsafe_code)] // the one mapping of checkpoints
-fn map_file(path: &Path) -> Result<Mmap> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
-    let file = File::open(path).map_err(io)?;
-    // SAFETY: the mapping is read-only and private to `Weights`. Checkpoints are immutable while they are served (README,
-    // "Models"): a file that is truncated under a running worker ends that process, as it would for any mapped program.
-    unsafe { Mmap::map(&file) }.map_err(io)
-}
-
-fn read_entries(path: &Path, map: &Mmap, file: usize, entries: &mut BTreeMap<String, Entry>) -> Result<()> {
-    let bad = |reason: String| Error::Checkpoint { path: path.to_owned(), reason };
-    let length = safetensors_header::length(map, map.len() as u64).map_err(bad)?;
-    safetensors_header::check(&map[LENGTH_BYTES..LENGTH_BYTES + length]).map_err(bad)?;
-    let tensors = SafeTensors::deserialize(map).map_err(|e| bad(format!("{e}; it may be truncated")))?;
-    if tensors.len() + entries.len() > MAX_TENSORS {
-        return Err(bad(format!("it holds more than {MAX_TENSORS} tensors")));
-    }
-    let base = map.as_ptr() as usize;
-    for (name, view) in tensors.iter() {
-        let dtype =
-            dtype(view.dtype()).ok_or_else(|| bad(format!("tensor `{name}` has the unsupported type {:?}", view.dtype())))?;
-        let start = view.data().as_ptr() as usize - base;
-        let entry = Entry { file, dtype, shape: view.shape().to_vec(), start, end: start + view.data().len() };
-        if entries.insert(name.to_owned(), entry).is_some() {
-            return Err(bad(format!("tensor `{name}` is there twice")));
-        }
-    }
-    Ok(())
-}
-
-fn dtype(dtype: Dtype) -> Option<DType> {
-    Some(match dtype {
-        Dtype::F64 => DType::F64,
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        Dtype::I64 => DType::I64,
-        Dtype::U32 => DType::U32,
-        Dtype::U8 => DType::U8,
-        _ => return None,
-    })
 }
 
 #[cfg(test)]
@@ -483,14 +498,5 @@ mod tests {
         check(&whole[..5], "shorter than 8 bytes");
         check(&[&(100u64 << 20).to_le_bytes()[..], &whole[8..]].concat(), "header claims");
         check(&[&whole[..], b"more"].concat(), "");
-    }
-
-    #[test]
-    fn an_index_may_not_leave_its_folder() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("model.safetensors.index.json"), r#"{"weight_map": {"a": "../secret.safetensors"}}"#)
-            .unwrap();
-        let error = checkpoint_files(dir.path()).unwrap_err();
-        assert!(error.to_string().contains("../secret.safetensors"), "{error}");
     }
 }

@@ -3,12 +3,14 @@
 use std::fmt;
 use std::ops::Range;
 
-use half::bf16;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::cpu::vectorised;
+use crate::gemm::blocks::BlockRows;
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{Piece, Rows};
+use crate::gemm::{K_STEP, Piece, Rows};
 use crate::scratch::Buffer;
 
 /// `W: [N, K]`, packed once as `[N / nr][K][nr]`; the last panel is filled up with zeros.
@@ -20,11 +22,14 @@ pub struct PackedWeight {
     kernel: &'static MicroKernel,
 }
 
-/// Weights may stay in 16 bits; arithmetic is in f32 all the same.
+/// Weights may stay in 16 bits or in blocks of fewer; arithmetic is in f32 all the same.
 #[derive(Clone)]
 enum Panels {
     F32(Buffer),
     Bf16(Vec<bf16>),
+    F16(Vec<f16>),
+    /// Not panels yet: rows.
+    Blocks(BlockRows),
 }
 
 /// What a weight may be stored as.
@@ -49,6 +54,21 @@ impl Element for bf16 {
         let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
         pack_panels(&mut panels, weight, pieces, kernel.nr);
         PackedWeight { n, k, panels: Panels::Bf16(panels), kernel }
+    }
+}
+
+impl Element for f16 {
+    fn pack(weight: Rows<'_, Self>, pieces: &[Piece], kernel: &'static MicroKernel) -> PackedWeight {
+        let (n, k) = (weight.count(), columns(pieces));
+        let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
+        pack_panels(&mut panels, weight, pieces, kernel.nr);
+        PackedWeight { n, k, panels: Panels::F16(panels), kernel }
+    }
+}
+
+impl From<BlockRows> for PackedWeight {
+    fn from(rows: BlockRows) -> Self {
+        Self { n: rows.n(), k: rows.k(), panels: Panels::Blocks(rows), kernel: MicroKernel::best() }
     }
 }
 
@@ -78,6 +98,8 @@ impl PackedWeight {
         match &self.panels {
             Panels::F32(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
+            Panels::F16(panels) => size_of_val(panels.as_slice()),
+            Panels::Blocks(rows) => rows.bytes(),
         }
     }
 
@@ -96,14 +118,37 @@ impl PackedWeight {
                 widen(&panels[range], buffer);
                 buffer
             }
+            Panels::F16(panels) => {
+                let buffer = &mut buffer[..range.len()];
+                panels[range].convert_to_f32_slice(buffer);
+                buffer
+            }
+            Panels::Blocks(rows) => {
+                let buffer = &mut buffer[..range.len()];
+                rows.widen(panel * nr..self.n.min((panel + 1) * nr), k, nr, buffer);
+                buffer
+            }
+        }
+    }
+
+    /// In which steps K is best passed: blocks would rather not be widened twice.
+    pub(crate) fn step(&self, len: usize) -> usize {
+        match self.panels {
+            Panels::Blocks(_) => K_STEP,
+            _ => len.div_ceil(len.div_ceil(K_STEP).max(1)),
         }
     }
 }
 
 impl fmt::Debug for PackedWeight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = if matches!(self.panels, Panels::F32(_)) { "f32" } else { "bf16" };
-        write!(f, "PackedWeight([{}, {}] {kind}, {:?})", self.n, self.k, self.kernel)
+        let kind: &dyn fmt::Debug = match &self.panels {
+            Panels::F32(_) => &format_args!("f32"),
+            Panels::Bf16(_) => &format_args!("bf16"),
+            Panels::F16(_) => &format_args!("f16"),
+            Panels::Blocks(rows) => &rows.kind(),
+        };
+        write!(f, "PackedWeight([{}, {}] {kind:?}, {:?})", self.n, self.k, self.kernel)
     }
 }
 

@@ -72,8 +72,7 @@ impl PatchEmbed {
     fn load(w: &Weights, config: &Qwen25VlVisionConfig) -> Result<Self> {
         let (d, side) = (config.hidden_size, config.patch_size);
         let shape = [d, config.in_channels, config.temporal_patch_size, side, side];
-        let weight = w.get("weight", &shape, Shard::split(0, d))?.flatten_from(1)?; // [D/tp, C T P P]
-        Ok(Self { proj: Linear::of(w, &weight, None)?, group: w.group().clone() })
+        Ok(Self { proj: Linear::load_fixed(w, &shape, Shard::split(0, d))?, group: w.group().clone() }) // [D/tp, C T P P]
     }
 
     fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {

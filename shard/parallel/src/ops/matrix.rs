@@ -3,9 +3,10 @@
 use std::fmt;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
-use kernels::gemm::{Element, Epilogue, PackedWeight, Piece, Rows, linear_tree};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use kernels::gemm::{BlockRows, Element, Epilogue, PackedWeight, Piece, Rows, linear_tree};
 
+use super::blocks::Blocks;
 use super::host::{fill, has_kernels, read};
 use crate::{Error, Result};
 
@@ -22,10 +23,12 @@ pub(crate) struct Matrix {
 
 #[derive(Clone)]
 enum Weight {
-    /// For our kernels: f32 or bf16, arithmetic in f32.
+    /// For our kernels: f32, 16 bits or blocks; arithmetic in f32.
     Packed(Arc<PackedWeight>),
     /// For candle's: one for each chunk.
     Whole(Vec<Tensor>),
+    /// For candle's: all chunks one after the other, widened for each product.
+    Blocks(Arc<Blocks>),
 }
 
 impl Matrix {
@@ -38,12 +41,23 @@ impl Matrix {
     /// Packs `weight`; its product adds the chunks' own products as a balanced tree.
     pub(crate) fn in_chunks(weight: &Tensor, chunks: Chunks) -> Result<Self> {
         let (d_out, d_in) = weight.dims2()?;
-        let packs = matches!(weight.dtype(), DType::F32 | DType::BF16) && has_kernels(weight.device());
+        let packs = matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16) && has_kernels(weight.device());
         let packed = packs.then(|| pack(weight, &chunks)).transpose()?;
         let weight = match packed {
             Some(packed) => Weight::Packed(Arc::new(packed)),
             None if chunks.len() == 1 && chunks[0] == [(0, d_in)] => Weight::Whole(vec![weight.clone()]),
             None => Weight::Whole(chunks.iter().map(|pieces| columns(weight, pieces)).collect::<Result<_>>()?),
+        };
+        Ok(Self { chunks: Arc::new(chunks), d_out, weight })
+    }
+
+    /// Takes in a weight in blocks, whose columns are those of the chunks, one after the other.
+    pub(crate) fn of_blocks(rows: BlockRows, chunks: Chunks, device: &Device) -> Result<Self> {
+        let d_out = rows.n();
+        let weight = if has_kernels(device) {
+            Weight::Packed(Arc::new(rows.into()))
+        } else {
+            Weight::Blocks(Arc::new(Blocks::new(&rows, device)?))
         };
         Ok(Self { chunks: Arc::new(chunks), d_out, weight })
     }
@@ -74,16 +88,36 @@ impl Matrix {
                 })?
             }
             Weight::Whole(weights) => {
-                let x = x.reshape((rows, d_in))?;
-                let one = |(pieces, weight): (&Vec<Piece>, &Tensor)| Ok(columns(&x, pieces)?.matmul(&weight.t()?)?);
-                let y = tree_sum(self.chunks.iter().zip(weights).map(one).collect::<Result<_>>()?)?;
-                let y = match bias {
-                    Some(bias) => y.broadcast_add(bias)?,
-                    None => y,
-                };
-                Ok(y.reshape(shape)?)
+                Ok(add(tree_product(&x.reshape((rows, d_in))?, &self.chunks, weights)?, bias)?.reshape(shape)?)
+            }
+            Weight::Blocks(blocks) => {
+                let weights = blocks.widened(&self.chunks)?;
+                Ok(add(tree_product(&x.reshape((rows, d_in))?, &self.chunks, &weights)?, bias)?.reshape(shape)?)
             }
         }
+    }
+}
+
+/// `x: [rows, d_in]`, a weight for each chunk.
+fn tree_product(x: &Tensor, chunks: &Chunks, weights: &[Tensor]) -> Result<Tensor> {
+    let one = |(pieces, weight): (&Vec<Piece>, &Tensor)| {
+        let x = columns(x, pieces)?;
+        let (factor, weight) = match (weight.dtype(), weight.device()) {
+            // What GPUs multiply fastest, adding in f32; activations elsewhere stay as they are.
+            (DType::BF16, device) if !device.is_cpu() => (x.to_dtype(DType::BF16)?, weight.clone()),
+            // Halves would overflow as activations, and candle's CPU has no products of 16 bits.
+            (DType::BF16 | DType::F16, _) => (x.clone(), weight.to_dtype(x.dtype())?),
+            _ => (x.clone(), weight.clone()),
+        };
+        Ok(factor.matmul(&weight.t()?)?.to_dtype(x.dtype())?)
+    };
+    tree_sum(chunks.iter().zip(weights).map(one).collect::<Result<_>>()?)
+}
+
+fn add(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
+        Some(bias) => Ok(y.broadcast_add(bias)?),
+        None => Ok(y),
     }
 }
 
@@ -99,6 +133,7 @@ fn pack(weight: &Tensor, chunks: &Chunks) -> Result<PackedWeight> {
     match &*storage {
         Storage::Cpu(CpuStorage::F32(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
         Storage::Cpu(CpuStorage::BF16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
+        Storage::Cpu(CpuStorage::F16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
         _ => Err(Error::Operands { reason: format!("a weight of {:?} to pack", weight.dtype()) }),
     }
 }
@@ -128,6 +163,7 @@ impl fmt::Debug for Matrix {
         match &self.weight {
             Weight::Packed(weight) => write!(f, "{weight:?} in {} chunks", self.chunks.len()),
             Weight::Whole(weights) => write!(f, "{} weights of {} outputs", weights.len(), self.d_out),
+            Weight::Blocks(blocks) => write!(f, "{blocks:?} for {} chunks", self.chunks.len()),
         }
     }
 }

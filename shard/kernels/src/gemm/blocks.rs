@@ -1,0 +1,202 @@
+//! Weights in ggml's blocks, rows as they are stored.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::blocks::{BlockType, MAX_BLOCK};
+use crate::cpu::vectorised;
+use crate::gemm::K_STEP;
+
+/// Most values that a step of K can touch: its own, and what is beside them in the blocks at its ends.
+const MOST: usize = K_STEP + 2 * MAX_BLOCK;
+
+/// `W: [N, K]`. A row is whole blocks, of which runs of values count: those that lie beside them in the first and the last block of
+/// a run belong to other ranks.
+#[derive(Clone)]
+pub struct BlockRows {
+    kind: BlockType,
+    n: usize,
+    k: usize,
+    runs: Vec<Run>,
+    /// Bytes of a row.
+    stride: usize,
+    data: Vec<u8>,
+}
+
+/// Values of a row that lie one after the other.
+#[derive(Clone, Debug)]
+struct Run {
+    /// Which of the K they are.
+    k: Range<usize>,
+    /// The first one's place among all values of the row.
+    at: usize,
+}
+
+impl BlockRows {
+    /// The columns `columns` (one run after the other) of some `rows` of a weight whose rows are `stored` values long. `data` is all of
+    /// it.
+    pub fn of(kind: BlockType, data: &[u8], stored: usize, rows: &[Range<usize>], columns: &[Range<usize>]) -> Self {
+        let (values, bytes) = (kind.values(), kind.bytes());
+        assert!(stored.is_multiple_of(values), "rows of {stored} in blocks of {values}");
+        let whole = stored / values * bytes;
+        let (mut runs, mut k, mut blocks) = (Vec::new(), 0, Vec::new());
+        let mut held = 0;
+        for columns in joined(columns) {
+            let (first, end) = (columns.start / values, columns.end.div_ceil(values));
+            runs.push(Run { k: k..k + columns.len(), at: held * values + columns.start % values });
+            k += columns.len();
+            held += end - first;
+            blocks.push(first * bytes..end * bytes);
+        }
+        let n = rows.iter().map(Range::len).sum();
+        let mut copied = Vec::with_capacity(n * held * bytes);
+        for row in rows.iter().cloned().flatten() {
+            let row = &data[row * whole..][..whole];
+            blocks.iter().for_each(|blocks| copied.extend_from_slice(&row[blocks.clone()]));
+        }
+        Self { kind, n, k, runs, stride: held * bytes, data: copied }
+    }
+
+    /// Bytes that the same would hold.
+    pub fn bytes_of(kind: BlockType, n: usize, columns: &[Range<usize>]) -> usize {
+        let blocks = |columns: &Range<usize>| columns.end.div_ceil(kind.values()) - columns.start / kind.values();
+        n * joined(columns).iter().map(blocks).sum::<usize>() * kind.bytes()
+    }
+
+    /// How its blocks are made.
+    pub fn kind(&self) -> BlockType {
+        self.kind
+    }
+
+    /// Outputs.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Rows of whole blocks, one after the other.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// Where in a row's values the columns are.
+    pub fn runs(&self) -> impl Iterator<Item = Range<usize>> {
+        self.runs.iter().map(|run| run.at..run.at + run.k.len())
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    /// Some K of some rows side by side, as `[k][width]`. Columns of `to` that have no row are zero.
+    pub(crate) fn widen(&self, rows: Range<usize>, k: Range<usize>, width: usize, to: &mut [f32]) {
+        if rows.len() < width {
+            to.fill(0.0);
+        }
+        let (values, bytes) = (self.kind.values(), self.kind.bytes());
+        let mut wide = [0f32; MOST];
+        for (column, row) in rows.enumerate() {
+            let row = &self.data[row * self.stride..][..self.stride];
+            for run in &self.runs {
+                let part = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
+                if part.is_empty() {
+                    continue;
+                }
+                let at = run.at + part.start - run.k.start;
+                let (first, end) = (at / values, (at + part.len()).div_ceil(values));
+                let wide = &mut wide[..(end - first) * values];
+                self.kind.widen(&row[first * bytes..end * bytes], wide);
+                let from = &wide[at - first * values..][..part.len()];
+                spread(from, &mut to[(part.start - k.start) * width + column..], width);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for BlockRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BlockRows([{}, {}] {:?})", self.n, self.k, self.kind)
+    }
+}
+
+/// Runs that go on where the one before them ends are one.
+fn joined(columns: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut joined: Vec<Range<usize>> = Vec::new();
+    for columns in columns.iter().filter(|columns| !columns.is_empty()) {
+        match joined.last_mut() {
+            Some(last) if last.end == columns.start => last.end = columns.end,
+            _ => joined.push(columns.clone()),
+        }
+    }
+    joined
+}
+
+vectorised! {
+    fn spread(from: &[f32], to: &mut [f32], width: usize) {
+        for (to, from) in to.iter_mut().step_by(width).zip(from) {
+            *to = *from;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::gemm::{Epilogue, PackedWeight, Piece, Rows, linear_tree};
+
+    /// `n` rows of `stored` values, as blocks and widened.
+    fn weight(kind: BlockType, n: usize, stored: usize) -> (Vec<u8>, Vec<f32>) {
+        let count = n * stored / kind.values();
+        // Scales stand where they stand: bytes below 60 are small numbers as halves.
+        let data: Vec<u8> = (0..count * kind.bytes()).map(|i| (i * 7919 % 1013 % 60) as u8).collect();
+        let mut wide = vec![0.0; n * stored];
+        kind.widen(&data, &mut wide);
+        (data, wide)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// A product with blocks has the bits of the product with what they hold, however rows and columns are cut.
+        #[test]
+        fn blocks_are_their_widened_values(
+            kind in 0..BlockType::ALL.len(),
+            [m, n] in [0usize..9, 1usize..40],
+            blocks in 1usize..4,
+            cuts in prop::array::uniform4(0.0f64..1.0),
+            first_row in 0usize..40,
+        ) {
+            let kind = BlockType::ALL[kind];
+            let stored = 8 / (256 / kind.values()).min(8) * blocks * kind.values();
+            let (data, wide) = weight(kind, n, stored);
+            let mut cuts = cuts.map(|cut| (cut * stored as f64) as usize);
+            cuts.sort_unstable();
+            let columns = [cuts[2]..cuts[3], cuts[0]..cuts[1]];
+            let (first_row, k) = (first_row % n, columns.iter().map(Range::len).sum::<usize>());
+            let rows = [first_row..n, 0..first_row];
+
+            let packed = PackedWeight::from(BlockRows::of(kind, &data, stored, &rows, &columns));
+            prop_assert_eq!((packed.n(), packed.k()), (n, k));
+            prop_assert_eq!(packed.bytes(), BlockRows::bytes_of(kind, n, &columns));
+            let turned = [&wide[first_row * stored..], &wide[..first_row * stored]].concat();
+            let pieces: Vec<Piece> = columns.iter().map(|c| (c.start, c.len())).collect();
+            let whole = PackedWeight::pack_pieces(Rows::new(&turned, n, stored), &pieces);
+
+            let x: Vec<f32> = (0..m * k).map(|i| (i * 31 % 17) as f32 / 8.0 - 1.0).collect();
+            let product = |weight: &PackedWeight| {
+                let mut y = vec![f32::NAN; m * n];
+                let chunks = [[(0, k / 3)], [(k / 3, k - k / 3)]];
+                linear_tree(Rows::new(&x, m, k), &chunks, weight, Epilogue::default(), &mut y);
+                y
+            };
+            prop_assert_eq!(product(&packed), product(&whole));
+        }
+    }
+}
