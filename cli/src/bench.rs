@@ -2,8 +2,10 @@
 
 mod gpu;
 mod load;
+mod model;
 mod queue;
 mod speed;
+mod synthetic;
 mod table;
 
 use clap::Subcommand;
@@ -16,6 +18,8 @@ pub(crate) enum BenchCommand {
     Kernels(speed::KernelsArgs),
     /// The check-list for a GPU: golden pictures, attention, a step of FLUX.1 beside the device's limit, two devices together.
     Gpu(gpu::GpuArgs),
+    /// A forward of a published network with untrained weights, whole or some of its blocks: time beside the limit, memory beside the plan.
+    Model(model::ModelArgs),
     /// Durable submits, watchers and a deep queue, against a coordinator with stand-in workers.
     Load(load::LoadArgs),
 }
@@ -24,6 +28,7 @@ pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
     match command {
         BenchCommand::Kernels(args) => speed::run(&args),
         BenchCommand::Gpu(args) => gpu::run(&args),
+        BenchCommand::Model(args) => model::run(&args),
         BenchCommand::Load(args) => load::run(args).await,
     }
 }

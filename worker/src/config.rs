@@ -8,6 +8,7 @@ use clap::ArgGroup;
 use identity::{EtcdTls, Identity, Role, TlsArgs};
 use models::lora::store::DEFAULT_CACHE_BYTES;
 use parallel::device::Place;
+use parallel::ops::Products;
 
 use crate::{Error, Result};
 
@@ -59,6 +60,10 @@ pub struct Args {
     /// The device to compute on: `cpu`, or `cuda:N` in a build for GPUs. A worker has one.
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
+    /// On a GPU, what layers with weights of bf16 multiply in: `f32`, or `bf16`, which is several times as fast and rounds what it is
+    /// given.
+    #[arg(long, env = "ATELIER_WORKER_PRODUCTS", default_value = "f32")]
+    pub products: String,
     /// Threads to compute with; 0: one per core.
     #[arg(long, env = "ATELIER_WORKER_THREADS", default_value_t = 0)]
     pub threads: usize,
@@ -107,6 +112,8 @@ pub struct Config {
     pub worker_id: String,
     /// What to compute on.
     pub place: Place,
+    /// What layers with weights of bf16 multiply in on a GPU.
+    pub products: Products,
     /// Threads to compute with; 0: one per core.
     pub threads: usize,
     /// Bytes of prompt embeddings kept.
@@ -149,6 +156,10 @@ impl TryFrom<Args> for Config {
 
     fn try_from(args: Args) -> Result<Self> {
         let place = args.device.parse().map_err(|error: parallel::Error| bad("device", error.to_string()))?;
+        let products: Products = args.products.parse().map_err(|error: parallel::Error| bad("products", error.to_string()))?;
+        if products == Products::Bf16 && place == Place::Cpu {
+            return Err(bad("products", "`bf16` is for a GPU; the CPU multiplies in f32"));
+        }
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));
         }
@@ -177,6 +188,7 @@ impl TryFrom<Args> for Config {
             labels: with_host(labels(&args.labels)?),
             worker_id,
             place,
+            products,
             threads: args.threads,
             prompt_cache_bytes: args.prompt_cache_bytes,
             adapter_cache_bytes: args.adapter_cache_bytes,

@@ -43,6 +43,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(config.threads).build_global() {
         tracing::debug!(%error, "the threads to compute with are set already");
     }
+    config.products.use_here();
     let device = config.place.open().map_err(|error| Error::Config { flag: "device", reason: error.to_string() })?;
     Worker::bind(config, Arc::new(RegistryBackend { device })).await?.run_until(shutdown, signals::stop()).await
 }

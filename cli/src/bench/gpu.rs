@@ -4,7 +4,6 @@
 //! Order: golden cases (is it right?), attention by blocks (is it the plain formula?), one step of FLUX.1 beside the device's own limit (is it
 //! fast?), then two devices together: the same numbers, and how fast they add up.
 
-mod flux;
 mod golden;
 mod measure;
 mod pair;
@@ -16,12 +15,14 @@ use clap::Args;
 use parallel::device::Place;
 use parallel::{Device, Error as DeviceError};
 
+use super::synthetic::flux::Flux;
+use super::synthetic::{Checkpoint, Format};
 use crate::error::Error;
 use report::{Check, Report};
 
 /// FLUX.1's own width and a picture of 1024 x 1024, or what a processor does in a moment.
-const TRUE: flux::Scale = flux::Scale { heads: 24, text_width: 4096, grid: 64, text_tokens: 512 };
-const SMALL: flux::Scale = flux::Scale { heads: 2, text_width: 256, grid: 8, text_tokens: 16 };
+const TRUE: Flux = Flux { blocks: [1, 1], heads: 24, text_width: 4096, grid: 64, text_tokens: 512 };
+const SMALL: Flux = Flux { blocks: [1, 1], heads: 2, text_width: 256, grid: 8, text_tokens: 16 };
 
 #[derive(Debug, Args)]
 pub(crate) struct GpuArgs {
@@ -46,7 +47,7 @@ pub(crate) struct GpuArgs {
 struct Bench {
     device: Device,
     on_cpu: bool,
-    scale: flux::Scale,
+    scale: Flux,
 }
 
 pub(super) fn run(args: &GpuArgs) -> Result<(), Error> {
@@ -57,7 +58,7 @@ pub(super) fn run(args: &GpuArgs) -> Result<(), Error> {
     let mut report = Report::new(args.json, args.device);
     golden::run(&bench, args.golden.as_deref(), &mut report);
     report.take("attention by blocks", measure::attention(&bench));
-    let model = flux::Checkpoint::write(&bench.scale);
+    let model = Checkpoint::write(bench.scale, Format::Bf16, &std::env::temp_dir(), &mut |_, _| ());
     match &model {
         Ok(model) => report.take("one step of FLUX.1", measure::step(&bench, model)),
         Err(error) => report.add(Check::fail("one step of FLUX.1", error.to_string())),

@@ -12,11 +12,13 @@ mod attention;
 mod blocks;
 pub(crate) mod host;
 mod matrix;
+mod products;
 
 pub use attention::attention;
 pub use host::has_kernels;
 use host::{map, ours, produce, read};
 pub(crate) use matrix::{Chunks, Matrix};
+pub use products::Products;
 
 /// A pointwise function between two linear layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parallel::ops::Products;
 use parallel::ops::kernels::limit;
 use parallel::{DType, Device, Solo, Tensor, ops};
 
 use super::Bench;
-use super::flux::{BLOCKS, Checkpoint, HELD};
 use super::report::Check;
+use crate::bench::synthetic::flux::{BLOCKS, Flux};
+use crate::bench::synthetic::{Checkpoint, Network};
 
 /// Each figure's best of so many, after one that does not count.
 const RUNS: usize = 5;
@@ -43,18 +45,30 @@ pub(super) fn attention(bench: &Bench) -> models::Result<Vec<Check>> {
     ])
 }
 
-/// What a block of FLUX.1 does of what the device can, measured just before and after.
-pub(super) fn step(bench: &Bench, model: &Checkpoint) -> models::Result<Vec<Check>> {
+/// What a block of FLUX.1 does of what the device can, measured just before and after: in each way that the device multiplies.
+pub(super) fn step(bench: &Bench, model: &Checkpoint<Flux>) -> models::Result<Vec<Check>> {
+    let ways: &[Products] = if bench.on_cpu { &[Products::F32] } else { &[Products::F32, Products::Bf16] };
+    let mut checks = Vec::new();
+    for way in ways {
+        way.use_here();
+        checks.extend(step_in(bench, model, *way)?);
+    }
+    Products::default().use_here();
+    Ok(checks)
+}
+
+fn step_in(bench: &Bench, model: &Checkpoint<Flux>, way: Products) -> models::Result<Vec<Check>> {
     let loaded = model.load(Arc::new(Solo), &bench.device)?;
     let sample = loaded.forward()?;
     let finite = sample.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?.is_finite();
     let before = limit_tflops(bench)?;
     let spent = best(&bench.device, || loaded.forward())?;
     let limit = before.max(limit_tflops(bench)?);
-    let flops = bench.scale.block_flops() * HELD as f64;
+    let flops = bench.scale.flops();
+    let [held, blocks] = [bench.scale.blocks, BLOCKS].map(|blocks| blocks.iter().sum::<usize>());
     let reached = flops / spent.as_secs_f64() / 1e12;
-    let whole = spent.as_secs_f64() * BLOCKS as f64 / HELD as f64;
-    let what = format!("FLUX.1, width {}, {} tokens", bench.scale.width(), bench.scale.tokens());
+    let whole = spent.as_secs_f64() * blocks as f64 / held as f64;
+    let what = format!("FLUX.1, width {}, {} tokens, products in {way}", bench.scale.width(), bench.scale.tokens());
     Ok(vec![
         Check::within(format!("{what}: finite"), if finite { 0.0 } else { f64::NAN }, 0.0, "", "every number of the output"),
         Check::measured(
@@ -64,11 +78,11 @@ pub(super) fn step(bench: &Bench, model: &Checkpoint) -> models::Result<Vec<Chec
             if bench.on_cpu { "in registers" } else { "a product of 4096^3 in f32" },
         ),
         Check::measured(
-            format!("{what}: {HELD} blocks"),
+            format!("{what}: {held} blocks"),
             reached,
             "TFLOP/s",
             format!(
-                "{:.0} % of the limit; {:.2} ms, so {whole:.2} s for a step of {BLOCKS} blocks",
+                "{:.0} % of the limit; {:.2} ms, so {whole:.2} s for a step of {blocks} blocks",
                 100.0 * reached / limit,
                 milliseconds(spent)
             ),

@@ -10,9 +10,10 @@ use parallel::tcp::{self, Rendezvous, Tcp};
 use parallel::{Collective, DType, Device, Error, Solo, Tensor, device, ops};
 
 use super::Bench;
-use super::flux::Checkpoint;
 use super::measure::{best, milliseconds};
 use super::report::Check;
+use crate::bench::synthetic::Checkpoint;
+use crate::bench::synthetic::flux::Flux;
 
 /// Two ranks of one program on one machine meet at once, or there is something wrong.
 const TO_MEET: Duration = Duration::from_secs(60);
@@ -20,7 +21,7 @@ const TO_MEET: Duration = Duration::from_secs(60);
 const SAME_ON_GPUS: f64 = 1e-4;
 
 /// A network held by two ranks, against the whole of it.
-pub(super) fn equivalence(bench: &Bench, peer: &Device, model: &Checkpoint) -> models::Result<Vec<Check>> {
+pub(super) fn equivalence(bench: &Bench, peer: &Device, model: &Checkpoint<Flux>) -> models::Result<Vec<Check>> {
     let whole = model.load(Arc::new(Solo), &bench.device)?.forward()?.to_device(&Device::Cpu)?;
     let halves = on_two([&bench.device, peer], |link, device| {
         Ok(model.load(Arc::new(Mesh::whole(link)), device)?.forward()?.to_device(&Device::Cpu)?)

@@ -8,6 +8,7 @@ use kernels::gemm::{BlockRows, Element, Epilogue, PackedWeight, Piece, Rows, lin
 
 use super::blocks::Blocks;
 use super::host::{fill, has_kernels, read};
+use super::products::Products;
 use crate::{Error, Result};
 
 /// Into which chunks a product cuts its input: each lists the pieces (start and length) of an input row that it reads.
@@ -103,9 +104,11 @@ fn tree_product(x: &Tensor, chunks: &Chunks, weights: &[Tensor]) -> Result<Tenso
     let one = |(pieces, weight): (&Vec<Piece>, &Tensor)| {
         let x = columns(x, pieces)?;
         let (factor, weight) = match (weight.dtype(), weight.device()) {
-            // What GPUs multiply fastest, adding in f32; activations elsewhere stay as they are.
-            (DType::BF16, device) if !device.is_cpu() => (x.to_dtype(DType::BF16)?, weight.clone()),
-            // Halves would overflow as activations, and candle's CPU has no products of 16 bits.
+            // Sums are in f32 all the same.
+            (DType::BF16, device) if !device.is_cpu() && Products::here() == Products::Bf16 => {
+                (x.to_dtype(DType::BF16)?, weight.clone())
+            }
+            // Halves would overflow as inputs, and candle's CPU has no products of 16 bits.
             (DType::BF16 | DType::F16, _) => (x.clone(), weight.to_dtype(x.dtype())?),
             _ => (x.clone(), weight.clone()),
         };

@@ -1,0 +1,265 @@
+//! `atelier bench model`: one forward of a published network at its true width, on ranks that are threads of this process, each with
+//! threads of its own. Weights are untrained; every other figure is as it would be.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use parallel::mesh::{Link, Mesh};
+use parallel::ops::kernels::limit;
+use parallel::{Device, InProcess};
+
+use super::synthetic::flux::{self, Flux};
+use super::synthetic::t5::{self, T5};
+use super::synthetic::{Checkpoint, Format, Network};
+use super::table::{Row, print};
+use crate::error::Error;
+
+/// How often memory is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+const MIB: f64 = (1 << 20) as f64;
+
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// The network.
+    #[arg(long, value_enum, default_value_t = Family::Flux)]
+    family: Family,
+    /// Of FLUX.1: blocks of two streams, of 19. Of T5: blocks, of 24.
+    #[arg(long)]
+    blocks: Option<usize>,
+    /// Of FLUX.1: blocks of one stream, of 38.
+    #[arg(long)]
+    single_blocks: Option<usize>,
+    /// What its weights are stored and held as.
+    #[arg(long, value_enum, default_value_t = Format::Bf16)]
+    weights: Format,
+    /// A side of the picture in pixels; 16 of them are one token.
+    #[arg(long, default_value_t = 512)]
+    side: usize,
+    /// Tokens of the text.
+    #[arg(long, default_value_t = 512)]
+    text_tokens: usize,
+    /// Ranks that divide every layer.
+    #[arg(long, default_value_t = 1)]
+    tp: usize,
+    /// Threads of each rank. Default: the machine's, divided by the ranks.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Forwards; the best counts.
+    #[arg(long, default_value_t = 2)]
+    steps: usize,
+    /// Where the weights are written for the time of the run. Default: the system's folder of temporary files.
+    #[arg(long)]
+    folder: Option<PathBuf>,
+    /// Write one JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Family {
+    /// FLUX.1's transformer, 12 billion weights in 19 + 38 blocks.
+    Flux,
+    /// T5-XXL's encoder, 4.7 billion weights in 24 blocks.
+    T5,
+}
+
+pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
+    let flag = |flag, reason: &str| Err(Error::Flag { flag, reason: reason.to_owned() });
+    if ![1, 2, 4, 8].contains(&args.tp) {
+        return flag("--tp", "must be 1, 2, 4 or 8");
+    }
+    if args.side < 16 || !args.side.is_multiple_of(16) || args.side > 4096 {
+        return flag("--side", "must be a multiple of 16, 16 to 4096");
+    }
+    if !(1..=4096).contains(&args.text_tokens) {
+        return flag("--text-tokens", "must be 1 to 4096");
+    }
+    if args.steps == 0 || args.threads == Some(0) {
+        return flag(if args.steps == 0 { "--steps" } else { "--threads" }, "must be at least 1");
+    }
+    match args.family {
+        Family::Flux => {
+            let blocks = [args.blocks.unwrap_or(flux::BLOCKS[0]), args.single_blocks.unwrap_or(flux::BLOCKS[1])];
+            if blocks.iter().zip(flux::BLOCKS).any(|(held, all)| *held > all) || blocks == [0, 0] {
+                return flag("--blocks", "FLUX.1 has 19 blocks of two streams and 38 of one; at least one is needed");
+            }
+            let grid = args.side / 16;
+            let name = format!("FLUX.1, {} + {} blocks, {} tokens", blocks[0], blocks[1], grid * grid + args.text_tokens);
+            measure(args, name, Flux { blocks, heads: 24, text_width: 4096, grid, text_tokens: args.text_tokens })
+        }
+        Family::T5 => {
+            let blocks = args.blocks.unwrap_or(t5::BLOCKS);
+            if !(1..=t5::BLOCKS).contains(&blocks) {
+                return flag("--blocks", "T5-XXL has 24; at least one is needed");
+            }
+            if args.single_blocks.is_some() {
+                return flag("--single-blocks", "T5 has none");
+            }
+            let name = format!("T5-XXL, {blocks} blocks, {} tokens", args.text_tokens);
+            measure(args, name, T5 { blocks, tokens: args.text_tokens })
+        }
+    }
+}
+
+fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(), Error> {
+    let folder = args.folder.clone().unwrap_or_else(std::env::temp_dir);
+    let bar = bytes_bar("writing weights");
+    let checkpoint = Checkpoint::write(network, args.weights, &folder, &mut |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    })?;
+    bar.finish_and_clear();
+    let planned = planned(&checkpoint, args.tp)?;
+    let limit_before = limit::gflops();
+    let memory = Memory::watch();
+    let before = memory.now();
+    let ran = forwards(args, &checkpoint)?;
+    let peak = memory.peak();
+    let gflops = limit_before.max(limit::gflops());
+    let reached = checkpoint.network.flops() / ran.best.as_secs_f64() / 1e9;
+    let threads = threads(args);
+    let weights: u64 = planned.iter().sum();
+    print(
+        &[
+            Row::new(
+                format!("{name}: a forward"),
+                ran.best.as_secs_f64(),
+                "s",
+                format!("tp {}, {threads} threads each", args.tp),
+            ),
+            Row::new("reached", reached, "GFLOP/s", format!("{:.2} of {gflops:.1}, the limit of all threads", reached / gflops)),
+            Row::new(
+                "weights in memory",
+                (ran.loaded.saturating_sub(before)) as f64 / MIB,
+                "MiB",
+                format!(
+                    "{:.3} of the planned {:.1}, all ranks",
+                    ran.loaded.saturating_sub(before) as f64 / weights as f64,
+                    weights as f64 / MIB
+                ),
+            ),
+            Row::new(
+                "at most in memory",
+                peak.saturating_sub(before) as f64 / MIB,
+                "MiB",
+                format!("{:.3} of the planned weights", peak.saturating_sub(before) as f64 / weights as f64),
+            ),
+        ],
+        args.json,
+    );
+    Ok(())
+}
+
+fn threads(args: &ModelArgs) -> usize {
+    args.threads.unwrap_or_else(|| (thread::available_parallelism().map_or(1, usize::from) / args.tp).max(1))
+}
+
+/// Bytes that each rank is to hold, as `atelier plan` counts them.
+fn planned<N: Network>(checkpoint: &Checkpoint<N>, tp: usize) -> Result<Vec<u64>, Error> {
+    let rank = |rank| checkpoint.held(Arc::new(parallel::collective::Placeholder { rank, size: tp }));
+    Ok((0..tp).map(rank).collect::<models::Result<_>>()?)
+}
+
+struct Ran {
+    best: Duration,
+    /// Memory when all ranks had loaded.
+    loaded: u64,
+}
+
+/// Loads the ranks and runs them together.
+fn forwards<N: Network>(args: &ModelArgs, checkpoint: &Checkpoint<N>) -> Result<Ran, Error> {
+    let (threads, together) = (threads(args), Barrier::new(args.tp));
+    let bar = ProgressBar::new(args.steps as u64 + 1).with_style(style("{msg:16} {bar:30} {pos:>3}/{len:<3} {elapsed:>4}"));
+    bar.set_message("loading");
+    bar.tick();
+    let (bar_, together_) = (&bar, &together);
+    let rank = move |link: InProcess| -> Result<Ran, Error> {
+        let first = link.rank() == 0;
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
+        pool.install(|| {
+            let loaded = checkpoint.load(Arc::new(Mesh::whole(Arc::new(link))), &Device::Cpu);
+            together_.wait();
+            let (loaded, held) = (loaded?, anonymous_bytes());
+            let mut best = Duration::MAX;
+            for _ in 0..args.steps {
+                if first {
+                    bar_.inc(1);
+                    bar_.set_message("forward");
+                }
+                let started = Instant::now();
+                loaded.forward()?;
+                best = best.min(started.elapsed());
+            }
+            Ok(Ran { best, loaded: held })
+        })
+    };
+    let results: Vec<_> = thread::scope(|scope| {
+        let ranks: Vec<_> = InProcess::group(args.tp).into_iter().map(|link| scope.spawn(move || rank(link))).collect();
+        ranks.into_iter().map(|rank| rank.join()).collect()
+    });
+    bar.finish_and_clear();
+    let mut first = None;
+    for result in results {
+        let ran = result.map_err(|_| Error::Io(std::io::Error::other("a rank ended in a panic")))??;
+        first.get_or_insert(ran);
+    }
+    first.ok_or(Error::Io(std::io::Error::other("no rank ran")))
+}
+
+/// Memory of this process that is not a file's, watched by a thread of its own.
+struct Memory {
+    peak: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Memory {
+    fn watch() -> Self {
+        let memory = Self { peak: Arc::default(), stop: Arc::default() };
+        let (peak, stop) = (memory.peak.clone(), memory.stop.clone());
+        thread::spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
+                thread::sleep(LOOK);
+            }
+        });
+        memory
+    }
+
+    fn now(&self) -> u64 {
+        anonymous_bytes()
+    }
+
+    fn peak(&self) -> u64 {
+        self.peak.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Of this process; 0 where the system does not say.
+fn anonymous_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib =
+        status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    kib.unwrap_or_default() * 1024
+}
+
+fn bytes_bar(message: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(0).with_style(style("{msg:16} {bar:30} {bytes:>10}/{total_bytes:<10} {elapsed:>4}"));
+    bar.set_message(message);
+    bar
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}

@@ -1,0 +1,49 @@
+//! How GPUs multiply with weights that are stored as bf16.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::{Error, Result};
+
+/// What linear layers multiply in on a GPU, where their weights are bf16. On the CPU it is always f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// Weights are widened for each product: the reference's f32 numbers.
+    #[default]
+    F32,
+    /// Inputs are rounded to bf16, sums are in f32, and the rest stays f32: several times as fast.
+    Bf16,
+}
+
+static BF16: AtomicBool = AtomicBool::new(false);
+
+impl Products {
+    /// Makes it this process's way from now on. A worker is a process with one device.
+    pub fn use_here(self) {
+        BF16.store(self == Self::Bf16, Ordering::Relaxed);
+    }
+
+    /// This process's way.
+    pub(super) fn here() -> Self {
+        if BF16.load(Ordering::Relaxed) { Self::Bf16 } else { Self::F32 }
+    }
+}
+
+impl FromStr for Products {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(Error::Operands { reason: format!("`{name}` to multiply in, which is neither f32 nor bf16") }),
+        }
+    }
+}
+
+impl fmt::Display for Products {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if *self == Self::Bf16 { "bf16" } else { "f32" })
+    }
+}
