@@ -39,7 +39,10 @@ impl Place {
 
 #[cfg(feature = "cuda")]
 fn open_cuda(ordinal: usize) -> Result<Device, String> {
-    Device::new_cuda(ordinal).map_err(|error| format!("the driver does not give it ({error}); `nvidia-smi` shows what there is"))
+    // What follows the first line is where in candle it was noticed.
+    let reason = |error: candle_core::Error| error.to_string().lines().next().unwrap_or_default().to_owned();
+    Device::new_cuda(ordinal)
+        .map_err(|error| format!("the driver does not give it: {}; `nvidia-smi` shows what there is", reason(error)))
 }
 
 #[cfg(not(feature = "cuda"))]
