@@ -149,6 +149,7 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
                 "MiB",
                 format!("{:.3} of the planned weights", peak.saturating_sub(before) as f64 / weights as f64),
             ),
+            Row::new("page faults", ran.faults as f64, "", format!("in the last of {} forwards, all ranks", args.steps)),
         ],
         args.json,
     );
@@ -169,6 +170,8 @@ struct Ran {
     best: Duration,
     /// Memory when all ranks had loaded.
     loaded: u64,
+    /// Pages that the last forward of all ranks asked the system for.
+    faults: u64,
 }
 
 /// Loads the ranks and runs them together.
@@ -186,17 +189,18 @@ fn forwards<N: Network>(args: &ModelArgs, checkpoint: &Checkpoint<N>) -> Result<
             let loaded = checkpoint.load(Arc::new(Mesh::whole(Arc::new(link))), &Device::Cpu);
             together_.wait();
             let (loaded, held) = (loaded?, anonymous_bytes());
-            let mut best = Duration::MAX;
+            let (mut best, mut faults) = (Duration::MAX, 0);
             for _ in 0..args.steps {
                 if first {
                     bar_.inc(1);
                     bar_.set_message("forward");
                 }
-                let started = Instant::now();
+                let (started, before) = (Instant::now(), page_faults());
                 loaded.forward()?;
                 best = best.min(started.elapsed());
+                faults = page_faults() - before;
             }
-            Ok(Ran { best, loaded: held })
+            Ok(Ran { best, loaded: held, faults })
         })
     };
     let results: Vec<_> = thread::scope(|scope| {
@@ -252,6 +256,14 @@ fn anonymous_bytes() -> u64 {
     let kib =
         status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
     kib.unwrap_or_default() * 1024
+}
+
+/// Of this process so far, those that needed no disk; 0 where the system does not say.
+fn page_faults() -> u64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Fields after the name, which is in brackets and may hold anything: the tenth of all is minflt.
+    let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+    after.split_ascii_whitespace().nth(7).and_then(|field| field.parse().ok()).unwrap_or_default()
 }
 
 fn bytes_bar(message: &'static str) -> ProgressBar {
