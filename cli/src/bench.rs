@@ -4,6 +4,7 @@ mod gpu;
 mod load;
 mod model;
 mod queue;
+mod ranks;
 mod speed;
 mod synthetic;
 mod table;

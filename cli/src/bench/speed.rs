@@ -11,6 +11,7 @@ use parallel::ops::kernels::gemm::{Epilogue, PackedWeight, Piece, Rows, linear, 
 use parallel::ops::kernels::{cpu, limit, rows};
 use serde::Serialize;
 
+use super::ranks;
 use crate::error::Error;
 
 /// How long a row is repeated; its best time counts.
@@ -34,7 +35,9 @@ pub(crate) struct KernelsArgs {
 pub(super) fn run(args: &KernelsArgs) -> Result<(), Error> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build();
     let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
-    Ok(pool.install(|| kernels(args))?)
+    pool.install(|| kernels(args))?;
+    // Outside of the pool: its ranks are threads of their own.
+    Ok(ranks::all_reduce(&Table { json: args.json })?)
 }
 
 /// One line of the table.
@@ -51,7 +54,7 @@ struct Row {
 }
 
 /// Measures and prints rows.
-struct Table {
+pub(super) struct Table {
     json: bool,
 }
 
@@ -85,12 +88,35 @@ impl Table {
     }
 
     /// A row that reads and writes `bytes`.
-    fn bytes(&self, op: &'static str, shape: String, bytes: usize, f: impl FnMut()) -> io::Result<()> {
+    pub(super) fn bytes(&self, op: &'static str, shape: String, bytes: usize, f: impl FnMut()) -> io::Result<()> {
         self.row(op, shape, bytes, Bound::Memory, f)
     }
 
+    /// A row that changes `y`, which is `x` each time: what is done again and again to its own result ends in numbers so small
+    /// that processors are slow with them.
+    fn in_place(
+        &self,
+        op: &'static str,
+        shape: String,
+        x: &[f32],
+        y: &mut [f32],
+        mut f: impl FnMut(&mut [f32]),
+    ) -> io::Result<()> {
+        let timed = || {
+            y.copy_from_slice(x);
+            let start = Instant::now();
+            f(y);
+            start.elapsed()
+        };
+        self.timed(op, shape, 2 * size_of_val(x), Bound::Memory, timed)
+    }
+
+    fn row(&self, op: &'static str, shape: String, amount: usize, bound: Bound, mut f: impl FnMut()) -> io::Result<()> {
+        self.timed(op, shape, amount, bound, || limit::best_of(1, &mut f))
+    }
+
     /// The limit is measured before and after: a machine with other work changes from minute to minute.
-    fn row(&self, op: &'static str, shape: String, amount: usize, bound: Bound, f: impl FnMut()) -> io::Result<()> {
+    fn timed(&self, op: &'static str, shape: String, amount: usize, bound: Bound, f: impl FnMut() -> Duration) -> io::Result<()> {
         let before = bound.measure();
         let value = amount as f64 / best(f).as_secs_f64() / 1e9;
         let limit = before.max(bound.measure());
@@ -106,10 +132,10 @@ impl Table {
 }
 
 /// The best time of as many runs as fit.
-fn best(mut f: impl FnMut()) -> Duration {
+fn best(mut f: impl FnMut() -> Duration) -> Duration {
     let (begin, mut best) = (Instant::now(), Duration::MAX);
     loop {
-        best = best.min(limit::best_of(1, &mut f));
+        best = best.min(f());
         if begin.elapsed() > PER_ROW {
             return best;
         }
@@ -178,9 +204,9 @@ fn passes(table: &Table) -> io::Result<()> {
     let modulate = |y: &mut [f32]| rows::layer_norm_modulate(&x, y, [tokens, width], &weight, &weight, 1e-6);
     table.bytes("layer norm, modulate", shape.clone(), bytes, || modulate(&mut y))?;
     table.bytes("rms norm", shape.clone(), bytes, || rows::rms_norm(&x, &mut y, &weight, 1e-6))?;
-    table.bytes("softmax", shape.clone(), bytes, || rows::softmax(&mut y, width))?;
+    table.in_place("softmax", shape.clone(), &x, &mut y, |y| rows::softmax(y, width))?;
     for (op, activation) in [("gelu", Activation::Gelu), ("gelu tanh", Activation::GeluTanh), ("silu", Activation::Silu)] {
-        table.bytes(op, shape.clone(), bytes, || activation.apply_all(&mut y))?;
+        table.in_place(op, shape.clone(), &x, &mut y, |y| activation.apply_all(y))?;
     }
     let (channels, spatial) = (128, 128 * 128);
     let (x, y, affine) = (&x[..channels * spatial], &mut y[..channels * spatial], [&weight[..channels], &weight[..channels]]);

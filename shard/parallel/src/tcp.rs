@@ -1,55 +1,38 @@
 //! Ranks that are processes, connected pairwise over TCP.
 //!
 //! Every pair of ranks of an epoch has one connection, made by a [`Security`] that says who may be at the other end; the higher rank dials. A thread per connection reads frames into a
-//! queue, so a send never waits for the receiver's arithmetic. Another thread sends a heartbeat on every connection: a peer
+//! queue, so a send never waits for the receiver's arithmetic. Ranks of one host hand large tensors over in memory that they share,
+//! and say on the connection where (`tcp/shared.rs`). Another thread sends a heartbeat on every connection: a peer
 //! whose process is gone shows by end of file at once, one that is stopped or cut off by silence within [`SILENCE`].
 
 use std::collections::VecDeque;
 use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpStream};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::Tensor;
 
 use crate::mesh::Link;
-use crate::{Error, Result};
+use crate::{Error, Result, bytes};
+
+mod frame;
+mod hello;
+mod shared;
+
+use frame::{Frame, HEARTBEAT, Head, Offer};
+use hello::dial;
+pub use hello::{Hello, Rendezvous, accept, serve};
+use shared::{Incoming, LEAST_BYTES, Outgoing};
 
 /// A peer that says nothing for this long is lost. Five heartbeats and some.
 pub const SILENCE: Duration = Duration::from_secs(3);
 /// The first word may take as long as the peer waits for its own peers.
 const FIRST_WORD: Duration = Duration::from_secs(60);
-const HEARTBEAT: Duration = Duration::from_millis(500);
-/// Longest frame: a whole activation of the largest model served (4608 x 21504 f32) is 0.4 GB.
-const MAX_FRAME_BYTES: u64 = 1 << 30;
-/// Most dimensions of a tensor in a frame.
-const MAX_RANK: u8 = 8;
-const MAGIC: [u8; 4] = *b"ATL1";
-/// A dtype byte that no tensor has.
-const BEAT: u8 = 0xff;
-
-/// Which incarnation of which group a connection belongs to. Both ends must name the same.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Rendezvous {
-    /// The group.
-    pub group_id: String,
-    /// Its incarnation.
-    pub epoch: u64,
-    /// Known to the members of this epoch only.
-    pub secret: Vec<u8>,
-}
-
-/// The first words on a connection: who dials, whom, and for what.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hello {
-    /// The dialling rank.
-    pub from: usize,
-    /// The rank it wants.
-    pub to: usize,
-    /// For which group and epoch.
-    pub rendezvous: Rendezvous,
-}
+/// How often something is said.
+const BEAT: Duration = Duration::from_millis(500);
 
 /// A connection between two ranks: one thread reads it, and one at a time writes.
 pub trait Stream: Send + Sync + std::fmt::Debug {
@@ -131,10 +114,25 @@ pub struct Tcp {
 #[derive(Debug)]
 struct Peer {
     stream: Wire,
-    writer: Mutex<()>,
+    writer: Mutex<Writer>,
+    /// What the peer said of the memory that was offered: the reader hears it, and must not wait for the writer.
+    answer: AtomicU8,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
 }
+
+/// What the one who writes to a peer has.
+#[derive(Debug, Default)]
+struct Writer {
+    outgoing: Option<Outgoing>,
+    /// There is none to be had, or the peer does not find it.
+    alone: bool,
+}
+
+/// [`Peer::answer`].
+const NOT_YET: u8 = 0;
+const TAKEN: u8 = 1;
+const DECLINED: u8 = 2;
 
 #[derive(Debug, Default)]
 struct Inbox {
@@ -211,9 +209,20 @@ impl Link for Tcp {
 
     fn send(&self, x: &Tensor, to: usize) -> Result<()> {
         let peer = self.peer(to)?;
-        let frame = encode(x)?;
-        let _writing = peer.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        peer.stream.write_all(&frame).map_err(|e| {
+        let head = Head::of(x);
+        let mut plain = Vec::new();
+        head.encode(&mut plain)?;
+        let sent = bytes::lend(x, |data| {
+            let mut writer = peer.writer.lock().unwrap_or_else(PoisonError::into_inner);
+            let frames = match peer.share(&mut writer, data) {
+                Shared::At(at) => return peer.stream.write_all(&frame::shared(at, &plain)),
+                Shared::Offered(offer) => [frame::encode_offer(&offer), plain].concat(),
+                Shared::Not => plain,
+            };
+            peer.stream.write_all(&frames)?;
+            peer.stream.write_all(data)
+        })?;
+        sent.map_err(|e| {
             peer.lose(&e.to_string());
             Error::PeerLost { rank: to, reason: e.to_string() }
         })
@@ -241,23 +250,39 @@ impl Drop for Tcp {
     }
 }
 
+/// How a tensor goes to a peer.
+enum Shared {
+    /// In memory, at this place.
+    At(u64),
+    /// Over the connection, for the last time if the peer takes this.
+    Offered(Offer),
+    /// Over the connection.
+    Not,
+}
+
 impl Peer {
     fn start(rank: usize, stream: Wire) -> io::Result<Arc<Self>> {
         let socket = stream.socket();
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(FIRST_WORD))?;
         socket.set_write_timeout(Some(SILENCE))?;
-        let peer = Arc::new(Self { writer: Mutex::default(), stream, inbox: Mutex::default(), arrived: Condvar::new() });
+        let peer = Arc::new(Self {
+            writer: Mutex::default(),
+            answer: AtomicU8::new(NOT_YET),
+            stream,
+            inbox: Mutex::default(),
+            arrived: Condvar::new(),
+        });
         let reader = peer.clone();
         thread::Builder::new().name(format!("recv-rank-{rank}")).spawn(move || reader.read_frames())?;
         Ok(peer)
     }
 
-    fn read_frames(&self) {
+    fn read_frames(self: Arc<Self>) {
         let mut stream = BufReader::with_capacity(64 << 10, Reading(&*self.stream));
-        let mut silent_so_far = true;
+        let (mut silent_so_far, mut incoming) = (true, None);
         loop {
-            let frame = decode(&mut stream);
+            let frame = frame::decode(&mut stream).and_then(|frame| self.heard(frame, &mut incoming));
             if std::mem::take(&mut silent_so_far) && frame.is_ok() {
                 let _ = self.stream.socket().set_read_timeout(Some(SILENCE));
             }
@@ -276,6 +301,61 @@ impl Peer {
         }
     }
 
+    /// A frame's tensor, if it is for one.
+    fn heard(self: &Arc<Self>, frame: Frame, incoming: &mut Option<Incoming>) -> io::Result<Option<Tensor>> {
+        match frame {
+            Frame::Beat => {}
+            Frame::Tensor(x) => return Ok(Some(x)),
+            Frame::Shared { head, at } => {
+                let shared = incoming.as_ref().ok_or_else(|| frame::invalid("a place in memory that is not shared".into()))?;
+                return shared.read(at, head.bytes(), |data| head.tensor(data))?.map(Some);
+            }
+            Frame::Offer(offer) => {
+                let opened =
+                    Incoming::open(&offer).inspect_err(|error| tracing::debug!(%error, "tensors go over the connection"));
+                *incoming = opened.ok();
+                let (peer, answer) = (self.clone(), frame::encode_answer(incoming.is_some()));
+                // In a thread of its own: two readers that wait for two writers would wait for each other.
+                thread::spawn(move || {
+                    let _writing = peer.writer.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Err(error) = peer.stream.write_all(&answer) {
+                        peer.lose(&error.to_string());
+                    }
+                });
+            }
+            Frame::Answer(taken) => self.answer.store(if taken { TAKEN } else { DECLINED }, Ordering::Release),
+        }
+        Ok(None)
+    }
+
+    /// Hands `data` over in memory, if the peer has some of this rank's; otherwise sees to it that it soon has.
+    fn share(&self, writer: &mut Writer, data: &[u8]) -> Shared {
+        if data.len() < LEAST_BYTES || writer.alone {
+            return Shared::Not;
+        }
+        match (&mut writer.outgoing, self.answer.load(Ordering::Acquire)) {
+            (Some(outgoing), TAKEN) => {
+                outgoing.take();
+                if let Some(at) = outgoing.write(data) {
+                    return Shared::At(at);
+                }
+                if !outgoing.is_small_for(data.len()) {
+                    return Shared::Not; // too much is on its way
+                }
+            }
+            (Some(_), NOT_YET) => return Shared::Not,
+            (Some(_), _) => {
+                (writer.alone, writer.outgoing) = (true, None);
+                return Shared::Not;
+            }
+            (None, _) => {}
+        }
+        // The peer has read all of the ring before this one when it hears of the next.
+        self.answer.store(NOT_YET, Ordering::Release);
+        writer.outgoing = Outgoing::new(data.len());
+        writer.outgoing.as_ref().map_or(Shared::Not, |outgoing| Shared::Offered(outgoing.offer()))
+    }
+
     fn lose(&self, reason: &str) {
         self.inbox().lost.get_or_insert_with(|| reason.to_owned());
         self.arrived.notify_all();
@@ -287,81 +367,11 @@ impl Peer {
     }
 }
 
-/// Reads who dials on a fresh connection, before anything else is believed of it.
-///
-/// # Errors
-/// When the words are not ours, or do not come within [`SILENCE`].
-pub fn accept(socket: TcpStream, security: &dyn Security) -> io::Result<(Hello, Wire)> {
-    socket.set_read_timeout(Some(SILENCE))?;
-    let wire = security.accepted(socket)?;
-    wire.socket().set_read_timeout(Some(SILENCE))?;
-    let mut stream = Reading(&*wire);
-    let mut head = [0; 4 + 8 + 4 + 4 + 2 + 2];
-    stream.read_exact(&mut head)?;
-    if head[..4] != MAGIC {
-        return Err(io::Error::new(ErrorKind::InvalidData, "not a rank of a group"));
-    }
-    let word = |at: usize| u32::from_le_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]) as usize;
-    let short = |at: usize| usize::from(u16::from_le_bytes([head[at], head[at + 1]]));
-    let epoch = word(4) as u64 | (word(8) as u64) << 32;
-    let mut group_id = vec![0; short(20)];
-    let mut secret = vec![0; short(22)];
-    stream.read_exact(&mut group_id)?;
-    stream.read_exact(&mut secret)?;
-    let group_id = String::from_utf8(group_id).map_err(|e| io::Error::new(ErrorKind::InvalidData, e))?;
-    let hello = Hello { from: word(12), to: word(16), rendezvous: Rendezvous { group_id, epoch, secret } };
-    Ok((hello, wire))
-}
-
-/// Accepts connections on `listener` for ever and hands each to `route`, which knows who waits for it.
-pub fn serve(listener: &TcpListener, security: &Arc<dyn Security>, route: impl Fn(Hello, Wire) + Clone + Send + 'static) {
-    for stream in listener.incoming() {
-        let (route, security) = (route.clone(), security.clone());
-        match stream {
-            // Each in a thread of its own: a connection that says nothing must not hold up the next.
-            Ok(stream) => drop(thread::spawn(move || match accept(stream, &*security) {
-                Ok((hello, stream)) => route(hello, stream),
-                Err(error) => tracing::warn!(%error, "refused a data connection"),
-            })),
-            Err(error) => tracing::warn!(%error, "could not accept a data connection"),
-        }
-    }
-}
-
-fn dial(address: &str, hello: &Hello, security: &dyn Security, deadline: Instant) -> Result<Wire> {
-    loop {
-        let attempt = TcpStream::connect(address).and_then(|socket| {
-            let stream = security.dialled(socket, address)?;
-            stream.write_all(&encode_hello(hello))?;
-            Ok(stream)
-        });
-        match attempt {
-            Ok(stream) => return Ok(stream),
-            Err(e) if Instant::now() >= deadline => return Err(Error::PeerLost { rank: hello.to, reason: e.to_string() }),
-            // The peer may not have been told to join yet.
-            Err(_) => thread::sleep(Duration::from_millis(50)),
-        }
-    }
-}
-
-fn encode_hello(hello: &Hello) -> Vec<u8> {
-    let Rendezvous { group_id, epoch, secret } = &hello.rendezvous;
-    let mut out = MAGIC.to_vec();
-    out.extend(epoch.to_le_bytes());
-    out.extend((hello.from as u32).to_le_bytes());
-    out.extend((hello.to as u32).to_le_bytes());
-    out.extend((group_id.len() as u16).to_le_bytes());
-    out.extend((secret.len() as u16).to_le_bytes());
-    out.extend(group_id.as_bytes());
-    out.extend(secret);
-    out
-}
-
 fn start_heartbeat(peers: &[Option<Arc<Peer>>]) {
     let peers: Vec<_> = peers.iter().flatten().map(Arc::downgrade).collect();
     thread::spawn(move || {
         loop {
-            thread::sleep(HEARTBEAT);
+            thread::sleep(BEAT);
             let alive: Vec<_> = peers.iter().filter_map(|p| p.upgrade()).filter(|p| p.inbox().lost.is_none()).collect();
             if alive.is_empty() {
                 return;
@@ -369,7 +379,7 @@ fn start_heartbeat(peers: &[Option<Arc<Peer>>]) {
             for peer in alive {
                 // A writer that is busy is a heartbeat of its own.
                 if let Ok(writing) = peer.writer.try_lock()
-                    && let Err(e) = peer.stream.write_all(&[BEAT])
+                    && let Err(e) = peer.stream.write_all(HEARTBEAT)
                 {
                     drop(writing);
                     peer.lose(&e.to_string());
@@ -379,59 +389,12 @@ fn start_heartbeat(peers: &[Option<Arc<Peer>>]) {
     });
 }
 
-const DTYPES: [DType; 7] = [DType::F32, DType::BF16, DType::F16, DType::I64, DType::U32, DType::U8, DType::F64];
-
-/// dtype (1 byte), rank (1), dims (8 each), data, all little endian.
-fn encode(x: &Tensor) -> Result<Vec<u8>> {
-    let dtype =
-        DTYPES.iter().position(|d| *d == x.dtype()).ok_or_else(|| Error::Frame(format!("{:?} does not travel", x.dtype())))?;
-    let mut out = Vec::with_capacity(2 + 8 * x.rank() + x.elem_count() * x.dtype().size_in_bytes());
-    out.push(dtype as u8);
-    out.push(x.rank() as u8);
-    for dim in x.dims() {
-        out.extend((*dim as u64).to_le_bytes());
-    }
-    crate::bytes::append(x, &mut out)?;
-    Ok(out)
-}
-
-/// The next tensor, or `None` for a heartbeat.
-fn decode(stream: &mut impl Read) -> io::Result<Option<Tensor>> {
-    let invalid = |what: String| io::Error::new(ErrorKind::InvalidData, what);
-    let mut byte = [0];
-    stream.read_exact(&mut byte)?;
-    if byte[0] == BEAT {
-        return Ok(None);
-    }
-    let dtype = *DTYPES.get(usize::from(byte[0])).ok_or_else(|| invalid(format!("dtype {}", byte[0])))?;
-    stream.read_exact(&mut byte)?;
-    if byte[0] > MAX_RANK {
-        return Err(invalid(format!("a tensor of {} dimensions", byte[0])));
-    }
-    let mut shape = Vec::new();
-    let mut bytes = dtype.size_in_bytes() as u64;
-    for _ in 0..byte[0] {
-        let mut dim = [0; 8];
-        stream.read_exact(&mut dim)?;
-        let dim = u64::from_le_bytes(dim);
-        bytes = bytes.checked_mul(dim).filter(|b| *b <= MAX_FRAME_BYTES).ok_or_else(|| invalid("an oversized tensor".into()))?;
-        shape.push(dim as usize);
-    }
-    let mut data = vec![0; bytes as usize];
-    stream.read_exact(&mut data)?;
-    Tensor::from_raw_buffer(&data, dtype, &shape, &Device::Cpu).map(Some).map_err(|e| invalid(e.to_string()))
-}
-
-impl std::fmt::Debug for Rendezvous {
-    /// Without the secret.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} epoch {}", self.group_id, self.epoch)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
     use std::sync::mpsc;
+
+    use candle_core::{DType, Device};
 
     use super::*;
     use crate::Collective;
@@ -521,12 +484,58 @@ mod tests {
         assert!(matches!(result, Err(Error::PeerLost { rank: 1, .. })), "{result:?}");
     }
 
+    /// Sends tensors of several sizes both ways at once, each a ring of its own, and takes them.
+    fn swap(links: [Tcp; 2]) {
+        let tensor = |i: usize| {
+            let len = [3, 20_000, 300_000, 17_000, 1 << 20, 40][i % 6] + i;
+            Tensor::arange(0f32, len as f32, &Device::Cpu).unwrap().affine(1.0, i as f64).unwrap()
+        };
+        thread::scope(|scope| {
+            for link in &links {
+                scope.spawn(move || {
+                    let peer = 1 - link.rank();
+                    for i in 0..60 {
+                        link.send(&tensor(i), peer).unwrap();
+                        // Sometimes several are on their way.
+                        if i % 5 == 4 {
+                            for j in i - 4..=i {
+                                let got = link.recv(peer).unwrap();
+                                assert_eq!(got.to_vec1::<f32>().unwrap(), tensor(j).to_vec1::<f32>().unwrap(), "tensor {j}");
+                            }
+                        }
+                    }
+                });
+            }
+        });
+    }
+
     #[test]
-    fn a_frame_that_claims_too_much_is_refused() {
-        let mut frame = vec![0, 2];
-        frame.extend(u64::MAX.to_le_bytes());
-        frame.extend(2u64.to_le_bytes());
-        assert_eq!(decode(&mut frame.as_slice()).unwrap_err().kind(), ErrorKind::InvalidData);
+    fn large_tensors_go_through_memory_on_one_host() {
+        let links: [Tcp; 2] = group(2).try_into().unwrap();
+        let peers: Vec<Arc<Peer>> = links.iter().map(|link| link.peers.iter().flatten().next().unwrap().clone()).collect();
+        swap(links);
+        for peer in peers {
+            let mut writer = peer.writer.lock().unwrap();
+            let data = vec![7; LEAST_BYTES];
+            assert!(!writer.alone && matches!(peer.share(&mut writer, &data), Shared::At(_)));
+            assert!(matches!(peer.share(&mut writer, &data[1..]), Shared::Not), "small ones do not");
+        }
+    }
+
+    #[test]
+    fn without_memory_to_share_they_go_over_the_connection() {
+        let links: [Tcp; 2] = group(2).try_into().unwrap();
+        for link in &links {
+            for peer in link.peers.iter().flatten() {
+                // As a peer in another container: it finds nothing.
+                let mut writer = peer.writer.lock().unwrap();
+                writer.outgoing = Outgoing::new(LEAST_BYTES);
+                peer.answer.store(DECLINED, Ordering::Release);
+            }
+        }
+        let peer = links[0].peers.iter().flatten().next().unwrap().clone();
+        swap(links);
+        assert!(peer.writer.lock().unwrap().alone);
     }
 
     #[test]
@@ -539,7 +548,7 @@ mod tests {
         let link =
             Tcp::connect(&rendezvous(1), 1, &addresses, &accepted, &Plain, Instant::now() + Duration::from_secs(5)).unwrap();
         let (silent, _) = listener.accept().unwrap();
-        silent.write_all(&[BEAT]).unwrap();
+        silent.write_all(HEARTBEAT).unwrap();
         assert!(matches!(link.recv(0), Err(Error::PeerLost { rank: 0, .. })));
     }
 }
