@@ -5,11 +5,13 @@ mod certs;
 mod client;
 mod error;
 mod generate;
+mod gguf;
 mod health;
 mod keys;
 mod list;
 mod plan;
 mod progress;
+mod quantise;
 mod top;
 mod trace;
 mod up;
@@ -50,6 +52,9 @@ enum Command {
     Keys(keys::KeysCommand),
     /// Say what a model needs on each rank of a layout, and whether it fits.
     Plan(plan::PlanArgs),
+    /// Write a model's directory again, with its weights in blocks of fewer bits (GGUF).
+    #[command(alias = "quantize")]
+    Quantise(quantise::QuantiseArgs),
     /// Measure what this machine computes and its cluster takes, against the machine's own limits.
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -104,6 +109,7 @@ async fn perform(command: Command) -> Result<(), Error> {
         Command::Health(args) => health::run(args).await,
         Command::Keys(command) => keys::run(command),
         Command::Plan(args) => plan::run(&args),
+        Command::Quantise(args) => quantise::run(&args),
         Command::Bench(command) => bench::run(command).await,
         Command::Coordinator(args) => {
             let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };

@@ -120,8 +120,11 @@ pub fn sites(dir: &ModelDir, component: &str) -> Result<Sites> {
     Ok(Sites::new(component, weights.adapters().sites()))
 }
 
-/// A component's checkpoint, whatever names it has.
-fn open(dir: &ModelDir, path: &Path, group: Arc<dyn Collective>, device: &Device) -> Result<Weights> {
+/// A component's checkpoint by the names that its model has here, whatever it was stored under.
+///
+/// # Errors
+/// When it is not one.
+pub fn open(dir: &ModelDir, path: &Path, group: Arc<dyn Collective>, device: &Device) -> Result<Weights> {
     let names = |name: &str, shape: &[usize]| checkpoint_names::names(dir.pipeline_class(), name, shape);
     Ok(Weights::open_as(path, group, DType::F32, device, &names)?)
 }

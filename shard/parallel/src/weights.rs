@@ -243,6 +243,18 @@ impl Weights {
         self.taken.measured.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Every tensor of the checkpoint: its full name and shape, and its type unless it is in blocks.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>, Option<DType>)> {
+        let tensor = |(name, entry): (&String, &Entry)| {
+            let stored = match entry.stored {
+                Stored::Plain(dtype) => Some(dtype),
+                Stored::Blocks(_) => None,
+            };
+            (name.clone(), entry.shape.clone(), stored)
+        };
+        self.checkpoint.entries.iter().map(tensor).collect()
+    }
+
     /// Bytes of weights in the whole checkpoint, as stored.
     pub fn total_bytes(&self) -> u64 {
         self.checkpoint.total_bytes()

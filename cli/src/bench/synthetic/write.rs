@@ -8,11 +8,10 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use parallel::{Device, Error, Tensor};
 
 use super::noise;
+use crate::gguf;
 
 /// Numbers of the pattern: a prime number of the largest blocks.
 const PATTERN: usize = 4099 * 256;
-/// Where a GGUF file's tensors may begin.
-const ALIGNMENT: usize = 32;
 
 /// What weights are stored as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -30,15 +29,15 @@ pub(in crate::bench) enum Format {
 }
 
 impl Format {
-    /// ggml's name and number of what a weight of `columns` is stored as in a GGUF file.
-    fn ggml(self, shape: &[usize]) -> (GgmlDType, u32) {
+    /// What a weight of `shape` is stored as in a GGUF file.
+    fn ggml(self, shape: &[usize]) -> GgmlDType {
         let wanted = match self {
-            Format::Q8_0 => (GgmlDType::Q8_0, 8),
-            Format::Q4K => (GgmlDType::Q4K, 12),
-            Format::F32 | Format::Bf16 => (GgmlDType::F32, 0),
+            Format::Q8_0 => GgmlDType::Q8_0,
+            Format::Q4K => GgmlDType::Q4K,
+            Format::F32 | Format::Bf16 => GgmlDType::F32,
         };
-        let whole = shape.len() == 2 && shape[1].is_multiple_of(wanted.0.block_size());
-        if whole { wanted } else { (GgmlDType::F32, 0) }
+        let whole = shape.len() == 2 && shape[1].is_multiple_of(wanted.block_size());
+        if whole { wanted } else { GgmlDType::F32 }
     }
 }
 
@@ -48,8 +47,8 @@ struct Entry<'a> {
     shape: &'a [usize],
     bytes: usize,
     pattern: &'a Pattern,
-    /// ggml's number of its type.
-    ggml: u32,
+    /// Its type in a GGUF file.
+    kind: GgmlDType,
 }
 
 /// Writes a checkpoint into `folder`.
@@ -61,13 +60,14 @@ pub(super) fn write(
 ) -> Result<(), Error> {
     let patterns = Patterns::new(format)?;
     let entries: Vec<Entry<'_>> = shapes.iter().map(|(name, shape)| patterns.entry(name, shape, format)).collect();
-    let gguf = matches!(format, Format::Q8_0 | Format::Q4K);
-    let path = folder.join(if gguf { "model.gguf" } else { "model.safetensors" });
+    let in_blocks = matches!(format, Format::Q8_0 | Format::Q4K);
+    let path = folder.join(if in_blocks { "model.gguf" } else { "model.safetensors" });
     let io = |source| Error::Io { path: path.clone(), source };
     let mut file = Counted { file: BufWriter::with_capacity(1 << 20, File::create(&path).map_err(io)?), written: 0 };
-    let header = if gguf { gguf_header(&entries) } else { safetensors_header(&entries, format, &path)? };
+    let tensors = entries.iter().map(|Entry { name, shape, kind, .. }| gguf::Tensor { name, shape, kind: *kind });
+    let header = if in_blocks { gguf::header("synthetic", tensors) } else { safetensors_header(&entries, format, &path)? };
     file.put(&header).map_err(io)?;
-    let alignment = if gguf { ALIGNMENT } else { 1 };
+    let alignment = if in_blocks { gguf::ALIGNMENT } else { 1 };
     let total = entries.iter().map(|entry| entry.bytes.next_multiple_of(alignment) as u64).sum();
     let start = file.written;
     for (i, entry) in entries.iter().enumerate() {
@@ -103,27 +103,6 @@ fn safetensors_header(entries: &[Entry<'_>], format: Format, path: &Path) -> Res
     let mut header = serde_json::to_vec(&header).map_err(bad)?;
     header.resize(header.len().next_multiple_of(8), b' ');
     Ok([&(header.len() as u64).to_le_bytes()[..], &header].concat())
-}
-
-/// <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
-fn gguf_header(entries: &[Entry<'_>]) -> Vec<u8> {
-    let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
-    let mut header = b"GGUF".to_vec();
-    header.extend(3u32.to_le_bytes());
-    header.extend((entries.len() as u64).to_le_bytes());
-    header.extend(1u64.to_le_bytes());
-    header.extend([text("general.architecture"), 8u32.to_le_bytes().to_vec(), text("synthetic")].concat());
-    let mut at = 0;
-    for entry in entries {
-        header.extend(text(entry.name));
-        header.extend((entry.shape.len() as u32).to_le_bytes());
-        entry.shape.iter().rev().for_each(|dim| header.extend((*dim as u64).to_le_bytes()));
-        header.extend(entry.ggml.to_le_bytes());
-        header.extend((at as u64).to_le_bytes());
-        at += entry.bytes.next_multiple_of(ALIGNMENT);
-    }
-    header.resize(header.len().next_multiple_of(ALIGNMENT), 0);
-    header
 }
 
 /// Numbers as they are stored, again and again.
@@ -170,7 +149,7 @@ impl Patterns {
             },
             _ => Pattern { data: values.iter().flat_map(|v| v.to_le_bytes()).collect(), unit: 4, numbers: 1 },
         };
-        let (kind, _) = format.ggml(&[1, PATTERN]);
+        let kind = format.ggml(&[1, PATTERN]);
         let weights = if kind == GgmlDType::F32 {
             plain(numbers(0.0, 0.04))
         } else {
@@ -182,14 +161,14 @@ impl Patterns {
     }
 
     fn entry<'a>(&'a self, name: &'a str, shape: &'a [usize], format: Format) -> Entry<'a> {
-        let (kind, ggml) = format.ggml(shape);
+        let kind = format.ggml(shape);
         let pattern = match shape.len() {
             1 if name.contains("norm") && name.ends_with("weight") => &self.ones,
             2 if kind != GgmlDType::F32 || matches!(format, Format::F32 | Format::Bf16) => &self.weights,
             _ => &self.plain,
         };
         let bytes = shape.iter().product::<usize>() / pattern.numbers * pattern.unit;
-        Entry { name, shape, bytes, pattern, ggml }
+        Entry { name, shape, bytes, pattern, kind }
     }
 }
 
