@@ -12,7 +12,7 @@ use models::model_dir::ModelDir;
 use models::stage::Inputs;
 use models::{Request, registry};
 use parallel::ops::has_kernels;
-use parallel::{DType, Device, Tensor, Tensors, Weights};
+use parallel::{DType, Device, Shard, Tensor, Tensors, Weights};
 use tests::cluster::tiny_flux;
 use tests::equivalence::bits;
 use tests::ranks::{Ran, run_block_model};
@@ -293,4 +293,51 @@ fn a_file_that_is_cut_short_or_is_none_is_refused_by_name() {
         let error = Weights::open(folder.path(), std::sync::Arc::new(parallel::Solo), DType::F32, &Device::Cpu).unwrap_err();
         assert!(error.to_string().contains("network.gguf") && error.to_string().contains(part), "{error}");
     }
+}
+
+#[test]
+fn quantise_writes_a_model_whose_weights_are_within_half_a_step_of_the_old_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("model-q8_0");
+    let quantise = |more: &[&str]| {
+        let mut command = tests::cluster::atelier();
+        let said =
+            command.arg("quantise").arg(tiny_flux()).arg(&to).args(more).stderr(std::process::Stdio::piped()).output().unwrap();
+        (said.status.success(), String::from_utf8(said.stderr).unwrap())
+    };
+    let (done, said) = quantise(&["--component", "unet"]);
+    assert!(!done && said.contains("--component: the model has no `unet`") && !to.exists(), "{said}");
+    let (done, said) = quantise(&["--component", "transformer", "--component", "text_encoder_2", "--format", "q8_0"]);
+    assert!(done, "{said}");
+    let (done, said) = quantise(&[]);
+    assert!(!done && said.contains("model-q8_0"), "what is there is not written over: {said}");
+
+    let [old, new] = [&tiny_flux(), &to].map(|model| ModelDir::open(model).unwrap());
+    for component in ["transformer", "text_encoder_2", "vae"] {
+        let open = |dir: &ModelDir| {
+            let path = dir.require(component).unwrap().path;
+            registry::open(dir, &path, std::sync::Arc::new(parallel::Solo), &Device::Cpu).unwrap()
+        };
+        let (before, after) = (open(&old), open(&new));
+        let mut in_blocks = 0;
+        for (name, shape, stored) in after.tensors() {
+            let values = |weights: &Weights| {
+                weights.get(&name, &shape, Shard::Replicated).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            };
+            let (before, after) = (values(&before), values(&after));
+            if stored.is_some() {
+                assert_eq!(before, after, "{name} stays as it is");
+                continue;
+            }
+            in_blocks += 1;
+            for (before, after) in before.chunks(32).zip(after.chunks(32)) {
+                let largest = before.iter().fold(0f32, |most, v| most.max(v.abs()));
+                // A step, and the rounding of the scale to half precision.
+                let allowed = largest / 127.0 * 0.51 + largest * 1e-3;
+                assert!(before.iter().zip(after).all(|(b, a)| (b - a).abs() <= allowed), "{component}: {name}");
+            }
+        }
+        assert_eq!(in_blocks > 0, component != "vae", "{component}");
+    }
+    assert_eq!(draw(&to, Layout::SOLO), draw(&to, Layout::new(2, 1)));
 }
