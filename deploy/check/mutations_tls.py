@@ -67,7 +67,7 @@ MUTATIONS = [
     ("gpu", "a Service that says it is cleartext", "appProtocol", of_spec("Service/atelier-coordinator", "ports", 0, "appProtocol", "kubernetes.io/h2c")),
     ("cpu-dev", "TLS by halves", "says that it is insecure", of_container(ENCODER, variable("ATELIER_TLS_CA", "/tls/ca.crt"))),
     ("cpu-dev", "one that is not plain among those that are", "ATELIER_TLS_CERT is not set", at(WORKERS, without("data", "ATELIER_INSECURE"))),
-    ("monitoring", "metrics without leave", "does not take its settings: --metrics-listen", at(WORKERS, without("data", "ATELIER_METRICS_INSECURE"))),
+    ("monitoring", "metrics without leave", "does not take its settings: error: --metrics-listen", at(WORKERS, without("data", "ATELIER_METRICS_INSECURE"))),
     # Whose certificates.
     ("gpu", "no certificate", "ATELIER_TLS_CERT is not set", of_container(DENOISER, variable("ATELIER_TLS_CERT", None))),
     ("gpu", "a key that is not mounted", "no tls.key of a mounted Secret", of_container(DENOISER, variable("ATELIER_TLS_KEY", "/keys/tls.key"))),
