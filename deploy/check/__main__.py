@@ -3,7 +3,7 @@
 import sys
 import time
 
-from . import certificates, commands, flags, images, mutations, network, pods, references, render, schemas
+from . import certificates, commands, compose, flags, images, mutations, network, pods, references, render, schemas
 
 PARTS = (references, pods, certificates, network, flags, commands)
 # Overlays without TLS: for a laptop. Every other one has it.
@@ -32,7 +32,7 @@ def main():
         print(f"{name}: {len(documents)} objects, {len(found)} problems")
         for problem in found:
             print(f"  {problem}")
-    others = [*images.problems(), *flags.sources()]
+    others = [*images.problems(), *compose.problems(), *flags.sources()]
     failed += len(others)
     print(f"images, compose, models.toml: {len(others)} problems")
     for problem in others:
@@ -42,7 +42,7 @@ def main():
     if "--run" in arguments and not failed:
         from . import cluster
 
-        failed += sum(cluster.run(name, overlays[name]) for name in ("cpu-dev", "cpu-dev-tls"))
+        failed += cluster.run(overlays) + compose.run()
     print(f"{len(overlays)} overlays, Kubernetes {schemas.VERSIONS[0]} to {schemas.VERSIONS[-1]}: "
           f"{failed} problems, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0

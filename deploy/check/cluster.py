@@ -1,9 +1,9 @@
-"""Overlays cpu-dev and cpu-dev-tls without Kubernetes: their very commands and variables as processes, each pod at an address of
+"""Overlays cpu-dev, cpu-dev-tls and ha without Kubernetes: their very commands and variables as processes, each pod at an address of
 its own.
 
 Shows that the probes answer as the manifests expect, that a worker joins and leaves without a restart of anything, that SIGTERM
-ends one within its grace period, that certificates as the manifests ask for fit each other, and that renewed ones are taken up.
-The network, volumes and limits of pods are not played.
+ends one within its grace period, that certificates as the manifests ask for fit each other and etcd's, that renewed ones are
+taken up, and that a coordinator follows another one. The network, volumes and limits of pods are not played.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import time
 
 import grpc
 
-from . import authority
+from . import authority, etcd
 from .commands import command, files_of
 from .flags import ATELIER
 from .forward import forwarded
@@ -33,7 +33,7 @@ COORDINATOR = "127.0.0.2"
 class Pod:
     """A process in place of a pod's container. Pods differ by address, not by port."""
 
-    def __init__(self, documents, workload, name, address, folder):
+    def __init__(self, documents, workload, name, address, folder, more_places):
         (self.container,) = workload.containers
         self.name, self.address, self.grace = name, address, workload.spec["terminationGracePeriodSeconds"]
         known = {"POD_NAME": name, "POD_NAMESPACE": "atelier", "POD_IP": address, "NODE_NAME": "node"}
@@ -42,14 +42,17 @@ class Pod:
             r"^/etc/atelier": str(folder),
             r"^/data": str(folder / "data"),
             r"//atelier-coordinator:": f"//{COORDINATOR}:",
+            r"^s3://.*": f"file://{folder}/objects",
+            **more_places,
             **{f"^{path}/": f"{folder}/secrets/{secret}/" for path, secret in files_of(workload).items()},
         }
         arguments, self.variables = command(documents, workload, known, places)
         # The name that the cluster's DNS would know.
-        arguments = [f"--advertise={COORDINATOR}:7700" if a.startswith("--advertise=") else a for a in arguments]
+        arguments = [f"--advertise={address}:7700" if a.startswith("--advertise=") else a for a in arguments]
         self.log = folder / f"{name}.log"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([ATELIER, *arguments], env=self.variables, stderr=log, stdout=log)
+            environment = {**self.variables, "NO_COLOR": "1"}
+            self.process = subprocess.Popen([ATELIER, *arguments], env=environment, stderr=log, stdout=log)
 
     def probe(self, kind):
         """What a kubelet would find."""
@@ -57,8 +60,12 @@ class Pod:
         port, service = asked(probe)
         if "exec" in probe:
             words = [word.replace("127.0.0.1", self.address) for word in probe["exec"]["command"][1:]]
-            return subprocess.run([ATELIER, *words], env=self.variables, capture_output=True, check=False).returncode == 0
+            return self.says(*words)
         return self.answers(port, service)
+
+    def says(self, *words):
+        """Whether a command in the pod ends well."""
+        return subprocess.run([ATELIER, *words], env=self.variables, capture_output=True, check=False).returncode == 0
 
     def answers(self, port, service=""):
         """Whether it says in plain text that it serves."""
@@ -93,16 +100,21 @@ def until(what, is_so):
         time.sleep(0.1)
 
 
-def run(overlay, documents):
-    """Gives how many of its claims do not hold."""
+def run(overlays):
+    """Gives how many claims do not hold."""
+    bundled = models_of(overlays["cpu-dev"])
+    return sum(run_one(overlay, overlays[overlay], bundled) for overlay in ("cpu-dev", "cpu-dev-tls", "ha"))
+
+
+def run_one(overlay, documents, models):
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         cluster = Cluster(documents, pathlib.Path(folder), stack)
         try:
-            print(f"{overlay} as processes: {cluster.play()}")
+            print(f"{overlay} as processes: {cluster.play_followed(models) if overlay == 'ha' else cluster.play(models)}")
         except (TimeoutError, AssertionError) as error:
             print(f"  {overlay} as processes: {error}")
-            for pod in cluster.pods:
-                print(f"  --- {pod.name}: {pod.log.read_text()[-2000:]}")
+            for log in sorted(pathlib.Path(folder).glob("*.log")):
+                print(f"  --- {log.stem}: {log.read_text()[-2000:]}")
             return 1
         finally:
             for pod in cluster.pods:
@@ -111,36 +123,72 @@ def run(overlay, documents):
     return 0
 
 
+def models_of(documents):
+    (models,) = [m for m in of_kind(documents, "ConfigMap") if "models.toml" in m["data"]]
+    return models["data"]["models.toml"].replace("/usr/share/atelier/bundled", str(ROOT / "bundled"))
+
+
 class Cluster:
     """An overlay's pods, and a client of theirs."""
 
     def __init__(self, documents, folder, stack):
         self.documents, self.folder, self.pods = documents, folder, []
+        self.stack, self.places = stack, {}
         self.has_tls = bool(of_kind(documents, "Certificate"))
-        # The client's way in, as an operator's: by localhost, with the files of the Secret atelier-client-tls.
-        port = stack.enter_context(forwarded(COORDINATOR, 7700))
-        self.client = ["--server", f"http://localhost:{port}"]
         if self.has_tls:
             authority.issue(documents, folder / "secrets")
-            files = folder / "secrets" / "atelier-client-tls"
+
+    def forward(self, pod):
+        """An operator's way to a coordinator: by localhost, with the files of the Secret atelier-client-tls."""
+        port = self.stack.enter_context(forwarded(pod.address, 7700))
+        self.client = ["--server", f"http://localhost:{port}"]
+        if self.has_tls:
+            files = self.folder / "secrets" / "atelier-client-tls"
             own = ["--tls-ca", files / "ca.crt", "--tls-cert", files / "tls.crt", "--tls-key", files / "tls.key"]
             self.client = ["--server", f"https://localhost:{port}", *own]
 
     def start(self, name, number):
         workload = next(workload for workload in workloads(self.documents) if workload.name == name)
-        pod = Pod(self.documents, workload, f"{name.split('/')[1]}-{number}", f"127.0.0.{2 + len(self.pods)}", self.folder)
+        pod_name, address = f"{name.split('/')[1]}-{number}", f"127.0.0.{2 + len(self.pods)}"
+        pod = Pod(self.documents, workload, pod_name, address, self.folder, self.places)
         self.pods.append(pod)
         return pod
 
-    def play(self):
-        (models,) = [m for m in of_kind(self.documents, "ConfigMap") if "models.toml" in m["data"]]
-        bundled = str(ROOT / "bundled")
-        (self.folder / "models.toml").write_text(models["data"]["models.toml"].replace("/usr/share/atelier/bundled", bundled))
+    def play_followed(self, models):
+        """Two coordinators and etcd: the one that stands by leads when the other ends, and workers follow it."""
+        (self.folder / "models.toml").write_text(models)
+        ports = etcd.free_ports()
+        self.places = etcd.endpoint(ports)
+        with (self.folder / "etcd.log").open("w") as log:
+            member = etcd.start(self.documents, self.folder, ports, log)
+        self.stack.callback(member.wait)
+        self.stack.callback(member.kill)
+        lead = self.start("StatefulSet/atelier-coordinator", 0)
+        leads = ["health", f"{lead.address}:7700", "--service=atelier.v1.JobService"]
+        until("a coordinator leads", lambda: lead.says(*leads))
+        other = self.start("StatefulSet/atelier-coordinator", 1)
+        until("one that stands by is ready", lambda: other.probe("startupProbe") and other.probe("readinessProbe"))
+        counts = {"encoder": 1, "denoiser": 4, "decoder": 1}
+        workers = [self.start(f"Deployment/atelier-{role}", n) for role, count in counts.items() for n in range(count)]
+        until("every worker is ready", lambda: all(pod.probe("readinessProbe") for pod in workers))
+        self.forward(lead)
+        first = self.draw("first")
+        assert lead.stop() is not None, "a coordinator did not end in its grace period"
+        leads[1] = f"{other.address}:7700"
+        until("the other one leads", lambda: other.says(*leads))
+        until("every worker follows it", lambda: all(pod.probe("readinessProbe") for pod in workers))
+        self.forward(other)
+        assert first == self.draw("second"), "the pictures differ"
+        return f"{len(self.pods)} pods and etcd by TLS, the coordinator that stood by leads, the picture is the same"
+
+    def play(self, models):
+        (self.folder / "models.toml").write_text(models)
         lead = self.start("StatefulSet/atelier-coordinator", 0)
         until("the coordinator starts up", lambda: lead.probe("startupProbe"))
         until("the coordinator is ready", lambda: lead.probe("readinessProbe"))
         workers = [self.start(w.name, n) for w in workloads(self.documents) if w.is_worker for n in range(w.replicas)]
         until("every worker is ready", lambda: all(pod.probe("startupProbe") and pod.probe("readinessProbe") for pod in workers))
+        self.forward(lead)
         first = self.draw("first")
         assert all(pod.probe("livenessProbe") for pod in self.pods), "a liveness probe fails"
         renewed = self.renew(lead, workers) if self.has_tls else ""

@@ -2,7 +2,7 @@
 
 import copy
 
-from . import images, mutations_tls
+from . import compose, images, mutations_tls
 from .changes import (
     COORDINATOR, DENOISER, ENCODER, Objects, argument, at, models, of_container, of_pod, opened, put, rename, without,
 )
@@ -25,7 +25,8 @@ def run(overlays, problems):
         text = (DEPLOY / file).read_text()
         if old not in text:
             raise SystemExit(f"self-test: {what}: changed nothing")
-        found = list(images.of_dockerfile(text.replace(old, new)))
+        of_text = compose.of_text if file == "compose.yaml" else images.of_dockerfile
+        found = list(of_text(text.replace(old, new)))
         if not any(expected in problem for problem in found):
             missed += 1
             print(f"  NOT FOUND in {file}: {what} (expected {expected!r}, got {found[:3]})")
@@ -110,7 +111,7 @@ MUTATIONS = [
     ("ha", "another namespace", "is in namespace", at("Service/atelier-etcd", put("default", "metadata", "namespace"))),
 ]
 
-# Dockerfile, what is done to it, words of the problem, old text, new text.
+# Dockerfile or compose.yaml, what is done to it, words of the problem, old text, new text.
 TEXTS = [
     ("Dockerfile.worker", "root", "does not end as user", "USER 65532:65532", "USER root"),
     ("Dockerfile.worker", "latest", "no fixed tag", "debian:bookworm-slim", "debian:latest"),
@@ -118,4 +119,13 @@ TEXTS = [
     ("Dockerfile.worker", "a stage that is not there", "no such stage", "--from=build", "--from=builder"),
     ("Dockerfile.worker", "a secret", "keeps what it is built with", "WORKDIR /src", "ARG REGISTRY_TOKEN\nWORKDIR /src"),
     ("Dockerfile.coordinator", "a shell around the program", "ENTRYPOINT", 'ENTRYPOINT ["/usr/local/bin/atelier"]', "ENTRYPOINT atelier"),
+    ("compose.yaml", "workers without TLS", "sets ATELIER_INSECURE", "    ATELIER_WORKER_THREADS:", "    ATELIER_INSECURE: 'true'\n    ATELIER_WORKER_THREADS:"),
+    ("compose.yaml", "another's certificate", "ATELIER_TLS_CERT is", "/tls/worker/worker.crt", "/tls/client/client.crt"),
+    ("compose.yaml", "the authority for all", "not the files of a worker", "tls-worker:/tls/worker:ro", "authority:/tls/worker:ro"),
+    ("compose.yaml", "a volume that is not there", "no volume tls-client", "  tls-client:\n", ""),
+    ("compose.yaml", "a worker that dials in plain text", "dials http:", "COORDINATOR: https", "COORDINATOR: http"),
+    ("compose.yaml", "a worker that is not asked by TLS", "by `atelier health`", ", --worker,", ","),
+    ("compose.yaml", "a certificate for another host", "does not say its name", "--host=coordinator", "--host=lead"),
+    ("compose.yaml", "a maker that never ends", "again and again", 'restart: "no"', "restart: always"),
+    ("compose.yaml", "a port for everybody", "open to other machines", "127.0.0.1:7700:7700", "7700:7700"),
 ]
