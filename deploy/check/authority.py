@@ -1,10 +1,15 @@
 """What cert-manager makes of Certificates, by openssl, as a kubelet mounts it: so that a cluster of processes shows whether they fit."""
 
+import base64
 import os
 import secrets
 import subprocess
 
+import yaml
+
+from . import render
 from .certificates import hours
+from .flags import ATELIER
 from .workloads import of_kind
 
 WORDS = {
@@ -27,6 +32,16 @@ def issue(documents, folder, renewed=None):
         if renewed is None or name == renewed:
             authority = issuers[spec["issuerRef"]["name"]].get("ca", {}).get("secretName")
             mount(folder / spec["secretName"], lambda new, spec=spec, by=authority: make(new, spec, by and folder / by))
+
+
+def provided(folder, authorities):
+    """As `issue`, by deploy/secrets."""
+    environment = {**os.environ, "ATELIER": str(ATELIER), "KUBECTL": render.kubectl()}
+    done = subprocess.run([render.DEPLOY / "secrets", authorities], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"deploy/secrets: {done.stderr.strip()}"
+    for document in yaml.safe_load_all(done.stdout):
+        files = {name: base64.b64decode(data) for name, data in document["data"].items()}
+        mount(folder / document["metadata"]["name"], lambda new, files=files: [(new / n).write_bytes(f) for n, f in files.items()])
 
 
 def mount(secret, fill):
