@@ -123,7 +123,8 @@ impl Plain {
             return result;
         }
         let mut first = [0];
-        let peeked = self.stream.as_fd().try_clone_to_owned().and_then(|socket| std::net::TcpStream::from(socket).peek(&mut first));
+        let peeked =
+            self.stream.as_fd().try_clone_to_owned().and_then(|socket| std::net::TcpStream::from(socket).peek(&mut first));
         if matches!(peeked, Ok(1)) && first == [ALERT] {
             self.speaks_tls.store(true, Ordering::Release);
         }
@@ -206,6 +207,19 @@ mod tests {
     async fn a_server_that_answers_with_an_alert_speaks_tls() {
         let (ended, speaks_tls) = heard([&[0x15, 3, 3, 0, 2], &[2, 10]]).await;
         assert!(ended.is_err() && speaks_tls);
+    }
+
+    #[tokio::test]
+    async fn an_alert_is_seen_by_who_only_writes_to_a_server_that_has_hung_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let speaks_tls = Arc::<AtomicBool>::default();
+        let mut stream = PlainConnector { speaks_tls: speaks_tls.clone() }.call(uri).await.unwrap().into_inner();
+        let (mut server, _) = listener.accept().await.unwrap();
+        server.write_all(&[ALERT, 3, 3, 0, 2, 2, 10]).await.unwrap();
+        drop(server);
+        while stream.write_all(b"PRI").await.is_ok() {}
+        assert!(speaks_tls.load(Ordering::Acquire));
     }
 
     #[tokio::test]
