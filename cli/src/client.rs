@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use identity::{Files, Identity, Role};
+use identity::{Dialled, Files, Identity, Role};
 use proto::v1::blob_service_client::BlobServiceClient;
 use proto::v1::cluster_service_client::ClusterServiceClient;
 use proto::v1::download_blob_response::Part as DownloadPart;
@@ -12,7 +12,7 @@ use proto::v1::upload_blob_request::Part as UploadPart;
 use proto::v1::{BlobHeader, DownloadBlobRequest, UploadBlobRequest};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::{Interceptor, interceptor::InterceptedService};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic::{Request, Status};
 
 use crate::error::Error;
@@ -43,7 +43,7 @@ impl ServerArgs {
         Self { server, ..Self::default() }
     }
 
-    async fn channel(&self) -> Result<Channel, Error> {
+    async fn channel(&self) -> Result<Dialled, Error> {
         let connect = |source| Error::Connect { address: self.server.clone(), source };
         let wrong = |reason: &str| Error::Flag { flag: "--server", reason: format!("`{}`: {reason}", self.server) };
         match (self.server.strip_prefix("https://"), &self.tls_ca) {
@@ -52,11 +52,15 @@ impl ServerArgs {
                 let identity = Identity::open(Files { own, ca: ca.clone() }, Role::Client)?;
                 // The connector makes it TLS; see there.
                 let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(connect)?;
-                endpoint.connect_with_connector(identity.connector_by_name(Role::Coordinator)).await.map_err(connect)
+                let connector = identity.connector_by_name(Role::Coordinator);
+                Ok(endpoint.connect_with_connector(connector).await.map_err(connect)?.into())
             }
             (Some(_), None) => Err(wrong("https:// needs --tls-ca")),
             (None, Some(_)) => Err(wrong("--tls-ca goes with https://")),
-            (None, None) => Endpoint::from_shared(self.server.clone()).map_err(connect)?.connect().await.map_err(connect),
+            (None, None) => {
+                let endpoint = Endpoint::from_shared(self.server.clone()).map_err(connect)?;
+                Dialled::plain(endpoint).await.map_err(connect)
+            }
         }
     }
 
@@ -95,7 +99,7 @@ impl std::fmt::Debug for Bearer {
 }
 
 /// The way to a service.
-pub(crate) type Calls = InterceptedService<Channel, Bearer>;
+pub(crate) type Calls = InterceptedService<Dialled, Bearer>;
 
 /// Clients of the three services over one connection.
 #[derive(Debug, Clone)]

@@ -65,11 +65,11 @@ impl From<tonic::Status> for Error {
 impl Error {
     /// The error and its causes; of a refusal, every field that was wrong.
     pub(crate) fn for_people(&self) -> String {
-        if let Error::Status(status) = self {
-            return status_text(status);
-        }
-        let mut text = format!("error: {self}");
-        let mut source = std::error::Error::source(self);
+        // A refusal's causes are of this side: a connection that broke.
+        let (mut text, mut source) = match self {
+            Error::Status(status) => (status_text(status), std::error::Error::source(&**status)),
+            _ => (format!("error: {self}"), std::error::Error::source(self)),
+        };
         while let Some(cause) = source {
             text.push_str(&format!("\n  because: {cause}"));
             source = cause.source();

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use identity::{Files, Identity, Role};
+use identity::{Dialled, Files, Identity, Role};
 use tonic::transport::Endpoint;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -43,12 +43,12 @@ pub(crate) async fn run(args: HealthArgs) -> Result<(), Error> {
     let connect = |source| Error::Connect { address: args.address.clone(), source };
     let endpoint = Endpoint::from_shared(url).map_err(connect)?.connect_timeout(DEADLINE).timeout(DEADLINE);
     let channel = match args.tls_ca {
-        None => endpoint.connect().await,
+        None => Dialled::plain(endpoint).await,
         Some(ca) => {
             let (own, role) =
                 if args.worker { (args.tls_cert.zip(args.tls_key), Role::Worker) } else { (None, Role::Coordinator) };
             let identity = Identity::open(Files { own, ca }, role)?;
-            endpoint.connect_with_connector(identity.connector(role)).await
+            endpoint.connect_with_connector(identity.connector(role)).await.map(Dialled::from)
         }
     };
     let mut client = HealthClient::new(channel.map_err(connect)?);

@@ -60,6 +60,9 @@ pub(crate) struct UpArgs {
     /// Listen without TLS where other machines can reach it: whoever can, may use it.
     #[arg(long, env = "ATELIER_INSECURE", conflicts_with = "tls")]
     insecure: bool,
+    /// Serve metrics where other machines can reach them: they are plain text with TLS too.
+    #[arg(long, env = "ATELIER_METRICS_INSECURE")]
+    metrics_insecure: bool,
     /// Who clients are; needs --tls.
     #[command(flatten)]
     auth: coordinator::config::AuthArgs,
@@ -81,6 +84,11 @@ impl UpArgs {
     pub(crate) fn log_format(&self) -> telemetry::log::Format {
         self.log_format
     }
+
+    /// What may be open to other machines without TLS.
+    fn leave(&self) -> identity::TlsArgs {
+        identity::TlsArgs { insecure: self.insecure, metrics_insecure: self.metrics_insecure, ..Default::default() }
+    }
 }
 
 pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
@@ -95,10 +103,10 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     config.identity =
         tls.as_ref().map(|dir| identity::Identity::open(files(dir, Role::Coordinator), Role::Coordinator)).transpose()?;
     config.auth = args.auth.clone().config(tls.is_some())?;
-    let listening = identity::TlsArgs { insecure: args.insecure || tls.is_some(), ..Default::default() };
-    listening.check_listen("--listen", args.listen.ip())?;
-    identity::TlsArgs { insecure: args.insecure, ..Default::default() }
-        .check_plain("--metrics-listen", args.metrics_listen.ip())?;
+    if tls.is_none() {
+        args.leave().check_listen("--listen", args.listen.ip())?;
+    }
+    args.leave().check_plain("--metrics-listen", args.metrics_listen.ip())?;
     let fleet = fleet(&config.models);
     let taken = |source| Error::File { path: format!("--listen {}", args.listen), source };
     let listener = TcpListener::bind(args.listen).await.map_err(taken)?;

@@ -333,6 +333,23 @@ mod tests {
     }
 
     #[test]
+    fn metrics_that_others_can_read_need_leave_of_their_own_with_tls_too() {
+        let folder = tempfile::tempdir().unwrap();
+        identity::authority::write(folder.path(), &[], identity::authority::Existing::Refuse).unwrap();
+        let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (cert, key, ca) = (file("coordinator.crt"), file("coordinator.key"), file("ca.crt"));
+        let with_tls = |more: &[&str]| {
+            let tls = ["--tls-cert", &cert, "--tls-key", &key, "--tls-ca", &ca, "--metrics-listen", "0.0.0.0:7709"];
+            config(&[&tls, more].concat())
+        };
+        let problem = with_tls(&[]).unwrap_err().to_string();
+        assert!(problem.starts_with("--metrics-listen: 0.0.0.0") && problem.contains("--metrics-insecure"), "{problem}");
+        assert!(with_tls(&["--metrics-insecure"]).is_ok());
+        let problem = config(&["--metrics-insecure", "--listen", "0.0.0.0:1", "--advertise", "a:1"]).unwrap_err().to_string();
+        assert!(problem.starts_with("--listen: 0.0.0.0"), "{problem}");
+    }
+
+    #[test]
     fn every_flag_has_an_environment_variable() {
         use clap::CommandFactory;
         for argument in Args::command().get_arguments().filter(|a| !["help", "version"].contains(&a.get_id().as_str())) {

@@ -3,14 +3,18 @@
 import sys
 import time
 
-from . import flags, images, mutations, network, pods, references, render, schemas
+from . import certificates, commands, compose, flags, images, mutations, network, pods, references, render, schemas
 
-PARTS = (references, pods, network, flags)
+PARTS = (references, pods, certificates, network, flags, commands)
+# Overlays without TLS: for a laptop. Every other one has it.
+PLAIN = {"cpu-dev"}
 
 
-def problems(documents, versions=schemas.VERSIONS):
+def problems(overlay, documents, versions=schemas.VERSIONS):
     """Everything that is wrong with an overlay's objects. The schemas first: the rest relies on their shapes."""
     found = list(schemas.problems(documents, versions))
+    if not found and certificates.is_plain(documents) and overlay not in PLAIN:
+        found = [f"{overlay} is without TLS"]
     return found or [problem for part in PARTS for problem in part.problems(documents)]
 
 
@@ -23,12 +27,12 @@ def main():
     overlays = render.overlays()
     failed = 0
     for name, documents in overlays.items():
-        found = problems(documents)
+        found = problems(name, documents)
         failed += len(found)
         print(f"{name}: {len(documents)} objects, {len(found)} problems")
         for problem in found:
             print(f"  {problem}")
-    others = [*images.problems(), *flags.sources()]
+    others = [*images.problems(), *compose.problems(), *flags.sources()]
     failed += len(others)
     print(f"images, compose, models.toml: {len(others)} problems")
     for problem in others:
@@ -38,7 +42,7 @@ def main():
     if "--run" in arguments and not failed:
         from . import cluster
 
-        failed += cluster.run(overlays["cpu-dev"])
+        failed += cluster.run(overlays) + compose.run()
     print(f"{len(overlays)} overlays, Kubernetes {schemas.VERSIONS[0]} to {schemas.VERSIONS[-1]}: "
           f"{failed} problems, {time.monotonic() - began:.0f} s")
     return 1 if failed else 0

@@ -17,7 +17,7 @@ OTHER_VARIABLES = {
     "RUST_LOG", "POD_NAME", "POD_NAMESPACE", "POD_IP", "NODE_NAME", "CUDA_CACHE_PATH", "AWS_REGION", "OTEL_EXPORTER_OTLP_ENDPOINT",
 }
 # Where a coordinator says that it has read all it was given.
-SERVES = "coordinator serves"
+SERVES = ("coordinator serves",)
 
 
 @functools.lru_cache(maxsize=None)
@@ -98,15 +98,20 @@ def refusal(text):
         file = pathlib.Path(folder) / "models.toml"
         file.write_text(text)
         command = [ATELIER, "coordinator", "--listen=127.0.0.1:0", f"--models={file}", f"--data-dir={folder}/data"]
-        environment = {"RUST_LOG": "info", "NO_COLOR": "1"}
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            said = ""
-            for line in process.stderr:
-                if SERVES in line:
-                    process.terminate()
-                    return None
-                said = line.strip()
-            return said or f"`atelier coordinator` ended with {process.wait()}"
+        return refusal_of(command, {}, SERVES)
+
+
+def refusal_of(command, environment, taken):
+    """Why the program does not run so; None once it says one of the words of `taken`."""
+    environment = {**environment, "RUST_LOG": "info", "NO_COLOR": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as process:
+        said = ""
+        for line in process.stderr:
+            if any(words in line for words in taken):
+                process.kill()
+                return None
+            said = line.strip() or said
+        return said or f"`{' '.join(map(str, command[:2]))}` ended with {process.wait()}"
 
 
 def sources():

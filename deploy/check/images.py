@@ -1,11 +1,8 @@
-"""Dockerfiles and compose.yaml, read as text: no Docker engine is needed, so nothing is built."""
+"""Dockerfiles, read as text: no Docker engine is needed, so nothing is built."""
 
 import re
 import tomllib
 
-import yaml
-
-from .flags import help_of, of_arguments
 from .render import DEPLOY, ROOT
 
 USER = "65532:65532"
@@ -17,8 +14,6 @@ def problems():
     for file in sorted(DEPLOY.glob("Dockerfile.*")):
         for problem in of_dockerfile(file.read_text()):
             yield f"{file.name}: {problem}"
-    for problem in of_compose(yaml.safe_load((DEPLOY / "compose.yaml").read_text())):
-        yield f"compose.yaml: {problem}"
 
 
 def instructions(text):
@@ -77,29 +72,3 @@ def of_copy(rest, stages):
     for path in [word for word in words if not word.startswith("--")][:-1]:
         if not (ROOT / path).exists():
             yield f"COPY {path}: is not in the repository"
-
-
-def of_compose(compose):
-    services = compose["services"]
-    for name, service in services.items():
-        if service.get("user") != USER or service.get("read_only") is not True or service.get("cap_drop") != ["ALL"]:
-            yield f"{name}: is not locked down (user, read_only, cap_drop)"
-        if "no-new-privileges:true" not in service.get("security_opt", []):
-            yield f"{name}: may gain privileges"
-        if "mem_limit" not in service:
-            yield f"{name}: has no limit of memory"
-        if ":" not in service["image"] or service["image"].endswith(":latest"):
-            yield f"{name}: image {service['image']!r} has no fixed tag"
-        if not (DEPLOY.parent / service["build"]["dockerfile"]).is_file():
-            yield f"{name}: there is no {service['build']['dockerfile']}"
-        if any(not str(port).startswith("127.0.0.1:") for port in service.get("ports", [])):
-            yield f"{name}: is open to other machines"
-        command, *arguments = service["command"]
-        for problem in of_arguments(command, arguments):
-            yield f"{name}: {problem}"
-        for variable in service.get("environment", {}).keys() - help_of(command)[1]:
-            yield f"{name}: `atelier {command}` reads no variable {variable}"
-        for argument in arguments:
-            host = argument.partition("=")[2].partition(":")[0]
-            if argument.startswith("--advertise") and host != name:
-                yield f"{name}: says that it is reached at {host}"

@@ -2,20 +2,22 @@
 
 import copy
 
-from . import images
+from . import compose, images, mutations_tls
+from .changes import (
+    COORDINATOR, DENOISER, ENCODER, Objects, argument, at, models, of_container, of_pod, opened, put, rename, without,
+)
 from .render import DEPLOY
-from .workloads import named
 
 
 def run(overlays, problems):
     """Gives how many of the mutations were not found."""
     missed = 0
-    for overlay, what, expected, mutate in MUTATIONS:
+    for overlay, what, expected, mutate in MUTATIONS + mutations_tls.MUTATIONS:
         documents = copy.deepcopy(overlays[overlay])
         mutate(Objects(documents))
         if documents == overlays[overlay]:
             raise SystemExit(f"self-test: {what}: changed nothing")
-        found = problems(documents, ("1.33",))
+        found = problems(overlay, documents, ("1.33",))
         if not any(expected in problem for problem in found):
             missed += 1
             print(f"  NOT FOUND in {overlay}: {what} (expected {expected!r}, got {found[:3]})")
@@ -23,84 +25,13 @@ def run(overlays, problems):
         text = (DEPLOY / file).read_text()
         if old not in text:
             raise SystemExit(f"self-test: {what}: changed nothing")
-        found = list(images.of_dockerfile(text.replace(old, new)))
+        of_text = compose.of_text if file == "compose.yaml" else images.of_dockerfile
+        found = list(of_text(text.replace(old, new)))
         if not any(expected in problem for problem in found):
             missed += 1
             print(f"  NOT FOUND in {file}: {what} (expected {expected!r}, got {found[:3]})")
-    print(f"self-test: {len(MUTATIONS) + len(TEXTS)} mutations, {missed} not found")
+    print(f"self-test: {len(MUTATIONS) + len(mutations_tls.MUTATIONS) + len(TEXTS)} mutations, {missed} not found")
     return missed
-
-
-class Objects:
-    """The objects of an overlay, by Kind/name; names that kustomize made are found by their beginning."""
-
-    def __init__(self, documents):
-        self.documents = documents
-
-    def __getitem__(self, name):
-        (found,) = [d for d in self.documents if named(d) == name or named(d).startswith(name + "-") and d["kind"] == "ConfigMap"]
-        return found
-
-    def remove(self, name):
-        self.documents.remove(self[name])
-
-    def pod(self, name):
-        return self[name]["spec"]["template"]["spec"]
-
-    def container(self, name):
-        return self.pod(name)["containers"][0]
-
-
-ENCODER, DENOISER, COORDINATOR = "Deployment/atelier-encoder", "Deployment/atelier-denoiser", "StatefulSet/atelier-coordinator"
-
-
-def of_container(name, change):
-    return lambda objects: change(objects.container(name))
-
-
-def of_pod(name, change):
-    return lambda objects: change(objects.pod(name))
-
-
-def rename(key, new):
-    return lambda holder: holder.__setitem__(new, holder.pop(key))
-
-
-def without(*path):
-    def change(holder):
-        for key in path[:-1]:
-            holder = holder[key]
-        del holder[path[-1]]
-
-    return change
-
-
-def put(value, *path):
-    def change(holder):
-        for key in path[:-1]:
-            holder = holder[key]
-        holder[path[-1]] = value
-
-    return change
-
-
-def at(name, change):
-    return lambda objects: change(objects[name])
-
-
-def argument(old, new):
-    return lambda container: container.__setitem__("args", [a.replace(old, new) for a in container["args"]])
-
-
-def models(old, new):
-    return at("ConfigMap/models", lambda m: m["data"].__setitem__("models.toml", m["data"]["models.toml"].replace(old, new)))
-
-
-def opened(objects):
-    """Whoever may reach the coordinator may reach the ranks' port too."""
-    rule = objects["NetworkPolicy/worker"]["spec"]["ingress"][0]
-    rule["ports"].append({"protocol": "TCP", "port": 7702})
-    objects["NetworkPolicy/coordinator"]["spec"]["egress"][0]["ports"].append({"protocol": "TCP", "port": 7702})
 
 
 LWS = ("spec", "leaderWorkerTemplate")
@@ -180,7 +111,7 @@ MUTATIONS = [
     ("ha", "another namespace", "is in namespace", at("Service/atelier-etcd", put("default", "metadata", "namespace"))),
 ]
 
-# Dockerfile, what is done to it, words of the problem, old text, new text.
+# Dockerfile or compose.yaml, what is done to it, words of the problem, old text, new text.
 TEXTS = [
     ("Dockerfile.worker", "root", "does not end as user", "USER 65532:65532", "USER root"),
     ("Dockerfile.worker", "latest", "no fixed tag", "debian:bookworm-slim", "debian:latest"),
@@ -188,4 +119,13 @@ TEXTS = [
     ("Dockerfile.worker", "a stage that is not there", "no such stage", "--from=build", "--from=builder"),
     ("Dockerfile.worker", "a secret", "keeps what it is built with", "WORKDIR /src", "ARG REGISTRY_TOKEN\nWORKDIR /src"),
     ("Dockerfile.coordinator", "a shell around the program", "ENTRYPOINT", 'ENTRYPOINT ["/usr/local/bin/atelier"]', "ENTRYPOINT atelier"),
+    ("compose.yaml", "workers without TLS", "sets ATELIER_INSECURE", "    ATELIER_WORKER_THREADS:", "    ATELIER_INSECURE: 'true'\n    ATELIER_WORKER_THREADS:"),
+    ("compose.yaml", "another's certificate", "ATELIER_TLS_CERT is", "/tls/worker/worker.crt", "/tls/client/client.crt"),
+    ("compose.yaml", "the authority for all", "not the files of a worker", "tls-worker:/tls/worker:ro", "authority:/tls/worker:ro"),
+    ("compose.yaml", "a volume that is not there", "no volume tls-client", "  tls-client:\n", ""),
+    ("compose.yaml", "a worker that dials in plain text", "dials http:", "COORDINATOR: https", "COORDINATOR: http"),
+    ("compose.yaml", "a worker that is not asked by TLS", "by `atelier health`", ", --worker,", ","),
+    ("compose.yaml", "a certificate for another host", "does not say its name", "--host=coordinator", "--host=lead"),
+    ("compose.yaml", "a maker that never ends", "again and again", 'restart: "no"', "restart: always"),
+    ("compose.yaml", "a port for everybody", "open to other machines", "127.0.0.1:7700:7700", "7700:7700"),
 ]

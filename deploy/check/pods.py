@@ -2,17 +2,10 @@
 
 import re
 
-from .render import ROOT
+from .certificates import secrets
+from .probes import of_probes
 from .workloads import of_kind, selects, settings, workloads
 
-# Service names of gRPC health, and the source that answers for each.
-HEALTH = {
-    "": None,
-    "atelier.v1.JobService": "coordinator/src/server.rs",
-    "atelier.worker.Ready": "worker/src/health.rs",
-}
-# Made by whoever installs it; the component that needs it says so.
-SECRETS = {"object-store"}
 # From the end of a worker's drain to its exit: it signs off (1 s) and ends its calls (2 s).
 AFTER_DRAIN = 5
 NOT_ALLOWED_IN_PODS = ("hostNetwork", "hostPID", "hostIPC", "hostUsers", "shareProcessNamespace")
@@ -54,7 +47,7 @@ def of_pod(documents, workload):
 
 def of_volumes(documents, workload):
     there = {(kind, item["metadata"]["name"]) for kind in ("ConfigMap", "Secret", "PersistentVolumeClaim") for item in of_kind(documents, kind)}
-    there |= {("Secret", name) for name in SECRETS}
+    there |= {("Secret", name) for name in secrets(documents)}
     volumes = {volume["name"]: volume for volume in workload.spec.get("volumes", [])}
     for volume in volumes.values():
         if "hostPath" in volume:
@@ -130,7 +123,7 @@ def of_container(workload, container):
             yield f"port {port.get('name')} is a hostPort"
     if workload.is_worker:
         yield from of_host(container)
-    yield from of_probes(container)
+    yield from of_probes(workload, container)
 
 
 def of_host(container):
@@ -144,27 +137,3 @@ def of_host(container):
 
 def version(name):
     return tuple(int(number) for number in re.findall(r"\d+", name.split(":")[1])[:3])
-
-
-def of_probes(container):
-    ports = {port["containerPort"] for port in container.get("ports", [])}
-    names = {port.get("name") for port in container.get("ports", [])}
-    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
-        probe = container.get(kind)
-        if probe is None:
-            yield f"has no {kind}"
-            continue
-        grpc, http = probe.get("grpc"), probe.get("httpGet")
-        if grpc is None and http is None:
-            yield f"{kind} asks neither by gRPC nor by HTTP"
-            continue
-        port = grpc["port"] if grpc else http["port"]
-        if port not in ports | names:
-            yield f"{kind} asks port {port}, which it does not have"
-        if grpc:
-            service = grpc.get("service", "")
-            source = HEALTH.get(service, "")
-            if source == "" or (source and f'"{service}"' not in (ROOT / source).read_text()):
-                yield f"{kind} asks for health of {service!r}, which nothing answers"
-            if kind == "livenessProbe" and service:
-                yield "livenessProbe looks at more than the process"

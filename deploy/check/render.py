@@ -16,6 +16,7 @@ import yaml
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 OVERLAYS = DEPLOY / "kubernetes" / "overlays"
+BASE = DEPLOY / "kubernetes" / "base"
 CACHE = ROOT / "target" / "deploy"
 
 # Components and replacements as used here.
@@ -73,8 +74,8 @@ def build(program, overlay):
 
 
 def overlays():
-    """Every overlay's objects, by its name."""
+    """Every overlay's objects, by its name, and the base's, which may be applied as it is."""
     program = kubectl()
-    folders = sorted(path.parent for path in OVERLAYS.glob("*/kustomization.yaml"))
+    folders = [BASE, *sorted(path.parent for path in OVERLAYS.glob("*/kustomization.yaml"))]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return dict(zip((folder.name for folder in folders), pool.map(lambda folder: build(program, folder), folders)))

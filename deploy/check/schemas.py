@@ -57,13 +57,15 @@ def kubernetes_problem(document, version):
 
 def custom_schema(document):
     group, _, version = document["apiVersion"].partition("/")
-    file = DEPLOY / "schemas" / f"{group}-{version}-{document['kind'].lower()}.json.gz"
-    return load(file) if file.is_file() else None
+    name = f"{group}-{version}-{document['kind'].lower()}.json"
+    files = [DEPLOY / "schemas" / name, DEPLOY / "schemas" / f"{name}.gz"]
+    return next((load(file) for file in files if file.is_file()), None)
 
 
 @functools.lru_cache(maxsize=None)
 def load(file):
-    return jsonschema.Draft202012Validator(json.loads(gzip.decompress(file.read_bytes())))
+    text = file.read_bytes()
+    return jsonschema.Draft202012Validator(json.loads(gzip.decompress(text) if file.suffix == ".gz" else text))
 
 
 def path(error):

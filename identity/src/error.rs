@@ -29,7 +29,7 @@ pub enum Error {
     },
     /// A port that is plain in any case, and that others can reach.
     #[error(
-        "{flag}: {address} can be reached from other machines, and this port is plain text with TLS too; give a loopback address, or --insecure"
+        "{flag}: {address} can be reached from other machines, and this port is plain text with TLS too; give a loopback address, or --metrics-insecure"
     )]
     Plain {
         /// The flag that names the address.

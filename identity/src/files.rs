@@ -23,6 +23,9 @@ pub struct TlsArgs {
     /// Listen without TLS where other machines can reach it: whoever can, may use it.
     #[arg(long, env = "ATELIER_INSECURE", conflicts_with_all = ["tls_cert", "tls_key", "tls_ca"])]
     pub insecure: bool,
+    /// Serve metrics where other machines can reach them: they are plain text with TLS too, and whoever can may read them.
+    #[arg(long, env = "ATELIER_METRICS_INSECURE")]
+    pub metrics_insecure: bool,
 }
 
 impl TlsArgs {
@@ -59,9 +62,9 @@ impl TlsArgs {
     /// As [`Self::check_listen`], for a port that is plain with TLS too: that of metrics.
     ///
     /// # Errors
-    /// As [`Self::check_listen`].
+    /// [`Error::Plain`] when other machines can reach it and there is no leave.
     pub fn check_plain(&self, flag: &'static str, address: IpAddr) -> Result<()> {
-        if address.is_loopback() || self.insecure {
+        if address.is_loopback() || self.insecure || self.metrics_insecure {
             return Ok(());
         }
         Err(Error::Plain { flag, address })

@@ -9,15 +9,15 @@ use opentelemetry::{
     InstrumentationScope, KeyValue, SpanId, TraceFlags, TraceId, Value,
     trace::{SpanContext, SpanKind, Status, TraceState},
 };
-use opentelemetry_otlp::{ExporterBuildError, SpanExporter};
+use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithTonicConfig};
 use opentelemetry_sdk::{
     Resource,
     trace::{BatchSpanProcessor, SpanData, SpanProcessor},
 };
 
-use crate::TraceContext;
+use crate::{TraceContext, tls};
 
-/// Either names a collector: <http://host:4317>.
+/// Either names a collector: <http://host:4317>, or <https://host:4317>.
 const ENDPOINTS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"];
 /// Either may name the protocol.
 const PROTOCOLS: [&str; 2] = ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"];
@@ -41,6 +41,22 @@ pub enum Error {
     /// The exporter cannot be made of what the variables say.
     #[error("the variables OTEL_EXPORTER_OTLP_*")]
     Exporter(#[from] ExporterBuildError),
+    /// A file of certificates or of a key.
+    #[error("{variable}: read {path}")]
+    File {
+        /// Where it is named.
+        variable: &'static str,
+        /// The file.
+        path: String,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A certificate without its key, or the other way about.
+    #[error("{missing}: is missing; a certificate and its key go together")]
+    Incomplete {
+        /// What is not set.
+        missing: &'static str,
+    },
     /// Twice in one process.
     #[error("spans are exported already")]
     Twice,
@@ -73,15 +89,19 @@ pub struct Span {
 pub fn start_export(service: &'static str, variable: impl Fn(&str) -> Option<String>) -> Result<bool, Error> {
     let set = |name: &str| variable(name).filter(|value| !value.is_empty());
     let disabled = set(DISABLED).is_some_and(|value| value.eq_ignore_ascii_case("true"));
-    if disabled || !ENDPOINTS.iter().any(|name| set(name).is_some()) {
+    let Some(endpoint) = ENDPOINTS.iter().find_map(|name| set(name)).filter(|_| !disabled) else {
         return Ok(false);
-    }
+    };
     for name in PROTOCOLS {
         if let Some(value) = set(name).filter(|value| value != "grpc") {
             return Err(Error::Protocol { variable: name, value });
         }
     }
-    let mut exporter = SpanExporter::builder().with_tonic().build()?;
+    let mut exporter = SpanExporter::builder().with_tonic();
+    if endpoint.starts_with("https://") {
+        exporter = exporter.with_tls_config(tls::of(set)?);
+    }
+    let mut exporter = exporter.build()?;
     let named = set("OTEL_SERVICE_NAME").unwrap_or_else(|| service.to_owned());
     let resource = Resource::builder().with_service_name(named).build();
     opentelemetry_sdk::trace::SpanExporter::set_resource(&mut exporter, &resource);

@@ -8,6 +8,7 @@ mod histogram;
 pub mod log;
 mod page;
 mod serve;
+mod tls;
 mod trace;
 
 pub use export::{Error, Span, flush, is_exporting, record, start_export};

@@ -20,7 +20,7 @@ use proto::v1::{
     WatchJobRequest,
 };
 use strangers::{Kind, Stranger, is_let_in, served_certificate};
-use tests::cluster::eventually;
+use tests::cluster::{atelier, eventually};
 use tonic::Code;
 use tonic_types::StatusExt;
 
@@ -52,6 +52,18 @@ async fn every_port_refuses_plain_text_other_authorities_expired_certificates_an
         }
         let nobody = Stranger::nobody(&up.tls);
         assert_eq!(is_let_in(&nobody, *kind, *port).await, allowed.anonymous, "nobody at {kind:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_in_plain_text_is_told_that_the_server_speaks_tls() {
+    let up = Up::start(&[]).await;
+    up.client().await;
+    let server = format!("http://127.0.0.1:{}", up.port());
+    for words in [["models", "--server", &server].as_slice(), ["health", server.trim_start_matches("http://")].as_slice()] {
+        let asked = atelier().args(words).output().unwrap();
+        let told = String::from_utf8_lossy(&asked.stderr);
+        assert!(!asked.status.success() && told.contains("the server speaks TLS: dial https://"), "{words:?}: {told}");
     }
 }
 

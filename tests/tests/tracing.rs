@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
+use identity::authority::{self, Existing};
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
 use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
 use opentelemetry_proto::tonic::common::v1::KeyValue;
@@ -13,6 +16,7 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use proto::v1::{CreateJobRequest, GetJobRequest, JobSpec, JobState};
 use tests::cluster::{Client, Cluster, atelier, eventually, tiny_flux};
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Certificate, Identity, Server, ServerTlsConfig};
 use tonic::{Request, Response, Status};
 
 const STEPS: usize = 6;
@@ -36,13 +40,26 @@ impl TraceService for Collector {
 
 impl Collector {
     async fn start() -> (Self, String) {
+        let (collector, port) = Self::start_with(Server::builder()).await;
+        (collector, format!("http://127.0.0.1:{port}"))
+    }
+
+    async fn start_with(mut server: Server) -> (Self, u16) {
         let collector = Self::default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let service = TraceServiceServer::new(collector.clone());
-        let server = tonic::transport::Server::builder().add_service(service);
+        let port = listener.local_addr().unwrap().port();
+        let server = server.add_service(TraceServiceServer::new(collector.clone()));
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        (collector, address)
+        (collector, port)
+    }
+
+    /// One that speaks TLS and takes only whom the authority of this folder has signed.
+    async fn start_secured(tls: &Path) -> (Self, String) {
+        let file = |name: &str| std::fs::read(tls.join(name)).unwrap();
+        let own = Identity::from_pem(file("coordinator.crt"), file("coordinator.key"));
+        let config = ServerTlsConfig::new().identity(own).client_ca_root(Certificate::from_pem(file("ca.crt")));
+        let (collector, port) = Self::start_with(Server::builder().tls_config(config).unwrap()).await;
+        (collector, format!("https://localhost:{port}"))
     }
 
     /// The spans of a trace, each once: a process that had no answer may send them again.
@@ -102,13 +119,8 @@ async fn one_trace_leads_from_the_client_through_the_coordinator_to_the_ranks_an
     let cluster = Cluster::start_with(&models(), &["", ""], None, &variables);
     let mut client = cluster.ready().await;
     let folder = tempfile::tempdir().unwrap();
-    let mut command = atelier();
-    command.args(["generate", "a very secret fox", "--server", &cluster.address, "--size", "48x32", "--quiet"]);
-    command.args(["--steps", &STEPS.to_string(), "--max-sequence-length", "16", "--out"]).arg(folder.path().join("fox.png"));
-    command.envs(variables).stdout(std::process::Stdio::null());
     let trace_id = "0af7651916cd43dd8448eb211c80319c";
-    command.env("TRACEPARENT", format!("00-{trace_id}-b7ad6b7169203331-01"));
-    assert!(tokio::task::spawn_blocking(move || command.status().unwrap()).await.unwrap().success());
+    generate(&cluster, folder.path(), trace_id, STEPS, &variables).await;
 
     let wanted: BTreeMap<(&str, &str), usize> = BTreeMap::from([
         (("atelier-client", "generate"), 1),
@@ -166,6 +178,38 @@ async fn one_trace_leads_from_the_client_through_the_coordinator_to_the_ranks_an
     // A wrong name is no name: the job gets a trace of its own.
     let (_, other) = trace_of(&mut client, "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01", 1).await;
     assert!(other.len() == 32 && other != trace_id, "{other}");
+}
+
+/// `atelier generate` as a part of this trace, to its end.
+async fn generate(cluster: &Cluster, folder: &Path, trace_id: &str, steps: usize, variables: &[(&str, &str)]) {
+    let mut command = atelier();
+    command.args(["generate", "a very secret fox", "--server", &cluster.address, "--size", "48x32", "--quiet"]);
+    command.args(["--steps", &steps.to_string(), "--max-sequence-length", "16", "--out"]).arg(folder.join("fox.png"));
+    command.envs(variables.iter().copied()).env("TRACEPARENT", format!("00-{trace_id}-b7ad6b7169203331-01"));
+    command.stdout(Stdio::null());
+    assert!(tokio::task::spawn_blocking(move || command.status().unwrap()).await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_go_to_a_collector_that_speaks_tls_from_those_whom_it_knows() {
+    let folder = tempfile::tempdir().unwrap();
+    let tls = folder.path().join("tls");
+    authority::write(&tls, &["localhost".to_owned()], Existing::Refuse).unwrap();
+    let (collector, endpoint) = Collector::start_secured(&tls).await;
+    let cluster = Cluster::start(&models(), &["", ""], None);
+    cluster.ready().await;
+    let file = |name: &str| tls.join(name).into_os_string().into_string().unwrap();
+    let (ca, cert, key) = (file("ca.crt"), file("client.crt"), file("client.key"));
+    let nobody = [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()), ("OTEL_EXPORTER_OTLP_CERTIFICATE", ca.as_str())];
+    let known = [("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", cert.as_str()), ("OTEL_EXPORTER_OTLP_CLIENT_KEY", key.as_str())];
+    let [refused, taken] = ["0af7651916cd43dd8448eb211c80319c", "4bf92f3577b34da6a3ce929d0e0e4736"];
+
+    // A command that has ended has sent what it could.
+    generate(&cluster, folder.path(), refused, 1, &nobody).await;
+    assert!(collector.of(refused).is_empty(), "spans of somebody without a certificate");
+    generate(&cluster, folder.path(), taken, 1, &[nobody, known].concat()).await;
+    let names: Vec<String> = collector.of(taken).into_iter().map(|(_, span)| span.name).collect();
+    assert_eq!(names, ["generate"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

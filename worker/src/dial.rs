@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use identity::{Identity, Role};
+use identity::{Dialled, Identity, Role};
 use tokio::time::{Instant, sleep};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -74,14 +74,22 @@ fn endpoint(address: &str) -> Result<Endpoint> {
 }
 
 /// Connects to the coordinator at `url` now. An `https://` one is dialled with `identity`, which must be there.
-pub(crate) async fn coordinator(url: &str, identity: Option<&Identity>) -> Result<Channel, Status> {
+pub(crate) async fn coordinator(url: &str, identity: Option<&Identity>) -> Result<Dialled, Status> {
     let address = url.split_once("://").map_or(url, |(_, address)| address);
     let endpoint = endpoint(address).map_err(|error| Status::invalid_argument(error.to_string()))?;
     let channel = match identity {
-        Some(identity) => endpoint.connect_with_connector(identity.connector(Role::Coordinator)).await,
-        None => endpoint.connect().await,
+        Some(identity) => endpoint.connect_with_connector(identity.connector(Role::Coordinator)).await.map(Dialled::from),
+        None => Dialled::plain(endpoint).await,
     };
     channel.map_err(|error| Status::unavailable(with_causes(&error)))
+}
+
+/// What a status says, and what caused it on this side: a connection that the other end closed.
+pub(crate) fn reason(status: &Status) -> String {
+    match std::error::Error::source(status) {
+        Some(cause) => format!("{}: {}", status.message(), with_causes(cause)),
+        None => status.message().to_owned(),
+    }
 }
 
 /// An error with what caused it: which certificate was refused, and why.

@@ -33,7 +33,7 @@ pub(crate) async fn keep_registered(
     registration: Registration,
     stop: CancellationToken,
 ) {
-    let mut pause = FIRST_PAUSE;
+    let (mut pause, mut failed) = (FIRST_PAUSE, false);
     while !stop.is_cancelled() {
         let began = Instant::now();
         let ended = stay(&url, identity.as_ref(), &registration, &stop).await;
@@ -44,8 +44,16 @@ pub(crate) async fn keep_registered(
             pause = FIRST_PAUSE;
         }
         match ended {
-            Ok(cause) => tracing::warn!(url, cause, "no longer registered"),
-            Err(status) => tracing::debug!(url, error = status.message(), "could not register"),
+            Ok(cause) => {
+                tracing::warn!(url, cause, "no longer registered");
+                failed = false;
+            }
+            // Once: a certificate that is refused must be seen, and a coordinator that is away for long fills no log.
+            Err(status) if !failed => {
+                tracing::warn!(url, error = dial::reason(&status), "could not register, and goes on trying");
+                failed = true;
+            }
+            Err(status) => tracing::debug!(url, error = dial::reason(&status), "could not register"),
         }
         tokio::select! {
             () = sleep(pause) => pause = (pause * 2).min(LAST_PAUSE),
