@@ -135,9 +135,11 @@ struct Grid {
 impl Grid {
     fn of(m: usize, n: usize, chunks: usize, weight: &PackedWeight) -> Self {
         let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
-        let down = m.div_ceil(ROWS);
+        // Blocks are widened again for each job down: taller and narrower ones, of the same size.
+        let taller = if weight.is_in_blocks() { 2 } else { 1 };
+        let down = m.div_ceil(taller * ROWS);
         let panels = n.div_ceil(nr);
-        let mut across = n.div_ceil(if chunks > 1 { TREE_COLUMNS } else { COLUMNS });
+        let mut across = n.div_ceil(if chunks > 1 { TREE_COLUMNS } else { COLUMNS } / taller);
         // Few jobs: as many as keep every thread busy to the end.
         let threads = rayon::current_num_threads();
         while down * across < 8 * threads && !(down * across).is_multiple_of(threads) && across < panels {

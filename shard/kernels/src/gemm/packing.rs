@@ -131,12 +131,14 @@ impl PackedWeight {
         }
     }
 
+    /// Whether a panel costs more to make than to read.
+    pub(crate) fn is_in_blocks(&self) -> bool {
+        matches!(self.panels, Panels::Blocks(_))
+    }
+
     /// In which steps K is best passed: blocks would rather not be widened twice.
     pub(crate) fn step(&self, len: usize) -> usize {
-        match self.panels {
-            Panels::Blocks(_) => K_STEP,
-            _ => len.div_ceil(len.div_ceil(K_STEP).max(1)),
-        }
+        if self.is_in_blocks() { K_STEP } else { len.div_ceil(len.div_ceil(K_STEP).max(1)) }
     }
 }
 
