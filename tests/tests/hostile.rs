@@ -114,6 +114,29 @@ fn checkpoint_files(folder: &Path) {
     let index = r#"{"weight_map":{"a":"../../etc/passwd"}}"#;
     std::fs::write(folder.join("model.safetensors.index.json"), index).unwrap();
     refused("weights: an index that names ../../etc/passwd", "not a plain file name", weights);
+    std::fs::remove_file(folder.join("model.safetensors.index.json")).unwrap();
+
+    let path = folder.join("model.gguf");
+    let gguf = |what: &str, named: &str, tensors: u64, entries: u64, rest: &[u8], zeros: u64| {
+        let bytes = [&b"GGUF"[..], &3u32.to_le_bytes(), &tensors.to_le_bytes(), &entries.to_le_bytes(), rest].concat();
+        std::fs::write(&path, &bytes).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(bytes.len() as u64 + zeros).unwrap();
+        refused(&format!("GGUF: {what}"), named, weights);
+    };
+    gguf("2^64 - 1 tensors", "more than 20000 tensors", u64::MAX, 0, &[], 0);
+    gguf("2^64 - 1 entries of metadata", "entries of metadata", 0, u64::MAX, &[], 0);
+    let list = |kind: u32, count: u64| {
+        [&1u64.to_le_bytes()[..], b"k", &9u32.to_le_bytes(), &kind.to_le_bytes(), &count.to_le_bytes()].concat()
+    };
+    gguf("a list of 2^64 - 1 texts", "truncated", 0, 1, &list(8, u64::MAX), 1 << 20);
+    // A parser that keeps them pays thirty times their bytes.
+    gguf("a list of thirty million bytes, then nothing", "truncated", 1, 1, &list(0, 30 << 20), 30 << 20);
+    let tensor = |dims: [u64; 2]| {
+        let dims = dims.iter().flat_map(|dim| dim.to_le_bytes()).collect::<Vec<u8>>();
+        [&1u64.to_le_bytes()[..], b"w", &2u32.to_le_bytes(), &dims, &8u32.to_le_bytes(), &0u64.to_le_bytes()].concat()
+    };
+    gguf("a shape whose product overflows", "goes beyond the file", 1, 0, &tensor([1 << 62, 1 << 62]), 64);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// A safetensors file of these entries.

@@ -287,7 +287,7 @@ fn a_file_that_is_cut_short_or_is_none_is_refused_by_name() {
         (&whole[..400], "truncated"),
         (&whole[..3], "truncated"),
         (&b"GGUFxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"[..], "version"),
-        (b"safetensors are something else", "magic"),
+        (b"safetensors are something else", "does not begin"),
     ] {
         std::fs::write(&path, bytes).unwrap();
         let error = Weights::open(folder.path(), std::sync::Arc::new(parallel::Solo), DType::F32, &Device::Cpu).unwrap_err();

@@ -103,7 +103,7 @@ impl Checkpoint {
         let Tensor { stored, shape, start } = tensor;
         let parts = names(name, &shape);
         let whole = || vec![Part { name: name.to_owned(), rows: vec![0..shape.first().copied().unwrap_or(1)] }];
-        let row = stored.bytes(shape.iter().skip(1).product());
+        let row: usize = shape.iter().skip(1).product();
         for Part { name: known, rows } in parts.unwrap_or_else(whole) {
             let mut shape = shape.clone();
             if let Some(first) = shape.first_mut() {
@@ -112,7 +112,13 @@ impl Checkpoint {
                 }
                 *first = rows.iter().map(Range::len).sum();
             }
-            let spans = rows.into_iter().map(|rows| start + rows.start * row..start + rows.end * row).collect();
+            let cut = |at: usize| match stored {
+                Stored::Blocks(kind) if !(at * row).is_multiple_of(kind.values()) => {
+                    Err(format!("tensor `{name}` would be cut within a block for `{known}`"))
+                }
+                _ => Ok(start + stored.bytes(at * row)),
+            };
+            let spans = rows.into_iter().map(|rows| Ok(cut(rows.start)?..cut(rows.end)?)).collect::<Result<_, String>>()?;
             let entry = Entry { stored, shape, file: self.files.len(), spans };
             if self.entries.insert(known.clone(), entry).is_some() {
                 return Err(format!("tensor `{known}` is there twice"));
@@ -139,4 +145,47 @@ fn map_file(path: &Path) -> Result<Mmap> {
     // SAFETY: the mapping is read-only and private to `Weights`. Checkpoints are immutable while they are served (README,
     // "Models"): a file that is truncated under a running worker ends that process, as it would for any mapped program.
     unsafe { Mmap::map(&file) }.map_err(io)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checkpoint() -> Checkpoint {
+        Checkpoint { dir: PathBuf::new(), entries: BTreeMap::new(), files: Vec::new() }
+    }
+
+    fn tensor(stored: Stored, shape: &[usize]) -> Tensor {
+        Tensor { stored, shape: shape.to_vec(), start: 1000 }
+    }
+
+    fn part(rows: &[Range<usize>]) -> Option<Vec<Part>> {
+        Some(vec![Part { name: "new".into(), rows: rows.to_vec() }])
+    }
+
+    #[test]
+    fn a_part_is_its_rows() {
+        let mut found = checkpoint();
+        found.add("old", tensor(Stored::Plain(DType::F32), &[4, 3]), &|_, _| part(&[2..4, 0..1])).unwrap();
+        assert_eq!(
+            (&found.entries["new"].shape[..], &found.entries["new"].spans[..]),
+            (&[3, 3][..], &[1024..1048, 1000..1012][..])
+        );
+        let q8 = Stored::Blocks(BlockType::Q8_0);
+        found.add("line", tensor(q8, &[64]), &|_, _| None).unwrap();
+        assert_eq!(found.entries["line"].spans, [1000..1068], "one dimension is one row of blocks");
+    }
+
+    #[test]
+    fn a_part_that_cannot_be_is_refused() {
+        let q8 = Stored::Blocks(BlockType::Q8_0);
+        let refused = |stored, shape: &[usize], rows: Range<usize>| {
+            checkpoint().add("old", tensor(stored, shape), &|_, _| part(std::slice::from_ref(&rows))).unwrap_err()
+        };
+        assert!(refused(q8, &[64], 0..40).contains("within a block"));
+        assert!(refused(q8, &[4, 32], 2..5).contains("has 4 rows"));
+        let mut twice = checkpoint();
+        twice.add("old", tensor(q8, &[4, 32]), &|_, _| part(&[0..1])).unwrap();
+        assert!(twice.add("older", tensor(q8, &[4, 32]), &|_, _| part(&[0..1])).unwrap_err().contains("there twice"));
+    }
 }
