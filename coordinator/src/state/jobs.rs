@@ -1,9 +1,12 @@
 //! All jobs: by number, by id, by the client's request id, and the finished ones by age.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, VecDeque},
+    hash::{BuildHasher, RandomState},
     sync::Arc,
 };
+
+use hashbrown::HashTable;
 
 use super::{FINISHED_JOB_TTL, MAX_FINISHED_JOBS, Millis, job::Job};
 use crate::plan::Plan;
@@ -13,9 +16,11 @@ use crate::plan::Plan;
 pub(super) struct Jobs {
     /// Boxed: nodes of a tree that grows at its end are half empty.
     by_number: BTreeMap<u64, Box<Job>>,
-    by_id: HashMap<String, u64>,
+    /// Numbers by what jobs have themselves: there may be many, and a copy of each name would be a tenth of all that is kept.
+    by_id: HashTable<u64>,
     /// By tenant and its id for the request: no tenant learns of another's.
-    by_request: HashMap<(Arc<str>, String), u64>,
+    by_request: HashTable<u64>,
+    hasher: RandomState,
     /// Oldest end first.
     finished: VecDeque<u64>,
     /// Bytes of the pictures of finished jobs.
@@ -47,13 +52,25 @@ impl Jobs {
     pub(super) fn add(&mut self, job: Job) {
         let number = job.number;
         self.last_number = self.last_number.max(number);
-        self.by_id.insert(job.id.clone(), number);
-        self.by_request.insert((job.tenant.clone(), job.request_id.clone()), number);
         let over = job.is_over();
+        let (of_id, of_request) = (self.id_hash(&job.id), self.request_hash(&job.tenant, &job.request_id));
         self.by_number.insert(number, Box::new(job));
+        let (jobs, hasher) = (&self.by_number, &self.hasher);
+        let again = |number: &u64| jobs.get(number).map_or(0, |job| hasher.hash_one(job.id.as_str()));
+        self.by_id.insert_unique(of_id, number, again);
+        let again = |number: &u64| jobs.get(number).map_or(0, |job| hasher.hash_one((&*job.tenant, job.request_id.as_str())));
+        self.by_request.insert_unique(of_request, number, again);
         if over {
             self.finished(number);
         }
+    }
+
+    fn id_hash(&self, id: &str) -> u64 {
+        self.hasher.hash_one(id)
+    }
+
+    fn request_hash(&self, tenant: &str, request_id: &str) -> u64 {
+        self.hasher.hash_one((tenant, request_id))
     }
 
     pub(super) fn get(&self, number: u64) -> Option<&Job> {
@@ -65,11 +82,13 @@ impl Jobs {
     }
 
     pub(super) fn by_id(&self, id: &str) -> Option<&Job> {
-        self.by_id.get(id).and_then(|number| self.get(*number))
+        let is = |number: &u64| self.get(*number).is_some_and(|job| job.id == id);
+        self.by_id.find(self.id_hash(id), is).and_then(|number| self.get(*number))
     }
 
     pub(super) fn by_request(&self, tenant: &str, request_id: &str) -> Option<&Job> {
-        self.by_request.get(&(tenant.into(), request_id.to_owned())).and_then(|number| self.get(*number))
+        let is = |number: &u64| self.get(*number).is_some_and(|job| *job.tenant == *tenant && job.request_id == request_id);
+        self.by_request.find(self.request_hash(tenant, request_id), is).and_then(|number| self.get(*number))
     }
 
     /// Newest first, beginning below `number`.
@@ -131,9 +150,13 @@ impl Jobs {
             }
             forgotten.push(job.id.clone());
             self.result_bytes = self.result_bytes.saturating_sub(result_bytes(job));
-            self.by_id.remove(&job.id);
-            self.by_request.remove(&(job.tenant.clone(), job.request_id.clone()));
+            let (of_id, of_request) = (self.id_hash(&job.id), self.request_hash(&job.tenant, &job.request_id));
             if let Some(number) = self.finished.pop_front() {
+                for (index, hash) in [(&mut self.by_id, of_id), (&mut self.by_request, of_request)] {
+                    if let Ok(entry) = index.find_entry(hash, |known| *known == number) {
+                        entry.remove();
+                    }
+                }
                 self.by_number.remove(&number);
             }
         }
