@@ -232,7 +232,14 @@ mod tests {
     use super::*;
     use crate::checkpoints::tests::Home;
 
-    const LIMITS: Limits = Limits { queued_jobs: 1, blob_bytes: 2_000_000, total_blob_bytes: 3_000_000, pixels: 1 };
+    const LIMITS: Limits = Limits {
+        queued_jobs: 1,
+        finished_jobs: 1,
+        finished_job_age: 1,
+        blob_bytes: 2_000_000,
+        total_blob_bytes: 3_000_000,
+        pixels: 1,
+    };
 
     fn store() -> (tempfile::TempDir, BlobStore) {
         let folder = tempfile::tempdir().unwrap();

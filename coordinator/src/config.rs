@@ -14,11 +14,16 @@ use crate::{
     checkpoints::Place,
     error::{Error, Result},
     models_file::{self, ModelConfig},
+    state::Millis,
     world::Dial,
 };
 
 /// Jobs that may wait. At one a second this is a quarter of an hour of waiting, more than anyone waits for a picture.
 pub const DEFAULT_QUEUE_LIMIT: usize = 1024;
+/// Finished jobs that can be asked for.
+pub const DEFAULT_FINISHED_JOBS: usize = 100_000;
+/// For how long: a day.
+pub const DEFAULT_FINISHED_JOB_SECONDS: u64 = 24 * 60 * 60;
 /// Bytes of one blob: a 4096 x 2160 PNG of noise, the worst case, has 26 MiB.
 pub const DEFAULT_MAX_BLOB_BYTES: u64 = 32 << 20;
 /// Bytes of all blobs together.
@@ -79,6 +84,14 @@ pub struct Args {
     /// Most jobs that may wait.
     #[arg(long, env = "ATELIER_QUEUE_LIMIT", default_value_t = DEFAULT_QUEUE_LIMIT)]
     pub queue_limit: usize,
+
+    /// Finished jobs that can still be asked for, with their pictures and under their request ids.
+    #[arg(long, env = "ATELIER_KEEP_JOBS", default_value_t = DEFAULT_FINISHED_JOBS)]
+    pub keep_jobs: usize,
+
+    /// Seconds for which a finished job can be asked for.
+    #[arg(long, env = "ATELIER_KEEP_JOBS_FOR", default_value_t = DEFAULT_FINISHED_JOB_SECONDS)]
+    pub keep_jobs_for: u64,
 
     /// Most bytes of one blob.
     #[arg(long, env = "ATELIER_MAX_BLOB_BYTES", default_value_t = DEFAULT_MAX_BLOB_BYTES)]
@@ -195,6 +208,10 @@ impl EtcdConfig {
 pub struct Limits {
     /// Jobs that may wait.
     pub queued_jobs: usize,
+    /// Finished jobs that can be asked for.
+    pub finished_jobs: usize,
+    /// For how long, in milliseconds.
+    pub finished_job_age: Millis,
     /// Bytes of one blob.
     pub blob_bytes: u64,
     /// Bytes of all blobs.
@@ -207,6 +224,8 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             queued_jobs: DEFAULT_QUEUE_LIMIT,
+            finished_jobs: DEFAULT_FINISHED_JOBS,
+            finished_job_age: DEFAULT_FINISHED_JOB_SECONDS * 1000,
             blob_bytes: DEFAULT_MAX_BLOB_BYTES,
             total_blob_bytes: DEFAULT_MAX_TOTAL_BLOB_BYTES,
             pixels: DEFAULT_MAX_PIXELS,
@@ -236,11 +255,15 @@ impl TryFrom<Args> for Config {
     fn try_from(args: Args) -> Result<Self> {
         let limits = Limits {
             queued_jobs: args.queue_limit,
+            finished_jobs: args.keep_jobs,
+            finished_job_age: args.keep_jobs_for.saturating_mul(1000),
             blob_bytes: args.max_blob_bytes,
             total_blob_bytes: args.max_total_blob_bytes,
             pixels: args.max_pixels,
         };
         at_least_one("--queue-limit", limits.queued_jobs as u64)?;
+        at_least_one("--keep-jobs", limits.finished_jobs as u64)?;
+        at_least_one("--keep-jobs-for", limits.finished_job_age)?;
         at_least_one("--max-pixels", limits.pixels)?;
         at_least_one("--max-blob-bytes", limits.blob_bytes)?;
         if limits.total_blob_bytes < limits.blob_bytes {
@@ -298,6 +321,16 @@ mod tests {
         assert_eq!(config.models[0].name, "emoji");
         assert_eq!(config.limits.queued_jobs, 1024);
         assert!(config.etcd.is_none());
+    }
+
+    #[test]
+    fn what_is_kept_has_limits_that_are_not_nothing() {
+        let limits = config(&["--keep-jobs", "5", "--keep-jobs-for", "60"]).unwrap().limits;
+        assert_eq!((limits.finished_jobs, limits.finished_job_age), (5, 60_000));
+        for flag in ["--keep-jobs", "--keep-jobs-for"] {
+            let error = config(&[flag, "0"]).err().unwrap();
+            assert!(matches!(error, Error::Setting { setting, .. } if setting == flag), "{error}");
+        }
     }
 
     #[test]

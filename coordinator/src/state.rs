@@ -77,10 +77,6 @@ pub type Millis = u64;
 /// Tasks of a group that does not denoise. It has room for the jobs of many denoising groups, since all tasks of a job
 /// are sent at its start and most of them wait.
 pub const MAX_WAITING_TASKS: usize = 256;
-/// How long a finished job can be asked for.
-pub const FINISHED_JOB_TTL: Millis = 24 * 60 * 60 * 1000;
-/// How many finished jobs can be asked for.
-pub const MAX_FINISHED_JOBS: usize = 100_000;
 /// How long a cancelled job waits for its workers to say that they stopped; a step of a large model on a CPU may take
 /// a minute.
 pub const CANCEL_DEADLINE: Millis = 120 * 1000;

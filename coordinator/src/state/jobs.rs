@@ -8,8 +8,8 @@ use std::{
 
 use hashbrown::HashTable;
 
-use super::{FINISHED_JOB_TTL, MAX_FINISHED_JOBS, Millis, job::Job};
-use crate::plan::Plan;
+use super::{Millis, job::Job};
+use crate::{config::Limits, plan::Plan};
 
 /// Every job that can be asked for.
 #[derive(Debug, Default)]
@@ -136,16 +136,17 @@ impl Jobs {
         self.result_bytes += self.get(number).map_or(0, result_bytes);
     }
 
-    /// Forgets finished jobs that are too old, too many, or whose pictures take more than `max_result_bytes`. Gives back
-    /// their ids.
-    pub(super) fn forget_old(&mut self, now: Millis, max_result_bytes: u64) -> Vec<String> {
+    /// Forgets finished jobs that are too old, too many, or whose pictures take more than half of what all blobs may. Gives back their
+    /// ids.
+    pub(super) fn forget_old(&mut self, now: Millis, limits: &Limits) -> Vec<String> {
+        let max_result_bytes = limits.total_blob_bytes / 2;
         let mut forgotten = Vec::new();
         while let Some(job) = self.finished.front().and_then(|number| self.by_number.get(number)) {
             let age = now.saturating_sub(job.finished.unwrap_or(now));
             // The newest is kept whatever it weighs: its client has not read it yet.
             let too_large = self.result_bytes > max_result_bytes && self.finished.len() > 1;
-            let too_many = self.finished.len() > MAX_FINISHED_JOBS || too_large;
-            if age < FINISHED_JOB_TTL && !too_many {
+            let too_many = self.finished.len() > limits.finished_jobs || too_large;
+            if age < limits.finished_job_age && !too_many {
                 break;
             }
             forgotten.push(job.id.clone());

@@ -231,7 +231,7 @@ impl State {
 
     /// Results may take half of the blob store: the other half is for what is on its way in.
     fn forget_old_jobs(&mut self) {
-        let forgotten = self.jobs.forget_old(self.now, self.settings.limits.total_blob_bytes / 2);
+        let forgotten = self.jobs.forget_old(self.now, &self.settings.limits);
         self.effects.extend(forgotten.into_iter().map(|job_id| Effect::Forget { job_id }));
     }
 }

@@ -72,7 +72,12 @@ impl Cluster {
 
     /// The same with two workers there, the card known, and every group ready.
     pub(super) fn ready() -> Self {
-        let mut cluster = Self::new();
+        Self::new().made_ready()
+    }
+
+    /// With two workers and whole groups.
+    fn made_ready(self) -> Self {
+        let mut cluster = self;
         cluster.join("w1");
         cluster.join("w2");
         cluster.describe("w1");
@@ -541,18 +546,36 @@ fn a_cut_that_does_not_fit_the_card_is_the_models_problem() {
 }
 
 #[test]
-fn finished_jobs_are_forgotten_after_a_day_with_their_pictures() {
-    let mut cluster = Cluster::ready();
+fn finished_jobs_are_forgotten_at_their_age_with_their_pictures() {
+    let limits = Limits { finished_job_age: 60_000, ..Limits::default() };
+    let mut cluster = Cluster::with(|_| {}, limits).made_ready();
     let job = cluster.new_job();
     for task in cluster.tasks().iter().rev() {
         cluster.finish(task);
     }
     assert!(cluster.state.blobs_in_use().contains(&"b".repeat(64)));
-    cluster.tick(FINISHED_JOB_TTL - 1);
+    cluster.tick(60_000 - 1);
     assert!(cluster.state.job(&job).is_ok());
     cluster.tick(1);
     assert!(matches!(cluster.state.job(&job), Err(Error::JobNotFound(_))));
     assert!(cluster.state.blobs_in_use().is_empty());
+}
+
+#[test]
+fn only_so_many_finished_jobs_are_kept_the_newest() {
+    let limits = Limits { finished_jobs: 2, ..Limits::default() };
+    let mut cluster = Cluster::with(|_| {}, limits).made_ready();
+    let jobs: Vec<String> = (0..3)
+        .map(|_| {
+            let job = cluster.new_job();
+            for task in cluster.tasks().iter().rev() {
+                cluster.finish(task);
+            }
+            job
+        })
+        .collect();
+    assert!(matches!(cluster.state.job(&jobs[0]), Err(Error::JobNotFound(_))));
+    assert!(jobs[1..].iter().all(|job| cluster.state.job(job).is_ok()));
 }
 
 #[test]
