@@ -13,6 +13,12 @@ macro_rules! fuzz_target {
     (|$input:ident: $kind:ty| $body:block) => {
         pub(super) fn run($input: $kind) $body
     };
+    (init: $init:block, |$input:ident: $kind:ty| $body:block) => {
+        pub(super) fn run($input: $kind) {
+            $init
+            $body
+        }
+    };
 }
 
 #[path = "../../fuzz/targets/checkpoint.rs"]

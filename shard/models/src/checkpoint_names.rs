@@ -15,11 +15,12 @@ const PREFIX: &str = "model.diffusion_model.";
 pub(crate) fn names(pipeline_class: &str, name: &str, shape: &[usize]) -> Option<Vec<Part>> {
     let bare = name.strip_prefix(PREFIX).unwrap_or(name);
     let flux = || flux::CLASSES.contains(&pipeline_class).then(|| flux_original::parts(bare, shape))?;
-    let whole = |name: String| vec![Part { name, rows: vec![0..shape.first().copied().unwrap_or(1)] }];
+    let whole = |name: String| vec![Part::whole(name, shape)];
     flux().or_else(|| llama::t5(bare).map(whole)).or_else(|| (bare != name).then(|| whole(bare.to_owned())))
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are meant
 mod tests {
     use super::*;
 

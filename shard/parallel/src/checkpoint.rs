@@ -64,6 +64,13 @@ pub struct Part {
     pub rows: Vec<Range<usize>>,
 }
 
+impl Part {
+    /// All of a tensor of `shape`.
+    pub fn whole(name: impl Into<String>, shape: &[usize]) -> Self {
+        Self { name: name.into(), rows: std::iter::once(0..shape.first().copied().unwrap_or(1)).collect() }
+    }
+}
+
 /// What the model calls a stored tensor, by its name and shape: parts of it under names of their own. `None`: what it is called
 /// already.
 pub type Names<'a> = &'a dyn Fn(&str, &[usize]) -> Option<Vec<Part>>;
@@ -102,7 +109,7 @@ impl Checkpoint {
     fn add(&mut self, name: &str, tensor: Tensor, names: Names<'_>) -> Result<(), String> {
         let Tensor { stored, shape, start } = tensor;
         let parts = names(name, &shape);
-        let whole = || vec![Part { name: name.to_owned(), rows: vec![0..shape.first().copied().unwrap_or(1)] }];
+        let whole = || vec![Part::whole(name, &shape)];
         let row: usize = shape.iter().skip(1).product();
         for Part { name: known, rows } in parts.unwrap_or_else(whole) {
             let mut shape = shape.clone();
@@ -148,6 +155,7 @@ fn map_file(path: &Path) -> Result<Mmap> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are meant
 mod tests {
     use super::*;
 

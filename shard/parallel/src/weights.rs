@@ -295,10 +295,11 @@ impl Weights {
     fn blocks(&self, held: Held<'_>, kind: BlockType, chunks: Chunks) -> Result<Matrix> {
         let Held { name, entry, parts, shape } = held;
         let (d_out, stored) = (entry.shape[0], entry.shape.iter().skip(1).product::<usize>());
+        let all = |count: usize| -> Vec<Range<usize>> { std::iter::once(0..count).collect() };
         let (rows, columns) = match &parts {
-            None => (vec![0..d_out], vec![0..stored]),
-            Some((0, rows)) => (rows.clone(), vec![0..stored]),
-            Some((1, columns)) if entry.shape.len() == 2 => (vec![0..d_out], columns.clone()),
+            None => (all(d_out), all(stored)),
+            Some((0, rows)) => (rows.clone(), all(stored)),
+            Some((1, columns)) if entry.shape.len() == 2 => (all(d_out), columns.clone()),
             Some((dim, _)) => {
                 return Err(Error::Operands { reason: format!("a weight in blocks, `{name}`, cut along dimension {dim}") });
             }

@@ -145,6 +145,7 @@ vectorised! {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are meant
 mod tests {
     use proptest::prelude::*;
 

@@ -12,16 +12,16 @@ use crate::lora::flux_original::original;
 pub(super) fn parts(name: &str, shape: &[usize]) -> Option<Vec<Part>> {
     let rows = *shape.first()?;
     if let Some(norm) = name.strip_suffix(".scale") {
-        return Some(vec![Part { name: norm_of(norm)?, rows: vec![0..rows] }]);
+        return Some(vec![Part::whole(norm_of(norm)?, shape)]);
     }
     let (layer, kind) = name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
     let original = original(&layer.replace('.', "_"))?;
     let rows: Vec<Vec<Range<usize>>> = match original.sites.len() {
         1 if original.halves_swapped => vec![vec![rows / 2..rows, 0..rows / 2]],
-        1 => vec![vec![0..rows]],
-        3 => (0..3).map(|i| vec![i * rows / 3..(i + 1) * rows / 3]).collect(),
+        1 => return Some(vec![Part::whole(format!("{}.{kind}", original.sites[0]), shape)]),
+        3 => (0..3).map(|i| std::iter::once(i * rows / 3..(i + 1) * rows / 3).collect()).collect(),
         // q, k, v, and the feed-forward part, which is four times as wide in every FLUX.1.
-        _ => [0..1, 1..2, 2..3, 3..7].map(|sevenths| vec![sevenths.start * rows / 7..sevenths.end * rows / 7]).into(),
+        _ => [(0, 1), (1, 2), (2, 3), (3, 7)].map(|(from, to)| std::iter::once(from * rows / 7..to * rows / 7).collect()).into(),
     };
     let part = |(site, rows)| Part { name: format!("{site}.{kind}"), rows };
     Some(original.sites.into_iter().zip(rows).map(part).collect())
@@ -48,6 +48,7 @@ fn norm_of(name: &str) -> Option<String> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are meant
 mod tests {
     use super::*;
 

@@ -50,6 +50,7 @@ impl fmt::Debug for Blocks {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are meant
 mod tests {
     use kernels::blocks::BlockType;
 
