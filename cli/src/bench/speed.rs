@@ -1,6 +1,7 @@
 //! `atelier bench kernels`: their speed, beside what the machine can do at most, measured in the same run.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -27,6 +28,9 @@ pub(crate) struct KernelsArgs {
     /// Also 4608 tokens (a picture of 1024 x 1024), which takes minutes on a small machine.
     #[arg(long)]
     full: bool,
+    /// Only the rows whose operation and shape, written with a space between, start so: `linear`, or `attention 24 heads, 512 tokens`.
+    #[arg(long, value_name = "NAME-OR-PREFIX")]
+    only: Option<String>,
     /// Threads. Default: one for each core.
     #[arg(long)]
     threads: Option<usize>,
@@ -35,9 +39,15 @@ pub(crate) struct KernelsArgs {
 pub(super) fn run(args: &KernelsArgs) -> Result<(), Error> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads.unwrap_or(0)).build();
     let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
-    pool.install(|| kernels(args))?;
+    let table = pool.install(|| kernels(args))?;
     // Outside of the pool: its ranks are threads of their own.
-    Ok(ranks::all_reduce(&Table { json: args.json })?)
+    ranks::all_reduce(&table)?;
+    match &args.only {
+        Some(only) if table.written.load(Ordering::Relaxed) == 0 => {
+            Err(Error::Flag { flag: "--only", reason: format!("no row starts with {only:?}; without the flag all are listed") })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// One line of the table.
@@ -56,6 +66,9 @@ struct Row {
 /// Measures and prints rows.
 pub(super) struct Table {
     json: bool,
+    only: Option<String>,
+    /// Rows so far.
+    written: AtomicUsize,
 }
 
 /// What bounds an operation.
@@ -82,6 +95,11 @@ impl Bound {
 }
 
 impl Table {
+    /// Whether a row is to be measured: asked before what it needs is made, where that takes long.
+    pub(super) fn wants(&self, op: &str, shape: &str) -> bool {
+        self.only.as_ref().is_none_or(|only| format!("{op} {shape}").starts_with(only.as_str()))
+    }
+
     /// A row that does `flops` operations.
     fn flops(&self, op: &'static str, shape: String, flops: usize, f: impl FnMut()) -> io::Result<()> {
         self.row(op, shape, flops, Bound::Arithmetic, f)
@@ -117,6 +135,10 @@ impl Table {
 
     /// The limit is measured before and after: a machine with other work changes from minute to minute.
     fn timed(&self, op: &'static str, shape: String, amount: usize, bound: Bound, f: impl FnMut() -> Duration) -> io::Result<()> {
+        if !self.wants(op, &shape) {
+            return Ok(());
+        }
+        self.written.fetch_add(1, Ordering::Relaxed);
         let before = bound.measure();
         let value = amount as f64 / best(f).as_secs_f64() / 1e9;
         let limit = before.max(bound.measure());
@@ -142,8 +164,9 @@ fn best(mut f: impl FnMut() -> Duration) -> Duration {
     }
 }
 
-fn kernels(args: &KernelsArgs) -> io::Result<()> {
-    let table = Table { json: args.json };
+/// All rows of one process, and the table for more.
+fn kernels(args: &KernelsArgs) -> io::Result<Table> {
+    let table = Table { json: args.json, only: args.only.clone(), written: AtomicUsize::new(0) };
     if !args.json {
         println!("{} threads, {:?}; each row's best of {PER_ROW:?}", rayon::current_num_threads(), cpu::path());
         println!("{:<20} {:<22} {:>8} {:<8} {:>8} {:>6}", "op", "shape", "", "", "limit", "ratio");
@@ -152,21 +175,33 @@ fn kernels(args: &KernelsArgs) -> io::Result<()> {
     linears(&table, tokens)?;
     attentions(&table, &tokens[1..])?;
     convolutions(&table)?;
-    passes(&table)
+    passes(&table)?;
+    Ok(table)
+}
+
+/// A product with one weight, and the same cut in eight as ranks cut it.
+const LINEARS: [&str; 2] = ["linear", "linear, eight chunks"];
+
+fn linear_shape(m: usize, k: usize, n: usize) -> String {
+    format!("{m} x {k} x {n}")
 }
 
 fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
     for (k, n) in [(3072, 3072), (3072, 12288), (12288, 3072)] {
+        let wanted = |&&m: &&usize| LINEARS.iter().any(|op| table.wants(op, &linear_shape(m, k, n)));
+        let tokens: Vec<usize> = tokens.iter().filter(wanted).copied().collect();
+        if tokens.is_empty() {
+            continue;
+        }
         let weight = values(n * k);
         let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
         drop(weight);
         let eighths: Vec<[Piece; 1]> = (0..8).map(|chunk| [(chunk * k / 8, k / 8)]).collect();
-        for &m in tokens {
+        for m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
-            let (x, shape, flops) = (Rows::new(&x, m, k), format!("{m} x {k} x {n}"), 2 * m * k * n);
-            table.flops("linear", shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
-            table
-                .flops("linear, eight chunks", shape, flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
+            let (x, shape, flops) = (Rows::new(&x, m, k), linear_shape(m, k, n), 2 * m * k * n);
+            table.flops(LINEARS[0], shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
+            table.flops(LINEARS[1], shape, flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
         }
     }
     Ok(())
@@ -219,4 +254,21 @@ fn passes(table: &Table) -> io::Result<()> {
 /// Numbers in -1..1 without a pattern that arithmetic could profit from.
 fn values(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i.wrapping_mul(7919) % 1013) as f32 / 507.0 - 1.0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_chosen_by_how_they_start() {
+        let wants = |only: Option<&str>, op, shape| {
+            Table { json: true, only: only.map(str::to_owned), written: AtomicUsize::new(0) }.wants(op, shape)
+        };
+        assert!(wants(None, "linear", "64 x 3072 x 3072"));
+        assert!(wants(Some("linear"), "linear, eight chunks", "64 x 3072 x 3072"));
+        assert!(wants(Some("linear 64 x"), "linear", "64 x 3072 x 3072"));
+        assert!(!wants(Some("linear 64 x"), "linear, eight chunks", "64 x 3072 x 3072"));
+        assert!(!wants(Some("linear 512 x"), "linear", "64 x 3072 x 3072"));
+    }
 }

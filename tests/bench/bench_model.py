@@ -1,0 +1,128 @@
+"""A forward of FLUX.1's transformer and of T5's encoder at their published widths: `atelier bench model` beside diffusers and
+transformers, by turns. Weights are random on both sides."""
+
+import gc
+
+import sides  # first: it sets how memory is kept
+import torch
+
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def flux(options, side, dtype):
+    """The network, and its inputs: one picture of side x side pixels with guidance."""
+    from diffusers import FluxTransformer2DModel
+
+    grid, width, text = side // 16, 4096, options.text_tokens
+    with made(dtype):
+        model = FluxTransformer2DModel(
+            num_layers=options.blocks,
+            num_single_layers=options.single_blocks,
+            num_attention_heads=24,
+            attention_head_dim=128,
+            joint_attention_dim=width,
+            guidance_embeds=True,
+        )
+    places = torch.arange(grid * grid)
+    inputs = {
+        "hidden_states": torch.randn(1, grid * grid, 64, dtype=dtype),
+        "encoder_hidden_states": torch.randn(1, text, width, dtype=dtype),
+        "pooled_projections": torch.randn(1, 768, dtype=dtype),
+        "timestep": torch.tensor([0.75], dtype=dtype),
+        "guidance": torch.tensor([3.5], dtype=torch.float32),
+        "img_ids": torch.stack([torch.zeros_like(places), places // grid, places % grid], 1).float(),
+        "txt_ids": torch.zeros(text, 3),
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def t5(options, _side, dtype):
+    """The network, and one text."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=32_128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10_240,
+        num_layers=options.t5_blocks,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
+    with made(dtype):
+        model = T5EncoderModel(config)
+    return model.eval(), {"input_ids": (torch.arange(options.text_tokens) * 7919 % 32_000)[None]}
+
+
+class made:
+    """What is made inside has weights of this type from the start."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def __enter__(self):
+        self.before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_):
+        torch.set_default_dtype(self.before)
+
+
+def works(options):
+    """(name, maker of PyTorch's, side, Atelier's arguments) of each row."""
+    text = ["--text-tokens", options.text_tokens]
+    if "flux" in options.family:
+        blocks = ["--blocks", options.blocks, "--single-blocks", options.single_blocks]
+        for side in options.side:
+            name = f"FLUX.1, {options.blocks} + {options.single_blocks} blocks, {side} px"
+            yield name, flux, side, ["--family", "flux", *blocks, "--side", side, *text]
+    if "t5" in options.family:
+        name = f"T5-XXL, {options.t5_blocks} blocks, {options.text_tokens} tokens"
+        yield name, t5, None, ["--family", "t5", "--blocks", options.t5_blocks, *text]
+
+
+def measure(options, work, weights):
+    """Rounds of Atelier and PyTorch with weights of one type; the best forward of each, in seconds."""
+    name, make, side, arguments = work
+    atelier, peer, faults = float("inf"), float("inf"), 0
+    model, inputs = make(options, side, TYPES[weights])
+    for _ in range(options.rounds):
+        rows = sides.atelier(options, "model", *arguments, "--weights", weights, "--steps", options.steps, *options.at)
+        atelier = min(atelier, next(row["figure"] for row in rows if row["unit"] == "s"))
+        for _ in range(options.steps):
+            before = sides.page_faults()
+            peer = min(peer, sides.seconds(lambda: model(**inputs)))
+            faults = sides.page_faults() - before
+    del model
+    gc.collect()
+    row = {"network": name, "weights": weights, "atelier s": atelier, "torch s": peer, "torch / atelier": peer / atelier}
+    return {**row, "torch faults": faults}
+
+
+def main():
+    """See README.md."""
+    parser = sides.parser("Atelier's networks beside PyTorch's, by turns. Seconds; a ratio over 1 says that Atelier is faster.")
+    parser.add_argument("--family", nargs="+", choices=["flux", "t5"], default=["flux", "t5"])
+    parser.add_argument("--weights", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--side", nargs="+", type=sides.positive, default=[256, 512], help="of FLUX.1's picture, in pixels")
+    parser.add_argument("--blocks", type=sides.positive, default=1, help="of FLUX.1, with two streams")
+    parser.add_argument("--single-blocks", type=sides.positive, default=2, help="of FLUX.1, with one stream")
+    parser.add_argument("--t5-blocks", type=sides.positive, default=2)
+    parser.add_argument("--text-tokens", type=sides.positive, default=512)
+    parser.add_argument("--steps", type=sides.positive, default=2, help="forwards in each turn")
+    parser.add_argument("--folder", help="where Atelier writes its weights for the time of a turn")
+    options = parser.parse_args()
+    options.at = ["--folder", options.folder] if options.folder else []
+    torch.set_num_threads(options.threads)
+    columns = [("network", 34, ""), ("weights", 8, ""), ("atelier s", 11, ".3f"), ("torch s", 11, ".3f")]
+    report = sides.Report(options, [*columns, ("torch / atelier", 17, ".2f"), ("torch faults", 14, "d")])
+    with torch.inference_mode():
+        for work in works(options):
+            for weights in options.weights:
+                report.row(measure(options, work, weights))
+    report.end()
+
+
+if __name__ == "__main__":
+    main()
