@@ -9,6 +9,8 @@ pub enum Path {
     Plain,
     /// 256-bit vectors with fused multiply-add.
     Avx2,
+    /// As [`Self::Avx2`], and products in 512-bit vectors.
+    Avx512,
 }
 
 /// The best path this CPU has. Found once.
@@ -17,7 +19,7 @@ pub fn path() -> Path {
     *PATH.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
         if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-            return Path::Avx2;
+            return if std::arch::is_x86_feature_detected!("avx512f") { Path::Avx512 } else { Path::Avx2 };
         }
         Path::Plain
     })
@@ -39,7 +41,7 @@ macro_rules! vectorised {
             }
 
             #[cfg(target_arch = "x86_64")]
-            if $crate::cpu::path() == $crate::cpu::Path::Avx2 {
+            if $crate::cpu::path() != $crate::cpu::Path::Plain {
                 #[allow(unsafe_code)] // a call to code for more than the baseline CPU
                 // SAFETY: the CPU has AVX2 and FMA, or `path` would not say so.
                 return unsafe { avx2($($arg),*) };

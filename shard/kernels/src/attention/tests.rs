@@ -1,7 +1,6 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::cpu::Path;
 use crate::guard::Guarded;
 
 fn values(n: usize, seed: usize) -> Vec<f32> {
@@ -47,8 +46,8 @@ fn run(of: &Attention, kernel: &MicroKernel, [q, k, v]: [&[f32]; 3], bias: Optio
     y
 }
 
-fn kernels() -> [&'static MicroKernel; 2] {
-    [MicroKernel::of(Path::Plain), MicroKernel::best()]
+fn kernels() -> Vec<&'static MicroKernel> {
+    MicroKernel::all()
 }
 
 proptest! {

@@ -1,7 +1,6 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::cpu::Path;
 use crate::guard::Guarded;
 
 fn values(n: usize, seed: usize) -> Vec<f32> {
@@ -40,8 +39,8 @@ fn run(conv: &Conv2d, x: &[f32], g: Geometry) -> Vec<f32> {
     y
 }
 
-fn kernels() -> [&'static MicroKernel; 2] {
-    [MicroKernel::of(Path::Plain), MicroKernel::best()]
+fn kernels() -> Vec<&'static MicroKernel> {
+    MicroKernel::all()
 }
 
 proptest! {

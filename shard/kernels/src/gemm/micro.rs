@@ -8,6 +8,8 @@ use crate::gemm::Plane;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod plain;
 
 /// Largest tile of any kernel, for results at the edge.
@@ -48,14 +50,27 @@ impl MicroKernel {
         Self::of(cpu::path())
     }
 
+    /// Every one that this CPU runs, the slowest first.
+    #[cfg(test)]
+    pub(crate) fn all() -> Vec<&'static Self> {
+        let paths: &[Path] = match cpu::path() {
+            Path::Plain => &[Path::Plain],
+            Path::Avx2 => &[Path::Plain, Path::Avx2],
+            Path::Avx512 => &[Path::Plain, Path::Avx2, Path::Avx512],
+        };
+        paths.iter().map(|path| Self::of(*path)).collect()
+    }
+
     /// The one of a path that this CPU has.
     pub(crate) fn of(path: Path) -> &'static Self {
         match path {
             Path::Plain => &plain::KERNEL,
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => &avx2::KERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512 => &avx512::KERNEL,
             #[cfg(not(target_arch = "x86_64"))]
-            Path::Avx2 => &plain::KERNEL,
+            Path::Avx2 | Path::Avx512 => &plain::KERNEL,
         }
     }
 
@@ -102,7 +117,7 @@ mod tests {
 
     #[test]
     fn every_kernel_fits_the_edge() {
-        for kernel in [MicroKernel::of(Path::Plain), MicroKernel::best()] {
+        for kernel in MicroKernel::all() {
             assert!(kernel.mr * kernel.nr <= MAX_TILE, "{kernel:?}");
         }
     }

@@ -3,7 +3,6 @@ use proptest::prelude::*;
 
 use super::micro::MicroKernel;
 use super::*;
-use crate::cpu::Path;
 use crate::guard::Guarded;
 
 fn values(n: usize, seed: usize) -> Vec<f32> {
@@ -32,8 +31,8 @@ fn product(x: Rows<'_>, weight: &PackedWeight) -> Vec<f32> {
 }
 
 /// Every kernel of this machine.
-fn kernels() -> [&'static MicroKernel; 2] {
-    [MicroKernel::of(Path::Plain), MicroKernel::best()]
+fn kernels() -> Vec<&'static MicroKernel> {
+    MicroKernel::all()
 }
 
 proptest! {
@@ -52,6 +51,16 @@ proptest! {
             let from_f32 = product(x, &f32::pack(Rows::new(&widened, n, k), &[(0, k)], kernel));
             prop_assert_eq!(from_bf16, from_f32);
         }
+    }
+
+    #[test]
+    fn instruction_sets_with_fused_multiply_adds_give_the_same_bits([m, n, k] in [0usize..20, 0usize..70, 0usize..600]) {
+        let (data, w) = (values(m * k, 1), values(n * k, 2));
+        let products: Vec<Vec<f32>> = kernels()[1..]
+            .iter()
+            .map(|kernel| product(Rows::new(&data, m, k), &f32::pack(Rows::new(&w, n, k), &[(0, k)], kernel)))
+            .collect();
+        prop_assert!(products.windows(2).all(|pair| pair[0] == pair[1]));
     }
 
     #[test]
