@@ -57,7 +57,8 @@ pub(super) struct Job {
     /// When the checkpoint store had last got more of it.
     pub(super) saved_at: Millis,
     pub(super) state: JobState,
-    pub(super) failure: Option<JobFailure>,
+    /// Boxed: most jobs wait, or end well.
+    pub(super) failure: Option<Box<JobFailure>>,
     pub(super) images: Vec<ImageResult>,
     pub(super) finished: Option<Millis>,
     /// Set when a client asked it to stop.
@@ -354,7 +355,7 @@ impl Job {
             spec: Some(self.spec.clone()),
             create_time: self.log.first().map(|entry| timestamp(entry.time)),
             finish_time: self.finished.filter(|_| over).map(timestamp),
-            failure: self.failure.clone().filter(|_| over),
+            failure: self.failure.as_deref().filter(|_| over).cloned(),
             images: if over && state == JobState::Succeeded { self.images.clone() } else { Vec::new() },
             sequence,
             priority: self.priority,
@@ -369,9 +370,9 @@ impl Job {
         self.trace.map(|trace| trace.under(&["job", &self.id]))
     }
 
-    /// Sequence number of the newest event.
+    /// Above all sequence numbers that were ever told, and below those to come: who watches after it is told what is new.
     pub(super) fn sequence(&self) -> u64 {
-        self.log.last().map_or(0, |entry| entry.sequence)
+        self.next_sequence - 1
     }
 
     /// Events after `sequence`, oldest first.

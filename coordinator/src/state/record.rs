@@ -26,7 +26,7 @@ impl Job {
             state: self.state as i32,
             time: Some(timestamp(finished)),
             sequence: self.sequence(),
-            failure: self.failure.clone(),
+            failure: self.failure.as_deref().cloned(),
             images: self.images.clone(),
         });
         JobRecord {
@@ -76,7 +76,7 @@ impl Job {
         match record.end {
             Some(end) => {
                 job.number_from(end.sequence);
-                job.failure = end.failure;
+                job.failure = end.failure.map(Box::new);
                 job.images = end.images;
                 let state = JobState::try_from(end.state).unwrap_or(JobState::Failed);
                 job.enter(state, end.time.as_ref().map_or(0, millis));
@@ -125,10 +125,14 @@ mod tests {
         let job = job();
         let back = Job::recovered(job.record(), 3);
         assert_eq!(back.record(), job.record());
-        assert_eq!((back.view().state(), back.sequence()), (JobState::Queued, 1));
+        // Whoever asks, and then watches after that, misses nothing and is told nothing twice.
+        let asked = back.view().sequence;
+        assert_eq!((back.view().state(), asked), (JobState::Queued, (3 << 20) - 1));
+        assert_eq!(back.events_after(asked).count(), 0);
         let mut back = back;
         back.enter(JobState::Running, 5000);
         assert_eq!(back.sequence(), 3 << 20, "above all that was told before");
+        assert_eq!(back.events_after(asked).count(), 1);
     }
 
     #[test]

@@ -200,7 +200,7 @@ impl State {
             }
             End::Cancelled => job.enter(JobState::Cancelled, self.now),
             End::Failed(failure) => {
-                job.failure = Some(failure);
+                job.failure = Some(Box::new(failure));
                 job.enter(JobState::Failed, self.now);
             }
         }
