@@ -180,6 +180,7 @@ impl Ticket {
             step: (step as u32).max(self.saved_step()),
             steps: steps as u32,
             saved_step: self.saved_step(),
+            stopping: self.cancel.is_cancelled() || self.park.is_cancelled(),
         }
     }
 }

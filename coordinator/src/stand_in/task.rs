@@ -74,6 +74,7 @@ impl Running {
             step: self.0.step.load(Ordering::SeqCst),
             steps: self.0.steps.load(Ordering::SeqCst),
             saved_step: self.0.saved.load(Ordering::SeqCst),
+            stopping: self.0.cancelled.load(Ordering::SeqCst) || self.0.parked.load(Ordering::SeqCst),
         }
     }
 

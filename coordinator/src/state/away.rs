@@ -74,7 +74,7 @@ impl State {
     /// What it works on is brought up to date, what it should work on and does not is given again.
     fn compare_tasks(&mut self, worker_id: &str, held: Vec<HeldTask>) {
         let mut known = BTreeSet::new();
-        for HeldTask { task, started, step, steps, saved_step } in held {
+        for HeldTask { task, started, step, steps, saved_step, stopping: _ } in held {
             let Some(task) = task else { continue };
             let Some(current) = self.current_task(worker_id, Some(&task)) else {
                 let over = self.jobs.by_id(&task.job_id).is_none_or(Job::is_over);

@@ -36,7 +36,7 @@ fn answer_parks(cluster: &mut Cluster, saved_step: u32) {
 }
 
 /// Three workers, one of them spare, and a job in the middle of its denoising: step 2 of 4 is saved, and the text's embeddings.
-fn denoising() -> (Cluster, String, Vec<(String, RunTask)>) {
+pub(super) fn denoising() -> (Cluster, String, Vec<(String, RunTask)>) {
     let mut cluster = Cluster::ready();
     cluster.join("w3");
     let job = new_job(&mut cluster);
@@ -319,7 +319,7 @@ pub(super) fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> 
         }
     }
     for (worker, task, started) in tasks {
-        let held = HeldTask { task: task.task.clone(), started: *started, step: 3, steps: 4, saved_step: 2 };
+        let held = HeldTask { task: task.task.clone(), started: *started, step: 3, steps: 4, saved_step: 2, stopping: false };
         holdings.entry(worker.clone()).or_default().tasks.push(held);
     }
     holdings

@@ -187,31 +187,38 @@ impl State {
                 }
             }
         }
+        // Workers keep how a task ended and tell it again to one who gives it again: no new try may bear such a number.
+        let mut ended: BTreeMap<&str, u32> = BTreeMap::new();
         for (worker, report) in &settling.reports {
-            let task = match report {
-                Report::TaskDone(done) => done.task.clone(),
-                _ => None,
+            let (task, is_done) = match report {
+                Report::TaskDone(done) => (&done.task, true),
+                Report::TaskFailed(failed) => (&failed.task, false),
+                Report::TaskParked(parked) => (&parked.task, false),
+                _ => continue,
             };
-            if let Some(task) = task {
-                let claims = claims.entry(task.job_id.clone()).or_default();
-                if !claims.iter().any(|claim| claim.task == task) {
-                    claims.push(Claim { worker: worker.clone(), task, held: None });
-                }
+            let Some(task) = task else { continue };
+            let newest = ended.entry(&task.job_id).or_default();
+            *newest = task.attempt.max(*newest);
+            let claims = claims.entry(task.job_id.clone()).or_default();
+            if is_done && !claims.iter().any(|claim| claim.task == *task) {
+                claims.push(Claim { worker: worker.clone(), task: task.clone(), held: None });
             }
         }
         let waiting: Vec<(u64, String)> =
             self.jobs.iter().filter(|job| !job.is_over()).map(|job| (job.number, job.id.clone())).collect();
         for (number, job_id) in waiting {
             let claims = claims.remove(&job_id).unwrap_or_default();
-            self.adopt_job(number, claims);
+            let ended = ended.get(job_id.as_str()).copied();
+            self.adopt_job(number, claims, ended);
         }
         for claim in claims.into_values().flatten() {
             self.give_up_task(&claim.worker, claim.task, true);
         }
     }
 
-    fn adopt_job(&mut self, number: u64, claims: Vec<Claim>) {
-        let newest = claims.iter().map(|claim| claim.task.attempt).max();
+    /// `ended`: the newest try of which a task is known to have ended.
+    fn adopt_job(&mut self, number: u64, claims: Vec<Claim>, ended: Option<u32>) {
+        let newest = claims.iter().map(|claim| claim.task.attempt).max().max(ended);
         let (current, old): (Vec<Claim>, Vec<Claim>) = claims.into_iter().partition(|claim| Some(claim.task.attempt) == newest);
         for claim in old {
             self.give_up_task(&claim.worker, claim.task, false);
@@ -221,7 +228,9 @@ impl State {
         };
         let cancelling = job.cancelling;
         let of_group = |claim: &&Claim| {
-            let group = self.groups.get(&claim.task.group_id);
+            // What an earlier coordinator had told to stop does not go on.
+            let stops = claim.held.as_ref().is_some_and(|held| held.stopping);
+            let group = self.groups.get(&claim.task.group_id).filter(|_| !stops);
             group.is_some_and(|group| group.epoch == claim.task.epoch && group.leader() == Some(claim.worker.as_str()))
         };
         let held: BTreeSet<&str> = current.iter().filter(of_group).map(|claim| claim.task.stage.as_str()).collect();

@@ -133,9 +133,22 @@ impl State {
         let job = self.jobs.get_mut(number)?;
         job.end_task(&stage);
         job.saw_saved(&stage, report.saved_step, self.now);
+        if job.parking.is_none() && !job.cancelling && job.images.is_empty() {
+            self.stopped_unasked(number, &stage);
+            return Some(());
+        }
         self.finish_parking(number);
         self.conclude(number);
         Some(())
+    }
+
+    /// A task stopped, and nobody here had said so: the job goes on in a new try. Counted, so that a worker that stops whatever it
+    /// is given comes to an end with it.
+    pub(super) fn stopped_unasked(&mut self, number: u64, stage: &str) {
+        let message = "a task of it stopped at the word of an earlier coordinator";
+        if self.count_loss(number, stage, message) {
+            self.requeue(number, Why::Restarted, message.to_owned());
+        }
     }
 
     /// The job waits again once no group has it any more.

@@ -90,6 +90,11 @@ impl State {
                 }
                 return Some(());
             }
+            // Somebody else's command, from before this coordinator led.
+            "CANCELLED" if kept_for == (true, false) && job.parking.is_none() => {
+                self.stopped_unasked(number, &stage);
+                return Some(());
+            }
             "CHECKPOINT_LOST" if kept_for == (true, false) => {
                 self.checkpoint_lost(number, &stage, &message);
                 return Some(());

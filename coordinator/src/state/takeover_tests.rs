@@ -1,0 +1,74 @@
+//! What an earlier coordinator had begun to take away, a new one does not take for going on.
+
+use proto::v1::{Holding, JobState, RunTask, TaskFailed, TaskParked};
+
+use super::{durable_tests::*, tests::*, *};
+
+type Tasks = Vec<(String, RunTask)>;
+
+/// A new coordinator leads; the workers hold the denoising and the decoding, changed by `change`, and say `then` right after.
+fn taken_over(change: impl FnOnce(&mut BTreeMap<String, Holding>), then: impl FnOnce(&RunTask) -> Option<Report>) -> (Cluster, String) {
+    let (mut cluster, job, tasks) = denoising();
+    let (denoise, decode) = (stage(&tasks, "denoise").clone(), stage(&tasks, "decode").clone());
+    let held = [(denoise.0.clone(), denoise.1.clone(), true), (decode.0.clone(), decode.1, false)];
+    let mut holdings = holdings(&cluster, &held);
+    change(&mut holdings);
+    let saved = SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 2)])]);
+    cluster.restart(saved);
+    for worker in ["w1", "w2", "w3"] {
+        cluster.join_holding(worker, holdings.remove(worker).unwrap_or_default());
+    }
+    cluster.describe("w1");
+    if let Some(report) = then(&denoise.1) {
+        cluster.report(&denoise.0, report);
+    }
+    cluster.tick(SETTLE);
+    (cluster, job)
+}
+
+fn failed(task: &RunTask, attempt: u32) -> Report {
+    let task = task.task.clone().map(|task| proto::v1::TaskRef { attempt, ..task });
+    Report::TaskFailed(TaskFailed { task, reason: "CANCELLED".into(), message: String::new(), step: 3 })
+}
+
+/// It goes on from step 2 as try `attempt`, and ends well.
+fn goes_on(mut cluster: Cluster, job: &str, attempt: u32) {
+    let again: Tasks = cluster.tasks();
+    let denoise = &stage(&again, "denoise").1;
+    assert_eq!((again.len(), denoise.resume_step, reference(denoise).attempt), (2, 2, attempt));
+    for task in again.iter().rev() {
+        cluster.start(task);
+        cluster.finish(task);
+    }
+    let done = cluster.job(job);
+    assert_eq!((done.state(), done.attempt), (JobState::Succeeded, attempt));
+}
+
+#[test]
+fn a_task_that_was_told_to_stop_is_not_taken_over() {
+    let stopping = |holdings: &mut BTreeMap<String, Holding>| {
+        let tasks = holdings.values_mut().flat_map(|holding| &mut holding.tasks);
+        tasks.filter(|held| held.started).for_each(|held| held.stopping = true);
+    };
+    let (cluster, job) = taken_over(stopping, |_| None);
+    goes_on(cluster, &job, 2);
+}
+
+#[test]
+fn a_task_that_stops_though_nobody_said_so_goes_on_in_a_new_try() {
+    let (cluster, job) = taken_over(|_| {}, |denoise| Some(failed(denoise, 1)));
+    goes_on(cluster, &job, 2);
+    let parked = |denoise: &RunTask| Some(Report::TaskParked(TaskParked { task: denoise.task.clone(), saved_step: 2 }));
+    let (cluster, job) = taken_over(|_| {}, parked);
+    goes_on(cluster, &job, 2);
+}
+
+#[test]
+fn no_try_bears_the_number_of_one_whose_end_a_worker_still_keeps() {
+    let nothing_held = |holdings: &mut BTreeMap<String, Holding>| holdings.values_mut().for_each(|holding| holding.tasks.clear());
+    let (cluster, job) = taken_over(nothing_held, |denoise| Some(failed(denoise, 3)));
+    goes_on(cluster, &job, 4);
+    // Nor does an older one go on beside it.
+    let (cluster, job) = taken_over(|_| {}, |denoise| Some(failed(denoise, 2)));
+    goes_on(cluster, &job, 3);
+}
