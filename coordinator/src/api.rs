@@ -136,7 +136,7 @@ impl JobApi {
     async fn missing_blobs(&self, tenant: &Arc<str>, spec: &JobSpec) -> Result<Vec<String>> {
         let mut missing = Vec::new();
         for (field, id) in [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)] {
-            if is_blob_id(id) && !(self.blobs.contains(id) && self.has_blob(tenant, id).await?) {
+            if is_blob_id(id) && !(self.blobs.holds(id).await? && self.has_blob(tenant, id).await?) {
                 missing.push(field.to_owned());
             }
         }

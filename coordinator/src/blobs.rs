@@ -75,6 +75,16 @@ struct Blob {
     used: Instant,
 }
 
+impl Index {
+    /// Adds what was found, unless it is known.
+    fn add(&mut self, id: &str, blob: Blob) {
+        if !self.blobs.contains_key(id) {
+            self.bytes += blob.byte_size;
+            self.blobs.insert(id.to_owned(), blob);
+        }
+    }
+}
+
 impl BlobStore {
     /// Opens the blobs of a folder, which is made if need be.
     pub fn open(folder: &Path, limits: &Limits) -> Result<Self> {
@@ -95,8 +105,8 @@ impl BlobStore {
         Ok(Self::new(Some(folder), None, limits, index))
     }
 
-    /// Opens the blobs of an object store. Uploads come in through `folder`, which is made if need be. What another
-    /// coordinator stores later is not seen: a coordinator opens this once it leads.
+    /// Opens the blobs of an object store. Uploads come in through `folder`, which is made if need be. A coordinator opens this
+    /// once it leads; what the one before stores a moment later is found when it is asked for, or by a sweep.
     pub async fn open_remote(folder: &Path, place: &Place, limits: &Limits) -> Result<Self> {
         // Whatever is in it is from before.
         drop(Self::open(folder, limits)?);
@@ -125,9 +135,26 @@ impl BlobStore {
         Self { shared: Arc::new(shared) }
     }
 
-    /// The blob is there; asking counts as a use.
+    /// The blob is known; asking counts as a use.
     pub fn contains(&self, id: &str) -> bool {
         self.shared.use_blob(id).is_some()
+    }
+
+    /// As [`Self::contains`], and in an object store one that the coordinator before stored late is looked for.
+    pub async fn holds(&self, id: &str) -> Result<bool> {
+        Ok(self.find(id).await?.is_some())
+    }
+
+    async fn find(&self, id: &str) -> Result<Option<Blob>> {
+        if let Some(blob) = self.shared.use_blob(id) {
+            return Ok(Some(blob));
+        }
+        let Some(remote) = self.shared.remote.as_ref().filter(|_| is_blob_id(id)) else { return Ok(None) };
+        let found = remote.find(id).await?;
+        if let Some(blob) = &found {
+            self.shared.lock().add(id, blob.clone());
+        }
+        Ok(found)
     }
 
     /// Takes in an upload and gives the blob's id. A stream that ends early, or is not as announced, leaves nothing.
@@ -149,7 +176,7 @@ impl BlobStore {
 
     /// The blob's header and its bytes.
     pub async fn send(&self, id: &str) -> Result<impl Stream<Item = Result<DownloadBlobResponse, Status>> + Send + 'static> {
-        let blob = self.shared.use_blob(id).ok_or_else(|| not_found(id))?;
+        let blob = self.find(id).await?.ok_or_else(|| not_found(id))?;
         let chunks = match &self.shared.remote {
             Some(remote) => remote.chunks(id, &blob).await?.left_stream(),
             None => {
@@ -162,17 +189,32 @@ impl BlobStore {
         Ok(stream::once(async { Ok(header) }).chain(chunks))
     }
 
-    /// Removes what is not in use and was last used longer ago than `ttl`.
+    /// Removes what is not in use and was last used longer ago than `ttl`. What an object store has that was not known counts as
+    /// used just now.
     pub async fn sweep(&self, in_use: &BTreeSet<String>, ttl: Duration) {
+        let listed = match &self.shared.remote {
+            Some(remote) => remote.index().await,
+            None => Ok(Index::default()),
+        };
         let _no_uploads = self.shared.sweeping.write().await;
+        let mut removed = BTreeSet::new();
         for (id, blob) in self.shared.forget_unused(in_use, ttl) {
-            let removed = match &self.shared.remote {
+            let result = match &self.shared.remote {
                 Some(remote) => remote.remove(&id, &blob).await,
                 None => tokio::fs::remove_file(self.shared.path(&id, &blob)).await.map_err(Error::io("remove a blob")),
             };
-            if let Err(error) = removed {
+            if let Err(error) = result {
                 tracing::warn!(%error, "removing a blob failed");
             }
+            removed.insert(id);
+        }
+        // Listed before anything was removed: what was just removed is not to come back.
+        match listed {
+            Ok(listed) => {
+                let mut index = self.shared.lock();
+                listed.blobs.into_iter().filter(|(id, _)| !removed.contains(id)).for_each(|(id, blob)| index.add(&id, blob));
+            }
+            Err(error) => tracing::warn!(%error, "listing the blobs failed"),
         }
     }
 
@@ -384,6 +426,22 @@ mod tests {
         next.sweep(&[small_id.clone()].into(), Duration::ZERO).await;
         assert!(next.contains(&small_id) && !next.contains(&large_id));
         assert_eq!(open().await.unwrap().bytes(), 10);
+    }
+
+    #[tokio::test]
+    async fn what_the_coordinator_before_stored_late_is_found_and_swept() {
+        let (folder, home) = (tempfile::tempdir().unwrap(), Home::s3().await);
+        let open = || BlobStore::open_remote(folder.path(), &home.place, &LIMITS);
+        let (before, now) = (open().await.unwrap(), open().await.unwrap());
+        let late = upload(&before, header(4, ""), b"late").await.unwrap();
+        let unseen = upload(&before, header(6, ""), b"unseen").await.unwrap();
+        assert!(!now.contains(&late) && now.holds(&late).await.unwrap() && !now.holds(&"0".repeat(64)).await.unwrap());
+        assert_eq!((download(&now, &late).await.len(), now.bytes()), (2, 4));
+        now.sweep(&[late.clone()].into(), Duration::ZERO).await;
+        assert_eq!(now.bytes(), 10, "found, and used just now");
+        now.sweep(&[late.clone()].into(), Duration::ZERO).await;
+        assert!(now.contains(&late) && !now.holds(&unseen).await.unwrap());
+        assert_eq!((now.bytes(), open().await.unwrap().bytes()), (4, 4));
     }
 
     #[tokio::test]

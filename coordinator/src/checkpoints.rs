@@ -298,11 +298,21 @@ impl CheckpointStore {
         }
     }
 
-    /// Removes all that belongs to no job in `live`: what was missed when a job ended.
+    /// Removes all that belongs to no job in `live`: what was missed when a job ended. What the coordinator before stored when
+    /// this one had begun is found by one sweep and removed by the next: a coordinator that was itself followed by another, and
+    /// knows nothing of its jobs, does not live so long.
     pub async fn sweep(&self, live: &BTreeSet<String>) {
         let jobs: Vec<String> = self.lock().jobs().filter(|job_id| !live.contains(job_id)).collect();
         for job_id in jobs {
             self.forget(&job_id).await;
+        }
+        match self.objects.list(Some(&Path::from(FOLDER))).try_collect::<Vec<_>>().await {
+            Ok(found) => {
+                let keys = found.into_iter().filter_map(|object| Some((parse_path(&object.location)?, object.size)));
+                let orphans: Vec<_> = keys.filter(|(key, _)| !(self.is_live)(&key.job_id)).collect();
+                orphans.into_iter().for_each(|(key, bytes)| self.lock().insert_unknown(key, bytes));
+            }
+            Err(error) => warn!(%error, "listing the checkpoints failed"),
         }
     }
 

@@ -16,7 +16,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{Blob, Index, incoming::Whole, not_found, parse_name};
+use super::{Blob, Index, MEDIA_TYPES, incoming::Whole, not_found, parse_name};
 use crate::{
     api::status,
     error::{Error, Result},
@@ -46,12 +46,23 @@ impl Remote {
         let mut index = Index::default();
         for object in found {
             if let Some((id, media_type, extension)) = object.location.filename().and_then(parse_name) {
-                index.bytes += object.size;
-                let blob = Blob { byte_size: object.size, media_type, extension, used: Instant::now() };
-                index.blobs.insert(id.to_owned(), blob);
+                index.add(id, Blob { byte_size: object.size, media_type, extension, used: Instant::now() });
             }
         }
         Ok(index)
+    }
+
+    /// Looks for one blob.
+    pub(super) async fn find(&self, id: &str) -> Result<Option<Blob>> {
+        for (media_type, extension) in MEDIA_TYPES {
+            let blob = Blob { byte_size: 0, media_type, extension, used: Instant::now() };
+            match self.objects.head(&path(id, &blob)).await {
+                Ok(object) => return Ok(Some(Blob { byte_size: object.size, ..blob })),
+                Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(failed("look for a blob")(error)),
+            }
+        }
+        Ok(None)
     }
 
     /// Stores an upload that was checked. Durable when this returns.

@@ -30,6 +30,13 @@ impl Index {
         self.take(key, bytes);
     }
 
+    /// Adds what was found late.
+    pub(super) fn insert_unknown(&mut self, key: Key, bytes: u64) {
+        if !self.known.contains_key(&key) {
+            self.insert(key, bytes);
+        }
+    }
+
     pub(super) fn remove(&mut self, key: &Key) {
         if let Some(known) = self.known.remove(key) {
             self.bytes = self.bytes.saturating_sub(known.bytes);

@@ -177,6 +177,17 @@ async fn proves_itself(home: Home) {
     reopened.forget(OTHER).await;
     assert_eq!((home.files(), reopened.bytes()), (vec![], 0));
 
+    // The coordinator before does not know yet that it is followed by another, and what it stores late is found.
+    put(&store, JOB, 1, &bytes(50, 1)).await.unwrap();
+    put(&store, OTHER, 1, &bytes(50, 1)).await.unwrap();
+    home.live.write().unwrap().remove(JOB);
+    reopened.sweep(&[OTHER.to_owned()].into()).await;
+    assert_eq!((steps(&reopened, JOB), steps(&reopened, OTHER), home.files().len()), (vec![1], vec![], 2));
+    reopened.sweep(&[OTHER.to_owned()].into()).await;
+    assert_eq!((steps(&reopened, JOB), home.files().len()), (vec![], 1));
+    home.live.write().unwrap().insert(JOB.to_owned());
+    store.forget(OTHER).await;
+
     // What is not as announced leaves nothing.
     let store = reopened;
     let sent = bytes(7_000_000, 1);

@@ -234,7 +234,19 @@ impl State {
             group.is_some_and(|group| group.epoch == claim.task.epoch && group.leader() == Some(claim.worker.as_str()))
         };
         let held: BTreeSet<&str> = current.iter().filter(of_group).map(|claim| claim.task.stage.as_str()).collect();
-        let whole = !held.is_empty() && job.remaining().stages.iter().all(|stage| held.contains(stage.id.as_str()));
+        // What waits for an input that nobody is to send any more waits for ever, though the input be stored: its sender was lost
+        // between the two.
+        let comes = |input: &String| {
+            held.contains(input.as_str()) || current.iter().any(|claim| claim.held.is_none() && claim.task.stage == *input)
+        };
+        let starves = |claim: &Claim| {
+            let waits = claim.held.as_ref().is_some_and(|held| !held.started);
+            let inputs = job.plan.stage(&claim.task.stage).map_or(&[][..], |stage| &stage.inputs);
+            waits && !inputs.iter().all(comes)
+        };
+        let whole = !held.is_empty()
+            && job.remaining().stages.iter().all(|stage| held.contains(stage.id.as_str()))
+            && !current.iter().any(starves);
         if whole && !cancelling {
             let known: Vec<Claim> = current.into_iter().filter(|claim| job.plan.stage(&claim.task.stage).is_some()).collect();
             self.take_over(number, known);

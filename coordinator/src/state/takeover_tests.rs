@@ -72,3 +72,34 @@ fn no_try_bears_the_number_of_one_whose_end_a_worker_still_keeps() {
     let (cluster, job) = taken_over(|_| {}, |denoise| Some(failed(denoise, 2)));
     goes_on(cluster, &job, 3);
 }
+
+#[test]
+fn a_task_whose_input_nobody_sends_any_more_is_not_taken_over() {
+    // The denoising was stored, and its worker died before it had handed it to the decoding, which waits.
+    let (mut cluster, job, tasks) = denoising();
+    let (denoise, decode) = (stage(&tasks, "denoise").clone(), stage(&tasks, "decode").clone());
+    let mut holdings = holdings(&cluster, &[(decode.0.clone(), decode.1, false)]);
+    cluster.restart(SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 0)])]));
+    let others: Vec<&str> = ["w1", "w2", "w3"].into_iter().filter(|worker| *worker != denoise.0).collect();
+    for worker in &others {
+        cluster.join_holding(worker, holdings.remove(*worker).unwrap_or_default());
+    }
+    cluster.describe(others[0]);
+    cluster.tick(SETTLE);
+    cluster.all_ready();
+    let again = cluster.tasks();
+    let task = &stage(&again, "decode").1;
+    assert_eq!((again.len(), &task.stored_inputs[..], reference(task).attempt), (1, &["denoise".to_owned()][..], 2));
+}
+
+#[test]
+fn a_cancelled_job_whose_deadline_passed_while_nobody_led_is_cancelled() {
+    let mut cluster = Cluster::ready();
+    let submission = Submission { timeout: Some(5000), ..cluster.submission() };
+    let job = cluster.submit(submission).unwrap().id;
+    let tasks = cluster.tasks();
+    cluster.start(stage(&tasks, "encode_text"));
+    cluster.cancel(&job);
+    cluster.tick(5001);
+    assert_eq!(cluster.job(&job).state(), JobState::Cancelled);
+}

@@ -124,6 +124,10 @@ impl State {
             if job.overdue.is_some_and(|overdue| overdue <= self.now) {
                 self.end_job(number, if has_images { End::Succeeded } else { End::Cancelled });
             } else if job.deadline.is_some_and(|deadline| deadline <= self.now) && !has_images {
+                if job.cancelling {
+                    self.end_job(number, End::Cancelled);
+                    continue;
+                }
                 let stage = job.tasks.iter().find(|(_, task)| task.phase == TaskPhase::Running);
                 let stage = stage.map(|(stage, _)| stage.clone()).unwrap_or_default();
                 let message = "the picture was not there in the time that was asked for".to_owned();

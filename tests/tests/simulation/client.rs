@@ -36,8 +36,8 @@ const DEADLINE: Duration = Duration::from_secs(3);
 const QUIET: Duration = Duration::from_secs(4);
 /// Within this time of the last fault every job is over.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The janitor looks once a minute for checkpoints that were missed.
-const JANITOR: Duration = Duration::from_secs(70);
+/// The janitor looks once a minute for checkpoints that were missed, and may have to look twice.
+const JANITOR: Duration = Duration::from_secs(140);
 
 type Seen = Rc<RefCell<History>>;
 
