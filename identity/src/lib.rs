@@ -8,7 +8,7 @@
 pub mod authority;
 mod connector;
 mod error;
-mod etcd;
+pub mod etcd;
 mod files;
 mod incoming;
 mod material;

@@ -319,41 +319,6 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("an address").port()
 }
 
-/// A single etcd, as a process of its own.
-#[derive(Debug)]
-pub struct Etcd {
-    /// The process.
-    pub process: Process,
-    /// Its client URL.
-    pub url: String,
-    peer: String,
-    dir: tempfile::TempDir,
-}
-
-impl Etcd {
-    /// Starts one on free ports.
-    pub fn start() -> Self {
-        let dir = tempfile::tempdir().expect("a temporary folder");
-        let (url, peer) = (format!("http://127.0.0.1:{}", free_port()), format!("http://127.0.0.1:{}", free_port()));
-        Self { process: etcd(dir.path(), &url, &peer), url, peer, dir }
-    }
-
-    /// Starts it again where it was, with what it had.
-    pub fn restart(&mut self) {
-        self.process.kill();
-        self.process = etcd(self.dir.path(), &self.url, &self.peer);
-    }
-}
-
-fn etcd(dir: &Path, url: &str, peer: &str) -> Process {
-    let cluster = format!("default={peer}");
-    let mut command = Command::new("etcd");
-    command.arg("--data-dir").arg(dir).args(["--listen-client-urls", url, "--advertise-client-urls", url]);
-    command.args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", &cluster]);
-    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-    Process(child.expect("etcd starts (scripts/setup --tests installs it)"))
-}
-
 /// The `atelier` program beside this test.
 ///
 /// # Panics

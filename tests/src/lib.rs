@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod equivalence;
+pub mod etcd;
 pub mod golden;
 pub mod hosts;
 pub mod nccl;

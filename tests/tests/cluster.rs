@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use proto::v1::job_event::Kind;
 use proto::v1::{CancelJobRequest, Job, JobEvent, JobSpec, JobState};
-use tests::cluster::{Client, Cluster, Etcd, eventually, tiny_flux};
+use tests::cluster::{Client, Cluster, eventually, tiny_flux};
+use tests::etcd::Etcd;
 use tonic::Code;
 use tonic_types::StatusExt;
 

@@ -68,7 +68,7 @@ async fn stay(
     if let Some(tls) = place.tls.options()? {
         options = options.with_tls(tls);
     }
-    let mut client = in_time(Client::connect(&place.endpoints, Some(options))).await?;
+    let mut client = in_time(identity::etcd::connect(&place.endpoints, &options, key)).await?;
     let lease = in_time(client.lease_grant(TTL.as_secs() as i64, None)).await?.id();
     *session = Some(Session { client: client.clone(), lease });
     let options = PutOptions::new().with_lease(lease);

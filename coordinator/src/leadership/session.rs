@@ -14,12 +14,12 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Longest wait for one answer of etcd.
+/// Longest wait for one answer of etcd that is not about the lease.
 const CALL_DEADLINE: Duration = Duration::from_secs(2);
 /// How often an idle connection is asked whether it is there.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A connection to etcd that notices when the other end is gone.
+/// A connection to a member of etcd that answers, which notices when the other end is gone.
 pub(crate) async fn connect(config: &EtcdConfig) -> Result<Client> {
     let mut options = ConnectOptions::new()
         .with_connect_timeout(CALL_DEADLINE)
@@ -30,7 +30,8 @@ pub(crate) async fn connect(config: &EtcdConfig) -> Result<Client> {
     }
     if config.dial.is_tcp() {
         // Boxed, like what a test makes up: their futures are large.
-        return in_time(Box::pin(Client::connect(&config.endpoints, Some(options)))).await;
+        let key = super::leader_key(&config.prefix);
+        return in_time(Box::pin(identity::etcd::connect(&config.endpoints, &options, &key))).await;
     }
     in_time(Box::pin(async {
         let endpoint = config.endpoints.first().cloned().unwrap_or_default();
@@ -122,7 +123,6 @@ impl Keeper {
         loop {
             let cause = match self.session().await {
                 Ended::Expired => return warn!("etcd says that the lease has expired"),
-                Ended::Silent => return warn!("etcd has not confirmed the lease in time"),
                 Ended::Broken(cause) => cause,
             };
             warn!(%cause, "keeping the lease alive was interrupted");
@@ -138,23 +138,29 @@ impl Keeper {
         self.confirmed + self.ttl * 2 / 3
     }
 
+    /// To whichever member answers.
     async fn reconnect(&mut self) {
         loop {
-            tokio::time::sleep(super::RETRY_PAUSE).await;
             if let Ok(client) = connect(&self.config).await {
                 self.client = client;
                 return;
             }
+            tokio::time::sleep(super::RETRY_PAUSE).await;
         }
+    }
+
+    /// A sixth of the lease for one answer: another member may still be asked before the lease must be given up.
+    fn next_answer(&self) -> Instant {
+        (Instant::now() + self.ttl / 6).min(self.give_up())
     }
 
     /// Keeps it alive over one stream.
     async fn session(&mut self) -> Ended {
         let asked = Instant::now();
-        let (mut keeper, mut answers) = match timeout_at(self.give_up(), self.client.lease_keep_alive(self.id)).await {
+        let (mut keeper, mut answers) = match timeout_at(self.next_answer(), self.client.lease_keep_alive(self.id)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Ended::Broken(error.to_string()),
-            Err(_) => return Ended::Silent,
+            Err(_) => return Ended::silent(),
         };
         // Opening it has renewed the lease once.
         self.confirmed = asked;
@@ -164,13 +170,13 @@ impl Keeper {
             if let Err(error) = keeper.keep_alive().await {
                 return Ended::Broken(error.to_string());
             }
-            match timeout_at(self.give_up(), answers.message()).await {
+            match timeout_at(self.next_answer(), answers.message()).await {
                 // This is how etcd says that there is no such lease any more.
                 Ok(Ok(Some(answer))) if answer.ttl() <= 0 => return Ended::Expired,
                 Ok(Ok(Some(_))) => self.confirmed = asked,
                 Ok(Ok(None)) => return Ended::Broken("etcd closed the stream".into()),
                 Ok(Err(error)) => return Ended::Broken(error.to_string()),
-                Err(_) => return Ended::Silent,
+                Err(_) => return Ended::silent(),
             }
         }
     }
@@ -178,6 +184,11 @@ impl Keeper {
 
 enum Ended {
     Expired,
-    Silent,
     Broken(String),
+}
+
+impl Ended {
+    fn silent() -> Self {
+        Self::Broken("this member of etcd is silent".into())
+    }
 }
