@@ -291,5 +291,25 @@ async fn a_record_that_is_too_large_is_refused() {
     assert_eq!(handle.max_accepted_bytes(), Some(MAX_ACCEPTED_BYTES));
     written(&handle, vec![Change::Put(Box::new(with_prompt(MAX_RECORD_BYTES - 100)))]).await.unwrap();
     let broken = written(&handle, vec![Change::Put(Box::new(with_prompt(MAX_RECORD_BYTES)))]).await.unwrap_err();
-    assert!(broken.contains("the limit in etcd is 8192"), "{broken}");
+    assert!(broken.contains("the limit in etcd is 73728"), "{broken}");
+}
+
+#[tokio::test]
+async fn any_number_of_the_largest_records_is_written_and_read() {
+    let etcd = Etcd::start().await;
+    let led = etcd.lead("a:1").await;
+    let (handle, _) = etcd.open(&led).await;
+    let large = |number: u64| {
+        let spec = JobSpec { prompt: "x".repeat(MAX_RECORD_BYTES - 200), ..JobSpec::default() };
+        Change::Put(Box::new(JobRecord { spec: Some(spec), ..record(number, 1) }))
+    };
+    // One batch, and many that wait together.
+    written(&handle, (0..300).map(large).collect()).await.unwrap();
+    let batches: Vec<_> = (300..500).map(|number| handle.write(vec![large(number)])).collect();
+    for batch in batches {
+        timeout(DEADLINE, handle.until_durable(batch)).await.unwrap().unwrap();
+    }
+    drop((handle, led));
+    let led = etcd.lead("b:1").await;
+    assert_eq!(etcd.open(&led).await.1.len(), 500);
 }

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use etcd_client::{Client, Compare, CompareOp, GetOptions, Txn, TxnOp, TxnOpResponse, TxnResponse};
+use etcd_client::{Compare, CompareOp, GetOptions, KvClient, Txn, TxnOp, TxnOpResponse, TxnResponse};
 use prost::Message;
 use proto::v1::{GroupRecord, JobRecord};
 use tokio::sync::mpsc;
@@ -26,13 +26,17 @@ use crate::{
 };
 
 /// Most bytes of a job's record in etcd: it is kept in memory there.
-pub const MAX_RECORD_BYTES: usize = 8 << 10;
+pub const MAX_RECORD_BYTES: usize = 72 << 10;
 /// Most bytes of the record of a new job: what is left is for how it ends.
-pub const MAX_ACCEPTED_BYTES: usize = 6 << 10;
+pub const MAX_ACCEPTED_BYTES: usize = 64 << 10;
 /// Records in one transaction: etcd takes 128 conditions, and one is the fence.
 const MAX_RECORDS_PER_WRITE: usize = 120;
-/// Records read at once: at most 4 MiB, which is all that the client takes in one answer.
+/// Bytes of them, beside the record that goes over it: etcd takes 1.5 MiB.
+const MAX_BYTES_PER_WRITE: usize = 1 << 20;
+/// Records read at once.
 const RECORDS_PER_PAGE: i64 = 400;
+/// Most bytes of an answer: a page of the largest records.
+const MAX_ANSWER_BYTES: usize = RECORDS_PER_PAGE as usize * (MAX_RECORD_BYTES + (1 << 10));
 
 /// Where jobs are, below the prefix.
 const JOBS: &str = "jobs/";
@@ -50,7 +54,7 @@ impl EtcdStore {
     /// # Errors
     /// [`StoreError::Etcd`], [`StoreError::DamagedKey`].
     pub async fn open(config: &EtcdConfig, led: &Led) -> Result<(StoreHandle, Recovered)> {
-        let mut client = connect(config).await.map_err(unavailable)?;
+        let mut client = keys(config).await.map_err(unavailable)?;
         let found = read_all(&mut client, &format!("{}/{JOBS}", config.prefix), |job: &JobRecord| &job.id).await?;
         let mut revisions: HashMap<_, _> = found.iter().map(|(job, at)| (format!("{JOBS}{}", job.id), *at)).collect();
         let mut jobs: Vec<JobRecord> = found.into_iter().map(|(job, _)| job).collect();
@@ -67,12 +71,17 @@ impl EtcdStore {
     }
 }
 
+/// The way to keys, which takes answers as large as may come.
+async fn keys(config: &EtcdConfig) -> crate::Result<KvClient> {
+    Ok(connect(config).await?.kv_client().max_decoding_message_size(MAX_ANSWER_BYTES))
+}
+
 fn unavailable(error: crate::Error) -> StoreError {
     StoreError::Etcd(Box::new(error))
 }
 
 /// Every record of a folder with its key's revision, in pages, all as of one moment.
-async fn read_all<M: Message + Default>(client: &mut Client, folder: &str, id: fn(&M) -> &String) -> Result<Vec<(M, i64)>> {
+async fn read_all<M: Message + Default>(client: &mut KvClient, folder: &str, id: fn(&M) -> &String) -> Result<Vec<(M, i64)>> {
     let end = format!("{}0", folder.trim_end_matches('/'));
     let (mut from, mut at, mut records) = (folder.as_bytes().to_vec(), 0, Vec::new());
     loop {
@@ -98,7 +107,7 @@ type Value = Option<Vec<u8>>;
 
 struct Writer {
     config: EtcdConfig,
-    client: Client,
+    client: KvClient,
     fence: Fence,
     lost: CancellationToken,
     /// Of every key below the prefix, as this leader left it; a key that is not here is not in etcd.
@@ -135,22 +144,27 @@ impl Writer {
     /// Writes the first batch, and those behind it that fit into the same transaction. Gives the newest of them.
     async fn write_some(&mut self) -> Result<u64> {
         let mut values: BTreeMap<String, Value> = BTreeMap::new();
-        let mut newest = 0;
+        let (mut newest, mut bytes) = (0, 0);
         while let Some(batch) = self.waiting.front() {
-            if newest > 0 && values.len() + batch.changes.len() > MAX_RECORDS_PER_WRITE {
+            let is_full = values.len() + batch.changes.len() > MAX_RECORDS_PER_WRITE || bytes > MAX_BYTES_PER_WRITE;
+            if newest > 0 && is_full {
                 break;
             }
             newest = batch.number;
             let changes = self.waiting.pop_front().map(|batch| batch.changes).unwrap_or_default();
             for change in changes {
                 let (name, value) = value_of(change)?;
+                bytes += value.as_ref().map_or(0, Vec::len);
                 values.insert(name, value);
             }
         }
         // One batch may be more than a transaction takes; it counts when all of it is there.
         let values: Vec<_> = values.into_iter().collect();
-        for part in values.chunks(MAX_RECORDS_PER_WRITE) {
+        let mut rest = &values[..];
+        while !rest.is_empty() {
+            let (part, after) = rest.split_at(fitting(rest));
             self.write(part).await?;
+            rest = after;
         }
         Ok(newest)
     }
@@ -186,7 +200,7 @@ impl Writer {
     async fn reconnect(&mut self) {
         tokio::time::sleep(RETRY_PAUSE).await;
         // The old connection may come back by itself; if neither does, the lease ends it.
-        if let Ok(client) = connect(&self.config).await {
+        if let Ok(client) = keys(&self.config).await {
             self.client = client;
         }
     }
@@ -250,6 +264,17 @@ impl Writer {
     fn key(&self, name: &str) -> String {
         format!("{}/{name}", self.config.prefix)
     }
+}
+
+/// How many of them, from the first, go into one transaction; at least one.
+fn fitting(values: &[(String, Value)]) -> usize {
+    let mut bytes = 0;
+    let within = values.iter().take(MAX_RECORDS_PER_WRITE).take_while(|(_, value)| {
+        let fits = bytes <= MAX_BYTES_PER_WRITE;
+        bytes += value.as_ref().map_or(0, Vec::len);
+        fits
+    });
+    within.count()
 }
 
 /// The key below the prefix, and what it is to hold.
