@@ -4,12 +4,14 @@
 //!
 //! - `main.rs`: ranks, coordinators and workers are killed and restarted
 //! - `etcd.rs`: etcd is away; what etcd is asked to keep
+//! - `families.rs`: a rank of each family is killed at each step of its schedule
 //! - `clients.rs`: many clients watch and repeat themselves meanwhile
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 mod clients;
 mod etcd;
+mod families;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
