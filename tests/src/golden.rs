@@ -100,6 +100,12 @@ impl Case {
         atol(name).or_else(kin).ok_or_else(|| format!("case.json has no tolerance for `{name}`"))
     }
 
+    /// How far the reference's own run in bf16 was from the recorded tensor.
+    pub fn bf16_error(&self, name: &str) -> Result<f64, String> {
+        let error = self.json["tolerance"][name]["bf16_vs_f64"]["max_abs"].as_f64();
+        error.ok_or_else(|| format!("case.json has no error of bf16 for `{name}`"))
+    }
+
     /// Compares `got` with the recorded tensor `name` at the case's own tolerance.
     pub fn check(&mut self, name: &str, got: &Tensor) -> Outcome {
         let tolerance = self.tolerance(name)?;

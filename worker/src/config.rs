@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::ArgGroup;
 use identity::{EtcdTls, Identity, Role, TlsArgs};
 use models::lora::store::DEFAULT_CACHE_BYTES;
+use parallel::Device;
 use parallel::device::Place;
 use parallel::ops::Products;
 
@@ -60,8 +61,8 @@ pub struct Args {
     /// The device to compute on: `cpu`, or `cuda:N` in a build for GPUs. A worker has one.
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
-    /// On a GPU, what layers with weights of bf16 multiply in: `f32`, or `bf16`, which is several times as fast and rounds what it is
-    /// given.
+    /// What layers with weights of bf16 multiply in: `f32`, or `bf16`, which is several times as fast and rounds what it is given. A CPU
+    /// needs AVX-512 BF16 for it.
     #[arg(long, env = "ATELIER_WORKER_PRODUCTS", default_value = "f32")]
     pub products: String,
     /// Threads to compute with; 0: one per core.
@@ -157,8 +158,8 @@ impl TryFrom<Args> for Config {
     fn try_from(args: Args) -> Result<Self> {
         let place = args.device.parse().map_err(|error: parallel::Error| bad("device", error.to_string()))?;
         let products: Products = args.products.parse().map_err(|error: parallel::Error| bad("products", error.to_string()))?;
-        if products == Products::Bf16 && place == Place::Cpu {
-            return Err(bad("products", "`bf16` is for a GPU; the CPU multiplies in f32"));
+        if place == Place::Cpu {
+            products.check(&Device::Cpu).map_err(|error| bad("products", error.to_string()))?;
         }
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));

@@ -8,7 +8,7 @@ use clap::Args;
 use parallel::ops::kernels::activation::Activation;
 use parallel::ops::kernels::attention::{Attention, Heads};
 use parallel::ops::kernels::conv::{Conv2d, Geometry};
-use parallel::ops::kernels::gemm::{Epilogue, PackedWeight, Piece, Rows, linear, linear_tree};
+use parallel::ops::kernels::gemm::{Epilogue, PackedWeight, Piece, Rows, bf16, linear, linear_tree};
 use parallel::ops::kernels::{cpu, limit, rows};
 use serde::Serialize;
 
@@ -75,13 +75,15 @@ pub(super) struct Table {
 #[derive(Clone, Copy)]
 enum Bound {
     Arithmetic,
+    /// As [`Self::Arithmetic`], of pairs of bf16.
+    Bf16,
     Memory,
 }
 
 impl Bound {
     fn unit(self) -> &'static str {
         match self {
-            Self::Arithmetic => "GFLOP/s",
+            Self::Arithmetic | Self::Bf16 => "GFLOP/s",
             Self::Memory => "GB/s",
         }
     }
@@ -89,6 +91,7 @@ impl Bound {
     fn measure(self) -> f64 {
         match self {
             Self::Arithmetic => limit::gflops(),
+            Self::Bf16 => limit::gflops_bf16(),
             Self::Memory => limit::copy_gbps(COPIED_BYTES),
         }
     }
@@ -179,8 +182,8 @@ fn kernels(args: &KernelsArgs) -> io::Result<Table> {
     Ok(table)
 }
 
-/// A product with one weight, and the same cut in eight as ranks cut it.
-const LINEARS: [&str; 2] = ["linear", "linear, eight chunks"];
+/// A product with one weight, the same cut in eight as ranks cut it, and both in bf16.
+const LINEARS: [&str; 4] = ["linear", "linear, eight chunks", "linear bf16", "linear bf16, eight"];
 
 fn linear_shape(m: usize, k: usize, n: usize) -> String {
     format!("{m} x {k} x {n}")
@@ -194,14 +197,21 @@ fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
             continue;
         }
         let weight = values(n * k);
-        let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
-        drop(weight);
         let eighths: Vec<[Piece; 1]> = (0..8).map(|chunk| [(chunk * k / 8, k / 8)]).collect();
+        let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
+        let narrow: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
+        let narrow = Rows::new(&narrow, n, k);
+        let pairs =
+            cpu::has_bf16().then(|| [PackedWeight::pack_pairs(narrow, &[[(0, k)]]), PackedWeight::pack_pairs(narrow, &eighths)]);
         for m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
             let (x, shape, flops) = (Rows::new(&x, m, k), linear_shape(m, k, n), 2 * m * k * n);
             table.flops(LINEARS[0], shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
-            table.flops(LINEARS[1], shape, flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
+            table.flops(LINEARS[1], shape.clone(), flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
+            let Some([whole, eight]) = &pairs else { continue };
+            let nothing = Epilogue::default();
+            table.row(LINEARS[2], shape.clone(), flops, Bound::Bf16, || linear(x, whole, nothing, &mut y))?;
+            table.row(LINEARS[3], shape, flops, Bound::Bf16, || linear_tree(x, &eighths, eight, nothing, &mut y))?;
         }
     }
     Ok(())

@@ -7,7 +7,10 @@ use super::{durable_tests::*, tests::*, *};
 type Tasks = Vec<(String, RunTask)>;
 
 /// A new coordinator leads; the workers hold the denoising and the decoding, changed by `change`, and say `then` right after.
-fn taken_over(change: impl FnOnce(&mut BTreeMap<String, Holding>), then: impl FnOnce(&RunTask) -> Option<Report>) -> (Cluster, String) {
+fn taken_over(
+    change: impl FnOnce(&mut BTreeMap<String, Holding>),
+    then: impl FnOnce(&RunTask) -> Option<Report>,
+) -> (Cluster, String) {
     let (mut cluster, job, tasks) = denoising();
     let (denoise, decode) = (stage(&tasks, "denoise").clone(), stage(&tasks, "decode").clone());
     let held = [(denoise.0.clone(), denoise.1.clone(), true), (decode.0.clone(), decode.1, false)];

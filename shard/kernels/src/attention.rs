@@ -147,7 +147,7 @@ impl Job<'_> {
     fn block(&self, block: &mut Block<'_>, k: &[f32], v: &[f32], queries: Range<usize>, mut y: Plane<'_>) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
         let (m, width) = (queries.len(), self.of.width);
-        pack_rows(block.q, self.q, queries.clone(), &[(0, width)], 0..width, mr);
+        pack_rows(block.q, self.q, queries.clone(), &[(0, width)], 0..width, self.kernel);
         rows::multiply(&mut block.q[..m.next_multiple_of(mr) * width], self.of.scale);
         block.max[..m].fill(f32::NEG_INFINITY);
         block.sum[..m].fill(0.0);
@@ -162,7 +162,7 @@ impl Job<'_> {
                 self.add_bias(scores, queries.start + row, keys.clone());
                 self.carry(scores, &mut block.max[row], &mut block.sum[row], y.row_mut(row));
             }
-            pack_rows(block.p, Rows::new(&block.scores[..m * n], m, n), 0..m, &[(0, n)], 0..n, mr);
+            pack_rows(block.p, Rows::new(&block.scores[..m * n], m, n), 0..m, &[(0, n)], 0..n, self.kernel);
             self.products(n, block.p, &v[first * nr..], nr * self.of.keys, &mut y, false);
         }
         for row in 0..m {

@@ -64,7 +64,7 @@ impl Conv2d {
         assert_eq!(weight.len(), c_out * k);
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
         let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * k);
-        pack_rows(packed.as_mut_slice(), Rows::new(weight, c_out, k), 0..c_out, &[(0, k)], 0..k, kernel.mr);
+        pack_rows(packed.as_mut_slice(), Rows::new(weight, c_out, k), 0..c_out, &[(0, k)], 0..k, kernel);
         Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
 

@@ -25,6 +25,18 @@ pub fn path() -> Path {
     })
 }
 
+/// Whether this CPU multiplies pairs of bf16 (AVX-512 BF16), twice as many in an instruction as f32.
+pub fn has_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        path() == Path::Avx512 && std::arch::is_x86_feature_detected!("avx512bf16")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
 /// Compiles a function of plain Rust twice, as it stands and for AVX2, and calls what the CPU has. Rust never fuses a
 /// multiplication with an addition by itself, so both give the same bits.
 macro_rules! vectorised {

@@ -20,17 +20,19 @@ mod packing;
 mod plane;
 
 pub use blocks::BlockRows;
+pub use half::bf16;
 pub use packing::{Element, PackedWeight};
 pub(crate) use packing::{pack_rows, pack_transposed};
 pub(crate) use plane::{Plane, SharedPlane};
 
 /// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
 pub(crate) const K_STEP: usize = 256;
-/// Rows of a job: with `K_STEP`, 192 KiB of the second-level cache.
+/// Rows and columns of a job: with `K_STEP`, 192 KiB of the second-level cache, beside the results.
 const ROWS: usize = 192;
-/// Columns of a job, and of a job whose chunks need memory for a tree.
 const COLUMNS: usize = 1536;
-const TREE_COLUMNS: usize = 512;
+/// Of a job whose chunks need memory for a tree.
+const TREE_ROWS: usize = 98;
+const TREE_COLUMNS: usize = 1024;
 /// Most chunks of a [`linear_tree`].
 const MAX_CHUNKS: usize = 8;
 /// Multiplications below which a product stays on its thread.
@@ -137,9 +139,10 @@ impl Grid {
         let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
         // Blocks are widened again for each job down: taller and narrower ones, of the same size.
         let taller = if weight.is_in_blocks() { 2 } else { 1 };
-        let down = m.div_ceil(taller * ROWS);
+        let (rows, columns) = if chunks > 1 { (TREE_ROWS, TREE_COLUMNS) } else { (ROWS, COLUMNS) };
+        let down = m.div_ceil(taller * rows);
         let panels = n.div_ceil(nr);
-        let mut across = n.div_ceil(if chunks > 1 { TREE_COLUMNS } else { COLUMNS } / taller);
+        let mut across = n.div_ceil(columns / taller);
         // Few jobs: as many as keep every thread busy to the end.
         let threads = rayon::current_num_threads();
         while down * across < 8 * threads && !(down * across).is_multiple_of(threads) && across < panels {
@@ -171,24 +174,25 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, y: Plane<'_>) {
+    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
         let kernel = self.weight.kernel();
         let (m, n) = (self.rows.len(), self.columns.len());
-        // Sums that wait for their neighbour in the tree: one in `y`, and one for each level above it.
-        let waiting = chunks.len().trailing_zeros() as usize;
+        // The sums that grow, and one for each level of the tree that waits for its neighbour.
+        let depths = 1 + chunks.len().trailing_zeros() as usize;
         let level = m.next_multiple_of(kernel.mr) * n.next_multiple_of(kernel.nr);
-        let lengths = [m.next_multiple_of(kernel.mr) * K_STEP, K_STEP * kernel.nr, waiting * level];
-        scratch::with(lengths, |[a, b, above]| {
-            let mut sums = Sums { y, above, level, kernel };
+        let lengths = [m.next_multiple_of(kernel.mr) * K_STEP, K_STEP * kernel.nr, depths * level];
+        scratch::with(lengths, |[a, b, memory]| {
+            let mut sums = Sums { rows: m, memory, level, kernel };
             let mut start = 0;
             for (i, chunk) in chunks.iter().enumerate() {
                 let pieces = chunk.as_ref();
                 let len: usize = pieces.iter().map(|(_, len)| len).sum();
+                let len = if kernel.pairs { len.div_ceil(2) } else { len };
                 let step = self.weight.step(len);
                 let mut done = 0;
                 loop {
                     let k = done..len.min(done + step);
-                    pack_rows(a, self.x, self.rows.clone(), pieces, k.clone(), kernel.mr);
+                    pack_rows(a, self.x, self.rows.clone(), pieces, k.clone(), kernel);
                     let step = Step {
                         k: start + k.start..start + k.end,
                         fresh: done == 0,
@@ -203,8 +207,9 @@ impl Job<'_> {
                 }
                 start += len;
             }
+            sums.write(&mut y);
             if !epilogue.is_nothing() {
-                (0..m).for_each(|row| epilogue.apply(sums.y.row_mut(row), self.columns.clone()));
+                (0..m).for_each(|row| epilogue.apply(y.row_mut(row), self.columns.clone()));
             }
         });
     }
@@ -227,10 +232,11 @@ impl Job<'_> {
     }
 }
 
-/// The sums of one job's tree that are not complete: at depth 0 in the result, at others aside, tile by tile.
+/// The sums of one job's tree that are not complete: for each depth tile by tile, and a tile in one piece. In the result, rows of a
+/// tile are often a power of two apart, and so in one another's way in the first-level cache.
 struct Sums<'a> {
-    y: Plane<'a>,
-    above: &'a mut [f32],
+    rows: usize,
+    memory: &'a mut [f32],
     /// Floats of a depth.
     level: usize,
     kernel: &'static MicroKernel,
@@ -238,27 +244,34 @@ struct Sums<'a> {
 
 impl Sums<'_> {
     fn tile(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
-        if depth == 0 {
-            return self.y.part(rows, columns);
-        }
-        let at = (depth - 1) * self.level + self.place(&rows, &columns);
-        aside(&mut self.above[at..], rows.len(), columns.len(), self.kernel.nr)
+        let at = depth * self.level + self.place(&rows, &columns);
+        aside(&mut self.memory[at..], rows.len(), columns.len(), self.kernel.nr)
     }
 
     /// Adds a tile to the one at the depth below it: earlier chunks on the left.
     fn merge(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
-        let at = (depth - 1) * self.level + self.place(&rows, &columns);
-        let (below, own) = self.above.split_at_mut(at);
+        let at = depth * self.level + self.place(&rows, &columns);
+        let (below, own) = self.memory.split_at_mut(at);
         let own = aside(own, rows.len(), columns.len(), self.kernel.nr);
-        if depth == 1 {
-            self.y.part(rows, columns).add(&own);
-        } else {
-            aside(&mut below[at - self.level..], rows.len(), columns.len(), self.kernel.nr).add(&own);
+        aside(&mut below[at - self.level..], rows.len(), columns.len(), self.kernel.nr).add(&own);
+    }
+
+    /// Puts the sums that are complete where they belong.
+    fn write(&mut self, y: &mut Plane<'_>) {
+        let columns = y.columns();
+        for first in (0..self.rows).step_by(self.kernel.mr) {
+            let rows = first..self.rows.min(first + self.kernel.mr);
+            for first in (0..columns).step_by(self.kernel.nr) {
+                let columns = first..columns.min(first + self.kernel.nr);
+                let tile = self.tile(0, rows.clone(), columns.clone());
+                let mut to = y.part(rows.clone(), columns);
+                (0..tile.rows()).for_each(|row| to.row_mut(row).copy_from_slice(tile.row(row)));
+            }
         }
     }
 
     fn place(&self, rows: &Range<usize>, columns: &Range<usize>) -> usize {
-        rows.start * self.kernel.nr + columns.start * self.y.rows().next_multiple_of(self.kernel.mr)
+        rows.start * self.kernel.nr + columns.start * self.rows.next_multiple_of(self.kernel.mr)
     }
 }
 
@@ -278,5 +291,7 @@ struct Step {
     merges: usize,
 }
 
+#[cfg(test)]
+mod bf16_tests;
 #[cfg(test)]
 mod tests;

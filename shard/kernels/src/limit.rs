@@ -10,8 +10,17 @@ use crate::gemm::micro::MicroKernel;
 /// Multiplications and additions per second, in GFLOP/s, of all threads of the current pool together: chains in registers,
 /// no memory.
 pub fn gflops() -> f64 {
+    of(MicroKernel::best())
+}
+
+/// As [`gflops`], of products in bf16.
+pub fn gflops_bf16() -> f64 {
+    of(MicroKernel::bf16())
+}
+
+fn of(kernel: &MicroKernel) -> f64 {
     const ROUNDS: usize = 2_000_000;
-    let (kernel, threads) = (MicroKernel::best(), rayon::current_num_threads());
+    let threads = rayon::current_num_threads();
     let shortest = best_of(3, || {
         (0..threads).into_par_iter().with_max_len(1).for_each(|_| {
             black_box(kernel.spin(black_box(ROUNDS)));

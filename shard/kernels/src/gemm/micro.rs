@@ -10,7 +10,10 @@ use crate::gemm::Plane;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
 mod plain;
+mod plain_bf16;
 
 /// Largest tile of any kernel, for results at the edge.
 const MAX_TILE: usize = 512;
@@ -22,6 +25,8 @@ pub struct MicroKernel {
     pub(crate) mr: usize,
     /// Columns of a tile, and of a packed panel.
     pub(crate) nr: usize,
+    /// Whether an element of a panel is two of bf16, neighbours in K, in the bits of a float: the earlier one in the lower half.
+    pub(crate) pairs: bool,
     tile: unsafe fn(Tile),
     /// As many multiply-adds of `lanes` independent sums as it is told, in registers alone: what the CPU can do at most.
     spin: unsafe fn(usize) -> f32,
@@ -74,6 +79,23 @@ impl MicroKernel {
         }
     }
 
+    /// The fastest one for pairs of bf16 that this CPU runs. All give the same bits: those of the instruction, which adds the later of
+    /// a pair first, rounds after each, and takes what is too small to be normal for zero.
+    pub fn bf16() -> &'static Self {
+        #[cfg(target_arch = "x86_64")]
+        if cpu::has_bf16() {
+            return &avx512_bf16::KERNEL;
+        }
+        &plain_bf16::KERNEL
+    }
+
+    /// Every one for pairs that this CPU runs.
+    #[cfg(test)]
+    pub(crate) fn all_bf16() -> Vec<&'static Self> {
+        let plain = &plain_bf16::KERNEL;
+        if cpu::has_bf16() { vec![plain, Self::bf16()] } else { vec![plain] }
+    }
+
     /// Spends `rounds` rounds of [`Self::flops_per_round`] in registers.
     pub(crate) fn spin(&self, rounds: usize) -> f32 {
         // SAFETY: `best` chose what the CPU runs.
@@ -81,7 +103,7 @@ impl MicroKernel {
     }
 
     pub(crate) fn flops_per_round(&self) -> usize {
-        2 * self.lanes
+        2 * self.lanes * if self.pairs { 2 } else { 1 }
     }
 
     /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`;
@@ -117,7 +139,7 @@ mod tests {
 
     #[test]
     fn every_kernel_fits_the_edge() {
-        for kernel in MicroKernel::all() {
+        for kernel in MicroKernel::all().into_iter().chain(MicroKernel::all_bf16()) {
             assert!(kernel.mr * kernel.nr <= MAX_TILE, "{kernel:?}");
         }
     }

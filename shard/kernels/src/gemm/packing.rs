@@ -18,6 +18,8 @@ use crate::scratch::Buffer;
 pub struct PackedWeight {
     n: usize,
     k: usize,
+    /// Rows of a panel: as many as K, or of pairs as its chunks have together.
+    depth: usize,
     panels: Panels,
     kernel: &'static MicroKernel,
 }
@@ -26,6 +28,8 @@ pub struct PackedWeight {
 #[derive(Clone)]
 enum Panels {
     F32(Buffer),
+    /// Of bf16, in the bits of floats.
+    Pairs(Buffer),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
     /// Not panels yet: rows.
@@ -44,7 +48,7 @@ impl Element for f32 {
         let (n, k) = (weight.count(), columns(pieces));
         let mut panels = Buffer::zeros(n.next_multiple_of(kernel.nr) * k);
         pack_panels(panels.as_mut_slice(), weight, pieces, kernel.nr);
-        PackedWeight { n, k, panels: Panels::F32(panels), kernel }
+        PackedWeight { n, k, depth: k, panels: Panels::F32(panels), kernel }
     }
 }
 
@@ -53,7 +57,7 @@ impl Element for bf16 {
         let (n, k) = (weight.count(), columns(pieces));
         let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
         pack_panels(&mut panels, weight, pieces, kernel.nr);
-        PackedWeight { n, k, panels: Panels::Bf16(panels), kernel }
+        PackedWeight { n, k, depth: k, panels: Panels::Bf16(panels), kernel }
     }
 }
 
@@ -62,13 +66,13 @@ impl Element for f16 {
         let (n, k) = (weight.count(), columns(pieces));
         let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
         pack_panels(&mut panels, weight, pieces, kernel.nr);
-        PackedWeight { n, k, panels: Panels::F16(panels), kernel }
+        PackedWeight { n, k, depth: k, panels: Panels::F16(panels), kernel }
     }
 }
 
 impl From<BlockRows> for PackedWeight {
     fn from(rows: BlockRows) -> Self {
-        Self { n: rows.n(), k: rows.k(), panels: Panels::Blocks(rows), kernel: MicroKernel::best() }
+        Self { n: rows.n(), k: rows.k(), depth: rows.k(), panels: Panels::Blocks(rows), kernel: MicroKernel::best() }
     }
 }
 
@@ -81,6 +85,36 @@ impl PackedWeight {
     /// Packs the given columns of `weight`, one piece after the other.
     pub fn pack_pieces<T: Element>(weight: Rows<'_, T>, pieces: &[Piece]) -> Self {
         T::pack(weight, pieces, MicroKernel::best())
+    }
+
+    /// Packs `weight` for products in bf16: inputs are rounded to it, sums are in f32. `chunks` are those of every product with it: one
+    /// with an odd number of columns is filled up with a zero.
+    pub fn pack_pairs(weight: Rows<'_, bf16>, chunks: &[impl AsRef<[Piece]>]) -> Self {
+        Self::pack_pairs_for(weight, chunks, MicroKernel::bf16())
+    }
+
+    pub(crate) fn pack_pairs_for(weight: Rows<'_, bf16>, chunks: &[impl AsRef<[Piece]>], kernel: &'static MicroKernel) -> Self {
+        let lengths = || chunks.iter().map(|chunk| columns(chunk.as_ref()));
+        let (n, k, depth) = (weight.count(), lengths().sum(), lengths().map(|len| len.div_ceil(2)).sum());
+        let mut panels = Buffer::zeros(n.next_multiple_of(kernel.nr) * depth);
+        if n > 0 && depth > 0 {
+            let pieces: Vec<&[Piece]> = chunks.iter().map(AsRef::as_ref).collect();
+            let panels = &mut panels.as_mut_slice()[..n.next_multiple_of(kernel.nr) * depth];
+            panels.par_chunks_mut(kernel.nr * depth).enumerate().for_each(|(panel, packed)| {
+                let rows = panel * kernel.nr..n.min((panel + 1) * kernel.nr);
+                let mut from = 0;
+                for pieces in &pieces {
+                    let pairs = columns(pieces).div_ceil(2);
+                    for k in (0..pairs).step_by(K_STEP) {
+                        let k = k..pairs.min(k + K_STEP);
+                        let packed = &mut packed[(from + k.start) * kernel.nr..(from + k.end) * kernel.nr];
+                        pack_pairs(packed, weight, rows.clone(), pieces, k, kernel.nr, |from, to| to.copy_from_slice(from));
+                    }
+                    from += pairs;
+                }
+            });
+        }
+        Self { n, k, depth, panels: Panels::Pairs(panels), kernel }
     }
 
     /// Outputs.
@@ -96,7 +130,7 @@ impl PackedWeight {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.panels {
-            Panels::F32(panels) => size_of_val(panels.as_slice()),
+            Panels::F32(panels) | Panels::Pairs(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
             Panels::F16(panels) => size_of_val(panels.as_slice()),
             Panels::Blocks(rows) => rows.bytes(),
@@ -110,9 +144,9 @@ impl PackedWeight {
     /// Some of the K of one panel, as `[k][nr]`; widened into `buffer` if it has to be.
     pub(crate) fn panel<'a>(&'a self, panel: usize, k: Range<usize>, buffer: &'a mut [f32]) -> &'a [f32] {
         let nr = self.kernel.nr;
-        let range = (panel * self.k + k.start) * nr..(panel * self.k + k.end) * nr;
+        let range = (panel * self.depth + k.start) * nr..(panel * self.depth + k.end) * nr;
         match &self.panels {
-            Panels::F32(panels) => &panels.as_slice()[range],
+            Panels::F32(panels) | Panels::Pairs(panels) => &panels.as_slice()[range],
             Panels::Bf16(panels) => {
                 let buffer = &mut buffer[..range.len()];
                 widen(&panels[range], buffer);
@@ -146,6 +180,7 @@ impl fmt::Debug for PackedWeight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind: &dyn fmt::Debug = match &self.panels {
             Panels::F32(_) => &format_args!("f32"),
+            Panels::Pairs(_) => &format_args!("pairs of bf16"),
             Panels::Bf16(_) => &format_args!("bf16"),
             Panels::F16(_) => &format_args!("f16"),
             Panels::Blocks(rows) => &rows.kind(),
@@ -170,10 +205,47 @@ fn pack_panels<T: Element>(panels: &mut [T], weight: Rows<'_, T>, pieces: &[Piec
     });
 }
 
-/// Rows of `x` as the `a` of tiles: `[rows / mr][k][mr]`. `k` counts through the pieces.
-pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, mr: usize) {
+/// Rows of `x` as the `a` of a kernel's tiles: `[rows / mr][k][mr]`. `k` counts through the pieces, by twos for a kernel of pairs.
+pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, kernel: &MicroKernel) {
+    let mr = kernel.mr;
     for (tile, first) in rows.clone().step_by(mr).enumerate() {
-        pack_transposed(&mut a[tile * mr * k.len()..], x, first..rows.end.min(first + mr), pieces, k.clone(), mr);
+        let (a, rows) = (&mut a[tile * mr * k.len()..], first..rows.end.min(first + mr));
+        if kernel.pairs {
+            pack_pairs(a, x, rows, pieces, k.clone(), mr, narrow);
+        } else {
+            pack_transposed(a, x, rows, pieces, k.clone(), mr);
+        }
+    }
+}
+
+/// As [`pack_transposed`], of pairs: `k` counts them. A last one without a neighbour gets a zero.
+fn pack_pairs<T: Copy>(
+    packed: &mut [f32],
+    x: Rows<'_, T>,
+    rows: Range<usize>,
+    pieces: &[Piece],
+    k: Range<usize>,
+    width: usize,
+    narrowed: impl Fn(&[T], &mut [bf16]),
+) {
+    debug_assert!(k.len() <= K_STEP);
+    let mut values = [bf16::ZERO; 2 * K_STEP];
+    for (at, row) in rows.enumerate() {
+        let (mut before, mut filled) = (0, 0);
+        for &(start, len) in pieces {
+            let from = (2 * k.start).clamp(before, before + len) - before;
+            let until = (2 * k.end).clamp(before, before + len) - before;
+            narrowed(x.part(row, (start + from, until - from)), &mut values[filled..][..until - from]);
+            (before, filled) = (before + len, filled + until - from);
+        }
+        if !filled.is_multiple_of(2) {
+            values[filled] = bf16::ZERO;
+            filled += 1;
+        }
+        let pairs = values[..filled].as_chunks::<2>().0;
+        for (packed, [lower, upper]) in packed[at..].iter_mut().step_by(width).zip(pairs) {
+            *packed = f32::from_bits(u32::from(lower.to_bits()) | u32::from(upper.to_bits()) << 16);
+        }
     }
 }
 
@@ -202,6 +274,17 @@ pub(crate) fn pack_transposed<T: Copy>(
                 packed[i * width] = *x;
             }
             to += (until - from) * width;
+        }
+    }
+}
+
+vectorised! {
+    /// To the nearest of bf16, of two the even one: `bf16::from_f32`, without its branches.
+    fn narrow(from: &[f32], to: &mut [bf16]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            let bits = from.to_bits();
+            let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+            *to = bf16::from_bits(if from.is_nan() { bits >> 16 | 0x40 } else { nearest } as u16);
         }
     }
 }

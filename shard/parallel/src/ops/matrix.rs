@@ -24,7 +24,7 @@ pub(crate) struct Matrix {
 
 #[derive(Clone)]
 enum Weight {
-    /// For our kernels: f32, 16 bits or blocks; arithmetic in f32.
+    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or bf16, multiplied in it.
     Packed(Arc<PackedWeight>),
     /// For candle's: one for each chunk.
     Whole(Vec<Tensor>),
@@ -41,9 +41,13 @@ impl Matrix {
 
     /// Packs `weight`; its product adds the chunks' own products as a balanced tree.
     pub(crate) fn in_chunks(weight: &Tensor, chunks: Chunks) -> Result<Self> {
+        Self::multiplied_in(Products::here(), weight, chunks)
+    }
+
+    fn multiplied_in(products: Products, weight: &Tensor, chunks: Chunks) -> Result<Self> {
         let (d_out, d_in) = weight.dims2()?;
         let packs = matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16) && has_kernels(weight.device());
-        let packed = packs.then(|| pack(weight, &chunks)).transpose()?;
+        let packed = packs.then(|| pack(weight, &chunks, products)).transpose()?;
         let weight = match packed {
             Some(packed) => Weight::Packed(Arc::new(packed)),
             None if chunks.len() == 1 && chunks[0] == [(0, d_in)] => Weight::Whole(vec![weight.clone()]),
@@ -124,7 +128,7 @@ fn add(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
-fn pack(weight: &Tensor, chunks: &Chunks) -> Result<PackedWeight> {
+fn pack(weight: &Tensor, chunks: &Chunks, products: Products) -> Result<PackedWeight> {
     let weight = weight.contiguous()?;
     let (n, k) = weight.dims2()?;
     let pieces = chunks.concat();
@@ -135,6 +139,9 @@ fn pack(weight: &Tensor, chunks: &Chunks) -> Result<PackedWeight> {
     }
     match &*storage {
         Storage::Cpu(CpuStorage::F32(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
+        Storage::Cpu(CpuStorage::BF16(data)) if products == Products::Bf16 => {
+            Ok(PackedWeight::pack_pairs(Rows::new(&data[start..end], n, k), chunks))
+        }
         Storage::Cpu(CpuStorage::BF16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
         Storage::Cpu(CpuStorage::F16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
         _ => Err(Error::Operands { reason: format!("a weight of {:?} to pack", weight.dtype()) }),
@@ -202,6 +209,21 @@ mod tests {
         let wide = Matrix::new(&weight.to_dtype(DType::F32).unwrap()).unwrap();
         let expected = wide.product(&x.to_dtype(DType::F32).unwrap(), None).unwrap();
         assert_eq!(narrow.product(&x, None).unwrap().to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+    }
+
+    #[test]
+    fn products_in_bf16_round_the_input_and_nothing_else() {
+        let x = Tensor::randn(0f32, 1.0, (3, 40), &Device::Cpu).unwrap();
+        let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+        let eight: Chunks = (0..8).map(|c| vec![(2 * c, 2), (16 + 3 * c, 3)]).collect();
+        for chunks in [vec![vec![(0, 40)]], eight] {
+            let narrow = Matrix::multiplied_in(Products::Bf16, &weight, chunks.clone()).unwrap().product(&x, None).unwrap();
+            let wide = Matrix::multiplied_in(Products::F32, &weight, chunks).unwrap();
+            let rounded = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+            let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(largest((&narrow - wide.product(&rounded, None).unwrap()).unwrap()) < 1e-5);
+            assert!(largest((narrow - wide.product(&x, None).unwrap()).unwrap()) > 1e-4);
+        }
     }
 
     #[test]

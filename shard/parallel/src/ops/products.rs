@@ -1,12 +1,15 @@
-//! How GPUs multiply with weights that are stored as bf16.
+//! How layers multiply with weights that are stored as bf16.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use candle_core::Device;
+
+use super::host::has_kernels;
 use crate::{Error, Result};
 
-/// What linear layers multiply in on a GPU, where their weights are bf16. On the CPU it is always f32.
+/// What linear layers multiply in where their weights are bf16.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Products {
     /// Weights are widened for each product: the reference's f32 numbers.
@@ -22,6 +25,19 @@ impl Products {
     /// Makes it this process's way from now on. A worker is a process with one device.
     pub fn use_here(self) {
         BF16.store(self == Self::Bf16, Ordering::Relaxed);
+    }
+
+    /// Whether `device` has them. A CPU has those in bf16 if it has AVX-512 BF16 and computes by our kernels.
+    ///
+    /// # Errors
+    /// [`Error::Operands`], which says what is missing.
+    pub fn check(self, device: &Device) -> Result<()> {
+        let lacks = |what: &str| Err(Error::Operands { reason: format!("`bf16` to multiply in: {what}") });
+        match (self, device) {
+            (Self::Bf16, Device::Cpu) if !has_kernels(device) => lacks("candle's operations for the CPU have no such products"),
+            (Self::Bf16, Device::Cpu) if !kernels::cpu::has_bf16() => lacks("this CPU has no AVX-512 BF16"),
+            _ => Ok(()),
+        }
     }
 
     /// This process's way.

@@ -10,7 +10,7 @@ use super::{MicroKernel, Tile};
 const MR: usize = 6;
 const NR: usize = 16;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "avx2", mr: MR, nr: NR, tile, spin, lanes: 12 * 8 };
+pub(super) static KERNEL: MicroKernel = MicroKernel { name: "avx2", mr: MR, nr: NR, pairs: false, tile, spin, lanes: 12 * 8 };
 
 /// # Safety
 /// The CPU has AVX2 and FMA; the tile's pointers are good for what its documentation says.

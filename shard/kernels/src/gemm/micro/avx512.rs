@@ -11,7 +11,8 @@ const NR: usize = 32;
 /// As many as fill the units whatever a multiply-add's latency, and stay in registers.
 const CHAINS: usize = 16;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "avx512", mr: MR, nr: NR, tile, spin, lanes: CHAINS * 16 };
+pub(super) static KERNEL: MicroKernel =
+    MicroKernel { name: "avx512", mr: MR, nr: NR, pairs: false, tile, spin, lanes: CHAINS * 16 };
 
 /// # Safety
 /// The CPU has AVX-512F; the tile's pointers are good for what its documentation says.

@@ -9,7 +9,7 @@ const MR: usize = 4;
 const NR: usize = 16;
 const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "plain", mr: MR, nr: NR, tile, spin, lanes: LANES };
+pub(super) static KERNEL: MicroKernel = MicroKernel { name: "plain", mr: MR, nr: NR, pairs: false, tile, spin, lanes: LANES };
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

@@ -1,0 +1,126 @@
+//! Products in bf16: the same bits on every layout, and no further from the reference than the reference's own bf16 is. A program of
+//! its own, since what a process multiplies in is said once.
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
+
+use std::path::Path;
+
+use models::Result;
+use models::blocks::{BlockModel, Layout, RangeOf};
+use models::flux_transformer::{FluxTransformer, FluxTransformerConfig};
+use models::model_dir::read_json;
+use models::qwen_image_transformer::{QwenImageTransformer, QwenImageTransformerConfig};
+use models::sd3_transformer::{Sd3Transformer, Sd3TransformerConfig};
+use parallel::ops::{Products, has_kernels};
+use parallel::{DType, Device, Tensor, Tensors, Weights};
+use tests::equivalence::bits;
+use tests::golden::Case;
+use tests::ranks::run_block_model;
+use tests::synthetic;
+
+/// Whether there is anything to show: candle's operations for the CPU multiply in f32 alone, which a worker says.
+fn multiplied_in_bf16() -> bool {
+    Products::Bf16.use_here();
+    has_kernels(&Device::Cpu)
+}
+
+/// A case of a transformer with its weights narrowed to bf16, at every layout: the largest error of its output, beside that of diffusers
+/// in bf16.
+fn check<M: BlockModel>(name: &str, load: impl Fn(&Path, &Weights, RangeOf) -> Result<M> + Sync) {
+    let mut case = Case::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)).unwrap();
+    if let Ok(shapes) = serde_json::from_value::<Vec<Vec<u32>>>(case.param("img_shapes").clone()) {
+        case.put("in.img_shapes", Tensor::new(shapes, &Device::Cpu).unwrap());
+    }
+    let recorded = case.folder("weights").unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let file = "diffusion_pytorch_model.safetensors";
+    let mut tensors = candle_core::safetensors::load(recorded.join(file), &Device::Cpu).unwrap();
+    tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
+    candle_core::safetensors::save(&tensors, dir.path().join(file)).unwrap();
+    let inputs: Tensors = case.below("in.").map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
+    let mut first = None;
+    for layout in [Layout::SOLO, Layout::new(2, 1), Layout::new(1, 2), Layout::new(2, 2)] {
+        let ran = run_block_model(dir.path(), layout, &inputs, |w, range| load(&recorded, w, range)).unwrap();
+        let sample = ran.output("sample").unwrap().clone();
+        let same = first.get_or_insert_with(|| bits(&sample)) == &bits(&sample);
+        assert!(same, "{name} has other bits at tp {} x {} ranges", layout.tp, layout.block_ranges);
+        let difference = (sample - case.tensor("out.sample").unwrap()).unwrap().abs().unwrap();
+        let error = f64::from(difference.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap());
+        let theirs = case.bf16_error("out.sample").unwrap();
+        println!("{name}: {error:.4}, diffusers in bf16 {theirs:.4}");
+        assert!(error <= theirs, "{name} is {error} from the reference, diffusers' bf16 {theirs}");
+        assert!(error > case.tolerance("out.sample").unwrap(), "{name} was not computed in bf16");
+    }
+}
+
+#[test]
+fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_bf16() {
+    if !multiplied_in_bf16() {
+        return;
+    }
+    let config = FluxTransformerConfig {
+        in_channels: 32,
+        num_layers: 1,
+        num_single_layers: 2,
+        attention_head_dim: 32,
+        num_attention_heads: 8,
+        joint_attention_dim: 64,
+        pooled_projection_dim: 32,
+        guidance_embeds: true,
+        axes_dims_rope: vec![8, 12, 12],
+        ..FluxTransformerConfig::default()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let mut tensors = synthetic::flux_transformer(&config, 3).unwrap();
+    tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
+    synthetic::write(dir.path(), &tensors).unwrap();
+    let three = synthetic::flux_inputs(&config, 3, (4, 3), 5, 2).unwrap();
+    let first = |name: &str, tensor: &Tensor| {
+        let ids = name.ends_with("_ids");
+        (name.to_owned(), if ids { tensor.clone() } else { tensor.narrow(0, 0, 1).unwrap() })
+    };
+    let one: Tensors = three.iter().map(|(name, tensor)| first(name, tensor)).collect();
+    let run = |inputs: &Tensors, layout: Layout| {
+        let ran = run_block_model(dir.path(), layout, inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
+        ran.output("sample").unwrap().clone()
+    };
+    let expected = run(&three, Layout::SOLO);
+    for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
+        assert!(bits(&run(&three, Layout::new(tp, ranges))) == bits(&expected), "tp {tp} x {ranges} ranges");
+    }
+    assert!(bits(&run(&one, Layout::SOLO)) == bits(&expected.narrow(0, 0, 1).unwrap()), "alone");
+}
+
+#[test]
+fn flux_in_bf16_is_as_near_as_diffusers_and_the_same_on_every_layout() {
+    let load = |dir: &Path, w: &Weights, range: RangeOf| {
+        let config: FluxTransformerConfig = read_json(&dir.join("config.json"))?;
+        FluxTransformer::load(w, &config, range)
+    };
+    if multiplied_in_bf16() {
+        check("flux_transformer_dev", load);
+        check("flux_transformer_kontext_ids", load);
+    }
+}
+
+#[test]
+fn sd3_in_bf16_is_as_near_as_diffusers_and_the_same_on_every_layout() {
+    let load = |dir: &Path, w: &Weights, range: RangeOf| {
+        let config: Sd3TransformerConfig = read_json(&dir.join("config.json"))?;
+        Sd3Transformer::load(w, &config, range)
+    };
+    if multiplied_in_bf16() {
+        check("sd3_transformer", load);
+        check("sd35_transformer", load);
+    }
+}
+
+#[test]
+fn qwen_image_in_bf16_is_as_near_as_diffusers_and_the_same_on_every_layout() {
+    let load = |dir: &Path, w: &Weights, range: RangeOf| {
+        let config: QwenImageTransformerConfig = read_json(&dir.join("config.json"))?;
+        QwenImageTransformer::load(w, &config, range)
+    };
+    if multiplied_in_bf16() {
+        check("qwen_transformer", load);
+    }
+}
