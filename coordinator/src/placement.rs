@@ -47,6 +47,10 @@ impl WantedGroup {
 
 /// The label that says which workers share a machine.
 const HOST: &str = "host";
+/// The label that says what a worker multiplies in.
+const PRODUCTS: &str = "products";
+/// What one multiplies in that does not say.
+const F32: &str = "f32";
 /// The device that several ranks may share.
 const CPU: &str = "cpu";
 
@@ -134,16 +138,18 @@ pub fn form_groups<'a>(
 
 /// All ranks of a group or none; `ranks` counts what each worker holds and is changed only if all are found.
 ///
-/// All of one kind of device, which have a way to each other; CPUs where no other kind suffices.
+/// All of one kind of device, which have a way to each other, and that multiply in the same type: the bits must not depend on who
+/// has which rank. CPUs where no other kind suffices.
 fn choose_members<'a>(
     group: &WantedGroup,
     eligible: &[(&'a str, &'a Registration)],
     ranks: &mut BTreeMap<&'a str, usize>,
 ) -> Option<Vec<&'a str>> {
-    let mut kinds: BTreeMap<(bool, &str), Vec<(&str, &Registration)>> = BTreeMap::new();
+    let mut kinds: BTreeMap<(bool, &str, &str), Vec<(&str, &Registration)>> = BTreeMap::new();
     for (id, worker) in eligible {
         let kind = worker.device.split(':').next().unwrap_or_default();
-        kinds.entry((kind == CPU, kind)).or_default().push((id, worker));
+        let products = worker.labels.get(PRODUCTS).map_or(F32, String::as_str);
+        kinds.entry((kind == CPU, kind, products)).or_default().push((id, worker));
     }
     kinds.into_values().find_map(|workers| seat_ranges(group, &workers, ranks))
 }
@@ -350,6 +356,22 @@ mod tests {
         let formed = form_groups(&[cut("g", 2, 1), cut("h", 2, 1), cut("i", 1, 1)], &workers, &BTreeMap::new());
         let members: Vec<_> = formed.into_iter().map(|(_, members)| members).collect();
         assert_eq!(members, [vec!["w0", "w1"], vec!["w2", "w3"], vec!["w0"]]);
+    }
+
+    #[test]
+    fn the_ranks_of_a_group_multiply_in_the_same_type() {
+        let mut workers = workers(&["x"; 4]);
+        let types = ["f32", "bf16", "f32", "bf16"];
+        workers
+            .values_mut()
+            .zip(types)
+            .for_each(|(worker, products)| drop(worker.labels.insert(PRODUCTS.into(), products.into())));
+        let formed = form_groups(&[cut("a", 2, 1)], &workers, &BTreeMap::new());
+        assert_eq!(formed[0].1, ["w1", "w3"]);
+        let wide = WantedGroup { selector: [(PRODUCTS.to_owned(), F32.to_owned())].into(), ..cut("b", 2, 1) };
+        assert_eq!(form_groups(&[wide], &workers, &BTreeMap::new())[0].1, ["w0", "w2"], "as models.toml asks");
+        let whole = form_groups(&[cut("c", 4, 1)], &workers, &BTreeMap::new());
+        assert!(whole.is_empty(), "{whole:?}");
     }
 
     #[test]

@@ -20,6 +20,8 @@ const MAX_LABELS: usize = 32;
 
 /// The label that says which workers share a machine.
 const HOST_LABEL: &str = "host";
+/// The label that says what a worker multiplies in: a group's ranks agree in it, and a model may ask for one.
+const PRODUCTS_LABEL: &str = "products";
 
 /// How long ranks and tasks go on without a coordinator. A restarted one reads its journal and is back within seconds, the next
 /// leader has the lease within six, and an etcd outage of a minute is to stop nothing, however long the next election takes;
@@ -186,7 +188,7 @@ impl TryFrom<Args> for Config {
             advertise_host: args.advertise_host,
             membership: membership(args.coordinator, identity.is_some(), args.etcd, args.etcd_prefix, args.etcd_tls)?,
             identity,
-            labels: with_host(labels(&args.labels)?),
+            labels: with_products(with_host(labels(&args.labels)?), products)?,
             worker_id,
             place,
             products,
@@ -258,6 +260,13 @@ fn with_host(mut labels: HashMap<String, String>) -> HashMap<String, String> {
     labels
 }
 
+fn with_products(mut labels: HashMap<String, String>, products: Products) -> Result<HashMap<String, String>> {
+    match labels.insert(PRODUCTS_LABEL.to_owned(), products.to_string()) {
+        Some(given) => Err(bad("label", format!("`{PRODUCTS_LABEL}={given}`: is said by --products"))),
+        None => Ok(labels),
+    }
+}
+
 fn is_plain(word: &str) -> bool {
     !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
 }
@@ -288,7 +297,12 @@ mod tests {
     fn flags_become_a_config() {
         let config = config("--coordinator http://localhost:7700 --label role=encoder --label host=b --device cuda:1").unwrap();
         assert_eq!(config.membership, Membership::Coordinator { url: "http://localhost:7700".into() });
-        assert_eq!(config.labels, HashMap::from([("role".into(), "encoder".into()), ("host".into(), "b".into())]));
+        assert_eq!(
+            config.labels,
+            HashMap::from(
+                [("role", "encoder"), ("host", "b"), ("products", "f32")].map(|(name, value)| (name.into(), value.into()))
+            )
+        );
         assert_eq!(config.place, Place::Cuda { ordinal: 1 });
         assert!(!config.worker_id.is_empty());
     }
@@ -296,7 +310,9 @@ mod tests {
     #[test]
     fn the_host_is_a_label() {
         let labels = config("--coordinator http://a:1").unwrap().labels;
-        assert!(!labels[HOST_LABEL].is_empty() && labels.len() == 1, "{labels:?}");
+        assert!(!labels[HOST_LABEL].is_empty() && labels.len() == 2, "{labels:?}");
+        let error = config("--coordinator http://a:1 --label products=bf16").unwrap_err();
+        assert!(error.to_string().contains("is said by --products"), "{error}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use parallel::mesh::{Link, Mesh};
-use parallel::ops::kernels::limit;
+use parallel::ops::{Products, kernels::limit};
 use parallel::{Device, InProcess};
 
 use super::synthetic::flux::{self, Flux};
@@ -37,6 +37,9 @@ pub(crate) struct ModelArgs {
     /// What its weights are stored and held as.
     #[arg(long, value_enum, default_value_t = Format::Bf16)]
     weights: Format,
+    /// What layers with weights of bf16 multiply in: `f32` or `bf16`.
+    #[arg(long, default_value_t = Products::F32)]
+    products: Products,
     /// A side of the picture in pixels; 16 of them are one token.
     #[arg(long, default_value_t = 512)]
     side: usize,
@@ -82,6 +85,12 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     if args.steps == 0 || args.threads == Some(0) {
         return flag(if args.steps == 0 { "--steps" } else { "--threads" }, "must be at least 1");
     }
+    let products = |reason: String| Error::Flag { flag: "--products", reason };
+    args.products.check(&Device::Cpu).map_err(|error| products(error.to_string()))?;
+    if args.products == Products::Bf16 && args.weights != Format::Bf16 {
+        return Err(products("bf16 needs --weights bf16".into()));
+    }
+    args.products.use_here();
     match args.family {
         Family::Flux => {
             let blocks = [args.blocks.unwrap_or(flux::BLOCKS[0]), args.single_blocks.unwrap_or(flux::BLOCKS[1])];
@@ -115,12 +124,13 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
     })?;
     bar.finish_and_clear();
     let planned = planned(&checkpoint, args.tp)?;
-    let limit_before = limit::gflops();
+    let most = || if args.products == Products::Bf16 { limit::gflops_bf16() } else { limit::gflops() };
+    let limit_before = most();
     let memory = Memory::watch();
     let before = memory.now();
     let ran = forwards(args, &checkpoint)?;
     let peak = memory.peak();
-    let gflops = limit_before.max(limit::gflops());
+    let gflops = limit_before.max(most());
     let reached = checkpoint.network.flops() / ran.best.as_secs_f64() / 1e9;
     let threads = threads(args);
     let weights: u64 = planned.iter().sum();
@@ -132,7 +142,12 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
                 "s",
                 format!("tp {}, {threads} threads each", args.tp),
             ),
-            Row::new("reached", reached, "GFLOP/s", format!("{:.2} of {gflops:.1}, the limit of all threads", reached / gflops)),
+            Row::new(
+                "reached",
+                reached,
+                "GFLOP/s",
+                format!("{:.2} of {gflops:.1}, the limit of all threads in {}", reached / gflops, args.products),
+            ),
             Row::new(
                 "weights in memory",
                 (ran.loaded.saturating_sub(before)) as f64 / MIB,
