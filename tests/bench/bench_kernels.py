@@ -10,6 +10,9 @@ import torch.nn.functional as F
 # How long a row of PyTorch is repeated in its turn, as Atelier's is.
 PER_TURN = 0.7
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+LINEARS = ["linear", "linear, eight chunks"]
+if sides.multiplies_bf16():
+    LINEARS += ["linear bf16", "linear bf16, eight"]
 
 
 class Row:
@@ -34,7 +37,7 @@ def rows(full):
     tokens = [64, 512, 1536] + ([4608] if full else [])
     for k, n in [(3072, 3072), (3072, 12288), (12288, 3072)]:
         for m in tokens:
-            for op in ["linear", "linear, eight chunks"]:
+            for op in LINEARS:
                 yield Row(op, f"{m} x {k} x {n}", 2 * m * k * n, linear(m, k, n))
     for l in tokens[1:]:
         yield Row("attention", f"24 heads, {l} tokens", 4 * 24 * l * l * 128, attention(l))

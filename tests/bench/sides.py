@@ -19,8 +19,8 @@ def keep_freed_pages():
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return False
-    m_trim_threshold, m_top_pad, m_mmap_threshold, most = -1, -2, -3, 2**31 - 1
-    settings = [(m_mmap_threshold, most), (m_trim_threshold, most), (m_top_pad, 64 << 20)]
+    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max, most = -1, -2, -3, -8, 2**31 - 1
+    settings = [(m_mmap_threshold, most), (m_trim_threshold, most), (m_top_pad, 64 << 20), (m_arena_max, 1)]
     return all([mallopt(name, value) == 1 for name, value in settings])
 
 
@@ -126,3 +126,8 @@ def processor():
     flags = fields.get("flags", "").split()
     wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     return " ".join([fields.get("model name", "unknown"), *wanted])
+
+
+def multiplies_bf16():
+    """Whether Atelier's products can be in bf16 here."""
+    return "avx512_bf16" in processor().split()

@@ -126,12 +126,14 @@ pub fn linear_tree(
     });
 }
 
-/// How a product is cut into jobs.
+/// How a product is cut into jobs: `down` by `across` of them, of whole tiles, which differ by one tile at most.
 struct Grid {
     m: usize,
     n: usize,
-    rows: usize,
-    columns: usize,
+    down: usize,
+    across: usize,
+    mr: usize,
+    nr: usize,
 }
 
 impl Grid {
@@ -140,28 +142,28 @@ impl Grid {
         // Blocks are widened again for each job down: taller and narrower ones, of the same size.
         let taller = if weight.is_in_blocks() { 2 } else { 1 };
         let (rows, columns) = if chunks > 1 { (TREE_ROWS, TREE_COLUMNS) } else { (ROWS, COLUMNS) };
-        let down = m.div_ceil(taller * rows);
+        let down = m.div_ceil(taller * rows).min(m.div_ceil(mr));
         let panels = n.div_ceil(nr);
-        let mut across = n.div_ceil(columns / taller);
+        let mut across = n.div_ceil(columns / taller).min(panels);
         // Few jobs: as many as keep every thread busy to the end.
         let threads = rayon::current_num_threads();
         while down * across < 8 * threads && !(down * across).is_multiple_of(threads) && across < panels {
             across += 1;
         }
-        Self { m, n, rows: m.div_ceil(down).next_multiple_of(mr), columns: panels.div_ceil(across) * nr }
-    }
-
-    fn across(&self) -> usize {
-        self.n.div_ceil(self.columns)
+        Self { m, n, down, across, mr, nr }
     }
 
     fn jobs(&self) -> usize {
-        self.m.div_ceil(self.rows) * self.across()
+        self.down * self.across
     }
 
     fn job(&self, index: usize) -> (Range<usize>, Range<usize>) {
-        let (row, column) = (index / self.across() * self.rows, index % self.across() * self.columns);
-        (row..self.m.min(row + self.rows), column..self.n.min(column + self.columns))
+        let part = |of: usize, tile: usize, index: usize, count: usize| {
+            let edge = |index: usize| of.min(of.div_ceil(tile) * index / count * tile);
+            edge(index)..edge(index + 1)
+        };
+        let (down, across) = (index / self.across, index % self.across);
+        (part(self.m, self.mr, down, self.down), part(self.n, self.nr, across, self.across))
     }
 }
 
