@@ -145,11 +145,13 @@ fn choose_members<'a>(
     eligible: &[(&'a str, &'a Registration)],
     ranks: &mut BTreeMap<&'a str, usize>,
 ) -> Option<Vec<&'a str>> {
-    let mut kinds: BTreeMap<(bool, &str, &str), Vec<(&str, &Registration)>> = BTreeMap::new();
-    for (id, worker) in eligible {
+    let kind_of = |worker: &'a Registration| {
         let kind = worker.device.split(':').next().unwrap_or_default();
-        let products = worker.labels.get(PRODUCTS).map_or(F32, String::as_str);
-        kinds.entry((kind == CPU, kind, products)).or_default().push((id, worker));
+        (kind == CPU, kind, worker.labels.get(PRODUCTS).map_or(F32, String::as_str))
+    };
+    let mut kinds: BTreeMap<_, Vec<(&str, &Registration)>> = BTreeMap::new();
+    for (id, worker) in eligible {
+        kinds.entry(kind_of(worker)).or_default().push((id, worker));
     }
     kinds.into_values().find_map(|workers| seat_ranges(group, &workers, ranks))
 }

@@ -312,7 +312,7 @@ mod tests {
         let labels = config("--coordinator http://a:1").unwrap().labels;
         assert!(!labels[HOST_LABEL].is_empty() && labels.len() == 2, "{labels:?}");
         let error = config("--coordinator http://a:1 --label products=bf16").unwrap_err();
-        assert!(error.to_string().contains("is said by --products"), "{error}");
+        assert!(error.contains("is said by --products"), "{error}");
     }
 
     #[test]

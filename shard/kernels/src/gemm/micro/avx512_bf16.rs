@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // intrinsics on pointers
 
 use std::arch::x86_64::{
-    __m512, __m512bh, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps,
+    __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_setzero_ps, _mm512_storeu_ps,
 };
 use std::mem::transmute;
@@ -56,10 +56,10 @@ unsafe fn rows<const R: usize>(t: Tile) {
         }
         let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<i32>());
         for _ in 0..t.k {
-            let b0 = transmute::<_, __m512bh>(_mm512_loadu_si512(b.cast()));
-            let b1 = transmute::<_, __m512bh>(_mm512_loadu_si512(b.add(16).cast()));
+            let b0 = transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.cast()));
+            let b1 = transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(16).cast()));
             for (row, sum) in sums.iter_mut().enumerate() {
-                let x = transmute::<_, __m512bh>(_mm512_set1_epi32(*a.add(row)));
+                let x = transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*a.add(row)));
                 sum[0] = _mm512_dpbf16_ps(sum[0], x, b0);
                 sum[1] = _mm512_dpbf16_ps(sum[1], x, b1);
             }
@@ -80,7 +80,8 @@ unsafe fn spin(rounds: usize) -> f32 {
     // A pair of 0.001 and a pair of 1: sums grow, slowly.
     let pair = |value: f32| _mm512_set1_epi32((value.to_bits() >> 16 | value.to_bits() & 0xffff_0000) as i32);
     // SAFETY: any bits are a vector of pairs.
-    let (x, y): (__m512bh, __m512bh) = unsafe { (transmute(pair(std::hint::black_box(0.001))), transmute(pair(1.0))) };
+    let as_pairs = |bits| unsafe { transmute::<__m512i, __m512bh>(bits) };
+    let (x, y) = (as_pairs(pair(std::hint::black_box(0.001))), as_pairs(pair(1.0)));
     let mut sums = [_mm512_set1_ps(1.0); CHAINS];
     for _ in 0..rounds {
         for sum in &mut sums {
