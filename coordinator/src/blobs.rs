@@ -150,6 +150,8 @@ impl BlobStore {
             return Ok(Some(blob));
         }
         let Some(remote) = self.shared.remote.as_ref().filter(|_| is_blob_id(id)) else { return Ok(None) };
+        // What a sweep is removing is not found and counted as there.
+        let _no_sweep = self.shared.sweeping.read().await;
         let found = remote.find(id).await?;
         if let Some(blob) = &found {
             self.shared.lock().add(id, blob.clone());
