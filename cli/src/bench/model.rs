@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use parallel::mesh::{Link, Mesh};
-use parallel::ops::{Products, kernels::limit};
+use parallel::ops::Products;
+use parallel::ops::kernels::limit;
 use parallel::{Device, InProcess};
 
 use super::synthetic::flux::{self, Flux};

@@ -112,11 +112,8 @@ async fn coordinators_killed_under_load_lose_nothing_that_was_accepted() {
     let mut accepted: Vec<Job> = vec![];
     let mut away = vec![];
     for _ in 0..kills {
-        let life = Instant::now();
-        while life.elapsed() < per_life {
-            accepted.extend(submit(&mut client).await);
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let (a, b, c) = tokio::join!(submit_for(&client, per_life), submit_for(&client, per_life), submit_for(&client, per_life));
+        accepted.extend([a, b, c].concat());
         cluster.restart_coordinator();
         let killed = Instant::now();
         client = cluster.client().await;
@@ -136,6 +133,16 @@ async fn coordinators_killed_under_load_lose_nothing_that_was_accepted() {
     row("coordinators killed (kill -9)", kills);
     row("jobs accepted; all of them known at the end", accepted.len());
     row("longest time from a kill to the next accepted job (ms)", away.iter().max().unwrap());
+}
+
+/// What was accepted of one job after the other, for so long.
+async fn submit_for(client: &Client, time: Duration) -> Vec<Job> {
+    let (mut client, begun, mut accepted) = (client.clone(), Instant::now(), vec![]);
+    while begun.elapsed() < time {
+        accepted.extend(submit(&mut client).await);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    accepted
 }
 
 /// A job, if it was accepted.
