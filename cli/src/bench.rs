@@ -23,6 +23,9 @@ pub(crate) enum BenchCommand {
     Model(model::ModelArgs),
     /// Durable submits, watchers and a deep queue, against a coordinator with stand-in workers.
     Load(load::LoadArgs),
+    /// The streams of `load`.
+    #[command(hide = true)]
+    Watching(load::watching::WatchingArgs),
 }
 
 pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
@@ -31,5 +34,6 @@ pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
         BenchCommand::Gpu(args) => gpu::run(&args),
         BenchCommand::Model(args) => model::run(&args),
         BenchCommand::Load(args) => load::run(args).await,
+        BenchCommand::Watching(args) => load::watching::run(args).await,
     }
 }

@@ -9,6 +9,7 @@ use proto::v1::{
     WatchJobRequest, WatchJobResponse, cluster_service_server::ClusterService, job_service_server::JobService,
 };
 use telemetry::{TRACEPARENT, TraceContext};
+use tokio::sync::watch;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use tracing::error;
@@ -19,10 +20,11 @@ use crate::{
     blobs::{BlobStore, Owners},
     context::Context,
     error::{Error, Result},
+    followers::Tail,
     metrics::Meter,
     request::{self, is_blob_id},
     runtime::Handle,
-    state::{Millis, State, Submission},
+    state::{EventPage, Millis, State, Submission},
 };
 
 /// When to come back to a full queue or a full store: about the time of one picture.
@@ -181,29 +183,52 @@ fn millis(timeout: prost_types::Duration) -> Result<Millis> {
     Ok(u64::try_from(Duration::try_from(timeout).map_err(negative)?.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// Every event after `after`, once and in order, until the job is over. Reads the job's log at the watcher's own pace.
-fn follow(handle: Handle, job_id: String, after: u64) -> impl Stream<Item = Result<JobEvent>> {
-    let pages = stream::try_unfold(Some(after), move |after| {
-        let (handle, job_id) = (handle.clone(), job_id.clone());
-        async move {
-            let Some(after) = after else {
-                return Ok::<_, Error>(None);
-            };
-            loop {
-                let mut followed = handle.follow(job_id.clone(), after).await?;
-                let page = followed.page;
-                if page.events.is_empty() && !page.over {
-                    // Closed means that the job is over or the coordinator stops; the next reading tells which.
-                    drop(followed.changed.changed().await);
-                    continue;
+/// One who is told every event of a job, once and in order, at its own pace.
+struct Watcher {
+    handle: Handle,
+    job_id: String,
+    /// The last event it was told.
+    reached: u64,
+    next: Option<watch::Receiver<Tail>>,
+    over: bool,
+}
+
+impl Watcher {
+    /// The events that come next; none when there will be no more.
+    async fn read(&mut self) -> Result<Vec<JobEvent>> {
+        while !self.over {
+            let page = match self.told().await {
+                Some(page) => page,
+                None => {
+                    let followed = self.handle.follow(self.job_id.clone(), self.reached).await?;
+                    self.next = followed.next;
+                    followed.page
                 }
-                let reached = page.events.last().map_or(after, |event| event.sequence);
-                let next = (!page.over).then_some(reached);
-                return Ok(Some((stream::iter(page.events.into_iter().map(Ok)), next)));
+            };
+            self.over = page.over;
+            if let Some(last) = page.events.last() {
+                self.reached = last.sequence;
+                return Ok(page.events);
             }
         }
-    });
-    pages.try_flatten()
+        Ok(vec![])
+    }
+
+    /// What all who watch are told, if this one has kept up with it.
+    async fn told(&mut self) -> Option<EventPage> {
+        let next = self.next.as_mut()?;
+        // Closed: the coordinator stops, or all was told; asking it tells which.
+        next.changed().await.ok()?;
+        next.borrow_and_update().events_after(self.reached)
+    }
+
+    fn events(self) -> impl Stream<Item = Result<JobEvent>> {
+        let pages = stream::try_unfold(self, async |mut watcher: Self| {
+            let events = watcher.read().await?;
+            Ok::<_, Error>((!events.is_empty()).then(|| (stream::iter(events.into_iter().map(Ok)), watcher)))
+        });
+        pages.try_flatten()
+    }
 }
 
 #[tonic::async_trait]
@@ -238,8 +263,8 @@ impl JobService for JobApi {
         let WatchJobRequest { job_id, after_sequence } = request.into_inner();
         // A job that is not there is told before the stream begins.
         self.get(&caller, GetJobRequest { job_id: job_id.clone() }).await.map_err(|error| status(&error))?;
-        let events = follow(self.handle.clone(), job_id, after_sequence);
-        let responses = events.map_ok(|event| WatchJobResponse { event: Some(event) });
+        let watcher = Watcher { handle: self.handle.clone(), job_id, reached: after_sequence, next: None, over: false };
+        let responses = watcher.events().map_ok(|event| WatchJobResponse { event: Some(event) });
         Ok(Response::new(responses.map_err(|error| status(&error)).boxed()))
     }
 }

@@ -23,6 +23,7 @@ pub mod blobs;
 pub mod checkpoints;
 mod control;
 pub mod leadership;
+mod followers;
 mod live;
 pub mod membership;
 pub mod metrics;

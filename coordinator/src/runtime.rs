@@ -22,6 +22,7 @@ use tracing::{error, info, warn};
 use crate::{
     context::Context,
     error::{Error, Result},
+    followers::{Followers, Tail},
     live::LiveJobs,
     state::{Effect, Event, EventPage, State, Submission, TenantLimits},
     store::{Change, Durable, StoreHandle, Writes},
@@ -65,8 +66,8 @@ enum Message {
 #[derive(Debug)]
 pub(crate) struct Followed {
     pub(crate) page: EventPage,
-    /// Changes, or closes, when it is worth reading again.
-    pub(crate) changed: watch::Receiver<()>,
+    /// What comes next, if this was all; closes when the coordinator stops, or after the job's last event.
+    pub(crate) next: Option<watch::Receiver<Tail>>,
 }
 
 /// The way to a worker.
@@ -88,7 +89,7 @@ impl Handle {
             state,
             context,
             links: BTreeMap::new(),
-            followers: BTreeMap::new(),
+            followers: Followers::default(),
             health,
             store,
             durable,
@@ -182,14 +183,19 @@ enum Deed {
     },
     /// Hands a client what it asked to read.
     Show(Show),
+    /// Tells those who watch a job, if there are any.
+    Tell {
+        job_id: String,
+        tail: Option<Tail>,
+        over: bool,
+    },
 }
 
 struct Owner {
     state: State,
     context: Arc<Context>,
     links: BTreeMap<String, WorkerLink>,
-    /// By job; only those somebody has asked for and that are not over.
-    followers: BTreeMap<String, watch::Sender<()>>,
+    followers: Followers,
     health: HealthReporter,
     store: StoreHandle,
     durable: watch::Receiver<Durable>,
@@ -283,6 +289,11 @@ impl Owner {
                 Effect::PersistGroup(record) => changes.push(Change::Group(record)),
                 Effect::Forget { job_id } => changes.push(Change::Forget { job_id }),
                 Effect::Answer(given) => deeds.extend(answer.take().map(|answer| Deed::Answer { answer, given })),
+                Effect::JobChanged { job_id, over } => {
+                    let tail = self.followers.any(&job_id).then(|| self.state.newest_events(&job_id).ok()).flatten();
+                    let tail = tail.map(|(after, page)| Tail::new(after, page));
+                    deeds.push(Deed::Tell { job_id, tail, over });
+                }
                 other => deeds.push(Deed::Effect(other)),
             }
         }
@@ -326,16 +337,25 @@ impl Owner {
         match deed {
             Deed::Answer { answer, given } => drop(answer.send(given)),
             Deed::Show(show) => show(),
+            Deed::Tell { job_id, tail, over } => {
+                if over {
+                    info!(job.id = job_id, trace_id = self.state.trace_id(&job_id), "job over");
+                }
+                self.followers.tell(&job_id, tail, over);
+            }
             Deed::Effect(effect) => match effect {
                 Effect::Send { worker_id, command } => self.send(&worker_id, command),
-                Effect::JobChanged { job_id, over } => self.wake_followers(&job_id, over),
                 Effect::ModelReady { model, ready } => self.announce(&model, ready).await,
                 Effect::GroupLost { group_id, epoch, cause } => {
                     warn!(group.id = group_id, group.epoch = epoch, cause, "group lost");
                 }
                 // The janitor ends only with the coordinator.
                 Effect::DropCheckpoints { job_id } => drop(self.done_with.send(job_id)),
-                Effect::Persist(_) | Effect::PersistGroup(_) | Effect::Forget { .. } | Effect::Answer(_) => {}
+                Effect::Persist(_)
+                | Effect::PersistGroup(_)
+                | Effect::Forget { .. }
+                | Effect::Answer(_)
+                | Effect::JobChanged { .. } => {}
             },
         }
     }
@@ -355,22 +375,9 @@ impl Owner {
 
     fn follow(&mut self, job_id: String, after: u64) -> Result<Followed> {
         let page = self.state.events_after(&job_id, after)?;
-        let changed = if page.over {
-            watch::channel(()).1
-        } else {
-            self.followers.entry(job_id).or_insert_with(|| watch::channel(()).0).subscribe()
-        };
-        Ok(Followed { page, changed })
-    }
-
-    fn wake_followers(&mut self, job_id: &str, over: bool) {
-        if over {
-            info!(job.id = job_id, trace_id = self.state.trace_id(job_id), "job over");
-            // Dropping the sender wakes them a last time.
-            self.followers.remove(job_id);
-        } else if let Some(followers) = self.followers.get(job_id) {
-            followers.send_replace(());
-        }
+        let at_the_end = page.events.is_empty() && !page.over;
+        let next = at_the_end.then(|| self.followers.subscribe(job_id));
+        Ok(Followed { page, next })
     }
 
     async fn announce(&mut self, model: &str, ready: bool) {

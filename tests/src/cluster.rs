@@ -159,6 +159,11 @@ impl Cluster {
         std::fs::read_to_string(self.dir.path().join(LOG)).unwrap_or_default()
     }
 
+    /// What the coordinator keeps.
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
     /// A client, once the coordinator answers.
     pub async fn client(&self) -> Client {
         Client::connect(&self.address).await

@@ -63,8 +63,8 @@ pub struct Args {
     /// The device to compute on: `cpu`, or `cuda:N` in a build for GPUs. A worker has one.
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
-    /// What layers with weights of bf16 multiply in: `f32`, or `bf16`, which is several times as fast and rounds what it is given. A CPU
-    /// needs AVX-512 BF16 for it.
+    /// What layers with weights of bf16 multiply in (on a CPU also those with weights in blocks, and attention): `f32`, or `bf16`, which is
+    /// several times as fast and rounds what it is given. A CPU needs AVX-512 BF16 for it.
     #[arg(long, env = "ATELIER_WORKER_PRODUCTS", default_value = "f32")]
     pub products: String,
     /// Threads to compute with; 0: one per core.
@@ -115,7 +115,7 @@ pub struct Config {
     pub worker_id: String,
     /// What to compute on.
     pub place: Place,
-    /// What layers with weights of bf16 multiply in on a GPU.
+    /// What its models are multiplied in.
     pub products: Products,
     /// Threads to compute with; 0: one per core.
     pub threads: usize,

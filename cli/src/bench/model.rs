@@ -38,7 +38,7 @@ pub(crate) struct ModelArgs {
     /// What its weights are stored and held as.
     #[arg(long, value_enum, default_value_t = Format::Bf16)]
     weights: Format,
-    /// What layers with weights of bf16 multiply in: `f32` or `bf16`.
+    /// What layers whose weights are not f32 multiply in, and attention: `f32` or `bf16`.
     #[arg(long, default_value_t = Products::F32)]
     products: Products,
     /// A side of the picture in pixels; 16 of them are one token.
@@ -88,8 +88,8 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     }
     let products = |reason: String| Error::Flag { flag: "--products", reason };
     args.products.check(&Device::Cpu).map_err(|error| products(error.to_string()))?;
-    if args.products == Products::Bf16 && args.weights != Format::Bf16 {
-        return Err(products("bf16 needs --weights bf16".into()));
+    if args.products == Products::Bf16 && args.weights == Format::F32 {
+        return Err(products("bf16 needs weights that are not f32: see --weights".into()));
     }
     args.products.use_here();
     match args.family {

@@ -10,6 +10,8 @@ use crate::error::{Error, Result};
 
 /// Events that a watcher gets in one reading.
 pub const EVENTS_PER_PAGE: usize = 256;
+/// Newest events that are told to all who watch: more than come at once.
+const NEWEST_EVENTS: u64 = 8;
 /// Jobs on a page when the client does not say.
 const DEFAULT_PAGE: u32 = 50;
 /// Jobs on a page at most.
@@ -80,6 +82,12 @@ impl State {
         let events: Vec<JobEvent> = job.events_after(sequence).take(EVENTS_PER_PAGE).collect();
         let reached = events.last().map_or(sequence, |event| event.sequence);
         Ok(EventPage { over: job.is_over() && reached >= job.sequence(), events })
+    }
+
+    /// The job's newest events: the sequence number they come after, and all that came after it.
+    pub fn newest_events(&self, job_id: &str) -> Result<(u64, EventPage)> {
+        let after = self.find(job_id)?.sequence().saturating_sub(NEWEST_EVENTS);
+        Ok((after, self.events_after(job_id, after)?))
     }
 
     /// The models, in the order of models.toml.

@@ -7,13 +7,13 @@
 use std::ops::Range;
 
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{Plane, Rows, SharedPlane, pack_rows, pack_transposed};
+use crate::gemm::{Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
 use crate::{rows, scratch, threads};
 
 /// Keys between two updates of the running maximum.
 const KEYS: usize = 128;
-/// Queries that share one pass over the keys.
-const QUERIES: usize = 96;
+/// Queries that share one pass over the keys: whole tiles of every micro-kernel.
+const QUERIES: usize = 84;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
@@ -72,6 +72,12 @@ impl Attention {
         self.run_on(MicroKernel::best(), q, k, v, bias, y);
     }
 
+    /// As [`Self::run`]; scaled queries, keys, exponentials and values are rounded to bf16 before they are multiplied. Sums, and all else,
+    /// are in f32.
+    pub fn run_in_bf16(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+        self.run_on(MicroKernel::bf16(), q, k, v, bias, y);
+    }
+
     fn run_on(&self, kernel: &MicroKernel, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
         assert_eq!(y.len(), self.heads * self.queries * self.width);
         assert!(bias.is_none_or(|b| b.starts.len() == self.heads), "a bias for each head");
@@ -108,7 +114,9 @@ struct Job<'a> {
 
 /// What a block of queries works in.
 struct Block<'a> {
-    /// Scaled queries, packed.
+    /// Scaled queries, `[QUERIES, width]`.
+    scaled: &'a mut [f32],
+    /// The same, packed.
     q: &'a mut [f32],
     /// `[QUERIES, KEYS]`: scores, then their exponentials.
     scores: &'a mut [f32],
@@ -122,19 +130,17 @@ struct Block<'a> {
 
 impl Job<'_> {
     fn run(&self, k: Rows<'_>, v: Rows<'_>, queries: Range<usize>, mut y: Plane<'_>) {
-        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
+        let nr = self.kernel.nr;
         let (keys, width) = (self.of.keys, self.of.width);
-        let key_panels = keys.next_multiple_of(nr) * width;
-        let value_panels = width.next_multiple_of(nr) * keys;
-        let rows = QUERIES.next_multiple_of(mr);
-        let lengths = [key_panels, value_panels, rows * width, QUERIES * KEYS, rows * KEYS, QUERIES, QUERIES];
-        scratch::with(lengths, |[packed_k, packed_v, q, scores, p, max, sum]| {
-            for (panel, first) in (0..keys).step_by(nr).enumerate() {
-                let keys = first..keys.min(first + nr);
-                pack_transposed(&mut packed_k[panel * nr * width..], k, keys, &[(0, width)], 0..width, nr);
-            }
-            pack_values(packed_v, v, [keys, width], nr);
-            let mut block = Block { q, scores, p, max, sum };
+        let [depth, keys_deep, block_deep] = [width, keys, KEYS].map(|k| self.kernel.depth(k));
+        let rows = QUERIES.next_multiple_of(self.kernel.mr);
+        let packed = [keys.next_multiple_of(nr) * depth, width.next_multiple_of(nr) * keys_deep, rows * depth, rows * block_deep];
+        let [packed_k, packed_v, q, p] = packed;
+        let lengths = [packed_k, packed_v, QUERIES * width, q, QUERIES * KEYS, p, QUERIES, QUERIES];
+        scratch::with(lengths, |[packed_k, packed_v, scaled, q, scores, p, max, sum]| {
+            pack_columns(packed_k, k, width, self.kernel);
+            pack_values(packed_v, v, [keys, width], self.kernel);
+            let mut block = Block { scaled, q, scores, p, max, sum };
             for first in queries.clone().step_by(QUERIES) {
                 let rows = first..queries.end.min(first + QUERIES);
                 let y = y.part(first - queries.start..rows.end - queries.start, 0..width);
@@ -145,10 +151,14 @@ impl Job<'_> {
 
     /// All keys for one block of queries.
     fn block(&self, block: &mut Block<'_>, k: &[f32], v: &[f32], queries: Range<usize>, mut y: Plane<'_>) {
-        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, width) = (queries.len(), self.of.width);
-        pack_rows(block.q, self.q, queries.clone(), &[(0, width)], 0..width, self.kernel);
-        rows::multiply(&mut block.q[..m.next_multiple_of(mr) * width], self.of.scale);
+        let (kernel, nr) = (self.kernel, self.kernel.nr);
+        let (m, width, depth) = (queries.len(), self.of.width, self.kernel.depth(self.of.width));
+        let scaled = &mut block.scaled[..m * width];
+        for (row, scaled) in queries.clone().zip(scaled.chunks_exact_mut(width)) {
+            scaled.copy_from_slice(self.q.part(row, (0, width)));
+        }
+        rows::multiply(scaled, self.of.scale);
+        pack_rows(block.q, Rows::new(scaled, m, width), 0..m, &[(0, width)], 0..depth, kernel);
         block.max[..m].fill(f32::NEG_INFINITY);
         block.sum[..m].fill(0.0);
         (0..m).for_each(|row| y.row_mut(row).fill(0.0));
@@ -156,14 +166,15 @@ impl Job<'_> {
             let keys = first..self.of.keys.min(first + KEYS);
             let n = keys.len();
             let mut scores = Plane::of(&mut block.scores[..m * n], n);
-            self.products(width, block.q, &k[first * width..], nr * width, &mut scores, true);
+            self.products(depth, block.q, &k[first * depth..], nr * depth, &mut scores, true);
             for row in 0..m {
                 let scores = &mut block.scores[row * n..][..n];
                 self.add_bias(scores, queries.start + row, keys.clone());
                 self.carry(scores, &mut block.max[row], &mut block.sum[row], y.row_mut(row));
             }
-            pack_rows(block.p, Rows::new(&block.scores[..m * n], m, n), 0..m, &[(0, n)], 0..n, self.kernel);
-            self.products(n, block.p, &v[first * nr..], nr * self.of.keys, &mut y, false);
+            let deep = kernel.depth(n);
+            pack_rows(block.p, Rows::new(&block.scores[..m * n], m, n), 0..m, &[(0, n)], 0..deep, kernel);
+            self.products(deep, block.p, &v[kernel.depth(first) * nr..], nr * kernel.depth(self.of.keys), &mut y, false);
         }
         for row in 0..m {
             let sum = block.sum[row];
@@ -206,13 +217,20 @@ impl Job<'_> {
     }
 }
 
-/// `v: [keys, width]` as `[width / nr][keys][nr]`; the last panel is filled up with zeros.
-fn pack_values(packed: &mut [f32], v: Rows<'_>, [keys, width]: [usize; 2], nr: usize) {
+/// `v: [keys, width]` as `[width / nr][keys][nr]`, or as pairs of keys if `kernel` takes those; the last panel is filled up with zeros.
+fn pack_values(packed: &mut [f32], v: Rows<'_>, [keys, width]: [usize; 2], kernel: &MicroKernel) {
+    let (nr, deep) = (kernel.nr, kernel.depth(keys));
     for (panel, first) in (0..width).step_by(nr).enumerate() {
-        let n = nr.min(width - first);
-        for (key, packed) in packed[panel * keys * nr..][..keys * nr].chunks_exact_mut(nr).enumerate() {
-            packed[..n].copy_from_slice(v.part(key, (first, n)));
-            packed[n..].fill(0.0);
+        let part = (first, nr.min(width - first));
+        for (at, packed) in packed[panel * deep * nr..][..deep * nr].chunks_exact_mut(nr).enumerate() {
+            let (packed, rest) = packed.split_at_mut(part.1);
+            if kernel.pairs {
+                let next = 2 * at + 1;
+                narrow_rows(v.part(2 * at, part), (next < keys).then(|| v.part(next, part)), packed);
+            } else {
+                packed.copy_from_slice(v.part(at, part));
+            }
+            rest.fill(0.0);
         }
     }
 }

@@ -1,13 +1,14 @@
 //! Convolution in two dimensions, as a product whose right side is read from the picture while it is packed (implicit
 //! im2col): weights are the rows, pixels the columns, so pictures stay `[C, H, W]`.
 //!
-//! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window.
+//! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
+//! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window.
 
 use std::ops::Range;
 
 use crate::activation::Activation;
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{K_STEP, Plane, Rows, SharedPlane, pack_rows};
+use crate::gemm::{K_STEP, Plane, Rows, SharedPlane, bf16, narrow_rows, pack_tiles};
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
@@ -19,7 +20,7 @@ const SMALL: usize = 1 << 19;
 /// A kernel, packed once. `weight: [C_out, C_in, k, k]`, `bias: [C_out]`.
 #[derive(Clone)]
 pub struct Conv2d {
-    /// `[C_out / mr][C_in k k][mr]`.
+    /// `[C_out / mr][C k k][mr]`, of [`Self::deep`] channels C.
     weight: Buffer,
     bias: Option<Vec<f32>>,
     c_in: usize,
@@ -59,12 +60,24 @@ impl Conv2d {
         Self::pack_for(MicroKernel::best(), weight, [c_out, c_in, size], bias)
     }
 
+    /// As [`Self::pack`], for products in bf16: pictures are rounded to it, sums are in f32.
+    pub fn pack_pairs(weight: &[bf16], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
+        let weight: Vec<f32> = weight.iter().map(|w| w.to_f32()).collect();
+        Self::pack_for(MicroKernel::bf16(), &weight, dims, bias)
+    }
+
     fn pack_for(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
-        let k = c_in * size * size;
+        let (k, deep) = (c_in * size * size, kernel.depth(c_in) * size * size);
         assert_eq!(weight.len(), c_out * k);
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
-        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * k);
-        pack_rows(packed.as_mut_slice(), Rows::new(weight, c_out, k), 0..c_out, &[(0, k)], 0..k, kernel);
+        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * deep);
+        let mut pairs = vec![0.0; if kernel.pairs { c_out * deep } else { 0 }];
+        if kernel.pairs && k > 0 {
+            let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
+            filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
+        }
+        let rows = Rows::new(if kernel.pairs { &pairs } else { weight }, c_out, deep);
+        pack_tiles(packed.as_mut_slice(), rows, deep, kernel.mr);
         Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
 
@@ -75,13 +88,37 @@ impl Conv2d {
 
     /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Geometry::output`].
     pub fn run(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [f32]) {
-        let pixels = geometry.output(self.size).iter().product::<usize>();
-        let input = self.c_in * geometry.input.iter().product::<usize>();
+        let (pixels, area) = (geometry.output(self.size).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
             return;
         }
         let batch = y.len() / (self.c_out * pixels);
-        assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * input, "pictures of the geometry's size");
+        assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
+        if !self.kernel.pairs {
+            return self.convolve(x, geometry, activation, y);
+        }
+        scratch::lend(batch * self.deep() * area, |pairs| {
+            threads::over_rows(pairs, area, |first, pairs| {
+                for (at, pairs) in (first..).zip(pairs.chunks_exact_mut(area)) {
+                    let (item, channel) = (at / self.deep(), 2 * (at % self.deep()));
+                    let two = &x[(item * self.c_in + channel) * area..][..area * (self.c_in - channel).min(2)];
+                    pair_channels(two, [two.len() / area, area], pairs);
+                }
+            });
+            self.convolve(pairs, geometry, activation, y);
+        });
+    }
+
+    /// Channels, or pairs of them.
+    fn deep(&self) -> usize {
+        self.kernel.depth(self.c_in)
+    }
+
+    /// `x: [B, C, H, W]`, of [`Self::deep`] channels C.
+    fn convolve(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [f32]) {
+        let pixels = geometry.output(self.size).iter().product::<usize>();
+        let input = self.deep() * geometry.input.iter().product::<usize>();
+        let batch = y.len() / (self.c_out * pixels);
         let per_job = jobs_of(pixels, batch, self.kernel.nr);
         let blocks = pixels.div_ceil(per_job);
         let small = y.len() * self.c_in * self.size * self.size < SMALL;
@@ -99,7 +136,7 @@ impl Conv2d {
 
     fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, activation: Option<Activation>, mut y: Plane<'_>) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, n, k_all) = (self.c_out, pixels.len(), self.c_in * self.size * self.size);
+        let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
         scratch::with([n.next_multiple_of(nr) * K_STEP], |[panels]| {
             for k in (0..k_all).step_by(K_STEP) {
                 let k = k..k_all.min(k + K_STEP);
@@ -126,6 +163,15 @@ impl Conv2d {
     }
 }
 
+/// `x: [channels, area]` as pairs of channels, the last one beside zeros if it has no neighbour.
+fn pair_channels(x: &[f32], [channels, area]: [usize; 2], pairs: &mut [f32]) {
+    let channel = |channel: usize| &x[channel * area..][..area];
+    for (at, pairs) in pairs.chunks_exact_mut(area).enumerate() {
+        let next = 2 * at + 1;
+        narrow_rows(channel(2 * at), (next < channels).then(|| channel(next)), pairs);
+    }
+}
+
 /// Pixels of each job: whole panels, and enough jobs for every thread.
 fn jobs_of(pixels: usize, batch: usize, nr: usize) -> usize {
     let threads = rayon::current_num_threads();
@@ -135,14 +181,14 @@ fn jobs_of(pixels: usize, batch: usize, nr: usize) -> usize {
 
 /// One picture, seen through the windows of its output pixels.
 struct Windows<'a> {
-    /// `[C_in, H, W]`.
+    /// `[C, H, W]`.
     x: &'a [f32],
     geometry: Geometry,
     size: usize,
 }
 
 impl Windows<'_> {
-    /// `packed: [k][nr]`: for each element `k` of `[C_in, size, size]` what the windows of `pixels` show there.
+    /// `packed: [k][nr]`: for each element `k` of `[C, size, size]` what the windows of `pixels` show there.
     fn pack(&self, packed: &mut [f32], k: Range<usize>, pixels: Range<usize>, nr: usize) {
         debug_assert_eq!(packed.len(), k.len() * nr);
         let Geometry { input: [h, w], stride, before, doubled, .. } = self.geometry;

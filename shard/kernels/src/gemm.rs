@@ -10,11 +10,13 @@
 
 use std::ops::Range;
 
+use self::inputs::Product;
 use crate::activation::Activation;
 use crate::gemm::micro::MicroKernel;
 use crate::{rows, scratch, threads};
 
 mod blocks;
+mod inputs;
 pub mod micro;
 mod packing;
 mod plane;
@@ -22,7 +24,7 @@ mod plane;
 pub use blocks::BlockRows;
 pub use half::bf16;
 pub use packing::{Element, PackedWeight};
-pub(crate) use packing::{pack_rows, pack_transposed};
+pub(crate) use packing::{narrow_rows, pack_columns, pack_rows, pack_tiles};
 pub(crate) use plane::{Plane, SharedPlane};
 
 /// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
@@ -116,13 +118,13 @@ pub fn linear_tree(
         return;
     }
     let grid = Grid::of(m, n, chunks.len(), weight);
-    let y = SharedPlane::of(y, n);
+    let (y, product) = (SharedPlane::of(y, n), Product::new());
     threads::over_jobs(grid.jobs(), m * n * k < SMALL, |job| {
         let (rows, columns) = grid.job(job);
         #[allow(unsafe_code)] // threads write rectangles, which are not slices
         // SAFETY: jobs are disjoint blocks of `y`.
         let y = unsafe { y.part(rows.clone(), columns.clone()) };
-        Job { x, weight, rows, columns }.run(chunks, epilogue, y);
+        Job { product, x, weight, rows, columns }.run(chunks, epilogue, y);
     });
 }
 
@@ -169,6 +171,7 @@ impl Grid {
 
 /// One block of the result.
 struct Job<'a> {
+    product: Product,
     x: Rows<'a>,
     weight: &'a PackedWeight,
     rows: Range<usize>,
@@ -179,45 +182,52 @@ impl Job<'_> {
     fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
         let kernel = self.weight.kernel();
         let (m, n) = (self.rows.len(), self.columns.len());
-        // The sums that grow, and one for each level of the tree that waits for its neighbour.
-        let depths = 1 + chunks.len().trailing_zeros() as usize;
-        let level = m.next_multiple_of(kernel.mr) * n.next_multiple_of(kernel.nr);
-        let lengths = [m.next_multiple_of(kernel.mr) * K_STEP, K_STEP * kernel.nr, depths * level];
-        scratch::with(lengths, |[a, b, memory]| {
-            let mut sums = Sums { rows: m, memory, level, kernel };
-            let mut start = 0;
-            for (i, chunk) in chunks.iter().enumerate() {
-                let pieces = chunk.as_ref();
-                let len: usize = pieces.iter().map(|(_, len)| len).sum();
-                let len = if kernel.pairs { len.div_ceil(2) } else { len };
-                let step = self.weight.step(len);
-                let mut done = 0;
-                loop {
-                    let k = done..len.min(done + step);
-                    pack_rows(a, self.x, self.rows.clone(), pieces, k.clone(), kernel);
-                    let step = Step {
-                        k: start + k.start..start + k.end,
-                        fresh: done == 0,
-                        depth: i.count_ones() as usize,
-                        merges: if k.end == len { i.trailing_ones() as usize } else { 0 },
-                    };
-                    self.step(&step, a, b, &mut sums);
-                    done = k.end;
-                    if done == len {
-                        break;
+        let tall = m.next_multiple_of(kernel.mr);
+        inputs::with(self.product, self.rows.start, tall * self.weight.depth(), |inputs, packed| {
+            // The sums that grow, and one for each level of the tree that waits for its neighbour.
+            let depths = 1 + chunks.len().trailing_zeros() as usize;
+            let level = tall * n.next_multiple_of(kernel.nr);
+            scratch::with([self.weight.buffer(K_STEP), depths * level], |[b, memory]| {
+                let mut sums = Sums { rows: m, memory, level, kernel };
+                for step in self.steps(chunks) {
+                    let a = &mut inputs[tall * step.k.start..tall * step.k.end];
+                    if !packed {
+                        pack_rows(a, self.x, self.rows.clone(), step.pieces, step.k_of_chunk.clone(), kernel);
                     }
+                    self.step(&step, a, b, &mut sums);
                 }
-                start += len;
-            }
-            sums.write(&mut y);
-            if !epilogue.is_nothing() {
-                (0..m).for_each(|row| epilogue.apply(y.row_mut(row), self.columns.clone()));
-            }
+                sums.write(&mut y);
+                if !epilogue.is_nothing() {
+                    (0..m).for_each(|row| epilogue.apply(y.row_mut(row), self.columns.clone()));
+                }
+            });
         });
     }
 
+    /// One at least for each chunk, in order.
+    fn steps<'c>(&self, chunks: &'c [impl AsRef<[Piece]>]) -> impl Iterator<Item = Step<'c>> {
+        let (weight, mut start) = (self.weight, 0);
+        chunks.iter().enumerate().flat_map(move |(i, chunk)| {
+            let pieces = chunk.as_ref();
+            let len = weight.kernel().depth(pieces.iter().map(|(_, len)| len).sum());
+            let (chunk_start, step) = (start, weight.step(len).max(1));
+            start += len;
+            (0..len.max(1)).step_by(step).map(move |done| {
+                let k = done..len.min(done + step);
+                Step {
+                    pieces,
+                    k: chunk_start + k.start..chunk_start + k.end,
+                    fresh: done == 0,
+                    depth: i.count_ones() as usize,
+                    merges: if k.end == len { i.trailing_ones() as usize } else { 0 },
+                    k_of_chunk: k,
+                }
+            })
+        })
+    }
+
     /// Adds the products of one step to the sums at its depth, and merges those with the ones below that they complete.
-    fn step(&self, step: &Step, a: &[f32], b: &mut [f32], sums: &mut Sums<'_>) {
+    fn step(&self, step: &Step<'_>, a: &[f32], b: &mut [f32], sums: &mut Sums<'_>) {
         let kernel = self.weight.kernel();
         let (m, n, k) = (self.rows.len(), self.columns.len(), step.k.len());
         for column in (0..n).step_by(kernel.nr) {
@@ -283,7 +293,12 @@ fn aside(memory: &mut [f32], rows: usize, columns: usize, nr: usize) -> Plane<'_
 }
 
 /// A part of a chunk's columns.
-struct Step {
+struct Step<'a> {
+    /// The chunk's.
+    pieces: &'a [Piece],
+    /// Counted from the chunk's first.
+    k_of_chunk: Range<usize>,
+    /// Counted from the product's first.
     k: Range<usize>,
     /// Whether the chunk starts here, from zero.
     fresh: bool,

@@ -2,48 +2,72 @@
 
 use std::cell::RefCell;
 
-/// Aligned to a cache line, which is also the widest vector.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
+/// Floats of a cache line, which is also the widest vector.
+const LINE: usize = 16;
 
-/// Aligned floats.
-#[derive(Clone, Default)]
-pub(crate) struct Buffer(Vec<Line>);
+/// Floats that start with a cache line. The memory is asked for as any other is: an allocator fits aligned blocks of many
+/// sizes badly between others.
+#[derive(Default)]
+pub(crate) struct Buffer {
+    /// Up to a line longer than what is used of it.
+    memory: Vec<f32>,
+    start: usize,
+    len: usize,
+}
 
 impl Buffer {
     /// `len` zeros.
     pub(crate) fn zeros(len: usize) -> Self {
-        Self(vec![Line([0.0; 16]); len.div_ceil(16)])
+        let memory = vec![0.0; len + LINE - 1];
+        let start = memory.as_ptr().align_offset(size_of::<[f32; LINE]>()).min(LINE - 1);
+        Self { memory, start, len }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
     }
 
     pub(crate) fn as_slice(&self) -> &[f32] {
-        #[allow(unsafe_code)] // the same memory seen without its lines
-        // SAFETY: a `Line` is 16 floats without padding, and the vector holds `len` of them.
-        unsafe {
-            std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * 16)
-        }
+        &self.memory[self.start..][..self.len]
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
-        #[allow(unsafe_code)] // the same memory seen without its lines
-        // SAFETY: as above, and the borrow is exclusive.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * 16)
-        }
+        &mut self.memory[self.start..][..self.len]
     }
+}
+
+impl Clone for Buffer {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeros(self.len);
+        copy.as_mut_slice().copy_from_slice(self.as_slice());
+        copy
+    }
+}
+
+thread_local! {
+    static MEMORY: RefCell<Buffer> = RefCell::default();
+    static LENT: RefCell<Buffer> = RefCell::default();
+}
+
+/// Lends a piece of this thread's memory, of `len`; what is in it is left from earlier uses. Unlike what [`with`] lends, it may be
+/// worked on by other threads too.
+pub(crate) fn lend<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut memory = LENT.take();
+    if memory.len < len {
+        memory = Buffer::zeros(len);
+    }
+    let result = f(&mut memory.as_mut_slice()[..len]);
+    LENT.set(memory);
+    result
 }
 
 /// Lends `N` separate pieces of this thread's memory, of at least the given lengths; what is in them is left from earlier
 /// uses. `f` must neither call this again nor hand work to other threads (which could).
 pub(crate) fn with<const N: usize, R>(lengths: [usize; N], f: impl FnOnce([&mut [f32]; N]) -> R) -> R {
-    thread_local! {
-        static MEMORY: RefCell<Buffer> = RefCell::default();
-    }
-    let lengths = lengths.map(|len| len.next_multiple_of(16));
+    let lengths = lengths.map(|len| len.next_multiple_of(LINE));
     MEMORY.with_borrow_mut(|memory| {
         let total: usize = lengths.iter().sum();
-        if memory.0.len() * 16 < total {
+        if memory.len < total {
             *memory = Buffer::zeros(total);
         }
         let mut rest = memory.as_mut_slice();

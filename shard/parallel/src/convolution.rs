@@ -6,7 +6,8 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use kernels::conv::{self, Geometry};
 
-use crate::ops::host::{fill, has_kernels, read};
+use crate::ops::Products;
+use crate::ops::host::{fill, has_kernels, read, read_as};
 use crate::weights::{Shard, Weights};
 use crate::{Error, Result, ops};
 
@@ -32,7 +33,7 @@ pub struct Conv2d {
 
 #[derive(Clone)]
 enum Kernel {
-    /// For ours; arithmetic in f32.
+    /// For ours: products in f32, or in bf16.
     Packed(Arc<conv::Conv2d>),
     /// For candle's.
     Whole { weight: Tensor, bias: Tensor },
@@ -60,9 +61,13 @@ impl Conv2d {
         let dtype = weight.dtype();
         let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {
-            let bias = ops::vector(&bias)?;
-            let weight = weight.to_dtype(DType::F32)?;
-            Kernel::Packed(Arc::new(read(&weight, |w| conv::Conv2d::pack(w, [c_out, c_in, size], Some(&bias)))?))
+            let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);
+            let packed = if dtype == DType::BF16 && Products::here() == Products::Bf16 {
+                read_as(&weight, |w| conv::Conv2d::pack_pairs(w, dims, Some(&bias)))?
+            } else {
+                read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?
+            };
+            Kernel::Packed(Arc::new(packed))
         } else {
             Kernel::Whole { weight, bias }
         };

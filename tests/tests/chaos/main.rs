@@ -5,6 +5,7 @@
 //! - `main.rs`: ranks, coordinators and workers are killed and restarted
 //! - `etcd.rs`: etcd is away; what etcd is asked to keep
 //! - `families.rs`: a rank of each family is killed at each step of its schedule
+//! - `leaks.rs`: memory, files and checkpoints under kills
 //! - `clients.rs`: many clients watch and repeat themselves meanwhile
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
@@ -12,6 +13,7 @@
 mod clients;
 mod etcd;
 mod families;
+mod leaks;
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -3,8 +3,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::guard::Guarded;
 
+/// Numbers that bf16 has.
 fn values(n: usize, seed: usize) -> Vec<f32> {
-    (0..n).map(|i| (((i + seed * 31) * 7919 + seed) % 1013) as f32 / 507.0 - 1.0).collect()
+    (0..n).map(|i| (((i + seed * 31) * 7919 + seed) % 251) as f32 / 128.0 - 1.0).collect()
 }
 
 /// The definition, in f64.
@@ -40,7 +41,7 @@ fn run(conv: &Conv2d, x: &[f32], g: Geometry) -> Vec<f32> {
 }
 
 fn kernels() -> Vec<&'static MicroKernel> {
-    MicroKernel::all()
+    MicroKernel::all().into_iter().chain(MicroKernel::all_bf16()).collect()
 }
 
 proptest! {
@@ -68,6 +69,17 @@ proptest! {
             prop_assert_eq!(alone, y);
         }
     }
+}
+
+#[test]
+fn in_bf16_the_picture_is_rounded_and_nothing_else() {
+    let g = Geometry { input: [9, 11], stride: 1, before: 1, after: 1, doubled: false };
+    let x: Vec<f32> = values(5 * 99, 1).iter().map(|x| x * 1.001).collect();
+    let rounded: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+    let narrow: Vec<bf16> = values(7 * 45, 2).into_iter().map(bf16::from_f32).collect();
+    let conv = Conv2d::pack_pairs(&narrow, [7, 5, 3], None);
+    assert_eq!(run(&conv, &x, g), run(&conv, &rounded, g));
+    assert_ne!(run(&Conv2d::pack(&values(7 * 45, 2), [7, 5, 3], None), &x, g), run(&conv, &x, g));
 }
 
 #[test]

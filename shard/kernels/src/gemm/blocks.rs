@@ -7,8 +7,8 @@ use crate::blocks::{BlockType, MAX_BLOCK};
 use crate::cpu::vectorised;
 use crate::gemm::K_STEP;
 
-/// Most values that a step of K can touch: its own, and what is beside them in the blocks at its ends.
-const MOST: usize = K_STEP + 2 * MAX_BLOCK;
+/// Most values that a step of K can touch: its own (as pairs, twice as many), and what is beside them in the blocks at its ends.
+const MOST: usize = 2 * K_STEP + 2 * MAX_BLOCK;
 
 /// `W: [N, K]`. A row is whole blocks, of which runs of values count: those that lie beside them in the first and the last block of
 /// a run belong to other ranks.
@@ -150,6 +150,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::gemm::micro::MicroKernel;
     use crate::gemm::{Epilogue, PackedWeight, Piece, Rows, linear_tree};
 
     /// `n` rows of `stored` values, as blocks and widened.
@@ -198,6 +199,18 @@ mod tests {
                 y
             };
             prop_assert_eq!(product(&packed), product(&whole));
+
+            // In bf16: of what they hold, rounded.
+            let chunks = [[(0, k / 3)], [(k / 3, k - k / 3)]];
+            let (pieces, turned) = (&pieces, &turned);
+            let columns = |row: usize| pieces.iter().flat_map(move |(at, len)| turned[row * stored + at..][..*len].to_vec());
+            let rounded: Vec<_> = (0..n).flat_map(columns).map(half::bf16::from_f32).collect();
+            let whole = PackedWeight::pack_pairs(Rows::new(&rounded, n, k), &chunks);
+            for kernel in MicroKernel::all_bf16() {
+                let packed = BlockRows::of(kind, &data, stored, &rows, &[cuts[2]..cuts[3], cuts[0]..cuts[1]]);
+                let packed = PackedWeight::pairs_of_blocks_for(packed, &chunks, kernel);
+                prop_assert_eq!(product(&packed), product(&whole), "{:?}", kernel);
+            }
         }
     }
 }

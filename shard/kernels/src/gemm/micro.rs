@@ -14,6 +14,8 @@ mod avx512;
 mod avx512_bf16;
 mod plain;
 mod plain_bf16;
+#[cfg(target_arch = "x86_64")]
+mod vector;
 
 /// Largest tile of any kernel, for results at the edge.
 const MAX_TILE: usize = 512;
@@ -50,6 +52,11 @@ struct Tile {
 }
 
 impl MicroKernel {
+    /// Rows of a panel that `k` products make.
+    pub(crate) fn depth(&self, k: usize) -> usize {
+        if self.pairs { k.div_ceil(2) } else { k }
+    }
+
     /// The fastest one that this CPU runs.
     pub fn best() -> &'static Self {
         Self::of(cpu::path())

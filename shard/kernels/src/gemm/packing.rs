@@ -34,6 +34,8 @@ enum Panels {
     F16(Vec<f16>),
     /// Not panels yet: rows.
     Blocks(BlockRows),
+    /// The same, for pairs: how many pairs and columns there are before each chunk and after the last.
+    PairsOfBlocks(BlockRows, Vec<[usize; 2]>),
 }
 
 /// What a weight may be stored as.
@@ -99,22 +101,35 @@ impl PackedWeight {
         let mut panels = Buffer::zeros(n.next_multiple_of(kernel.nr) * depth);
         if n > 0 && depth > 0 {
             let pieces: Vec<&[Piece]> = chunks.iter().map(AsRef::as_ref).collect();
-            let panels = &mut panels.as_mut_slice()[..n.next_multiple_of(kernel.nr) * depth];
-            panels.par_chunks_mut(kernel.nr * depth).enumerate().for_each(|(panel, packed)| {
+            panels.as_mut_slice().par_chunks_mut(kernel.nr * depth).enumerate().for_each(|(panel, packed)| {
                 let rows = panel * kernel.nr..n.min((panel + 1) * kernel.nr);
                 let mut from = 0;
                 for pieces in &pieces {
                     let pairs = columns(pieces).div_ceil(2);
-                    for k in (0..pairs).step_by(K_STEP) {
-                        let k = k..pairs.min(k + K_STEP);
-                        let packed = &mut packed[(from + k.start) * kernel.nr..(from + k.end) * kernel.nr];
-                        pack_pairs(packed, weight, rows.clone(), pieces, k, kernel.nr, |from, to| to.copy_from_slice(from));
-                    }
+                    let packed = &mut packed[from * kernel.nr..(from + pairs) * kernel.nr];
+                    pack_pairs(packed, weight, rows.clone(), pieces, 0..pairs, kernel.nr, |from, to| to.copy_from_slice(from));
                     from += pairs;
                 }
             });
         }
         Self { n, k, depth, panels: Panels::Pairs(panels), kernel }
+    }
+
+    /// As [`Self::pack_pairs`], of a weight in blocks, whose values are rounded to bf16 for each product.
+    pub fn pairs_of_blocks(rows: BlockRows, chunks: &[impl AsRef<[Piece]>]) -> Self {
+        Self::pairs_of_blocks_for(rows, chunks, MicroKernel::bf16())
+    }
+
+    pub(crate) fn pairs_of_blocks_for(rows: BlockRows, chunks: &[impl AsRef<[Piece]>], kernel: &'static MicroKernel) -> Self {
+        let mut edges = vec![[0, 0]];
+        let [mut depth, mut k] = [0, 0];
+        for chunk in chunks {
+            let len = columns(chunk.as_ref());
+            (depth, k) = (depth + len.div_ceil(2), k + len);
+            edges.push([depth, k]);
+        }
+        assert_eq!(k, rows.k(), "the chunks' columns");
+        Self { n: rows.n(), k, depth, panels: Panels::PairsOfBlocks(rows, edges), kernel }
     }
 
     /// Outputs.
@@ -127,13 +142,18 @@ impl PackedWeight {
         self.k
     }
 
+    /// Rows of a panel.
+    pub(crate) fn depth(&self) -> usize {
+        self.depth
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.panels {
             Panels::F32(panels) | Panels::Pairs(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
             Panels::F16(panels) => size_of_val(panels.as_slice()),
-            Panels::Blocks(rows) => rows.bytes(),
+            Panels::Blocks(rows) | Panels::PairsOfBlocks(rows, _) => rows.bytes(),
         }
     }
 
@@ -141,7 +161,13 @@ impl PackedWeight {
         self.kernel
     }
 
-    /// Some of the K of one panel, as `[k][nr]`; widened into `buffer` if it has to be.
+    /// Floats that [`Self::panel`] needs for `k` at most.
+    pub(crate) fn buffer(&self, k: usize) -> usize {
+        let panels = if matches!(self.panels, Panels::PairsOfBlocks(..)) { 3 } else { 1 };
+        panels * k * self.kernel.nr
+    }
+
+    /// Some of the K of one chunk of one panel, as `[k][nr]`; widened into `buffer` if it has to be.
     pub(crate) fn panel<'a>(&'a self, panel: usize, k: Range<usize>, buffer: &'a mut [f32]) -> &'a [f32] {
         let nr = self.kernel.nr;
         let range = (panel * self.depth + k.start) * nr..(panel * self.depth + k.end) * nr;
@@ -162,12 +188,25 @@ impl PackedWeight {
                 rows.widen(panel * nr..self.n.min((panel + 1) * nr), k, nr, buffer);
                 buffer
             }
+            Panels::PairsOfBlocks(rows, edges) => {
+                let chunk = edges.partition_point(|[pairs, _]| *pairs <= k.start).saturating_sub(1);
+                let ([before, first], end) = (edges[chunk], edges.get(chunk + 1).map_or(self.k, |[_, end]| *end));
+                let columns = first + 2 * (k.start - before)..end.min(first + 2 * (k.end - before));
+                let (pairs, wide) = buffer.split_at_mut(range.len());
+                let wide = &mut wide[..columns.len() * nr];
+                rows.widen(panel * nr..self.n.min((panel + 1) * nr), columns, nr, wide);
+                for (pairs, wide) in pairs.chunks_exact_mut(nr).zip(wide.chunks(2 * nr)) {
+                    let (lower, upper) = wide.split_at(nr);
+                    narrow_rows(lower, (!upper.is_empty()).then_some(upper), pairs);
+                }
+                pairs
+            }
         }
     }
 
     /// Whether a panel costs more to make than to read.
     pub(crate) fn is_in_blocks(&self) -> bool {
-        matches!(self.panels, Panels::Blocks(_))
+        matches!(self.panels, Panels::Blocks(_) | Panels::PairsOfBlocks(..))
     }
 
     /// In which steps K is best passed: blocks would rather not be widened twice.
@@ -184,6 +223,7 @@ impl fmt::Debug for PackedWeight {
             Panels::Bf16(_) => &format_args!("bf16"),
             Panels::F16(_) => &format_args!("f16"),
             Panels::Blocks(rows) => &rows.kind(),
+            Panels::PairsOfBlocks(rows, _) => &format_args!("{:?} in pairs", rows.kind()),
         };
         write!(f, "PackedWeight([{}, {}] {kind:?}, {:?})", self.n, self.k, self.kernel)
     }
@@ -209,12 +249,42 @@ fn pack_panels<T: Element>(panels: &mut [T], weight: Rows<'_, T>, pieces: &[Piec
 pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, kernel: &MicroKernel) {
     let mr = kernel.mr;
     for (tile, first) in rows.clone().step_by(mr).enumerate() {
-        let (a, rows) = (&mut a[tile * mr * k.len()..], first..rows.end.min(first + mr));
-        if kernel.pairs {
-            pack_pairs(a, x, rows, pieces, k.clone(), mr, narrow);
-        } else {
-            pack_transposed(a, x, rows, pieces, k.clone(), mr);
-        }
+        let rows = first..rows.end.min(first + mr);
+        pack_side(&mut a[tile * mr * k.len()..], x, rows, pieces, k.clone(), mr, kernel);
+    }
+}
+
+/// Rows of `x`, `len` long, as `[rows / width][len][width]`; what they hold stays as it is.
+pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, width: usize) {
+    for (tile, first) in (0..x.count()).step_by(width).enumerate() {
+        let rows = first..x.count().min(first + width);
+        pack_transposed(&mut packed[tile * width * len..], x, rows, &[(0, len)], 0..len, width);
+    }
+}
+
+/// Rows of `x`, `len` long, as the columns of a kernel's panels: `[rows / nr][k][nr]`.
+pub(crate) fn pack_columns(b: &mut [f32], x: Rows<'_>, len: usize, kernel: &MicroKernel) {
+    let (nr, depth) = (kernel.nr, kernel.depth(len));
+    for (panel, first) in (0..x.count()).step_by(nr).enumerate() {
+        let rows = first..x.count().min(first + nr);
+        pack_side(&mut b[panel * nr * depth..], x, rows, &[(0, len)], 0..depth, nr, kernel);
+    }
+}
+
+/// At most `width` rows side by side, as `[k][width]`, or as pairs if `kernel` takes those.
+fn pack_side(
+    packed: &mut [f32],
+    x: Rows<'_>,
+    rows: Range<usize>,
+    pieces: &[Piece],
+    k: Range<usize>,
+    width: usize,
+    kernel: &MicroKernel,
+) {
+    if kernel.pairs {
+        pack_pairs(packed, x, rows, pieces, k, width, narrow);
+    } else {
+        pack_transposed(packed, x, rows, pieces, k, width);
     }
 }
 
@@ -228,29 +298,37 @@ fn pack_pairs<T: Copy>(
     width: usize,
     narrowed: impl Fn(&[T], &mut [bf16]),
 ) {
-    debug_assert!(k.len() <= K_STEP);
     let mut values = [bf16::ZERO; 2 * K_STEP];
-    for (at, row) in rows.enumerate() {
-        let (mut before, mut filled) = (0, 0);
-        for &(start, len) in pieces {
-            let from = (2 * k.start).clamp(before, before + len) - before;
-            let until = (2 * k.end).clamp(before, before + len) - before;
-            narrowed(x.part(row, (start + from, until - from)), &mut values[filled..][..until - from]);
-            (before, filled) = (before + len, filled + until - from);
-        }
-        if !filled.is_multiple_of(2) {
-            values[filled] = bf16::ZERO;
-            filled += 1;
-        }
-        let pairs = values[..filled].as_chunks::<2>().0;
-        for (packed, [lower, upper]) in packed[at..].iter_mut().step_by(width).zip(pairs) {
-            *packed = f32::from_bits(u32::from(lower.to_bits()) | u32::from(upper.to_bits()) << 16);
+    for first in k.clone().step_by(K_STEP) {
+        let packed = &mut packed[(first - k.start) * width..];
+        let k = first..k.end.min(first + K_STEP);
+        for (at, row) in rows.clone().enumerate() {
+            let (mut before, mut filled) = (0, 0);
+            for &(start, len) in pieces {
+                let from = (2 * k.start).clamp(before, before + len) - before;
+                let until = (2 * k.end).clamp(before, before + len) - before;
+                narrowed(x.part(row, (start + from, until - from)), &mut values[filled..][..until - from]);
+                (before, filled) = (before + len, filled + until - from);
+            }
+            if !filled.is_multiple_of(2) {
+                values[filled] = bf16::ZERO;
+                filled += 1;
+            }
+            let pairs = values[..filled].as_chunks::<2>().0;
+            for (packed, [lower, upper]) in packed[at..].iter_mut().step_by(width).zip(pairs) {
+                *packed = pair(*lower, *upper);
+            }
         }
     }
 }
 
+/// Two of bf16 in the bits of a float.
+fn pair(lower: bf16, upper: bf16) -> f32 {
+    f32::from_bits(u32::from(lower.to_bits()) | u32::from(upper.to_bits()) << 16)
+}
+
 /// At most `width` rows side by side, as `[k][width]`; what stands in the places of absent rows is left as it is.
-pub(crate) fn pack_transposed<T: Copy>(
+fn pack_transposed<T: Copy>(
     packed: &mut [T],
     x: Rows<'_, T>,
     rows: Range<usize>,
@@ -278,13 +356,36 @@ pub(crate) fn pack_transposed<T: Copy>(
     }
 }
 
+/// The bits of the nearest of bf16, of two the even one: `bf16::from_f32`, without its branches.
+#[inline(always)]
+fn nearest(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { bits >> 16 | 0x40 } else { nearest }
+}
+
 vectorised! {
-    /// To the nearest of bf16, of two the even one: `bf16::from_f32`, without its branches.
     fn narrow(from: &[f32], to: &mut [bf16]) {
         for (to, from) in to.iter_mut().zip(from) {
-            let bits = from.to_bits();
-            let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-            *to = bf16::from_bits(if from.is_nan() { bits >> 16 | 0x40 } else { nearest } as u16);
+            *to = bf16::from_bits(nearest(*from) as u16);
+        }
+    }
+}
+
+vectorised! {
+    /// Pairs of what lies in two rows; of zeros where there is no second.
+    pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+        match upper {
+            Some(upper) => {
+                for ((to, lower), upper) in to.iter_mut().zip(lower).zip(upper) {
+                    *to = f32::from_bits(nearest(*lower) | nearest(*upper) << 16);
+                }
+            }
+            None => {
+                for (to, lower) in to.iter_mut().zip(lower) {
+                    *to = f32::from_bits(nearest(*lower));
+                }
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use candle_core::Tensor;
 use kernels::attention::{Attention, Bias, Heads};
 
 use super::host::{fill, ours, read};
+use super::products::Products;
 use super::softmax;
 use crate::{Error, Result};
 
@@ -68,7 +69,10 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
         let run = |q: &[f32], k: &[f32], v: &[f32]| {
             fill((b, n, queries, width), |y| {
                 let (q, k, v) = (Heads::dense(q, queries, width), Heads::dense(k, keys, width), Heads::dense(v, keys, width));
-                of.run(q, k, v, bias, y)
+                match Products::here() {
+                    Products::F32 => of.run(q, k, v, bias, y),
+                    Products::Bf16 => of.run_in_bf16(q, k, v, bias, y),
+                }
             })
         };
         read(q, |q| read(k, |k| read(v, |v| run(q, k, v))?)?)?

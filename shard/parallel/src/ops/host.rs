@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use candle_core::{DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Storage, Tensor, WithDType};
 
 use crate::{Error, Result};
 
@@ -22,13 +22,18 @@ pub fn has_kernels(device: &Device) -> bool {
 
 /// Lends the elements of an f32 tensor of the CPU, in order; copies only if they do not lie so.
 pub(crate) fn read<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    read_as(x, f)
+}
+
+/// As [`read`], of another type.
+pub(crate) fn read_as<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
     let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else {
         return Err(Error::Operands { reason: format!("for the CPU a tensor of {:?}", x.device()) });
     };
     let (start, end) = layout.contiguous_offsets().unwrap_or_default();
-    Ok(f(&storage.as_slice::<f32>()?[start..end]))
+    Ok(f(&storage.as_slice::<T>()?[start..end]))
 }
 
 /// A fresh tensor of `shape` that `f` fills.

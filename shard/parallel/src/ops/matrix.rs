@@ -24,7 +24,7 @@ pub(crate) struct Matrix {
 
 #[derive(Clone)]
 enum Weight {
-    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or bf16, multiplied in it.
+    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or bf16 or blocks, multiplied in bf16.
     Packed(Arc<PackedWeight>),
     /// For candle's: one for each chunk.
     Whole(Vec<Tensor>),
@@ -60,7 +60,10 @@ impl Matrix {
     pub(crate) fn of_blocks(rows: BlockRows, chunks: Chunks, device: &Device) -> Result<Self> {
         let d_out = rows.n();
         let weight = if has_kernels(device) {
-            Weight::Packed(Arc::new(rows.into()))
+            Weight::Packed(Arc::new(match Products::here() {
+                Products::F32 => rows.into(),
+                Products::Bf16 => PackedWeight::pairs_of_blocks(rows, &chunks),
+            }))
         } else {
             Weight::Blocks(Arc::new(Blocks::new(&rows, device)?))
         };

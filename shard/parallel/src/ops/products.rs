@@ -1,4 +1,4 @@
-//! How layers multiply with weights that are stored as bf16.
+//! What models are multiplied in.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,7 +9,7 @@ use candle_core::Device;
 use super::host::has_kernels;
 use crate::{Error, Result};
 
-/// What linear layers multiply in where their weights are bf16.
+/// What layers whose weights are bf16 multiply in; on the CPU attention too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Products {
     /// Weights are widened for each product: the reference's f32 numbers.
@@ -41,7 +41,7 @@ impl Products {
     }
 
     /// This process's way.
-    pub(super) fn here() -> Self {
+    pub(crate) fn here() -> Self {
         if BF16.load(Ordering::Relaxed) { Self::Bf16 } else { Self::F32 }
     }
 }

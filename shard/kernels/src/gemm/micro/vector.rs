@@ -1,0 +1,81 @@
+//! Tiles of a few rows by two vectors, every result a chain of its own in a register: one loop for all instruction sets.
+
+/// Defines `KERNEL` and what it is made of. Beside it stand `LANES` of a vector, `Sums` and `Factors` (vectors), `CHAINS` (as many sums as
+/// fill the units whatever an instruction's latency, and stay in registers), `SMALL` and `ONE` (factors of a sum that grows slowly), and
+/// the instructions: `zero`, `load` and `store` of sums, `broadcast` and `factors`, which read factors, and `add_products`.
+macro_rules! vector_kernel {
+    ($name:literal, $features:literal, pairs: $pairs:literal, rows: [$($fewer:literal)*], $mr:literal) => {
+        const MR: usize = $mr;
+        const NR: usize = 2 * LANES;
+
+        pub(super) static KERNEL: MicroKernel =
+            MicroKernel { name: $name, mr: MR, nr: NR, pairs: $pairs, tile, spin, lanes: CHAINS * LANES };
+
+        /// # Safety
+        /// The CPU has what the kernel is for; the tile's pointers are good for what its documentation says.
+        unsafe fn tile(t: Tile) {
+            // SAFETY: as promised by the caller.
+            unsafe {
+                match t.rows {
+                    $($fewer => rows::<$fewer>(t),)*
+                    _ => rows::<MR>(t),
+                }
+            }
+        }
+
+        /// # Safety
+        /// As [`tile`], and `R` is the tile's number of rows.
+        #[target_feature(enable = $features)]
+        unsafe fn rows<const R: usize>(t: Tile) {
+            let mut sums: [[Sums; 2]; R] = [[zero(); 2]; R];
+            // SAFETY: every pointer stays in `[k][MR]` of `a`, `[k][NR]` of `b` and `[R][NR]` of `c`.
+            unsafe {
+                if !t.fresh {
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        let c = t.c.add(row * t.stride);
+                        *sum = [load(c), load(c.add(LANES))];
+                    }
+                }
+                let (mut a, mut b) = (t.a, t.b);
+                for _ in 0..t.k {
+                    let (b0, b1) = (factors(b), factors(b.add(LANES)));
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        let x = broadcast(a.add(row));
+                        sum[0] = add_products(sum[0], x, b0);
+                        sum[1] = add_products(sum[1], x, b1);
+                    }
+                    (a, b) = (a.add(MR), b.add(NR));
+                }
+                for (row, sum) in sums.iter().enumerate() {
+                    let c = t.c.add(row * t.stride);
+                    store(c, sum[0]);
+                    store(c.add(LANES), sum[1]);
+                }
+            }
+        }
+
+        /// # Safety
+        /// The CPU has what the kernel is for.
+        #[target_feature(enable = $features)]
+        unsafe fn spin(rounds: usize) -> f32 {
+            let (small, one) = (std::hint::black_box(SMALL), ONE);
+            // SAFETY: each reads one float.
+            let (x, y) = unsafe { (broadcast(&raw const small), broadcast(&raw const one)) };
+            let mut sums = [zero(); CHAINS];
+            for _ in 0..rounds {
+                for sum in &mut sums {
+                    *sum = add_products(*sum, x, y);
+                }
+            }
+            let mut total = 0.0;
+            for sum in sums {
+                let mut out = [0f32; LANES];
+                // SAFETY: as many floats as a vector has.
+                unsafe { store(out.as_mut_ptr(), sum) };
+                total += out.iter().sum::<f32>();
+            }
+            total
+        }
+    };
+}
+pub(super) use vector_kernel;
