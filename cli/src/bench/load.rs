@@ -224,12 +224,7 @@ impl Cluster {
                 "ms",
                 "wanted: at most 50",
             ),
-            Row::new(
-                format!("progress to the watcher, {told:.0}/s, p99"),
-                seen.late_p99_millis,
-                "ms",
-                "wanted: at most 500",
-            ),
+            Row::new(format!("progress to the watcher, {told:.0}/s, p99"), seen.late_p99_millis, "ms", "wanted: at most 500"),
             Row::new(
                 "memory of a watching stream in the coordinator",
                 grown as f64 / streams as f64,

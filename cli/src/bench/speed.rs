@@ -220,12 +220,15 @@ fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
 fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
     let (heads, width) = (24, 128);
     for &l in tokens {
-        let of = Attention { heads, queries: l, keys: l, width, scale: 0.088 };
+        let of = Attention { heads, queries: l, keys: l, width, scale: 0.088, side_by_side: true };
         let (x, mut y) = (values(heads * l * width), vec![0.0; heads * l * width]);
-        let x = Heads::dense(&x, l, width);
-        table.flops("attention", format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width, || {
-            of.run(x, x, x, None, &mut y)
-        })?;
+        // As projections leave them.
+        let x = Heads { data: &x, head_stride: width, row_stride: heads * width };
+        let (shape, flops) = (format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width);
+        table.flops("attention", shape.clone(), flops, || of.run(x, x, x, None, &mut y))?;
+        if cpu::has_bf16() {
+            table.row("attention bf16", shape, flops, Bound::Bf16, || of.run_in_bf16(x, x, x, None, &mut y))?;
+        }
     }
     Ok(())
 }
@@ -236,7 +239,12 @@ fn convolutions(table: &Table) -> io::Result<()> {
         let geometry = Geometry { input: [side, side], stride: 1, before: 1, after: 1, doubled: false };
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
-        table.flops("conv 3x3", shape, flops, || conv.run(&x, geometry, None, &mut y))?;
+        table.flops("conv 3x3", shape.clone(), flops, || conv.run(&x, geometry, None, &mut y))?;
+        if cpu::has_bf16() {
+            let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
+            let conv = Conv2d::pack_pairs(&weight, [channels, channels, 3], None);
+            table.row("conv 3x3 bf16", shape, flops, Bound::Bf16, || conv.run(&x, geometry, None, &mut y))?;
+        }
     }
     Ok(())
 }

@@ -52,6 +52,8 @@ pub struct Attention {
     pub width: usize,
     /// What scores are multiplied by.
     pub scale: f32,
+    /// Whether the heads of the output lie side by side: `[queries, heads, width]`.
+    pub side_by_side: bool,
 }
 
 /// What is added to the scores: for each head the place of its `[queries, keys]` in `data`, whose keys are dense.
@@ -67,7 +69,7 @@ pub struct Bias<'a> {
 
 impl Attention {
     /// `y = softmax(scale q k^T + bias) v`. `q: [heads, queries, width]`, `k, v: [heads, keys, width]` give
-    /// `y: [heads, queries, width]`. A query whose scores are all `-inf` gets zeros.
+    /// `y: [heads, queries, width]`, or `[queries, heads, width]` if they are to lie [`Self::side_by_side`]. A query whose scores are all `-inf` gets zeros.
     pub fn run(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
         self.run_on(MicroKernel::best(), q, k, v, bias, y);
     }
@@ -90,14 +92,18 @@ impl Attention {
         let parts = if self.heads >= 4 * threads { 1 } else { threads.min(blocks) };
         let per_part = blocks.div_ceil(parts) * QUERIES;
         let small = self.heads * self.queries * self.keys * self.width < SMALL;
-        let y = SharedPlane::of(y, self.width);
+        let y = SharedPlane::of(y, if self.side_by_side { self.heads * self.width } else { self.width });
         threads::over_jobs(self.heads * parts, small, |job| {
             let (head, part) = (job / parts, job % parts);
             let queries = self.queries.min(part * per_part)..self.queries.min((part + 1) * per_part);
-            let rows = head * self.queries + queries.start..head * self.queries + queries.end;
-            #[allow(unsafe_code)] // threads write disjoint rows
-            // SAFETY: every job has rows of its own.
-            let y = unsafe { y.part(rows, 0..self.width) };
+            let (first, columns) = if self.side_by_side {
+                (0, head * self.width..(head + 1) * self.width)
+            } else {
+                (head * self.queries, 0..self.width)
+            };
+            #[allow(unsafe_code)] // threads write disjoint rectangles
+            // SAFETY: every job has queries of its own, or another head.
+            let y = unsafe { y.part(first + queries.start..first + queries.end, columns) };
             let job = Job { of: self, kernel, q: q.rows(head, self.queries), bias: bias.map(|b| (b, b.starts[head])) };
             job.run(k.rows(head, self.keys), v.rows(head, self.keys), queries, y);
         });

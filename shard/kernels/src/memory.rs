@@ -1,5 +1,15 @@
 //! How this process keeps its memory.
 
+use rayon::prelude::*;
+
+/// Zeros fewer than which are written by one thread.
+const FEW: usize = 1 << 18;
+
+/// As many zeros, written by all threads, as what fills them is.
+pub fn zeros(len: usize) -> Vec<f32> {
+    if len < FEW { vec![0.0; len] } else { rayon::iter::repeat_n(0.0, len).with_min_len(FEW / 4).collect() }
+}
+
 /// Keeps freed pages instead of handing them back to the kernel.
 ///
 /// glibc unmaps every freed block over 32 MiB at the latest, so each large activation would fault its pages in again: an

@@ -3,21 +3,31 @@
 use crate::cpu::vectorised;
 use crate::threads;
 
-/// Rotates interleaved pairs: `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, N, L, Dh]`, `cos, sin: [L, Dh/2]`,
-/// or `[B, L, Dh/2]` with one table for each item; `heads` is `N`, `tokens` `L`.
-pub fn rope_interleaved(x: &[f32], y: &mut [f32], dims: [usize; 3], cos: &[f32], sin: &[f32]) {
-    rope(x, y, dims, cos, sin, rotate);
+/// Rotates interleaved pairs: `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, L, N, Dh]`, `cos, sin: [L, Dh/2]`,
+/// or `[B, L, Dh/2]` with one table for each item; `dims` are `L`, `N` and `Dh`.
+pub fn rope_interleaved(x: &[f32], y: &mut [f32], [tokens, heads, width]: [usize; 3], cos: &[f32], sin: &[f32]) {
+    rope(x, y, Shape { tokens, heads, width, beside: heads }, cos, sin, rotate);
 }
 
 /// As [`rope_interleaved`] for pairs that lie half a head apart: `x0` in the first half, its `x1` at the same place of the second.
-pub fn rope_halves(x: &[f32], y: &mut [f32], dims: [usize; 3], cos: &[f32], sin: &[f32]) {
-    rope(x, y, dims, cos, sin, rotate_halves);
+/// `x, y: [B, N, L, Dh]`, `dims` are `N`, `L` and `Dh`.
+pub fn rope_halves(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32], sin: &[f32]) {
+    rope(x, y, Shape { tokens, heads, width, beside: 1 }, cos, sin, rotate_halves);
+}
+
+struct Shape {
+    tokens: usize,
+    heads: usize,
+    width: usize,
+    /// Heads of one token that lie beside each other.
+    beside: usize,
 }
 
 /// Rotates one head of one token: input, output, cosines, sines.
 type Rotate = fn(&[f32], &mut [f32], &[f32], &[f32]);
 
-fn rope(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32], sin: &[f32], rotate: Rotate) {
+fn rope(x: &[f32], y: &mut [f32], shape: Shape, cos: &[f32], sin: &[f32], rotate: Rotate) {
+    let Shape { tokens, heads, width, beside } = shape;
     assert_eq!(x.len(), y.len());
     assert_eq!(cos.len(), sin.len());
     assert!(width.is_multiple_of(2), "pairs in {width}");
@@ -32,7 +42,7 @@ fn rope(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let row = first + i;
             let table = if tables == 1 { 0 } else { row / (heads * tokens) };
-            let at = (table * tokens + row % tokens) * half;
+            let at = (table * tokens + row / beside % tokens) * half;
             rotate(&x[row * width..][..width], y, &cos[at..][..half], &sin[at..][..half]);
         }
     });
@@ -70,11 +80,11 @@ mod tests {
             let angles: Vec<f32> = (0..if own { batch } else { 1 } * tokens * half).map(|i| i as f32 * 0.37).collect();
             let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
             let mut y = vec![f32::NAN; x.len()];
-            rope_interleaved(&x, &mut y, [heads, tokens, width], &cos, &sin);
+            rope_interleaved(&x, &mut y, [tokens, heads, width], &cos, &sin);
             for (i, y) in y.iter().enumerate() {
                 let (row, column) = (i / width, i % width);
                 let table = if own { row / (heads * tokens) } else { 0 };
-                let at = (table * tokens + row % tokens) * half + column / 2;
+                let at = (table * tokens + row / heads % tokens) * half + column / 2;
                 let other = if column % 2 == 0 { -x[i + 1] } else { x[i - 1] };
                 prop_assert_eq!(*y, x[i] * cos[at] + other * sin[at]);
             }

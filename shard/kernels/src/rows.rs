@@ -72,6 +72,37 @@ pub fn layer_norm_modulate(x: &[f32], y: &mut [f32], [rows, width]: [usize; 2], 
     });
 }
 
+/// `y = x + gate * of`, for each item of a batch. `x, of, y: [B, L, D]`, `gate: [B, D]`; `rows` is `L` and `width` `D`.
+pub fn gated(x: &[f32], gate: &[f32], of: &[f32], y: &mut [f32], [rows, width]: [usize; 2]) {
+    assert!(x.len() == y.len() && of.len() == y.len() && gate.len() * rows == y.len(), "one gate for each item");
+    threads::over_rows(y, width, |first, y| {
+        for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
+            let (at, item) = (row * width, row / rows);
+            add_gated(&x[at..][..width], &gate[item * width..][..width], &of[at..][..width], y);
+        }
+    });
+}
+
+vectorised! {
+    fn add_gated(x: &[f32], gate: &[f32], of: &[f32], y: &mut [f32]) {
+        for (((y, x), gate), of) in y.iter_mut().zip(x).zip(gate).zip(of) {
+            *y = *x + *of * *gate;
+        }
+    }
+}
+
+/// Joins rows: `y: [rows, a + b]` of `a: [rows, widths[0]]` and `b: [rows, widths[1]]`.
+pub fn join([a, b]: [&[f32]; 2], widths: [usize; 2], y: &mut [f32]) {
+    assert_eq!(a.len() + b.len(), y.len());
+    let width = widths[0] + widths[1];
+    threads::over_rows(y, width, |first, y| {
+        for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
+            y[..widths[0]].copy_from_slice(&a[row * widths[0]..][..widths[0]]);
+            y[widths[0]..].copy_from_slice(&b[row * widths[1]..][..widths[1]]);
+        }
+    });
+}
+
 /// `y = x / sqrt(mean(x^2) + eps) * weight` for each row of `weight.len()`.
 pub fn rms_norm(x: &[f32], y: &mut [f32], weight: &[f32], eps: f32) {
     assert_eq!(x.len(), y.len());

@@ -7,13 +7,13 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::collective::Collective;
 use crate::lora::{Cut, Patch, Site};
-use crate::ops::{Chunks, Matrix};
+use crate::ops::{Activation, Chunks, Matrix};
 use crate::weights::{Shard, Weights};
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// Into how many fixed chunks a row-parallel layer cuts its input, whatever tp is. tp is 1, 2, 4 or 8.
 const CHUNKS: usize = 8;
@@ -57,12 +57,20 @@ impl Linear {
 
     /// `x: [.., d_in]` gives `[.., d_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.product(x, self.bias.as_ref())?;
+        let y = self.weight.product(x, self.bias.as_ref(), None)?;
         let y = match &self.patch {
             Some(patch) => patch.add(x, y)?,
             None => y,
         };
         Ok(y.to_dtype(x.dtype())?)
+    }
+
+    /// As [`Self::forward`], then `activation`: on the way out, where nothing comes between.
+    fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        if x.dtype() == DType::F32 && !self.patch.as_ref().is_some_and(Patch::is_active) {
+            return self.weight.product(x, self.bias.as_ref(), Some(activation));
+        }
+        ops::activate(&self.forward(x)?, activation)
     }
 }
 
@@ -99,6 +107,11 @@ impl ColumnParallelLinear {
     /// `x: [.., d_in]`, equal on every rank, gives this rank's `[.., d_out/tp]`: its slice of every packed part.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear.forward(x)
+    }
+
+    /// As [`Self::forward`], then `activation`.
+    pub fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        self.linear.forward_activated(x, activation)
     }
 
     /// As [`Self::forward`], then gathered: `[.., d_out]` on every rank. For a layer of one part only (AdaLN modulation
@@ -146,12 +159,16 @@ impl RowParallelLinear {
 
     /// This rank's `x: [.., d_in/tp]` gives the same `[.., d_out]` on every rank.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // Sums travel unrounded: rounded ones would depend on how many ranks there are.
-        let y = self.group.all_reduce(&self.weight.product(x, None)?)?;
-        // After the sum, or the bias would be counted once per rank.
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
-            None => y,
+        let y = if self.group.size() == 1 {
+            self.weight.product(x, self.bias.as_ref(), None)?
+        } else {
+            // Sums travel unrounded: rounded ones would depend on how many ranks there are.
+            let y = self.group.all_reduce(&self.weight.product(x, None, None)?)?;
+            // After the sum, or the bias would be counted once per rank.
+            match &self.bias {
+                Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
+                None => y,
+            }
         };
         Ok(self.patch.add(x, y)?.to_dtype(x.dtype())?)
     }

@@ -213,12 +213,16 @@ impl Patch {
         Self { reduce: Some(group.clone()), ..self }
     }
 
+    /// Whether anything is active on the layer.
+    pub(crate) fn is_active(&self) -> bool {
+        let holds =
+            |runs: &[Run]| runs.iter().flat_map(|(_, uses)| uses).any(|(adapter, _)| adapter.pairs.contains_key(&self.index));
+        self.adapters.active().is_some_and(|runs| holds(&runs))
+    }
+
     /// `y`, the layer's own output for `x` before it is rounded, and what is active on it. `x: [items, .., d_in]`.
     pub(crate) fn add(&self, x: &Tensor, y: Tensor) -> Result<Tensor> {
-        let Some(runs) = self.adapters.active() else { return Ok(y) };
-        if !runs.iter().flat_map(|(_, uses)| uses).any(|(adapter, _)| adapter.pairs.contains_key(&self.index)) {
-            return Ok(y);
-        }
+        let Some(runs) = self.adapters.active().filter(|_| self.is_active()) else { return Ok(y) };
         let items: usize = runs.iter().map(|(items, _)| items).sum();
         if x.rank() < 2 || x.dim(0)? != items {
             return Err(Error::Operands { reason: format!("{:?} where adapters are active on {items} items", x.dims()) });
@@ -243,12 +247,12 @@ impl Patch {
 
     /// `B (A x)`, in f32.
     fn product(&self, pair: &Pair, x: &Tensor) -> Result<Tensor> {
-        let inner = pair.a.product(&x.to_dtype(DType::F32)?, None)?;
+        let inner = pair.a.product(&x.to_dtype(DType::F32)?, None, None)?;
         let inner = match &self.reduce {
             Some(group) => group.all_reduce(&inner)?,
             None => inner,
         };
-        pair.b.product(&inner, None)
+        pair.b.product(&inner, None, None)
     }
 }
 

@@ -14,10 +14,10 @@ pub(crate) mod host;
 mod matrix;
 mod products;
 
-pub use attention::attention;
+pub use attention::{attention, attention_of_tokens};
 pub use host::has_kernels;
-use host::{map, ours, produce, read};
-pub(crate) use matrix::{Chunks, Matrix};
+use host::{fill, map, ours, produce, read};
+pub(crate) use matrix::{Chunks, Matrix, Values};
 pub use products::Products;
 
 /// A pointwise function between two linear layers.
@@ -153,20 +153,19 @@ pub fn rms_norm_channels(x: &Tensor, weight: &Tensor, activation: Option<Activat
     activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
 }
 
-/// Rotates interleaved pairs. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
+/// Rotates interleaved pairs. `x: [B, L, N, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
 pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let (b, n, l, dh) = x.dims4()?;
+    let (b, l, n, dh) = x.dims4()?;
     if ours(x) && ours(cos) && ours(sin) {
         let (cos, sin) = (vector(cos)?, vector(sin)?);
-        return produce(x, |x, y| rope::rope_interleaved(x, y, [n, l, dh], &cos, &sin));
+        return produce(x, |x, y| rope::rope_interleaved(x, y, [l, n, dh], &cos, &sin));
     }
-    let pairs = x.reshape((b, n, l, dh / 2, 2))?; // [B, N, L, Dh/2, 2]
+    let pairs = x.reshape((b, l, n, dh / 2, 2))?; // [B, L, N, Dh/2, 2]
     let (x0, x1) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
-    let table = |t: &Tensor| if t.rank() == 3 { t.unsqueeze(1) } else { Ok(t.clone()) };
-    let (cos, sin) = (table(cos)?, table(sin)?);
+    let (cos, sin) = (cos.unsqueeze(cos.rank() - 1)?, sin.unsqueeze(sin.rank() - 1)?); // [.., L, 1, Dh/2]
     let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
     let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
-    Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, n, l, dh))?)
+    Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, l, n, dh))?)
 }
 
 /// Rotates pairs that lie half a head apart. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
@@ -188,6 +187,26 @@ pub fn rope_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (_, _, h, w) = x.dims4()?;
     Ok(x.upsample_nearest2d(2 * h, 2 * w)?)
+}
+
+/// `x + gate * y`. `x, y: [B, L, D]`, `gate: [B, D]`.
+pub fn gated(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let (b, l, d) = x.dims3()?;
+    if ours(x) && ours(y) && gate.dims() == [b, d] && y.dims() == [b, l, d] {
+        let gate = vector(gate)?;
+        return read(y, |of| produce(x, |x, y| rows::gated(x, &gate, of, y, [l, d])))?;
+    }
+    Ok((x + y.broadcast_mul(&gate.unsqueeze(1)?)?)?)
+}
+
+/// `[B, L, D1]` and `[B, L, D2]` give `[B, L, D1 + D2]`.
+pub fn join(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((items, l, first), (_, _, second)) = (a.dims3()?, b.dims3()?);
+    if ours(a) && ours(b) && b.dims() == [items, l, second] {
+        let shape = (items, l, first + second);
+        return read(a, |a| read(b, |b| fill(shape, |y| rows::join([a, b], [first, second], y))))??;
+    }
+    Ok(Tensor::cat(&[a, b], 2)?)
 }
 
 /// `[B, L, N Dh] -> [B, N, L, Dh]`.
@@ -254,7 +273,9 @@ mod tests {
         let x = Tensor::randn(0f32, 1.0, (2, 3, 5, 8), &Device::Cpu).unwrap();
         let angle = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu).unwrap();
         let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
-        close(&rope_interleaved(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope_i(&x, &cos, &sin).unwrap());
+        let turned = |x: &Tensor| x.transpose(1, 2).unwrap().contiguous().unwrap();
+        let interleaved = turned(&rope_interleaved(&turned(&x), &cos, &sin).unwrap());
+        close(&interleaved, &candle_nn::rotary_emb::rope_i(&x, &cos, &sin).unwrap());
         close(&rope_halves(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope(&x, &cos, &sin).unwrap());
     }
 

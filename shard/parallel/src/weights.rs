@@ -10,12 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 use kernels::blocks::BlockType;
-use kernels::gemm::BlockRows;
+use kernels::gemm::{BlockRows, Piece};
 
 use crate::checkpoint::{Checkpoint, Entry, Names, Stored};
 use crate::collective::Collective;
 use crate::lora::Adapters;
-use crate::ops::{Chunks, Matrix};
+use crate::ops::{Chunks, Matrix, Values, has_kernels};
 use crate::{Error, Result};
 
 pub use crate::checkpoint::checkpoint_files;
@@ -188,8 +188,13 @@ impl Weights {
         let held = self.held(name, full_shape, shard)?;
         let chunks = chunks.unwrap_or_else(|| vec![vec![(0, held.shape.iter().skip(1).product())]]);
         match held.entry.stored {
-            Stored::Plain(_) => {
+            Stored::Plain(stored) => {
                 let dtype = self.narrow(held.entry.stored);
+                if dtype == stored
+                    && let Some(matrix) = self.mapped(&held, stored, &chunks)
+                {
+                    return Ok(matrix);
+                }
                 let weight = self.tensor(held, dtype)?;
                 let weight = if weight.rank() > 2 { weight.flatten_from(1)? } else { weight };
                 if self.measuring { Matrix::measured(&weight) } else { Matrix::in_chunks(&weight, chunks) }
@@ -292,6 +297,32 @@ impl Weights {
         Ok(tensor?.to_dtype(dtype)?)
     }
 
+    /// A weight that is packed from the mapped file, for our kernels; `None` if the rows that this rank holds do not lie there one after
+    /// the other. (A copy would leave gaps in memory when it is freed, as large as the largest weights.)
+    fn mapped(&self, held: &Held<'_>, stored: DType, chunks: &Chunks) -> Option<Matrix> {
+        if self.measuring || !has_kernels(&self.device) {
+            return None;
+        }
+        let (d_out, width) = (held.entry.shape[0], held.entry.shape.iter().skip(1).product::<usize>());
+        let all = || std::iter::once(0..width).collect();
+        let (rows, columns): (_, Vec<_>) = match &held.parts {
+            None => (0..d_out, all()),
+            Some((0, rows)) if rows.len() == 1 => (rows[0].clone(), all()),
+            Some((1, columns)) if held.entry.shape.len() == 2 => (0..d_out, columns.clone()),
+            Some(_) => return None,
+        };
+        let Cow::Borrowed(data) = self.checkpoint.data(held.entry) else {
+            return None;
+        };
+        let row = width * stored.size_in_bytes();
+        let values = Values::of(&data[rows.start * row..rows.end * row], stored)?;
+        let taken = held.shape.iter().product::<usize>() * stored.size_in_bytes();
+        self.count(taken, taken);
+        let piece = |columns: Range<usize>| (columns.start, columns.len());
+        let in_file = chunks.iter().map(|chunk| pieces_of(&columns, chunk).into_iter().map(piece).collect()).collect();
+        Some(Matrix::of_stored(values, [rows.len(), width], &in_file, chunks.clone()))
+    }
+
     fn blocks(&self, held: Held<'_>, kind: BlockType, chunks: Chunks) -> Result<Matrix> {
         let Held { name, entry, parts, shape } = held;
         let (d_out, stored) = (entry.shape[0], entry.shape.iter().skip(1).product::<usize>());
@@ -304,7 +335,7 @@ impl Weights {
                 return Err(Error::Operands { reason: format!("a weight in blocks, `{name}`, cut along dimension {dim}") });
             }
         };
-        let columns = pieces_of(&columns, &chunks);
+        let columns: Vec<_> = chunks.iter().flat_map(|chunk| pieces_of(&columns, chunk)).collect();
         let taken = BlockRows::bytes_of(kind, shape[0], &columns);
         self.count(taken, taken);
         if self.measuring {
@@ -392,9 +423,9 @@ fn widened(kind: BlockType, blocks: &[u8]) -> Vec<u8> {
     wide.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// The columns of the stored weight that the pieces of `chunks` are, one after the other. Pieces count in what is held: `columns`,
+/// The columns of the stored weight that the pieces of a chunk are, one after the other. Pieces count in what is held: `columns`,
 /// one run after the other.
-fn pieces_of(columns: &[Range<usize>], chunks: &Chunks) -> Vec<Range<usize>> {
+fn pieces_of(columns: &[Range<usize>], chunk: &[Piece]) -> Vec<Range<usize>> {
     let piece = |(start, len): &(usize, usize)| {
         let (start, end) = (*start, start + len);
         let mut before = 0;
@@ -406,7 +437,7 @@ fn pieces_of(columns: &[Range<usize>], chunks: &Chunks) -> Vec<Range<usize>> {
         };
         columns.iter().map(part).filter(|part| !part.is_empty()).collect::<Vec<_>>()
     };
-    chunks.iter().flatten().flat_map(piece).collect()
+    chunk.iter().flat_map(piece).collect()
 }
 
 impl fmt::Debug for Weights {

@@ -58,7 +58,7 @@ proptest! {
 
     #[test]
     fn equals_the_formula([heads, queries, keys] in [0usize..4, 0usize..120, 0usize..300], width in prop::sample::select(vec![1, 7, 8, 64, 72, 88])) {
-        let of = Attention { heads, queries, keys, width, scale: 0.125 };
+        let of = Attention { heads, queries, keys, width, scale: 0.125, side_by_side: false };
         let [q, k, v] = operands(&of);
         let expected = reference(&of, [&q, &k, &v], |_, _, _| 0.0);
         for kernel in kernels() {
@@ -68,7 +68,7 @@ proptest! {
 
     #[test]
     fn bias_and_mask_are_added([heads, queries, keys] in [1usize..4, 1usize..20, 1usize..300], masked in 0usize..300) {
-        let of = Attention { heads, queries, keys, width: 8, scale: 0.25 };
+        let of = Attention { heads, queries, keys, width: 8, scale: 0.25, side_by_side: false };
         let [q, k, v] = operands(&of);
         let bias = values(heads * queries * keys, 4);
         let starts: Vec<usize> = (0..heads).map(|h| h * queries * keys).collect();
@@ -83,7 +83,7 @@ proptest! {
 
     #[test]
     fn a_query_does_not_depend_on_its_neighbours([queries, keys] in [1usize..210, 1usize..300], at in 0usize..1000) {
-        let of = Attention { heads: 2, queries, keys, width: 24, scale: 0.2 };
+        let of = Attention { heads: 2, queries, keys, width: 24, scale: 0.2, side_by_side: false };
         let [q, k, v] = operands(&of);
         for kernel in kernels() {
             let together = run(&of, kernel, [&q, &k, &v], None);
@@ -97,7 +97,7 @@ proptest! {
 
 #[test]
 fn every_kernel_of_pairs_has_the_same_bits() {
-    let of = Attention { heads: 2, queries: 100, keys: 301, width: 71, scale: 0.3 };
+    let of = Attention { heads: 2, queries: 100, keys: 301, width: 71, scale: 0.3, side_by_side: false };
     let [q, k, v] = operands(&of);
     let all: Vec<_> = MicroKernel::all_bf16().iter().map(|kernel| run(&of, kernel, [&q, &k, &v], None)).collect();
     assert!(all.iter().all(|one| *one == all[0]));
@@ -106,7 +106,7 @@ fn every_kernel_of_pairs_has_the_same_bits() {
 #[test]
 fn heads_may_lie_side_by_side() {
     // [L, N, Dh], as a projection leaves them.
-    let of = Attention { heads: 3, queries: 50, keys: 50, width: 20, scale: 0.2 };
+    let of = Attention { heads: 3, queries: 50, keys: 50, width: 20, scale: 0.2, side_by_side: false };
     let [q, k, v] = operands(&of);
     let interleave = |x: &[f32]| -> Vec<f32> {
         (0..50).flat_map(|row| (0..3).map(move |head| (head * 50 + row) * 20)).flat_map(|at| x[at..at + 20].to_vec()).collect()
@@ -115,13 +115,17 @@ fn heads_may_lie_side_by_side() {
     let heads = |data| Heads { data, head_stride: 20, row_stride: 60 };
     let mut y = vec![f32::NAN; q.len()];
     of.run(heads(&iq), heads(&ik), heads(&iv), None, &mut y);
-    assert_eq!(y, run(&of, MicroKernel::best(), [&q, &k, &v], None));
+    let expected = run(&of, MicroKernel::best(), [&q, &k, &v], None);
+    assert_eq!(y, expected);
+    let of = Attention { side_by_side: true, ..of };
+    of.run(heads(&iq), heads(&ik), heads(&iv), None, &mut y);
+    assert_eq!(y, interleave(&expected));
 }
 
 #[test]
 fn threads_do_not_change_a_result() {
     for heads in [1, 3, 9] {
-        let of = Attention { heads, queries: 300, keys: 200, width: 40, scale: 0.2 };
+        let of = Attention { heads, queries: 300, keys: 200, width: 40, scale: 0.2, side_by_side: false };
         let [q, k, v] = operands(&of);
         let on = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -135,7 +139,7 @@ fn threads_do_not_change_a_result() {
 fn nothing_outside_the_operands_is_touched() {
     for before in [false, true] {
         for [queries, keys, width] in [[1, 1, 1], [7, 17, 9], [100, 130, 72]] {
-            let of = Attention { heads: 1, queries, keys, width, scale: 1.0 };
+            let of = Attention { heads: 1, queries, keys, width, scale: 1.0, side_by_side: false };
             let [q, k, v] = operands(&of).map(|x| Guarded::new(&x, before));
             let mut y = Guarded::new(&vec![0.0; queries * width], before);
             let dense = |x, rows| Heads::dense(x, rows, width);

@@ -323,6 +323,7 @@ fn pack_pairs<T: Copy>(
 }
 
 /// Two of bf16 in the bits of a float.
+#[inline(always)]
 fn pair(lower: bf16, upper: bf16) -> f32 {
     f32::from_bits(u32::from(lower.to_bits()) | u32::from(upper.to_bits()) << 16)
 }

@@ -6,7 +6,7 @@ use parallel::{ColumnParallelLinear, RowParallelLinear, Tensor, Weights};
 use super::FluxTransformerConfig;
 use crate::Result;
 use crate::mmdit::attention::{JointQkv, Order, QKV, Qkv, Rope};
-use crate::mmdit::layers::{AdaLayerNorm, EPS, MLP_RATIO, column, gated, row};
+use crate::mmdit::layers::{AdaLayerNorm, EPS, MLP_RATIO, column, row};
 use crate::mmdit::stream::Stream;
 
 /// `FluxTransformerBlock`: text and image have weights of their own and attend to each other.
@@ -73,9 +73,9 @@ impl FluxSingleTransformerBlock {
     pub(super) fn forward(&self, hidden_states: &Tensor, temb: &Tensor, rope: &Rope) -> Result<Tensor> {
         let [shift, scale, gate] = self.norm.modulation(temb)?;
         let norm_hidden_states = ops::layer_norm_modulate(hidden_states, &shift, &scale, EPS)?;
-        let mlp_hidden_states = ops::activate(&self.proj_mlp.forward(&norm_hidden_states)?, Activation::GeluTanh)?; // [B, L, 4D/tp]
+        let mlp_hidden_states = self.proj_mlp.forward_activated(&norm_hidden_states, Activation::GeluTanh)?; // [B, L, 4D/tp]
         let attn_output = self.attn.attend(&norm_hidden_states, Some(rope))?; // [B, L, D/tp]
-        let output = self.proj_out.forward(&Tensor::cat(&[attn_output, mlp_hidden_states], 2)?)?;
-        gated(hidden_states, &gate, &output)
+        let output = self.proj_out.forward(&ops::join(&attn_output, &mlp_hidden_states)?)?;
+        Ok(ops::gated(hidden_states, &gate, &output)?)
     }
 }

@@ -67,11 +67,14 @@ impl Qkv {
         attention(&query, &key, &value, rope, None)
     }
 
-    /// `[B, L, D]` gives three of `[B, N/tp, L, Dh]`, q and k normalised.
+    /// `[B, L, D]` gives three of `[B, L, N/tp, Dh]`, q and k normalised.
     fn project(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let query = ops::split_heads(&self.to_q.forward(x)?, self.heads)?;
-        let key = ops::split_heads(&self.to_k.forward(x)?, self.heads)?;
-        let value = ops::split_heads(&self.to_v.forward(x)?, self.heads)?;
+        let heads = |y: Tensor| -> Result<Tensor> {
+            let (b, l, d) = y.dims3()?;
+            Ok(y.reshape((b, l, self.heads, d / self.heads))?)
+        };
+        let (query, key) = (heads(self.to_q.forward(x)?)?, heads(self.to_k.forward(x)?)?);
+        let value = heads(self.to_v.forward(x)?)?;
         match &self.norms {
             Some([norm_q, norm_k]) => Ok([ops::rms_norm(&query, norm_q, EPS)?, ops::rms_norm(&key, norm_k, EPS)?, value]),
             None => Ok([query, key, value]),
@@ -110,10 +113,10 @@ impl JointQkv {
         rope: Option<&Rope>,
         mask: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
-        let image = self.qkv.project(hidden_states)?; // [B, N/tp, L_img, Dh]
-        let text = self.added_qkv.project(encoder_hidden_states)?; // [B, N/tp, L_txt, Dh]
+        let image = self.qkv.project(hidden_states)?; // [B, L_img, N/tp, Dh]
+        let text = self.added_qkv.project(encoder_hidden_states)?; // [B, L_txt, N/tp, Dh]
         let (first, second) = if self.order == Order::TextImage { (text, image) } else { (image, text) };
-        let join = |i: usize| Tensor::cat(&[&first[i], &second[i]], 2);
+        let join = |i: usize| Tensor::cat(&[&first[i], &second[i]], 1);
         let joint = attention(&join(0)?, &join(1)?, &join(2)?, rope, mask)?; // [B, L_txt + L_img, D/tp]
         let (l_img, l_txt) = (hidden_states.dim(1)?, encoder_hidden_states.dim(1)?);
         let (image_at, text_at) = if self.order == Order::TextImage { (l_txt, 0) } else { (0, l_img) };
@@ -121,14 +124,13 @@ impl JointQkv {
     }
 }
 
-/// `[B, N/tp, L, Dh]` each gives `[B, L, D/tp]`.
+/// `[B, L, N/tp, Dh]` each gives `[B, L, D/tp]`.
 fn attention(query: &Tensor, key: &Tensor, value: &Tensor, rope: Option<&Rope>, mask: Option<&Tensor>) -> Result<Tensor> {
     let scale = 1.0 / (query.dim(3)? as f64).sqrt();
-    let heads = match rope {
-        Some(rope) => ops::attention(&rotate(query, rope)?, &rotate(key, rope)?, value, scale, mask)?,
-        None => ops::attention(query, key, value, scale, mask)?,
-    };
-    Ok(ops::merge_heads(&heads)?)
+    Ok(match rope {
+        Some(rope) => ops::attention_of_tokens(&rotate(query, rope)?, &rotate(key, rope)?, value, scale, mask)?,
+        None => ops::attention_of_tokens(query, key, value, scale, mask)?,
+    })
 }
 
 /// The reference rotates in f32, whatever the type of the weights.

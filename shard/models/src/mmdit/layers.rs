@@ -60,13 +60,8 @@ impl FeedForward {
 
     /// `[B, L, D]` on every rank gives `[B, L, D]` on every rank; in between a rank holds `4D/tp` columns.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.out.forward(&ops::activate(&self.proj.forward(x)?, Activation::GeluTanh)?)?)
+        Ok(self.out.forward(&self.proj.forward_activated(x, Activation::GeluTanh)?)?)
     }
-}
-
-/// `x + gate * y`. `x, y: [B, L, D]`, `gate: [B, D]`.
-pub(crate) fn gated(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
-    Ok((x + y.broadcast_mul(&gate.unsqueeze(1)?)?)?)
 }
 
 /// A whole layer with bias.

@@ -2,7 +2,7 @@
 
 use parallel::{RowParallelLinear, Tensor, Weights, ops};
 
-use super::layers::{AdaLayerNorm, EPS, FeedForward, gated, row};
+use super::layers::{AdaLayerNorm, EPS, FeedForward, row};
 use crate::Result;
 
 /// `shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp: [B, D]`.
@@ -34,12 +34,12 @@ impl Stream {
 
     /// `x: [B, L, D]` and what attention came to, `attn_output: [B, L, D/tp]` of this rank's heads, give the new `x`.
     pub(crate) fn add_attention(&self, x: &Tensor, attn_output: &Tensor, [_, _, gate_msa, ..]: &Modulation) -> Result<Tensor> {
-        gated(x, gate_msa, &self.to_out.forward(attn_output)?)
+        Ok(ops::gated(x, gate_msa, &self.to_out.forward(attn_output)?)?)
     }
 
     /// `x: [B, L, D]` gives the new `x`.
     pub(crate) fn add_mlp(&self, x: &Tensor, [.., shift_mlp, scale_mlp, gate_mlp]: &Modulation) -> Result<Tensor> {
         let normed = ops::layer_norm_modulate(x, shift_mlp, scale_mlp, EPS)?; // norm2
-        gated(x, gate_mlp, &self.ff.forward(&normed)?)
+        Ok(ops::gated(x, gate_mlp, &self.ff.forward(&normed)?)?)
     }
 }

@@ -5,7 +5,7 @@ use parallel::{RowParallelLinear, Tensor, Weights, ops};
 use super::Sd3TransformerConfig;
 use crate::Result;
 use crate::mmdit::attention::{JointQkv, Order, QKV, Qkv};
-use crate::mmdit::layers::{AdaLayerNorm, EPS, gated, row};
+use crate::mmdit::layers::{AdaLayerNorm, EPS, row};
 use crate::mmdit::stream::Stream;
 
 /// Text and image have weights of their own and attend to each other.
@@ -86,7 +86,7 @@ impl JointTransformerBlock {
         let mut hidden_states = self.image.add_attention(&hidden_states, &attn_output, &of_image)?;
         if let Some((attn2, norm_hidden_states2, gate_msa2)) = attn2 {
             let attn_output2 = attn2.to_out.forward(&attn2.qkv.attend(&norm_hidden_states2, None)?)?;
-            hidden_states = gated(&hidden_states, &gate_msa2, &attn_output2)?;
+            hidden_states = ops::gated(&hidden_states, &gate_msa2, &attn_output2)?;
         }
         let hidden_states = self.image.add_mlp(&hidden_states, &of_image)?;
 

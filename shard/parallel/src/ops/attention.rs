@@ -9,7 +9,7 @@ use kernels::attention::{Attention, Bias, Heads};
 
 use super::host::{fill, ours, read};
 use super::products::Products;
-use super::softmax;
+use super::{merge_heads, softmax};
 use crate::{Error, Result};
 
 /// Most scores that are held at once, 128 MiB of them in f32 (and as much again for what softmax makes of them): FLUX.1's attention
@@ -21,7 +21,7 @@ const MOST_SCORES: usize = 1 << 25;
 /// `bias` is added to the scores and broadcasts to `[B, N, Lq, Lk]`: T5's relative positions, or a mask of 0 and `-inf`.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     if ours(q) && ours(k) && ours(v) && bias.is_none_or(ours) {
-        return streamed(q, k, v, scale as f32, bias);
+        return streamed(q, k, v, scale as f32, bias, Order::ByHead);
     }
     blocked(q, k, v, scale, bias, MOST_SCORES)
 }
@@ -56,26 +56,62 @@ fn rows_of(bias: &Tensor, start: usize, length: usize) -> Result<Tensor> {
     }
 }
 
-fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (b, n, queries, width) = q.dims4()?;
-    let keys = k.dim(2)?;
-    if k.dims() != [b, n, keys, width] || v.dims() != k.dims() {
+/// As [`attention`] of heads as projections leave them: `q: [B, Lq, N, Dh]`, `k, v: [B, Lk, N, Dh]` give `[B, Lq, N Dh]`.
+pub fn attention_of_tokens(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
+    if ours(q) && ours(k) && ours(v) && bias.is_none_or(ours) {
+        return streamed(q, k, v, scale as f32, bias, Order::ByToken);
+    }
+    let heads = |x: &Tensor| x.transpose(1, 2)?.contiguous();
+    merge_heads(&blocked(&heads(q)?, &heads(k)?, &heads(v)?, scale, bias, MOST_SCORES)?)
+}
+
+/// How heads lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Order {
+    /// `[B, N, L, Dh]`
+    ByHead,
+    /// `[B, L, N, Dh]`
+    ByToken,
+}
+
+impl Order {
+    fn heads(self, data: &[f32], [heads, rows, width]: [usize; 3]) -> Heads<'_> {
+        match self {
+            Self::ByHead => Heads::dense(data, rows, width),
+            Self::ByToken => Heads { data, head_stride: width, row_stride: heads * width },
+        }
+    }
+}
+
+fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor>, order: Order) -> Result<Tensor> {
+    let by_token = order == Order::ByToken;
+    let dims = |x: &Tensor| x.dims4().map(|(b, n, l, width)| if by_token { [b, l, n, width] } else { [b, n, l, width] });
+    let ([b, n, queries, width], [_, _, keys, _]) = (dims(q)?, dims(k)?);
+    if dims(k)? != [b, n, keys, width] || v.dims() != k.dims() {
         return Err(Error::Operands {
             reason: format!("attention of {:?} over keys {:?} and values {:?}", q.shape(), k.shape(), v.shape()),
         });
     }
-    let of = Attention { heads: b * n, queries, keys, width, scale };
-    let run = |bias: Option<Bias<'_>>| {
-        let run = |q: &[f32], k: &[f32], v: &[f32]| {
-            fill((b, n, queries, width), |y| {
-                let (q, k, v) = (Heads::dense(q, queries, width), Heads::dense(k, keys, width), Heads::dense(v, keys, width));
-                match Products::here() {
-                    Products::F32 => of.run(q, k, v, bias, y),
-                    Products::Bf16 => of.run_in_bf16(q, k, v, bias, y),
-                }
+    let of = Attention { heads: n, queries, keys, width, scale, side_by_side: by_token };
+    let shape = if by_token { vec![b, queries, n * width] } else { vec![b, n, queries, width] };
+    let run = |bias: Option<(&[f32], &[usize], usize)>| {
+        let item = |item: usize, q: &[f32], k: &[f32], v: &[f32], y: &mut [f32]| {
+            let (of_q, of_k) = (item * n * queries * width, item * n * keys * width);
+            let q = order.heads(&q[of_q..], [n, queries, width]);
+            let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
+            let bias = bias.map(|(data, starts, query_stride)| Bias { data, starts: &starts[item * n..][..n], query_stride });
+            match Products::here() {
+                Products::F32 => of.run(q, k, v, bias, y),
+                Products::Bf16 => of.run_in_bf16(q, k, v, bias, y),
+            }
+        };
+        let all = |q: &[f32], k: &[f32], v: &[f32]| {
+            let size = n * queries * width;
+            fill(shape.clone(), |y| {
+                y.chunks_exact_mut(size.max(1)).enumerate().for_each(|(at, y)| item(at, q, k, v, y));
             })
         };
-        read(q, |q| read(k, |k| read(v, |v| run(q, k, v))?)?)?
+        read(q, |q| read(k, |k| read(v, |v| all(q, k, v))?)?)?
     };
     match bias {
         None => run(None),
@@ -91,7 +127,7 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
             };
             let stride = spread.stride().to_vec();
             let starts: Vec<usize> = (0..b * n).map(|head| head / n * stride[0] + head % n * stride[1]).collect();
-            read(&bias, |data| run(Some(Bias { data, starts: &starts, query_stride: stride[2] })))?
+            read(&bias, |data| run(Some((data, &starts, stride[2]))))?
         }
     }
 }
@@ -125,6 +161,19 @@ mod tests {
                 let error = (got - &expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 assert!(error < 1e-5, "{most_scores} scores, bias {bias:?}: differs by {error}");
             }
+        }
+    }
+
+    #[test]
+    fn tokens_are_attended_as_heads_are() {
+        let (q, k, v) = (random(&[2, 3, 11, 8]), random(&[2, 3, 7, 8]), random(&[2, 3, 7, 8]));
+        let [by_token_q, by_token_k, by_token_v] = [&q, &k, &v].map(|x| x.transpose(1, 2).unwrap().contiguous().unwrap());
+        let bits = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for bias in [None, Some(random(&[2, 1, 1, 7])), Some(random(&[2, 3, 11, 7]))] {
+            let by_head = merge_heads(&attention(&q, &k, &v, 0.25, bias.as_ref()).unwrap()).unwrap();
+            let by_token = attention_of_tokens(&by_token_q, &by_token_k, &by_token_v, 0.25, bias.as_ref()).unwrap();
+            assert_eq!(by_token.dims(), [2, 11, 24]);
+            assert_eq!(bits(by_token), bits(by_head), "{bias:?}");
         }
     }
 

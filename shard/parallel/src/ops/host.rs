@@ -39,7 +39,7 @@ pub(crate) fn read_as<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> R) ->
 /// A fresh tensor of `shape` that `f` fills.
 pub(crate) fn fill(shape: impl Into<candle_core::Shape>, f: impl FnOnce(&mut [f32])) -> Result<Tensor> {
     let shape = shape.into();
-    let mut data = vec![0f32; shape.elem_count()];
+    let mut data = kernels::memory::zeros(shape.elem_count());
     f(&mut data);
     Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
 }

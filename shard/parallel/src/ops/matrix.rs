@@ -4,8 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use half::{bf16, f16};
 use kernels::gemm::{BlockRows, Element, Epilogue, PackedWeight, Piece, Rows, linear_tree};
 
+use super::Activation;
 use super::blocks::Blocks;
 use super::host::{fill, has_kernels, read};
 use super::products::Products;
@@ -13,6 +15,39 @@ use crate::{Error, Result};
 
 /// Into which chunks a product cuts its input: each lists the pieces (start and length) of an input row that it reads.
 pub(crate) type Chunks = Vec<Vec<Piece>>;
+
+/// Numbers as they are stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+impl<'a> Values<'a> {
+    /// Of the bytes of a file; `None` if they are of another type, or do not lie where this machine can read them.
+    pub(crate) fn of(bytes: &'a [u8], dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::F32 => bytemuck::try_cast_slice(bytes).ok().map(Self::F32),
+            DType::BF16 => bytemuck::try_cast_slice(bytes).ok().map(Self::Bf16),
+            DType::F16 => bytemuck::try_cast_slice(bytes).ok().map(Self::F16),
+            _ => None,
+        }
+    }
+
+    /// Packs the columns that `chunks` list of `n` rows of `k`.
+    fn pack(self, [n, k]: [usize; 2], chunks: &Chunks, products: Products) -> PackedWeight {
+        fn packed<T: Element>(data: &[T], [n, k]: [usize; 2], chunks: &Chunks) -> PackedWeight {
+            PackedWeight::pack_pieces(Rows::new(data, n, k), &chunks.concat())
+        }
+        match self {
+            Self::F32(data) => packed(data, [n, k], chunks),
+            Self::Bf16(data) if products == Products::Bf16 => PackedWeight::pack_pairs(Rows::new(data, n, k), chunks),
+            Self::Bf16(data) => packed(data, [n, k], chunks),
+            Self::F16(data) => packed(data, [n, k], chunks),
+        }
+    }
+}
 
 /// A weight `[d_out, d_in]`.
 #[derive(Clone)]
@@ -56,6 +91,12 @@ impl Matrix {
         Ok(Self { chunks: Arc::new(chunks), d_out, weight })
     }
 
+    /// Packs `[d_out, k]` stored numbers for our kernels, without a copy between. `stored` says which of the k stored columns `chunks` are.
+    pub(crate) fn of_stored(values: Values<'_>, [d_out, k]: [usize; 2], stored: &Chunks, chunks: Chunks) -> Self {
+        let packed = values.pack([d_out, k], stored, Products::here());
+        Self { chunks: Arc::new(chunks), d_out, weight: Weight::Packed(Arc::new(packed)) }
+    }
+
     /// Takes in a weight in blocks, whose columns are those of the chunks, one after the other.
     pub(crate) fn of_blocks(rows: BlockRows, chunks: Chunks, device: &Device) -> Result<Self> {
         let d_out = rows.n();
@@ -75,34 +116,31 @@ impl Matrix {
         Ok(Self { chunks: Arc::default(), d_out: weight.dim(0)?, weight: Weight::Whole(Vec::new()) })
     }
 
-    /// `x W^T + bias`. `x: [.., d_in]`, `bias: [d_out]` give `[.., d_out]`, not yet rounded to `x`'s type: in f32 if that is what
-    /// the kernel adds in.
-    pub(crate) fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    /// `activation(x W^T + bias)`. `x: [.., d_in]`, `bias: [d_out]` give `[.., d_out]`, not yet rounded to `x`'s type: in f32 if that is
+    /// what the kernel adds in.
+    pub(crate) fn product(&self, x: &Tensor, bias: Option<&Tensor>, activation: Option<Activation>) -> Result<Tensor> {
         let mut shape = x.dims().to_vec();
         let Some(d_in) = shape.pop() else {
             return Err(Error::Operands { reason: "a number into a linear layer".to_owned() });
         };
         let rows = shape.iter().product();
         shape.push(self.d_out);
-        match &self.weight {
+        let weights = match &self.weight {
             Weight::Packed(weight) => {
                 if d_in != weight.k() {
                     return Err(Error::Operands { reason: format!("{d_in} features into a layer of {}", weight.k()) });
                 }
                 let bias = bias.map(super::vector).transpose()?;
-                let epilogue = Epilogue { bias: bias.as_deref(), activation: None };
-                read(&x.to_dtype(DType::F32)?, |x| {
+                let epilogue = Epilogue { bias: bias.as_deref(), activation: activation.map(Activation::kernel) };
+                return read(&x.to_dtype(DType::F32)?, |x| {
                     fill(shape, |y| linear_tree(Rows::new(x, rows, d_in), &self.chunks, weight, epilogue, y))
-                })?
+                })?;
             }
-            Weight::Whole(weights) => {
-                Ok(add(tree_product(&x.reshape((rows, d_in))?, &self.chunks, weights)?, bias)?.reshape(shape)?)
-            }
-            Weight::Blocks(blocks) => {
-                let weights = blocks.widened(&self.chunks)?;
-                Ok(add(tree_product(&x.reshape((rows, d_in))?, &self.chunks, &weights)?, bias)?.reshape(shape)?)
-            }
-        }
+            Weight::Whole(weights) => weights,
+            Weight::Blocks(blocks) => &blocks.widened(&self.chunks)?,
+        };
+        let y = add(tree_product(&x.reshape((rows, d_in))?, &self.chunks, weights)?, bias)?.reshape(shape)?;
+        activation.map_or(Ok(y.clone()), |activation| super::activate(&y, activation))
     }
 }
 
@@ -133,22 +171,16 @@ fn add(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 
 fn pack(weight: &Tensor, chunks: &Chunks, products: Products) -> Result<PackedWeight> {
     let weight = weight.contiguous()?;
-    let (n, k) = weight.dims2()?;
-    let pieces = chunks.concat();
+    let dims = weight.dims2()?;
     let (storage, layout) = weight.storage_and_layout();
     let (start, end) = layout.contiguous_offsets().unwrap_or_default();
-    fn packed<T: Element>(data: &[T], n: usize, k: usize, pieces: &[Piece]) -> PackedWeight {
-        PackedWeight::pack_pieces(Rows::new(data, n, k), pieces)
-    }
-    match &*storage {
-        Storage::Cpu(CpuStorage::F32(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
-        Storage::Cpu(CpuStorage::BF16(data)) if products == Products::Bf16 => {
-            Ok(PackedWeight::pack_pairs(Rows::new(&data[start..end], n, k), chunks))
-        }
-        Storage::Cpu(CpuStorage::BF16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
-        Storage::Cpu(CpuStorage::F16(data)) => Ok(packed(&data[start..end], n, k, &pieces)),
-        _ => Err(Error::Operands { reason: format!("a weight of {:?} to pack", weight.dtype()) }),
-    }
+    let values = match &*storage {
+        Storage::Cpu(CpuStorage::F32(data)) => Values::F32(&data[start..end]),
+        Storage::Cpu(CpuStorage::BF16(data)) => Values::Bf16(&data[start..end]),
+        Storage::Cpu(CpuStorage::F16(data)) => Values::F16(&data[start..end]),
+        _ => return Err(Error::Operands { reason: format!("a weight of {:?} to pack", weight.dtype()) }),
+    };
+    Ok(values.pack(dims.into(), chunks, products))
 }
 
 /// Some columns of `x: [rows, d]`, one piece after the other.
@@ -194,10 +226,10 @@ mod tests {
         let eight: Chunks = (0..8).map(|c| vec![(2 * c, 2), (16 + 3 * c, 3)]).collect();
         for chunks in [vec![vec![(0, 40)]], eight] {
             // The columns come out of order in chunks, and the weight's with them.
-            let theirs = Matrix::in_chunks(&weight, chunks.clone()).unwrap().product(&x, Some(&bias)).unwrap();
+            let theirs = Matrix::in_chunks(&weight, chunks.clone()).unwrap().product(&x, Some(&bias), None).unwrap();
             let narrow = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
             let ours = Matrix::in_chunks(&narrow(&weight), chunks).unwrap();
-            let ours = ours.product(&narrow(&x), Some(&narrow(&bias))).unwrap();
+            let ours = ours.product(&narrow(&x), Some(&narrow(&bias)), None).unwrap();
             assert_eq!(ours.dims(), [2, 3, 17]);
             let difference = (ours - narrow(&theirs)).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(difference < 1e-5, "differs by {difference}");
@@ -210,8 +242,8 @@ mod tests {
         let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
         let narrow = Matrix::new(&weight).unwrap();
         let wide = Matrix::new(&weight.to_dtype(DType::F32).unwrap()).unwrap();
-        let expected = wide.product(&x.to_dtype(DType::F32).unwrap(), None).unwrap();
-        assert_eq!(narrow.product(&x, None).unwrap().to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
+        let expected = wide.product(&x.to_dtype(DType::F32).unwrap(), None, None).unwrap();
+        assert_eq!(narrow.product(&x, None, None).unwrap().to_vec2::<f32>().unwrap(), expected.to_vec2::<f32>().unwrap());
     }
 
     #[test]
@@ -220,12 +252,12 @@ mod tests {
         let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
         let eight: Chunks = (0..8).map(|c| vec![(2 * c, 2), (16 + 3 * c, 3)]).collect();
         for chunks in [vec![vec![(0, 40)]], eight] {
-            let narrow = Matrix::multiplied_in(Products::Bf16, &weight, chunks.clone()).unwrap().product(&x, None).unwrap();
+            let narrow = Matrix::multiplied_in(Products::Bf16, &weight, chunks.clone()).unwrap().product(&x, None, None).unwrap();
             let wide = Matrix::multiplied_in(Products::F32, &weight, chunks).unwrap();
             let rounded = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
             let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(largest((&narrow - wide.product(&rounded, None).unwrap()).unwrap()) < 1e-5);
-            assert!(largest((narrow - wide.product(&x, None).unwrap()).unwrap()) > 1e-4);
+            assert!(largest((&narrow - wide.product(&rounded, None, None).unwrap()).unwrap()) < 1e-5);
+            assert!(largest((narrow - wide.product(&x, None, None).unwrap()).unwrap()) > 1e-4);
         }
     }
 
@@ -233,6 +265,6 @@ mod tests {
     fn an_input_of_another_width_is_a_typed_error() {
         let matrix = Matrix::new(&Tensor::zeros((4, 8), DType::F32, &Device::Cpu).unwrap()).unwrap();
         let x = Tensor::zeros((2, 7), DType::F32, &Device::Cpu).unwrap();
-        assert!(matches!(matrix.product(&x, None), Err(Error::Operands { .. })));
+        assert!(matches!(matrix.product(&x, None, None), Err(Error::Operands { .. })));
     }
 }

@@ -1,9 +1,7 @@
 //! AVX2 with fused multiply-add: 6 rows by two vectors of 8, twelve chains in registers.
 #![allow(unsafe_code)] // intrinsics on pointers
 
-use std::arch::x86_64::{
-    __m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-};
+use std::arch::x86_64::{__m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps};
 
 use super::vector::vector_kernel;
 use super::{MicroKernel, Tile};
