@@ -28,6 +28,13 @@ pub(crate) enum BenchCommand {
     Watching(load::watching::WatchingArgs),
 }
 
+impl BenchCommand {
+    /// Whether this process works on tensors.
+    pub(crate) fn computes(&self) -> bool {
+        !matches!(self, Self::Load(_) | Self::Watching(_))
+    }
+}
+
 pub(crate) async fn run(command: BenchCommand) -> Result<(), Error> {
     match command {
         BenchCommand::Kernels(args) => speed::run(&args),

@@ -64,9 +64,22 @@ enum Command {
     Worker(worker::config::Args),
 }
 
+impl Command {
+    /// Whether this process works on tensors. A coordinator's many small blocks are better off with an arena for each thread.
+    fn computes(&self) -> bool {
+        match self {
+            Self::Worker(_) | Self::Quantise(_) => true,
+            Self::Bench(command) => command.computes(),
+            _ => false,
+        }
+    }
+}
+
 fn main() -> ExitCode {
-    kernels::memory::keep_freed_pages();
     let args = Args::parse();
+    if args.command.computes() {
+        kernels::memory::keep_freed_pages();
+    }
     match run(args.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

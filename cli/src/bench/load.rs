@@ -2,21 +2,23 @@
 
 pub(super) mod watching;
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use coordinator::config::{Config, Limits};
 use coordinator::stand_in::{self, Pace, Register, StandIn};
 use coordinator::world::Dial;
 use proto::v1::{CancelJobRequest, CreateJobRequest, JobSpec, ListModelsRequest};
 use tokio::net::TcpListener;
+use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Code;
 
 use self::watching::Watching;
@@ -28,11 +30,13 @@ use crate::error::Error;
 const MODELS: &str = "[[model]]\nname = \"stand-in\"\npath = \"stand-in\"\nmax_jobs = 8\n\
                       [model.components.transformer]\nreplicas = 4\n";
 const WORKERS: usize = 4;
+/// For anything that takes a few seconds.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
     /// Durable submits to make.
-    #[arg(long, default_value_t = 20_000)]
+    #[arg(long, default_value_t = 100_000)]
     submits: u64,
     /// Submits under way at once.
     #[arg(long, default_value_t = 64)]
@@ -58,12 +62,13 @@ pub(crate) async fn run(args: LoadArgs) -> Result<(), Error> {
     let folder = tempfile::tempdir_in(".")?;
     let mut rows = queue::measure(args.queued, args.workers);
     let fsyncs = fsyncs_per_second(folder.path())?;
-    let cluster = Cluster::start(folder.path(), &args).await?;
+    let mut cluster = Cluster::start(&folder.path().join("submits"), args.submits).await?;
     rows.extend(cluster.submits(&args, fsyncs).await?);
     rows.extend(cluster.refusals().await?);
-    cluster.empty().await?;
+    rows.extend(cluster.killed(args.submits).await?);
+    drop(cluster);
+    let cluster = Cluster::start(&folder.path().join("watchers"), args.submits).await?;
     rows.extend(cluster.watchers(&args).await?);
-    cluster.stop.cancel();
     print(&rows, args.json);
     Ok(())
 }
@@ -81,22 +86,53 @@ fn fsyncs_per_second(folder: &Path) -> Result<f64, Error> {
     Ok(f64::from(done) / start.elapsed().as_secs_f64())
 }
 
+/// A coordinator, which is a process of its own, and its workers.
 struct Cluster {
     server: ServerArgs,
-    stop: CancellationToken,
+    process: Process,
+    /// The workers end with it.
+    _workers: DropGuard,
+}
+
+/// How the coordinator was started, and what was.
+struct Process {
+    arguments: Vec<OsString>,
+    child: Child,
+}
+
+impl Process {
+    fn start(arguments: Vec<OsString>) -> Result<Self, Error> {
+        let mut command = Command::new(std::env::current_exe()?);
+        let child = command.args(&arguments).env("RUST_LOG", "off").stdin(Stdio::null()).kill_on_drop(true).spawn()?;
+        Ok(Self { arguments, child })
+    }
+
+    /// kill -9, and another in its place.
+    async fn again(&mut self) -> Result<(), Error> {
+        self.child.kill().await?;
+        *self = Self::start(std::mem::take(&mut self.arguments))?;
+        Ok(())
+    }
+
+    /// Bytes of memory it holds.
+    fn resident_bytes(&self) -> u64 {
+        self.child.id().map_or(0, |id| queue::resident_bytes(&id.to_string()))
+    }
 }
 
 impl Cluster {
-    async fn start(folder: &Path, args: &LoadArgs) -> Result<Self, Error> {
+    /// Its queue takes so many jobs.
+    async fn start(folder: &Path, queue_limit: u64) -> Result<Self, Error> {
+        std::fs::create_dir(folder)?;
         let models = folder.join("models.toml");
         std::fs::write(&models, MODELS)?;
-        let mut config = Config::for_models(&models)?;
-        config.data_dir = Some(folder.join("data"));
-        config.limits = Limits { queued_jobs: args.submits as usize, ..Limits::default() };
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = listener.local_addr()?.to_string();
+        // Free now, and the coordinator's in a moment.
+        let address = TcpListener::bind("127.0.0.1:0").await?.local_addr()?.to_string();
+        let (data, limit) = (folder.join("data").into_os_string(), queue_limit.to_string().into());
+        let [listen, of_models, of_data, of_limit] = ["--listen", "--models", "--data-dir", "--queue-limit"].map(OsString::from);
+        let flags = vec![listen, address.clone().into(), of_models, models.into(), of_data, data, of_limit, limit];
+        let process = Process::start([vec!["coordinator".into()], flags].concat())?;
         let stop = CancellationToken::new();
-        tokio::spawn(coordinator::run(config, listener, stop.clone().cancelled_owned()));
         for worker in 0..WORKERS {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let registration = stand_in::registration(&format!("stand-in-{worker}"), &listener.local_addr()?.to_string());
@@ -104,8 +140,8 @@ impl Cluster {
             let worker = StandIn { registration, pace, dial: Dial::tcp(), drain: CancellationToken::new() };
             tokio::spawn(worker.run(Register::Coordinator(address.clone()), TcpListenerStream::new(listener), stop.clone()));
         }
-        let cluster = Self { server: ServerArgs::plain(format!("http://{address}")), stop };
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let cluster = Self { server: ServerArgs::plain(format!("http://{address}")), process, _workers: stop.drop_guard() };
+        let deadline = Instant::now() + PATIENCE;
         loop {
             if let Ok(mut client) = Client::connect(&cluster.server).await {
                 let models = client.cluster.list_models(ListModelsRequest {}).await?.into_inner().models;
@@ -118,6 +154,37 @@ impl Cluster {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// How long nothing is accepted when the coordinator is killed, with all these jobs in its journal.
+    async fn killed(&mut self, stored: u64) -> Result<Vec<Row>, Error> {
+        self.cancel_one().await?;
+        let killed = Instant::now();
+        self.process.again().await?;
+        loop {
+            if let Ok(mut client) = Client::connect(&self.server).await
+                && client.jobs.create_job(request(1000)).await.is_ok()
+            {
+                break;
+            }
+            if killed.elapsed() > PATIENCE {
+                return Err(Error::Up("the coordinator accepts nothing 60 s after it was killed".into()));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let seconds = killed.elapsed().as_secs_f64();
+        let what = format!("kill -9 of a coordinator with {stored} jobs, to the next accepted");
+        Ok(vec![Row::new(what, seconds, "s", "wanted: at most 2")])
+    }
+
+    /// Makes room for a job in a full queue.
+    async fn cancel_one(&self) -> Result<(), Error> {
+        let mut client = Client::connect(&self.server).await?;
+        let newest = proto::v1::ListJobsRequest { page_size: 1, page_token: String::new() };
+        for job in client.jobs.list_jobs(newest).await?.into_inner().jobs {
+            client.jobs.cancel_job(CancelJobRequest { job_id: job.id }).await?;
+        }
+        Ok(())
     }
 
     /// Submits as fast as answers come.
@@ -167,22 +234,6 @@ impl Cluster {
         Ok(vec![Row::new("refusal of a full queue, p99", percentile(&mut took, 0.99), "ms", "wanted: at most 10")])
     }
 
-    /// Cancels everything.
-    async fn empty(&self) -> Result<(), Error> {
-        let mut client = Client::connect(&self.server).await?;
-        let mut page_token = String::new();
-        loop {
-            let page = client.jobs.list_jobs(proto::v1::ListJobsRequest { page_size: 1000, page_token }).await?.into_inner();
-            for job in page.jobs {
-                client.jobs.cancel_job(CancelJobRequest { job_id: job.id }).await?;
-            }
-            if page.next_page_token.is_empty() {
-                return Ok(());
-            }
-            page_token = page.next_page_token;
-        }
-    }
-
     /// Streams on running jobs that make a step a second, with submits beside.
     async fn watchers(&self, args: &LoadArgs) -> Result<Vec<Row>, Error> {
         let mut client = Client::connect(&self.server).await?;
@@ -191,11 +242,11 @@ impl Cluster {
             let created = client.jobs.create_job(request(1000)).await?.into_inner();
             jobs.push(created.job.ok_or(Error::Protocol("no job"))?.id);
         }
-        let before = queue::resident_bytes();
+        let before = self.process.resident_bytes();
         let mut watching = Watching::start(&self.server, args.watchers, &jobs).await?;
         // A step of each job, told to all.
         tokio::time::sleep(Duration::from_secs(2)).await;
-        let grown = queue::resident_bytes().saturating_sub(before);
+        let grown = self.process.resident_bytes().saturating_sub(before);
         watching.seen().await?;
         let start = Instant::now();
         let mut took = Vec::new();

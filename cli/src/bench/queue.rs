@@ -107,12 +107,12 @@ impl Fleet {
 /// Fills a queue and measures decisions on it.
 pub(super) fn measure(jobs: usize, workers: u32) -> Vec<Row> {
     let mut fleet = Fleet::new(workers, jobs);
-    let before = resident_bytes();
+    let before = resident_bytes("self");
     for _ in 0..jobs + workers as usize {
         let event = fleet.submission();
         fleet.apply(event);
     }
-    let grown = resident_bytes().saturating_sub(before);
+    let grown = resident_bytes("self").saturating_sub(before);
     let mut decisions: Vec<f64> = (0..3000).filter_map(|_| fleet.finish_one()).collect();
     let about = format!("{jobs} queued, {workers} workers");
     vec![
@@ -122,9 +122,9 @@ pub(super) fn measure(jobs: usize, workers: u32) -> Vec<Row> {
     ]
 }
 
-/// Bytes of memory this process holds.
-pub(super) fn resident_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+/// Bytes of memory that a process holds.
+pub(super) fn resident_bytes(process: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
     let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or_default() * 1024

@@ -48,6 +48,13 @@ impl Jobs {
         self.last_number + 1
     }
 
+    /// Makes room for so many, which come one after the other.
+    pub(super) fn reserve(&mut self, jobs: usize) {
+        // The tables are empty: nothing is hashed again.
+        self.by_id.reserve(jobs, |_| 0);
+        self.by_request.reserve(jobs, |_| 0);
+    }
+
     /// Takes a job in; its number is above all others' or it was recovered.
     pub(super) fn add(&mut self, job: Job) {
         let number = job.number;

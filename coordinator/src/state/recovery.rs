@@ -45,7 +45,8 @@ impl State {
         self.epochs = groups.into_iter().map(|record| (record.group_id, record.epoch)).collect();
         let term = self.settings.term;
         let mut jobs: Vec<Job> = records.into_iter().map(|record| Job::recovered(record, term)).collect();
-        jobs.sort_by_key(|job| (job.finished, job.number));
+        jobs.sort_by_cached_key(|job| (job.finished, job.number));
+        self.jobs.reserve(jobs.len());
         for mut job in jobs {
             for (stage, step) in saved.remove(&job.id).unwrap_or_default() {
                 if step == 0 {

@@ -177,12 +177,24 @@ fn lock(disk: &dyn Disk, path: &Path, patience: Duration) -> Result<Box<dyn Send
     }
 }
 
+/// On all cores: there may be a hundred thousand jobs, and nobody is served meanwhile.
 fn decode(folder: &Path, loaded: &Loaded) -> Result<(Vec<JobRecord>, Vec<GroupRecord>)> {
-    let mut jobs = Vec::with_capacity(loaded.jobs.len());
-    for (id, record) in &loaded.jobs {
-        jobs.push(record_of(folder, id, record, |job: &JobRecord| &job.id)?);
-    }
-    jobs.sort_by(|a, b| (a.number, &a.id).cmp(&(b.number, &b.id)));
+    let kept: Vec<(&String, &[u8])> = loaded.jobs.iter().map(|(id, record)| (id, &**record)).collect();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let some = |kept: &[(&String, &[u8])]| -> Result<Vec<JobRecord>> {
+        kept.iter().map(|(id, record)| record_of(folder, id, record, |job: &JobRecord| &job.id)).collect()
+    };
+    let mut jobs = Vec::with_capacity(kept.len());
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = kept.chunks(kept.len().div_ceil(threads).max(1)).collect();
+        let decoding: Vec<_> = parts.into_iter().map(|part| scope.spawn(|| some(part))).collect();
+        for part in decoding {
+            jobs.extend(part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok::<_, StoreError>(())
+    })?;
+    // Records are large to move about.
+    jobs.sort_by_cached_key(|job| (job.number, job.id.clone()));
     let own: fn(&GroupRecord) -> &String = |group| &group.group_id;
     let groups = loaded.groups.iter().map(|(id, record)| record_of(folder, id, record, own)).collect::<Result<_>>()?;
     Ok((jobs, groups))
