@@ -6,7 +6,7 @@ use futures::{Stream, StreamExt, TryStreamExt, stream};
 use proto::v1::{
     CancelJobRequest, CancelJobResponse, CreateJobRequest, CreateJobResponse, GetJobRequest, GetJobResponse, JobEvent, JobSpec,
     ListJobsRequest, ListJobsResponse, ListModelsRequest, ListModelsResponse, ListWorkersRequest, ListWorkersResponse,
-    WatchJobRequest, WatchJobResponse, cluster_service_server::ClusterService, job_service_server::JobService,
+    WatchJobRequest, WatchJobResponse, cluster_service_server::ClusterService, job_event::Kind, job_service_server::JobService,
 };
 use telemetry::{TRACEPARENT, TraceContext};
 use tokio::sync::watch;
@@ -25,8 +25,11 @@ use crate::{
     request::{self, is_blob_id},
     runtime::Handle,
     state::{EventPage, Millis, State, Submission},
+    turns::{Turn, Turns},
 };
 
+/// Waits that are not worth a timer.
+const SHORT: Duration = Duration::from_millis(1);
 /// When to come back to a full queue or a full store: about the time of one picture.
 const RETRY_LATER: Duration = Duration::from_secs(5);
 /// When to come back to a model that is being read, or to a coordinator that restarts.
@@ -104,6 +107,8 @@ pub(crate) struct JobApi {
     pub(crate) owners: Owners,
     pub(crate) context: Arc<Context>,
     pub(crate) meter: Meter,
+    /// Of those who watch.
+    pub(crate) turns: Turns,
 }
 
 impl JobApi {
@@ -183,6 +188,10 @@ fn millis(timeout: prost_types::Duration) -> Result<Millis> {
     Ok(u64::try_from(Duration::try_from(timeout).map_err(negative)?.as_millis()).unwrap_or(u64::MAX))
 }
 
+fn is_progress(event: &JobEvent) -> bool {
+    matches!(event.kind, Some(Kind::StageProgress(_)))
+}
+
 /// One who is told every event of a job, once and in order, at its own pace.
 struct Watcher {
     handle: Handle,
@@ -191,6 +200,7 @@ struct Watcher {
     reached: u64,
     next: Option<watch::Receiver<Tail>>,
     over: bool,
+    turn: Turn,
 }
 
 impl Watcher {
@@ -219,6 +229,12 @@ impl Watcher {
         let next = self.next.as_mut()?;
         // Closed: the coordinator stops, or all was told; asking it tells which.
         next.changed().await.ok()?;
+        let news = next.borrow_and_update().events_after(self.reached)?;
+        let wait = self.turn.wait();
+        if news.over || wait < SHORT || !news.events.iter().all(is_progress) {
+            return Some(news);
+        }
+        tokio::time::sleep(wait).await;
         next.borrow_and_update().events_after(self.reached)
     }
 
@@ -263,7 +279,8 @@ impl JobService for JobApi {
         let WatchJobRequest { job_id, after_sequence } = request.into_inner();
         // A job that is not there is told before the stream begins.
         self.get(&caller, GetJobRequest { job_id: job_id.clone() }).await.map_err(|error| status(&error))?;
-        let watcher = Watcher { handle: self.handle.clone(), job_id, reached: after_sequence, next: None, over: false };
+        let (handle, turn) = (self.handle.clone(), self.turns.take());
+        let watcher = Watcher { handle, job_id, reached: after_sequence, next: None, over: false, turn };
         let responses = watcher.events().map_ok(|event| WatchJobResponse { event: Some(event) });
         Ok(Response::new(responses.map_err(|error| status(&error)).boxed()))
     }

@@ -32,6 +32,7 @@ mod server;
 mod standby;
 #[cfg(test)]
 mod testing;
+mod turns;
 
 pub use config::{Args, Config};
 pub use error::{Error, Result};

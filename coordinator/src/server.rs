@@ -50,6 +50,7 @@ use crate::{
     standby,
     state::{Event, Key, SavedSteps, Settings, State},
     store::{EtcdStore, Journal, RealDisk, Recovered, StoreHandle},
+    turns::Turns,
     world::Dial,
 };
 
@@ -239,7 +240,8 @@ where
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
     tasks.spawn(authenticator.clone().follow(config.auth.clone(), handle.clone(), stop.clone()));
     let owners = Owners::default();
-    let jobs = JobApi { handle: handle.clone(), blobs: blobs.clone(), owners: owners.clone(), context, meter };
+    let jobs =
+        JobApi { handle: handle.clone(), blobs: blobs.clone(), owners: owners.clone(), context, meter, turns: Turns::default() };
     let mut router = services(&mut server, handle, blobs, owners, jobs, authenticator)?
         .add_service(health_server)
         .add_service(InterceptedService::new(CheckpointApi::server(checkpoints), only_workers));

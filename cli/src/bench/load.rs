@@ -158,7 +158,7 @@ impl Cluster {
 
     /// How long nothing is accepted when the coordinator is killed, with all these jobs in its journal.
     async fn killed(&mut self, stored: u64) -> Result<Vec<Row>, Error> {
-        self.cancel_one().await?;
+        self.make_room().await?;
         let killed = Instant::now();
         self.process.again().await?;
         loop {
@@ -177,10 +177,10 @@ impl Cluster {
         Ok(vec![Row::new(what, seconds, "s", "wanted: at most 2")])
     }
 
-    /// Makes room for a job in a full queue.
-    async fn cancel_one(&self) -> Result<(), Error> {
+    /// Makes room in a full queue, for a job and for those that run: they wait again until their workers have said what they hold.
+    async fn make_room(&self) -> Result<(), Error> {
         let mut client = Client::connect(&self.server).await?;
-        let newest = proto::v1::ListJobsRequest { page_size: 1, page_token: String::new() };
+        let newest = proto::v1::ListJobsRequest { page_size: 100, page_token: String::new() };
         for job in client.jobs.list_jobs(newest).await?.into_inner().jobs {
             client.jobs.cancel_job(CancelJobRequest { job_id: job.id }).await?;
         }
