@@ -35,15 +35,19 @@ def plain(call):
 def rows(full):
     """Those of cli/src/bench/speed.rs, by the same names. The sum over two ranks has no peer here."""
     tokens = [64, 512, 1536] + ([4608] if full else [])
-    for k, n in [(3072, 3072), (3072, 12288), (12288, 3072)]:
+    wide = [(3072, 21504), (15360, 3072)] if full else []
+    for k, n in [(3072, 3072), (3072, 12288), (12288, 3072), *wide]:
         for m in tokens:
             for op in LINEARS:
                 yield Row(op, f"{m} x {k} x {n}", 2 * m * k * n, linear(m, k, n))
+    ways = ["", " bf16"] if sides.multiplies_bf16() else [""]
     for l in tokens[1:]:
-        yield Row("attention", f"24 heads, {l} tokens", 4 * 24 * l * l * 128, attention(l))
+        for way in ways:
+            yield Row(f"attention{way}", f"24 heads, {l} tokens", 4 * 24 * l * l * 128, attention(l))
     for channels, side in [(128, 128), (512, 64)]:
         amount = 2 * channels * channels * 9 * side * side
-        yield Row("conv 3x3", f"{channels} x {side} x {side}", amount, conv(channels, side))
+        for way in ways:
+            yield Row(f"conv 3x3{way}", f"{channels} x {side} x {side}", amount, conv(channels, side))
     passes = {
         "layer norm, modulate": layer_norm,
         "rms norm": rms_norm,

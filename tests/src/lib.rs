@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod equivalence;
 pub mod etcd;
+pub mod gguf;
 pub mod golden;
 pub mod hosts;
 pub mod nccl;

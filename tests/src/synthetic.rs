@@ -36,6 +36,22 @@ impl Random {
     }
 }
 
+/// A FLUX.1 transformer that eight ranks can divide, of one block with two streams and `singles` with one.
+pub fn small_flux(singles: usize) -> FluxTransformerConfig {
+    FluxTransformerConfig {
+        in_channels: 32,
+        num_layers: 1,
+        num_single_layers: singles,
+        attention_head_dim: 32,
+        num_attention_heads: 8,
+        joint_attention_dim: 64,
+        pooled_projection_dim: 32,
+        guidance_embeds: true,
+        axes_dims_rope: vec![8, 12, 12],
+        ..FluxTransformerConfig::default()
+    }
+}
+
 /// The names and shapes of a FLUX.1 transformer's tensors, by diffusers' names.
 pub fn flux_shapes(config: &FluxTransformerConfig) -> Vec<(String, Vec<usize>)> {
     let (d, dh) = (config.inner_dim(), config.attention_head_dim);

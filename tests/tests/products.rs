@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use candle_core::quantized::GgmlDType;
 use models::Result;
 use models::blocks::{BlockModel, Layout, RangeOf};
 use models::flux_transformer::{FluxTransformer, FluxTransformerConfig};
@@ -15,7 +16,7 @@ use parallel::{DType, Device, Tensor, Tensors, Weights};
 use tests::equivalence::bits;
 use tests::golden::Case;
 use tests::ranks::run_block_model;
-use tests::synthetic;
+use tests::{gguf, synthetic};
 
 /// Whether there is anything to show: candle's operations for the CPU multiply in f32 alone, which a worker says.
 fn multiplied_in_bf16() -> bool {
@@ -57,18 +58,7 @@ fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_bf16() {
     if !multiplied_in_bf16() {
         return;
     }
-    let config = FluxTransformerConfig {
-        in_channels: 32,
-        num_layers: 1,
-        num_single_layers: 2,
-        attention_head_dim: 32,
-        num_attention_heads: 8,
-        joint_attention_dim: 64,
-        pooled_projection_dim: 32,
-        guidance_embeds: true,
-        axes_dims_rope: vec![8, 12, 12],
-        ..FluxTransformerConfig::default()
-    };
+    let config = synthetic::small_flux(2);
     let dir = tempfile::tempdir().unwrap();
     let mut tensors = synthetic::flux_transformer(&config, 3).unwrap();
     tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
@@ -88,6 +78,37 @@ fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_bf16() {
         assert!(bits(&run(&three, Layout::new(tp, ranges))) == bits(&expected), "tp {tp} x {ranges} ranges");
     }
     assert!(bits(&run(&one, Layout::SOLO)) == bits(&expected.narrow(0, 0, 1).unwrap()), "alone");
+}
+
+#[test]
+fn blocks_in_bf16_are_their_values_rounded_on_every_layout() {
+    if !multiplied_in_bf16() {
+        return;
+    }
+    let config = synthetic::small_flux(1);
+    let tensors = synthetic::flux_transformer(&config, 3).unwrap();
+    let inputs = synthetic::flux_inputs(&config, 1, (4, 3), 5, 2).unwrap();
+    for wanted in [GgmlDType::Q4K, GgmlDType::Q8_0] {
+        let (blocks, mut wide) = gguf::quantised(&tensors, wanted).unwrap();
+        for (name, tensor) in &blocks {
+            // What is not in blocks is multiplied in f32 in both.
+            if tensor.dtype() != GgmlDType::F32 {
+                let rounded = wide[name].to_dtype(DType::BF16).unwrap();
+                wide.insert(name.clone(), rounded);
+            }
+        }
+        let [quantised, rounded] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        gguf::write(&quantised.path().join("network.gguf"), &blocks).unwrap();
+        synthetic::write(rounded.path(), &wide).unwrap();
+        let run = |dir: &Path, layout: Layout| {
+            let ran = run_block_model(dir, layout, &inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
+            bits(ran.output("sample").unwrap())
+        };
+        let expected = run(rounded.path(), Layout::SOLO);
+        for (tp, ranges) in [(1, 1), (2, 1), (8, 1), (2, 2)] {
+            assert!(run(quantised.path(), Layout::new(tp, ranges)) == expected, "{wanted:?} at tp {tp} x {ranges} ranges");
+        }
+    }
 }
 
 #[test]

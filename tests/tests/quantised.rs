@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+use candle_core::quantized::GgmlDType;
 use models::blocks::{Layout, RangeOf};
 use models::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use models::model_dir::ModelDir;
@@ -16,22 +16,11 @@ use parallel::{DType, Device, Shard, Tensor, Tensors, Weights};
 use tests::cluster::tiny_flux;
 use tests::equivalence::bits;
 use tests::ranks::{Ran, run_block_model};
-use tests::{stages, synthetic};
+use tests::{gguf, stages, synthetic};
 
-/// Heads of 128 and a width of 256: blocks of 256 are whole in some layers only, and eight ranks cut them.
+/// Its width is 256: blocks of 256 are whole in some layers only, and eight ranks cut them.
 fn config() -> FluxTransformerConfig {
-    FluxTransformerConfig {
-        in_channels: 32,
-        num_layers: 1,
-        num_single_layers: 1,
-        attention_head_dim: 32,
-        num_attention_heads: 8,
-        joint_attention_dim: 64,
-        pooled_projection_dim: 32,
-        guidance_embeds: true,
-        axes_dims_rope: vec![8, 12, 12],
-        ..FluxTransformerConfig::default()
-    }
+    synthetic::small_flux(1)
 }
 
 fn run(dir: &Path, (tp, block_ranges): (usize, usize), inputs: &Tensors) -> Ran {
@@ -49,43 +38,14 @@ fn same(a: &Ran, b: &Ran) -> bool {
     difference < 1e-4
 }
 
-/// A format that the tensor's rows are whole blocks of, the better the more they are.
-fn format(tensor: &Tensor, wanted: GgmlDType) -> GgmlDType {
-    let last = tensor.dims().last().copied().unwrap();
-    match tensor.rank() {
-        2 if last.is_multiple_of(wanted.block_size()) => wanted,
-        2 if last.is_multiple_of(32) => GgmlDType::Q8_0,
-        _ => GgmlDType::F32,
-    }
-}
-
-fn write_gguf(path: &Path, tensors: &[(String, QTensor)]) {
-    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    let architecture = gguf_file::Value::String("flux".into());
-    let metadata = [("general.architecture", &architecture)];
-    gguf_file::write(&mut std::fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
-}
-
-/// The tensors in blocks, and what they hold.
-fn quantised(tensors: &HashMap<String, Tensor>, wanted: GgmlDType) -> (Vec<(String, QTensor)>, HashMap<String, Tensor>) {
-    let mut names: Vec<&String> = tensors.keys().collect();
-    names.sort();
-    let blocks: Vec<(String, QTensor)> = names
-        .into_iter()
-        .map(|name| (name.clone(), QTensor::quantize(&tensors[name], format(&tensors[name], wanted)).unwrap()))
-        .collect();
-    let wide = blocks.iter().map(|(name, t)| (name.clone(), t.dequantize(&Device::Cpu).unwrap())).collect();
-    (blocks, wide)
-}
-
 #[test]
 fn blocks_give_the_bits_of_what_they_hold_on_every_layout() {
     let tensors = synthetic::flux_transformer(&config(), 3).unwrap();
     let inputs = synthetic::flux_inputs(&config(), 2, (4, 3), 5, 2).unwrap();
     for wanted in [GgmlDType::Q4K, GgmlDType::Q6K, GgmlDType::Q8_0, GgmlDType::Q5_1] {
-        let (blocks, wide) = quantised(&tensors, wanted);
+        let (blocks, wide) = gguf::quantised(&tensors, wanted).unwrap();
         let [quantised, plain] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        write_gguf(&quantised.path().join("network.gguf"), &blocks);
+        gguf::write(&quantised.path().join("network.gguf"), &blocks).unwrap();
         synthetic::write(plain.path(), &wide).unwrap();
         let expected = run(plain.path(), (1, 1), &inputs);
         for layout in [(1, 1), (2, 1), (8, 1), (2, 2)] {
@@ -253,7 +213,7 @@ fn quantised_files_have_the_names_that_their_tools_give_them() {
         let [file] = &parallel::checkpoint::checkpoint_files(&from).unwrap()[..] else { panic!("one file") };
         let tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
         let tensors: HashMap<_, _> = tensors.into_iter().map(|(name, t)| (name, t.to_dtype(DType::F32).unwrap())).collect();
-        let (_, wide) = quantised(&tensors, GgmlDType::Q8_0);
+        let (_, wide) = gguf::quantised(&tensors, GgmlDType::Q8_0).unwrap();
         std::fs::remove_file(file).unwrap();
         std::fs::remove_file(to.join(file.file_name().unwrap())).unwrap();
         candle_core::safetensors::save(&wide, from.join("model.safetensors")).unwrap();
@@ -265,7 +225,8 @@ fn quantised_files_have_the_names_that_their_tools_give_them() {
             _ => llama_names(wide),
         };
         // What was widened from blocks is the same blocks again.
-        write_gguf(&to.join("any-name-Q8_0.gguf"), &quantised(&renamed, GgmlDType::Q8_0).0);
+        let (blocks, _) = gguf::quantised(&renamed, GgmlDType::Q8_0).unwrap();
+        gguf::write(&to.join("any-name-Q8_0.gguf"), &blocks).unwrap();
     }
     let expected = draw(&plain, Layout::SOLO);
     assert_eq!(expected.len(), 4, "two encoders and two steps");
@@ -280,7 +241,7 @@ fn a_file_that_is_cut_short_or_is_none_is_refused_by_name() {
     let tensors = synthetic::flux_transformer(&config(), 3).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("network.gguf");
-    write_gguf(&path, &quantised(&tensors, GgmlDType::Q4K).0);
+    gguf::write(&path, &gguf::quantised(&tensors, GgmlDType::Q4K).unwrap().0).unwrap();
     let whole = std::fs::read(&path).unwrap();
     for (bytes, part) in [
         (&whole[..whole.len() - 1], "goes beyond the file"),

@@ -175,7 +175,7 @@ fn kernels(args: &KernelsArgs) -> io::Result<Table> {
         println!("{:<20} {:<22} {:>8} {:<8} {:>8} {:>6}", "op", "shape", "", "", "limit", "ratio");
     }
     let tokens: &[usize] = if args.full { &[64, 512, 1536, 4608] } else { &[64, 512, 1536] };
-    linears(&table, tokens)?;
+    linears(&table, tokens, args.full)?;
     attentions(&table, &tokens[1..])?;
     convolutions(&table)?;
     passes(&table)?;
@@ -189,8 +189,9 @@ fn linear_shape(m: usize, k: usize, n: usize) -> String {
     format!("{m} x {k} x {n}")
 }
 
-fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
-    for (k, n) in [(3072, 3072), (3072, 12288), (12288, 3072)] {
+fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
+    let wide: &[_] = if full { &[(3072, 21504), (15360, 3072)] } else { &[] };
+    for &(k, n) in [(3072, 3072), (3072, 12288), (12288, 3072)].iter().chain(wide) {
         let wanted = |&&m: &&usize| LINEARS.iter().any(|op| table.wants(op, &linear_shape(m, k, n)));
         let tokens: Vec<usize> = tokens.iter().filter(wanted).copied().collect();
         if tokens.is_empty() {
