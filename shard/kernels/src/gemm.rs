@@ -32,9 +32,9 @@ pub(crate) const K_STEP: usize = 256;
 /// Rows and columns of a job: with `K_STEP`, 192 KiB of the second-level cache, beside the results.
 const ROWS: usize = 192;
 const COLUMNS: usize = 1536;
-/// Of a job whose chunks need memory for a tree.
-const TREE_ROWS: usize = 98;
-const TREE_COLUMNS: usize = 1024;
+/// Of a job whose chunks need memory for a tree; with fewer rows, up to twice the columns.
+const TREE_ROWS: usize = 196;
+const TREE_COLUMNS: usize = 512;
 /// Most chunks of a [`linear_tree`].
 const MAX_CHUNKS: usize = 8;
 /// Multiplications below which a product stays on its thread.
@@ -143,7 +143,10 @@ impl Grid {
         let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
         // Blocks are widened again for each job down: taller and narrower ones, of the same size.
         let taller = if weight.is_in_blocks() { 2 } else { 1 };
-        let (rows, columns) = if chunks > 1 { (TREE_ROWS, TREE_COLUMNS) } else { (ROWS, COLUMNS) };
+        let (rows, columns) = match chunks {
+            1 => (ROWS, COLUMNS),
+            _ => (TREE_ROWS, TREE_ROWS * TREE_COLUMNS / m.clamp(TREE_ROWS / 2, TREE_ROWS)),
+        };
         let down = m.div_ceil(taller * rows).min(m.div_ceil(mr));
         let panels = n.div_ceil(nr);
         let mut across = n.div_ceil(columns / taller).min(panels);
