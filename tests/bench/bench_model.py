@@ -1,4 +1,4 @@
-"""A forward of FLUX.1's transformer and of T5's encoder at their published widths: `atelier bench model` beside diffusers and
+"""A forward of FLUX.1's transformer, a decoding of its autoencoder and T5's encoder at their published widths: `atelier bench model` beside diffusers and
 transformers, by turns. Weights are random on both sides."""
 
 import gc
@@ -55,6 +55,24 @@ def t5(options, _side, dtype):
     return model.eval(), {"input_ids": (torch.arange(options.text_tokens) * 7919 % 32_000)[None]}
 
 
+def vae(_options, side, dtype):
+    """FLUX.1's, and the latents of one picture."""
+    from diffusers import AutoencoderKL
+
+    with made(dtype):
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    model = model.eval().to(memory_format=torch.channels_last)
+    return model.decode, {"z": torch.randn(1, 16, side // 8, side // 8, dtype=dtype).to(memory_format=torch.channels_last)}
+
+
 class made:
     """What is made inside has weights of this type from the start."""
 
@@ -77,6 +95,9 @@ def works(options):
         for side in options.side:
             name = f"FLUX.1, {options.blocks} + {options.single_blocks} blocks, {side} px"
             yield name, flux, side, ["--family", "flux", *blocks, "--side", side, *text]
+    if "vae" in options.family:
+        for side in options.side:
+            yield f"FLUX.1's autoencoder, decoding {side} px", vae, side, ["--family", "vae", "--side", side]
     if "t5" in options.family:
         name = f"T5-XXL, {options.t5_blocks} blocks, {options.text_tokens} tokens"
         yield name, t5, None, ["--family", "t5", "--blocks", options.t5_blocks, *text]
@@ -105,7 +126,7 @@ def measure(options, work, weights):
 def main():
     """See README.md."""
     parser = sides.parser("Atelier's networks beside PyTorch's, by turns. Seconds; a ratio over 1 says that Atelier is faster.")
-    parser.add_argument("--family", nargs="+", choices=["flux", "t5"], default=["flux", "t5"])
+    parser.add_argument("--family", nargs="+", choices=["flux", "vae", "t5"], default=["flux", "vae", "t5"])
     parser.add_argument("--weights", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--side", nargs="+", type=sides.positive, default=[256, 512], help="of FLUX.1's picture, in pixels")
     parser.add_argument("--blocks", type=sides.positive, default=1, help="of FLUX.1, with two streams")
@@ -117,7 +138,7 @@ def main():
     options = parser.parse_args()
     options.at = ["--folder", options.folder] if options.folder else []
     torch.set_num_threads(options.threads)
-    columns = [("network", 34, ""), ("weights", 8, ""), ("atelier s", 11, ".3f"), ("torch s", 11, ".3f")]
+    columns = [("network", 40, ""), ("weights", 8, ""), ("atelier s", 11, ".3f"), ("torch s", 11, ".3f")]
     report = sides.Report(options, [*columns, ("torch / atelier", 17, ".2f"), ("torch faults", 14, "d")])
     with torch.inference_mode():
         for work in works(options):

@@ -6,6 +6,9 @@ use std::path::Path;
 use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{Device, Tensor};
 
+/// Tensors under their names.
+type Blocks = Vec<(String, QTensor)>;
+
 /// A format that the tensor's rows are whole blocks of, the better the more they are.
 fn format(tensor: &Tensor, wanted: GgmlDType) -> GgmlDType {
     let last = tensor.dims().last().copied().unwrap_or_default();
@@ -31,14 +34,11 @@ pub fn write(path: &Path, tensors: &[(String, QTensor)]) -> candle_core::Result<
 ///
 /// # Errors
 /// When a tensor is not f32.
-pub fn quantised(
-    tensors: &HashMap<String, Tensor>,
-    wanted: GgmlDType,
-) -> candle_core::Result<(Vec<(String, QTensor)>, HashMap<String, Tensor>)> {
+pub fn quantised(tensors: &HashMap<String, Tensor>, wanted: GgmlDType) -> candle_core::Result<(Blocks, HashMap<String, Tensor>)> {
     let mut names: Vec<&String> = tensors.keys().collect();
     names.sort();
     let block = |name: &String| Ok((name.clone(), QTensor::quantize(&tensors[name], format(&tensors[name], wanted))?));
-    let blocks = names.into_iter().map(block).collect::<candle_core::Result<Vec<_>>>()?;
+    let blocks = names.into_iter().map(block).collect::<candle_core::Result<Blocks>>()?;
     let wide = |(name, tensor): &(String, QTensor)| Ok((name.clone(), tensor.dequantize(&Device::Cpu)?));
     let wide = blocks.iter().map(wide).collect::<candle_core::Result<_>>()?;
     Ok((blocks, wide))

@@ -2,17 +2,20 @@
 //! its own, since what a process multiplies in is said once.
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use models::Result;
+use models::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use models::blocks::{BlockModel, Layout, RangeOf};
 use models::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use models::model_dir::read_json;
 use models::qwen_image_transformer::{QwenImageTransformer, QwenImageTransformerConfig};
 use models::sd3_transformer::{Sd3Transformer, Sd3TransformerConfig};
+use models::t5::{T5Config, T5Encoder};
 use parallel::ops::{Products, has_kernels};
-use parallel::{DType, Device, Tensor, Tensors, Weights};
+use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
 use tests::equivalence::bits;
 use tests::golden::Case;
 use tests::ranks::run_block_model;
@@ -24,19 +27,41 @@ fn multiplied_in_bf16() -> bool {
     has_kernels(&Device::Cpu)
 }
 
-/// A case of a transformer with its weights narrowed to bf16, at every layout: the largest error of its output, beside that of diffusers
-/// in bf16.
+fn open(name: &str) -> Case {
+    Case::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)).unwrap()
+}
+
+/// A folder with the case's weights in bf16, beside the folder they were recorded in.
+fn narrowed(case: &mut Case) -> (PathBuf, tempfile::TempDir) {
+    let (recorded, dir) = (case.folder("weights").unwrap(), tempfile::tempdir().unwrap());
+    for entry in std::fs::read_dir(&recorded).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+            tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
+            candle_core::safetensors::save(&tensors, dir.path().join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    (recorded, dir)
+}
+
+/// The largest error is at most that of the reference in bf16, and more than f32 would have.
+fn compare(case: &Case, output: &str, got: &Tensor) {
+    let difference = (got - case.tensor(output).unwrap()).unwrap().abs().unwrap();
+    let error = f64::from(difference.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap());
+    let theirs = case.bf16_error(output).unwrap();
+    println!("{output}: {error:.4}, the reference in bf16 {theirs:.4}");
+    assert!(error <= theirs, "{output} is {error} from the reference, whose bf16 {theirs}");
+    assert!(error > case.tolerance(output).unwrap(), "{output} was not computed in bf16");
+}
+
+/// A case of a transformer with its weights narrowed to bf16, at every layout.
 fn check<M: BlockModel>(name: &str, load: impl Fn(&Path, &Weights, RangeOf) -> Result<M> + Sync) {
-    let mut case = Case::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)).unwrap();
+    let mut case = open(name);
     if let Ok(shapes) = serde_json::from_value::<Vec<Vec<u32>>>(case.param("img_shapes").clone()) {
         case.put("in.img_shapes", Tensor::new(shapes, &Device::Cpu).unwrap());
     }
-    let recorded = case.folder("weights").unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let file = "diffusion_pytorch_model.safetensors";
-    let mut tensors = candle_core::safetensors::load(recorded.join(file), &Device::Cpu).unwrap();
-    tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
-    candle_core::safetensors::save(&tensors, dir.path().join(file)).unwrap();
+    let (recorded, dir) = narrowed(&mut case);
     let inputs: Tensors = case.below("in.").map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
     let mut first = None;
     for layout in [Layout::SOLO, Layout::new(2, 1), Layout::new(1, 2), Layout::new(2, 2)] {
@@ -44,12 +69,41 @@ fn check<M: BlockModel>(name: &str, load: impl Fn(&Path, &Weights, RangeOf) -> R
         let sample = ran.output("sample").unwrap().clone();
         let same = first.get_or_insert_with(|| bits(&sample)) == &bits(&sample);
         assert!(same, "{name} has other bits at tp {} x {} ranges", layout.tp, layout.block_ranges);
-        let difference = (sample - case.tensor("out.sample").unwrap()).unwrap().abs().unwrap();
-        let error = f64::from(difference.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap());
-        let theirs = case.bf16_error("out.sample").unwrap();
-        println!("{name}: {error:.4}, diffusers in bf16 {theirs:.4}");
-        assert!(error <= theirs, "{name} is {error} from the reference, diffusers' bf16 {theirs}");
-        assert!(error > case.tolerance("out.sample").unwrap(), "{name} was not computed in bf16");
+        compare(&case, "out.sample", &sample);
+    }
+}
+
+#[test]
+fn t5_in_bf16_is_as_near_as_transformers_and_the_same_on_every_layout() {
+    if !multiplied_in_bf16() {
+        return;
+    }
+    let mut case = open("t5_encoder");
+    let (recorded, dir) = narrowed(&mut case);
+    let config: T5Config = read_json(&recorded.join("config.json")).unwrap();
+    let inputs = Tensors::new().with("input_ids", case.tensor("in.input_ids").unwrap().clone());
+    let mut first = None;
+    for layout in [Layout::SOLO, Layout::new(2, 1), Layout::new(2, 2)] {
+        let ran = run_block_model(dir.path(), layout, &inputs, |w, range| T5Encoder::load(w, &config, range)).unwrap();
+        let last = ran.output("last_hidden_state").unwrap().clone();
+        assert!(first.get_or_insert_with(|| bits(&last)) == &bits(&last), "tp {} x {}", layout.tp, layout.block_ranges);
+        compare(&case, "out.no_mask.last_hidden_state", &last);
+    }
+}
+
+#[test]
+fn autoencoders_in_bf16_are_as_near_as_diffusers() {
+    if !multiplied_in_bf16() {
+        return;
+    }
+    for name in ["vae_flux", "vae_sd15", "vae_sdxl"] {
+        let mut case = open(name);
+        let (recorded, dir) = narrowed(&mut case);
+        let config: AutoencoderKlConfig = read_json(&recorded.join("config.json")).unwrap();
+        let weights = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap();
+        let vae = AutoencoderKl::load(&weights, &config).unwrap();
+        compare(&case, "out.decode", &vae.decode(case.tensor("in.latent").unwrap()).unwrap());
+        compare(&case, "out.encode.mean", &vae.encode(case.tensor("in.image").unwrap()).unwrap().mean);
     }
 }
 

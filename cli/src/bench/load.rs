@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
     /// Durable submits to make.
-    #[arg(long, default_value_t = 100_000)]
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..))]
     submits: u64,
     /// Submits under way at once.
     #[arg(long, default_value_t = 64)]
@@ -67,8 +67,10 @@ pub(crate) async fn run(args: LoadArgs) -> Result<(), Error> {
     rows.extend(cluster.refusals().await?);
     rows.extend(cluster.killed(args.submits).await?);
     drop(cluster);
-    let cluster = Cluster::start(&folder.path().join("watchers"), args.submits).await?;
-    rows.extend(cluster.watchers(&args).await?);
+    if args.watchers > 0 {
+        let cluster = Cluster::start(&folder.path().join("watchers"), args.submits).await?;
+        rows.extend(cluster.watchers(&args).await?);
+    }
     print(&rows, args.json);
     Ok(())
 }

@@ -16,6 +16,7 @@ use parallel::{Device, InProcess};
 
 use super::synthetic::flux::{self, Flux};
 use super::synthetic::t5::{self, T5};
+use super::synthetic::vae::Vae;
 use super::synthetic::{Checkpoint, Format, Network};
 use super::table::{Row, print};
 use crate::error::Error;
@@ -70,6 +71,8 @@ enum Family {
     Flux,
     /// T5-XXL's encoder, 4.7 billion weights in 24 blocks.
     T5,
+    /// FLUX.1's autoencoder, decoding a picture.
+    Vae,
 }
 
 pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
@@ -112,6 +115,15 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
             }
             let name = format!("T5-XXL, {blocks} blocks, {} tokens", args.text_tokens);
             measure(args, name, T5 { blocks, tokens: args.text_tokens })
+        }
+        Family::Vae => {
+            if args.blocks.or(args.single_blocks).is_some() {
+                return flag("--blocks", "an autoencoder has none to leave out");
+            }
+            if args.tp != 1 {
+                return flag("--tp", "every rank holds an autoencoder whole: 1");
+            }
+            measure(args, format!("FLUX.1's autoencoder, decoding {0} x {0}", args.side), Vae { side: args.side })
         }
     }
 }

@@ -4,11 +4,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use models::autoencoder_kl::AutoencoderKl;
 use models::blocks::BlockModel;
 use parallel::{Collective, DType, Device, Tensor, Tensors, Weights};
 
 pub(super) mod flux;
 pub(super) mod t5;
+pub(super) mod vae;
 mod write;
 
 pub(super) use write::Format;
@@ -18,13 +20,21 @@ pub(super) trait Network: Sync {
     /// Names and shapes of its tensors, by the reference's names.
     fn shapes(&self) -> Vec<(String, Vec<usize>)>;
     /// One rank of it.
-    fn load(&self, weights: &Weights) -> models::Result<Box<dyn BlockModel>>;
+    fn load(&self, weights: &Weights) -> models::Result<Model>;
     /// Its inputs, of one picture or one text.
     fn inputs(&self) -> models::Result<Tensors>;
     /// The name of its output.
     fn output(&self) -> &'static str;
-    /// Floating-point operations of its blocks in one forward.
+    /// Floating-point operations of its blocks, or of a decoding, in one forward.
     fn flops(&self) -> f64;
+}
+
+/// A network in memory.
+pub(super) enum Model {
+    /// Of blocks: embed, blocks, output.
+    Blocks(Box<dyn BlockModel>),
+    /// Latents to a picture.
+    Decoder(Box<AutoencoderKl>),
 }
 
 /// A network's weights, in a folder that goes with this, and its inputs.
@@ -60,7 +70,7 @@ impl<N: Network> Checkpoint<N> {
 
 /// A network that can be run.
 pub(super) struct Loaded {
-    model: Box<dyn BlockModel>,
+    model: Model,
     inputs: Tensors,
     output: &'static str,
     device: Device,
@@ -69,8 +79,10 @@ pub(super) struct Loaded {
 impl Loaded {
     /// One forward, done when it returns.
     pub(super) fn forward(&self) -> models::Result<Tensor> {
-        let hidden = self.model.blocks(self.model.embed(&self.inputs)?)?;
-        let output = self.model.output(hidden)?.take(self.output)?;
+        let output = match &self.model {
+            Model::Blocks(model) => model.output(model.blocks(model.embed(&self.inputs)?)?)?.take(self.output)?,
+            Model::Decoder(model) => model.decode(self.inputs.get("latents")?)?,
+        };
         self.device.synchronize()?;
         Ok(output)
     }

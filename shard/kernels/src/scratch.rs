@@ -5,8 +5,7 @@ use std::cell::RefCell;
 /// Floats of a cache line, which is also the widest vector.
 const LINE: usize = 16;
 
-/// Floats that start with a cache line. The memory is asked for as any other is: an allocator fits aligned blocks of many
-/// sizes badly between others.
+/// Floats that start with a cache line, in memory that is asked for as any other is, a little longer.
 #[derive(Default)]
 pub(crate) struct Buffer {
     /// Up to a line longer than what is used of it.
@@ -49,6 +48,9 @@ thread_local! {
     static LENT: RefCell<Buffer> = RefCell::default();
 }
 
+/// Most floats that [`lend`] keeps for the next use, 64 MiB: what is larger had better be others' in between.
+const MOST_KEPT: usize = 16 << 20;
+
 /// Lends a piece of this thread's memory, of `len`; what is in it is left from earlier uses. Unlike what [`with`] lends, it may be
 /// worked on by other threads too.
 pub(crate) fn lend<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
@@ -57,7 +59,9 @@ pub(crate) fn lend<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
         memory = Buffer::zeros(len);
     }
     let result = f(&mut memory.as_mut_slice()[..len]);
-    LENT.set(memory);
+    if memory.len <= MOST_KEPT {
+        LENT.set(memory);
+    }
     result
 }
 

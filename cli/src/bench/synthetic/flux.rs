@@ -1,11 +1,11 @@
 //! FLUX.1's transformer: any width of heads of 128 channels, any number of blocks.
 
 use models::Error;
-use models::blocks::{BlockModel, RangeOf};
+use models::blocks::RangeOf;
 use models::flux_transformer::{FluxTransformer, FluxTransformerConfig};
 use parallel::{DType, Device, Tensor, Tensors, Weights};
 
-use super::Network;
+use super::{Model, Network};
 
 /// Blocks of the whole network: of two streams, and of one.
 pub(in crate::bench) const BLOCKS: [usize; 2] = [19, 38];
@@ -93,8 +93,8 @@ impl Network for Flux {
         linears.into_iter().flat_map(tensors).chain(norms).collect()
     }
 
-    fn load(&self, weights: &Weights) -> models::Result<Box<dyn BlockModel>> {
-        Ok(Box::new(FluxTransformer::load(weights, &self.config(), RangeOf::WHOLE)?))
+    fn load(&self, weights: &Weights) -> models::Result<Model> {
+        Ok(Model::Blocks(Box::new(FluxTransformer::load(weights, &self.config(), RangeOf::WHOLE)?)))
     }
 
     fn output(&self) -> &'static str {

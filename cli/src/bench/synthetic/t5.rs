@@ -1,10 +1,10 @@
 //! T5's encoder: XXL's width, any number of blocks.
 
-use models::blocks::{BlockModel, RangeOf};
+use models::blocks::RangeOf;
 use models::t5::{T5Config, T5Encoder};
 use parallel::{Device, Tensor, Tensors, Weights};
 
-use super::Network;
+use super::{Model, Network};
 
 /// T5 v1.1 XXL with some of its blocks.
 pub(in crate::bench) struct T5 {
@@ -52,8 +52,8 @@ impl Network for T5 {
         shapes
     }
 
-    fn load(&self, weights: &Weights) -> models::Result<Box<dyn BlockModel>> {
-        Ok(Box::new(T5Encoder::load(weights, &self.config(), RangeOf::WHOLE)?))
+    fn load(&self, weights: &Weights) -> models::Result<Model> {
+        Ok(Model::Blocks(Box::new(T5Encoder::load(weights, &self.config(), RangeOf::WHOLE)?)))
     }
 
     fn inputs(&self) -> models::Result<Tensors> {
