@@ -42,7 +42,7 @@ enum Kernel {
 impl Conv2d {
     /// Reads `weight: [c_out, c_in, size, size]` and `bias: [c_out]`.
     pub fn load(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
-        let weight = w.get("weight", &[c_out, c_in, size, size], Shard::Replicated)?;
+        let weight = stored(w, &[c_out, c_in, size, size], Shard::Replicated)?;
         Self::of(w, weight)
     }
 
@@ -50,7 +50,7 @@ impl Conv2d {
     /// and space does to a picture that has none before it.
     pub fn load_last_frame(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
         let last = Shard::part(2, size.saturating_sub(1)..size);
-        let weight = w.get("weight", &[c_out, c_in, size, size, size], last)?;
+        let weight = stored(w, &[c_out, c_in, size, size, size], last)?;
         Self::of(w, weight.squeeze(2)?)
     }
 
@@ -58,11 +58,11 @@ impl Conv2d {
     fn of(w: &Weights, weight: Tensor) -> Result<Self> {
         let (c_out, c_in, size, _) = weight.dims4()?;
         let bias = w.get("bias", &[c_out], Shard::Replicated)?;
-        let dtype = weight.dtype();
+        let dtype = w.dtype();
         let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {
             let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);
-            let packed = if dtype == DType::BF16 && Products::here() == Products::Bf16 {
+            let packed = if weight.dtype() == DType::BF16 && Products::here() == Products::Bf16 {
                 read_as(&weight, |w| conv::Conv2d::pack_pairs(w, dims, Some(&bias)))?
             } else {
                 read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?
@@ -74,7 +74,7 @@ impl Conv2d {
         Ok(Self { kernel, dtype })
     }
 
-    /// Of the weights as they were given.
+    /// Of what flows through.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -101,6 +101,15 @@ impl Conv2d {
                 Ok(y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?)
             }
         }
+    }
+}
+
+/// The weight, as it is stored if it is multiplied in that.
+fn stored(w: &Weights, shape: &[usize], shard: Shard) -> Result<Tensor> {
+    if Products::here() == Products::Bf16 && has_kernels(w.device()) {
+        w.get_narrow("weight", shape, shard)
+    } else {
+        w.get("weight", shape, shard)
     }
 }
 
