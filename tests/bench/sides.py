@@ -124,10 +124,15 @@ def processor():
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
     flags = fields.get("flags", "").split()
-    wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    wanted = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in flags]
     return " ".join([fields.get("model name", "unknown"), *wanted])
 
 
 def multiplies_bf16():
-    """Whether Atelier's products can be in bf16 here."""
+    """Whether Atelier's products are faster in bf16 here."""
     return "avx512_bf16" in processor().split()
+
+
+def multiplies_narrow():
+    """Whether Atelier's products can be in bf16 and in 8 bits here."""
+    return "avx2" in processor().split()

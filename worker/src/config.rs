@@ -63,8 +63,9 @@ pub struct Args {
     /// The device to compute on: `cpu`, or `cuda:N` in a build for GPUs. A worker has one.
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
-    /// What layers with weights of bf16 multiply in (on a CPU also those with weights in blocks, and attention): `f32`, or `bf16`, which is
-    /// several times as fast and rounds what it is given. A CPU needs AVX-512 BF16 for it.
+    /// What layers with weights of bf16 multiply in (on a CPU also those with weights in blocks, and attention): `f32`; `bf16`, which rounds
+    /// what it is given and is several times as fast with AVX-512 BF16; or, on a CPU, `int8`: weights in Q8_0 multiply with inputs rounded
+    /// to 8 bits like them, all else as with `bf16`. A CPU needs AVX2 for either.
     #[arg(long, env = "ATELIER_WORKER_PRODUCTS", default_value = "f32")]
     pub products: String,
     /// Threads to compute with; 0: one per core.
@@ -160,8 +161,10 @@ impl TryFrom<Args> for Config {
     fn try_from(args: Args) -> Result<Self> {
         let place = args.device.parse().map_err(|error: parallel::Error| bad("device", error.to_string()))?;
         let products: Products = args.products.parse().map_err(|error: parallel::Error| bad("products", error.to_string()))?;
-        if place == Place::Cpu {
-            products.check(&Device::Cpu).map_err(|error| bad("products", error.to_string()))?;
+        match place {
+            Place::Cpu => products.check(&Device::Cpu).map_err(|error| bad("products", error.to_string()))?,
+            _ if products == Products::Int8 => return Err(bad("products", "`int8` is for a CPU's kernels")),
+            _ => {}
         }
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));

@@ -39,7 +39,7 @@ pub(crate) struct ModelArgs {
     /// What its weights are stored and held as.
     #[arg(long, value_enum, default_value_t = Format::Bf16)]
     weights: Format,
-    /// What layers whose weights are not f32 multiply in, and attention: `f32` or `bf16`.
+    /// What layers whose weights are not f32 multiply in, and attention: `f32`, `bf16` or `int8`.
     #[arg(long, default_value_t = Products::F32)]
     products: Products,
     /// A side of the picture in pixels; 16 of them are one token.
@@ -94,6 +94,9 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     if args.products == Products::Bf16 && args.weights == Format::F32 {
         return Err(products("bf16 needs weights that are not f32: see --weights".into()));
     }
+    if args.products == Products::Int8 && args.weights != Format::Q8_0 {
+        return Err(products("int8 needs `--weights q8_0`".into()));
+    }
     args.products.use_here();
     match args.family {
         Family::Flux => {
@@ -137,7 +140,11 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
     })?;
     bar.finish_and_clear();
     let planned = planned(&checkpoint, args.tp)?;
-    let most = || if args.products == Products::Bf16 { limit::gflops_bf16() } else { limit::gflops() };
+    let most = || match args.products {
+        Products::F32 => limit::gflops(),
+        Products::Bf16 => limit::gflops_bf16(),
+        Products::Int8 => limit::gops_int8(),
+    };
     let limit_before = most();
     let memory = Memory::watch();
     let before = memory.now();

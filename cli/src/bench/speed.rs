@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use parallel::ops::kernels::activation::Activation;
 use parallel::ops::kernels::attention::{Attention, Heads};
+use parallel::ops::kernels::blocks::BlockType;
 use parallel::ops::kernels::conv::{Conv2d, Geometry};
-use parallel::ops::kernels::gemm::{Epilogue, PackedWeight, Piece, Rows, bf16, linear, linear_tree};
-use parallel::ops::kernels::{cpu, limit, rows};
+use parallel::ops::kernels::cpu::{self, Path};
+use parallel::ops::kernels::gemm::{BlockRows, Epilogue, PackedWeight, Piece, Rows, bf16, linear, linear_tree};
+use parallel::ops::kernels::{limit, rows};
 use serde::Serialize;
 
 use super::ranks;
@@ -77,6 +79,8 @@ enum Bound {
     Arithmetic,
     /// As [`Self::Arithmetic`], of pairs of bf16.
     Bf16,
+    /// Of bytes.
+    Int8,
     Memory,
 }
 
@@ -84,6 +88,7 @@ impl Bound {
     fn unit(self) -> &'static str {
         match self {
             Self::Arithmetic | Self::Bf16 => "GFLOP/s",
+            Self::Int8 => "GOP/s",
             Self::Memory => "GB/s",
         }
     }
@@ -92,6 +97,7 @@ impl Bound {
         match self {
             Self::Arithmetic => limit::gflops(),
             Self::Bf16 => limit::gflops_bf16(),
+            Self::Int8 => limit::gops_int8(),
             Self::Memory => limit::copy_gbps(COPIED_BYTES),
         }
     }
@@ -182,8 +188,9 @@ fn kernels(args: &KernelsArgs) -> io::Result<Table> {
     Ok(table)
 }
 
-/// A product with one weight, the same cut in eight as ranks cut it, and both in bf16.
-const LINEARS: [&str; 4] = ["linear", "linear, eight chunks", "linear bf16", "linear bf16, eight"];
+/// A product with one weight and the same cut in eight as ranks cut it; in f32, in bf16 and in 8 bits.
+const LINEARS: [&str; 6] =
+    ["linear", "linear, eight chunks", "linear bf16", "linear bf16, eight", "linear int8", "linear int8, eight"];
 
 fn linear_shape(m: usize, k: usize, n: usize) -> String {
     format!("{m} x {k} x {n}")
@@ -202,17 +209,24 @@ fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
         let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
         let narrow: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
         let narrow = Rows::new(&narrow, n, k);
-        let pairs =
-            cpu::has_bf16().then(|| [PackedWeight::pack_pairs(narrow, &[[(0, k)]]), PackedWeight::pack_pairs(narrow, &eighths)]);
+        let narrowed = cpu::path() != Path::Plain;
+        let pairs = narrowed.then(|| [PackedWeight::pack_pairs(narrow, &[[(0, k)]]), PackedWeight::pack_pairs(narrow, &eighths)]);
+        let blocks = eight_bits(n, k);
+        let bytes = narrowed.then(|| PackedWeight::bytes_of_blocks(&blocks, &eighths)).flatten();
         for m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
             let (x, shape, flops) = (Rows::new(&x, m, k), linear_shape(m, k, n), 2 * m * k * n);
             table.flops(LINEARS[0], shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
             table.flops(LINEARS[1], shape.clone(), flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
-            let Some([whole, eight]) = &pairs else { continue };
             let nothing = Epilogue::default();
-            table.row(LINEARS[2], shape.clone(), flops, Bound::Bf16, || linear(x, whole, nothing, &mut y))?;
-            table.row(LINEARS[3], shape, flops, Bound::Bf16, || linear_tree(x, &eighths, eight, nothing, &mut y))?;
+            if let Some([whole, eight]) = &pairs {
+                table.row(LINEARS[2], shape.clone(), flops, Bound::Bf16, || linear(x, whole, nothing, &mut y))?;
+                table.row(LINEARS[3], shape.clone(), flops, Bound::Bf16, || linear_tree(x, &eighths, eight, nothing, &mut y))?;
+            }
+            if let Some(bytes) = &bytes {
+                table.row(LINEARS[4], shape.clone(), flops, Bound::Int8, || linear(x, bytes, nothing, &mut y))?;
+                table.row(LINEARS[5], shape, flops, Bound::Int8, || linear_tree(x, &eighths, bytes, nothing, &mut y))?;
+            }
         }
     }
     Ok(())
@@ -227,7 +241,7 @@ fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
         let x = Heads { data: &x, head_stride: width, row_stride: heads * width };
         let (shape, flops) = (format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width);
         table.flops("attention", shape.clone(), flops, || of.run(x, x, x, None, &mut y))?;
-        if cpu::has_bf16() {
+        if cpu::path() != Path::Plain {
             table.row("attention bf16", shape, flops, Bound::Bf16, || of.run_in_bf16(x, x, x, None, &mut y))?;
         }
     }
@@ -241,7 +255,7 @@ fn convolutions(table: &Table) -> io::Result<()> {
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
         table.flops("conv 3x3", shape.clone(), flops, || conv.run(&x, geometry, None, &mut y))?;
-        if cpu::has_bf16() {
+        if cpu::path() != Path::Plain {
             let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
             let conv = Conv2d::pack_pairs(&weight, [channels, channels, 3], None);
             table.row("conv 3x3 bf16", shape, flops, Bound::Bf16, || conv.run(&x, geometry, None, &mut y))?;
@@ -268,6 +282,14 @@ fn passes(table: &Table) -> io::Result<()> {
     table.bytes("group norm, silu", "128 x 128 x 128".into(), 8 * x.len(), || {
         rows::group_norm(x, y, [32, spatial], affine, 1e-6, silu);
     })
+}
+
+/// A weight in `Q8_0`, of blocks that differ.
+#[allow(clippy::single_range_in_vec_init)] // lists of ranges are meant
+fn eight_bits(n: usize, k: usize) -> BlockRows {
+    let mut data: Vec<u8> = (0..n * k / 32 * 34).map(|i| (i.wrapping_mul(7919) % 1013) as u8).collect();
+    data.chunks_exact_mut(34).for_each(|block| block[..2].copy_from_slice(&[0, 0x10])); // half a thousandth
+    BlockRows::of(BlockType::Q8_0, &data, k, &[0..n], &[0..k])
 }
 
 /// Numbers in -1..1 without a pattern that arithmetic could profit from.

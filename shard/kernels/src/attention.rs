@@ -230,7 +230,7 @@ fn pack_values(packed: &mut [f32], v: Rows<'_>, [keys, width]: [usize; 2], kerne
         let part = (first, nr.min(width - first));
         for (at, packed) in packed[panel * deep * nr..][..deep * nr].chunks_exact_mut(nr).enumerate() {
             let (packed, rest) = packed.split_at_mut(part.1);
-            if kernel.pairs {
+            if kernel.pairs() {
                 let next = 2 * at + 1;
                 narrow_rows(v.part(2 * at, part), (next < keys).then(|| v.part(next, part)), packed);
             } else {

@@ -71,12 +71,12 @@ impl Conv2d {
         assert_eq!(weight.len(), c_out * k);
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
         let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * deep);
-        let mut pairs = vec![0.0; if kernel.pairs { c_out * deep } else { 0 }];
-        if kernel.pairs && k > 0 {
+        let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
+        if kernel.pairs() && k > 0 {
             let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
             filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
         }
-        let rows = Rows::new(if kernel.pairs { &pairs } else { weight }, c_out, deep);
+        let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
         pack_tiles(packed.as_mut_slice(), rows, deep, kernel.mr);
         Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
@@ -94,7 +94,7 @@ impl Conv2d {
         }
         let batch = y.len() / (self.c_out * pixels);
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
-        if !self.kernel.pairs {
+        if !self.kernel.pairs() {
             return self.convolve(x, geometry, activation, y);
         }
         scratch::lend(batch * self.deep() * area, |pairs| {

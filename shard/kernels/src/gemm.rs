@@ -12,10 +12,12 @@ use std::ops::Range;
 
 use self::inputs::Product;
 use crate::activation::Activation;
+use crate::cpu::{self, Level};
 use crate::gemm::micro::MicroKernel;
 use crate::{rows, scratch, threads};
 
 mod blocks;
+pub(crate) mod bytes;
 mod inputs;
 pub mod micro;
 mod packing;
@@ -29,6 +31,8 @@ pub(crate) use plane::{Plane, SharedPlane};
 
 /// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
 pub(crate) const K_STEP: usize = 256;
+/// The same of blocks: 13 KiB of 32 columns.
+pub(crate) const BLOCKS_STEP: usize = 12;
 /// Rows and columns of a job: with `K_STEP`, 192 KiB of the second-level cache, beside the results.
 const ROWS: usize = 192;
 const COLUMNS: usize = 1536;
@@ -186,14 +190,15 @@ impl Job<'_> {
         let kernel = self.weight.kernel();
         let (m, n) = (self.rows.len(), self.columns.len());
         let tall = m.next_multiple_of(kernel.mr);
-        inputs::with(self.product, self.rows.start, tall * self.weight.depth(), |inputs, packed| {
+        inputs::with(self.product, self.rows.start, tall * kernel.input_len(self.weight.depth()), |inputs, packed| {
             // The sums that grow, and one for each level of the tree that waits for its neighbour.
             let depths = 1 + chunks.len().trailing_zeros() as usize;
             let level = tall * n.next_multiple_of(kernel.nr);
             scratch::with([self.weight.buffer(K_STEP), depths * level], |[b, memory]| {
                 let mut sums = Sums { rows: m, memory, level, kernel };
                 for step in self.steps(chunks) {
-                    let a = &mut inputs[tall * step.k.start..tall * step.k.end];
+                    let at = |depth| tall * kernel.input_len(depth);
+                    let a = &mut inputs[at(step.k.start)..at(step.k.end)];
                     if !packed {
                         pack_rows(a, self.x, self.rows.clone(), step.pieces, step.k_of_chunk.clone(), kernel);
                     }
@@ -235,10 +240,20 @@ impl Job<'_> {
         let (m, n, k) = (self.rows.len(), self.columns.len(), step.k.len());
         for column in (0..n).step_by(kernel.nr) {
             let columns = column..n.min(column + kernel.nr);
-            let panel = self.weight.panel((self.columns.start + column) / kernel.nr, step.k.clone(), b);
+            let at = (self.columns.start + column) / kernel.nr;
+            let panel = self.weight.panel(at, step.k.clone(), b);
+            let mut ahead = self.weight.ahead(at + 1, step.k.clone()).chunks(kernel.share_of_panel(k, m));
             for row in (0..m).step_by(kernel.mr) {
                 let rows = row..m.min(row + kernel.mr);
-                kernel.run(k, &a[row * k..], panel, sums.tile(step.depth, rows.clone(), columns.clone()), step.fresh);
+                cpu::fetch(ahead.next().unwrap_or_default(), Level::Second);
+                sums.fetch_after(step.depth, rows.clone(), columns.clone());
+                kernel.run(
+                    k,
+                    &a[row * kernel.input_len(k)..],
+                    panel,
+                    sums.tile(step.depth, rows.clone(), columns.clone()),
+                    step.fresh,
+                );
                 for depth in (step.depth - step.merges + 1..=step.depth).rev() {
                     sums.merge(depth, rows.clone(), columns.clone());
                 }
@@ -261,6 +276,13 @@ impl Sums<'_> {
     fn tile(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
         let at = depth * self.level + self.place(&rows, &columns);
         aside(&mut self.memory[at..], rows.len(), columns.len(), self.kernel.nr)
+    }
+
+    /// Has the tile after this one in the first-level cache, if it is not to be started anew.
+    fn fetch_after(&self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
+        let at = depth * self.level + self.place(&rows, &columns) + rows.len() * self.kernel.nr;
+        let until = self.memory.len().min(at + self.kernel.mr * self.kernel.nr);
+        cpu::fetch(bytemuck::cast_slice(self.memory.get(at..until).unwrap_or_default()), Level::First);
     }
 
     /// Adds a tile to the one at the depth below it: earlier chunks on the left.

@@ -18,6 +18,11 @@ pub fn gflops_bf16() -> f64 {
     of(MicroKernel::bf16())
 }
 
+/// As [`gflops`], of products in 8 bits: operations of whole numbers.
+pub fn gops_int8() -> f64 {
+    of(MicroKernel::int8())
+}
+
 fn of(kernel: &MicroKernel) -> f64 {
     const ROUNDS: usize = 2_000_000;
     let threads = rayon::current_num_threads();

@@ -62,7 +62,7 @@ impl Conv2d {
         let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {
             let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);
-            let packed = if weight.dtype() == DType::BF16 && Products::here() == Products::Bf16 {
+            let packed = if weight.dtype() == DType::BF16 && Products::here().narrow() {
                 read_as(&weight, |w| conv::Conv2d::pack_pairs(w, dims, Some(&bias)))?
             } else {
                 read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?
@@ -106,7 +106,7 @@ impl Conv2d {
 
 /// The weight, as it is stored if it is multiplied in that.
 fn stored(w: &Weights, shape: &[usize], shard: Shard) -> Result<Tensor> {
-    if Products::here() == Products::Bf16 && has_kernels(w.device()) {
+    if Products::here().narrow() && has_kernels(w.device()) {
         w.get_narrow("weight", shape, shard)
     } else {
         w.get("weight", shape, shard)

@@ -31,7 +31,7 @@ fn reference(of: &Attention, [q, k, v]: [&[f32]; 3], bias: impl Fn(usize, usize,
 
 /// With kernels of pairs the exponentials are rounded.
 fn close(got: &[f32], expected: &[f32], kernel: &MicroKernel) {
-    let tolerance = if kernel.pairs { 8e-3 } else { 2e-5 };
+    let tolerance = if kernel.pairs() { 8e-3 } else { 2e-5 };
     for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
         assert!((got - expected).abs() < tolerance, "element {i} is {got}, not {expected}: {kernel:?}");
     }

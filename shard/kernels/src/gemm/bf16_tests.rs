@@ -122,6 +122,23 @@ proptest! {
 }
 
 #[test]
+fn what_is_rounded_up_to_the_smallest_normal_number_is_zero() {
+    let power = |exponent: i32| 2f32.powi(exponent);
+    // The later of the pair is 2^-126; the earlier takes 2^-150, half a unit of a number that is not normal, or less.
+    for (taken, expected) in [(-150, 0.0), (-151, f32::MIN_POSITIVE), (-152, f32::MIN_POSITIVE)] {
+        for sign in [1.0, -1.0] {
+            let x = [-sign * power(taken / 2), sign * power(-63)];
+            let w = [power(taken - taken / 2), power(-63)].map(bf16::from_f32);
+            for kernel in MicroKernel::all_bf16() {
+                let weight = PackedWeight::pack_pairs_for(Rows::new(&w, 1, 2), &whole(2), kernel);
+                let y = product(Rows::new(&x, 1, 2), &weight, &whole(2))[0];
+                assert_eq!(y, sign * expected, "{kernel:?}: 2^-126 less 2^{taken}");
+            }
+        }
+    }
+}
+
+#[test]
 fn threads_do_not_change_a_result() {
     let [m, n, k] = [200, 330, 1400];
     let (data, w) = (values(m * k, 1), weights(n * k, 2));

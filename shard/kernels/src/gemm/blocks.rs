@@ -83,6 +83,11 @@ impl BlockRows {
         &self.data
     }
 
+    /// Those of one row.
+    pub(crate) fn blocks_of(&self, row: usize) -> &[u8] {
+        &self.data[row * self.stride..][..self.stride]
+    }
+
     /// Where in a row's values the columns are.
     pub fn runs(&self) -> impl Iterator<Item = Range<usize>> {
         self.runs.iter().map(|run| run.at..run.at + run.k.len())
@@ -101,7 +106,7 @@ impl BlockRows {
         let (values, bytes) = (self.kind.values(), self.kind.bytes());
         let mut wide = [0f32; MOST];
         for (column, row) in rows.enumerate() {
-            let row = &self.data[row * self.stride..][..self.stride];
+            let row = self.blocks_of(row);
             for run in &self.runs {
                 let part = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
                 if part.is_empty() {

@@ -5,20 +5,39 @@ use std::fmt;
 
 use crate::cpu::{self, Path};
 use crate::gemm::Plane;
+use crate::gemm::bytes::{BLOCK, Bytes};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_bf16;
+#[cfg(target_arch = "x86_64")]
+mod avx2_int8;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+#[cfg(target_arch = "x86_64")]
+mod avx512_int8;
 mod plain;
 mod plain_bf16;
+mod plain_int8;
 #[cfg(target_arch = "x86_64")]
 mod vector;
 
 /// Largest tile of any kernel, for results at the edge.
 const MAX_TILE: usize = 512;
+
+/// What panels are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Takes {
+    /// Floats.
+    Floats,
+    /// Two of bf16, neighbours in K, in the bits of a float: the earlier one in the lower half.
+    Pairs,
+    /// Blocks of K in 8 bits.
+    Blocks(Bytes),
+}
 
 /// Multiplies a few rows by one panel of columns.
 pub struct MicroKernel {
@@ -27,20 +46,21 @@ pub struct MicroKernel {
     pub(crate) mr: usize,
     /// Columns of a tile, and of a packed panel.
     pub(crate) nr: usize,
-    /// Whether an element of a panel is two of bf16, neighbours in K, in the bits of a float: the earlier one in the lower half.
-    pub(crate) pairs: bool,
+    pub(crate) takes: Takes,
     tile: unsafe fn(Tile),
-    /// As many multiply-adds of `lanes` independent sums as it is told, in registers alone: what the CPU can do at most.
+    /// As many rounds of multiply-adds as it is told, in registers alone: what the CPU can do at most.
     spin: unsafe fn(usize) -> f32,
-    lanes: usize,
+    /// Multiplications and additions of a round.
+    flops: usize,
 }
 
 /// Packed operands of one tile, and where its results are.
 struct Tile {
     /// 1 to `mr`.
     rows: usize,
+    /// Floats, pairs or blocks.
     k: usize,
-    /// `[k][mr]`.
+    /// `[k][mr]`; of blocks, what [`Bytes`] says, here and in `b`.
     a: *const f32,
     /// `[k][nr]`.
     b: *const f32,
@@ -54,7 +74,37 @@ struct Tile {
 impl MicroKernel {
     /// Rows of a panel that `k` products make.
     pub(crate) fn depth(&self, k: usize) -> usize {
-        if self.pairs { k.div_ceil(2) } else { k }
+        match self.takes {
+            Takes::Floats => k,
+            Takes::Pairs => k.div_ceil(2),
+            Takes::Blocks(_) => k.div_ceil(BLOCK),
+        }
+    }
+
+    /// Whether it multiplies pairs of bf16.
+    pub(crate) fn pairs(&self) -> bool {
+        self.takes == Takes::Pairs
+    }
+
+    /// Floats of one row of inputs, `depth` deep.
+    pub(crate) fn input_len(&self, depth: usize) -> usize {
+        match self.takes {
+            Takes::Floats | Takes::Pairs => depth,
+            Takes::Blocks(bytes) => depth * bytes.input_words(),
+        }
+    }
+
+    /// Floats of a panel of weights, `depth` deep.
+    pub(crate) fn panel_len(&self, depth: usize) -> usize {
+        match self.takes {
+            Takes::Floats | Takes::Pairs => depth * self.nr,
+            Takes::Blocks(bytes) => depth * bytes.weight_bytes(self.nr) / size_of::<f32>(),
+        }
+    }
+
+    /// Of a panel that is read next, the bytes to fetch beside each tile of `rows` that are multiplied with the one before it.
+    pub(crate) fn share_of_panel(&self, depth: usize, rows: usize) -> usize {
+        (size_of::<f32>() * self.panel_len(depth)).div_ceil(rows.div_ceil(self.mr).max(1)).max(1)
     }
 
     /// The fastest one that this CPU runs.
@@ -90,8 +140,8 @@ impl MicroKernel {
     /// a pair first, rounds after each, and takes what is too small to be normal for zero.
     pub fn bf16() -> &'static Self {
         #[cfg(target_arch = "x86_64")]
-        if cpu::has_bf16() {
-            return &avx512_bf16::KERNEL;
+        if cpu::path() != Path::Plain {
+            return if cpu::has_bf16() { &avx512_bf16::KERNEL } else { &avx2_bf16::KERNEL };
         }
         &plain_bf16::KERNEL
     }
@@ -99,8 +149,38 @@ impl MicroKernel {
     /// Every one for pairs that this CPU runs.
     #[cfg(test)]
     pub(crate) fn all_bf16() -> Vec<&'static Self> {
-        let plain = &plain_bf16::KERNEL;
-        if cpu::has_bf16() { vec![plain, Self::bf16()] } else { vec![plain] }
+        let mut all = vec![&plain_bf16::KERNEL];
+        #[cfg(target_arch = "x86_64")]
+        if cpu::path() != Path::Plain {
+            all.push(&avx2_bf16::KERNEL);
+        }
+        if cpu::has_bf16() {
+            all.push(Self::bf16());
+        }
+        all
+    }
+
+    /// The fastest one in 8 bits that this CPU runs. All give the same bits.
+    pub fn int8() -> &'static Self {
+        #[cfg(target_arch = "x86_64")]
+        if cpu::path() != Path::Plain && cpu::has_halves() {
+            return if cpu::has_int8() { &avx512_int8::KERNEL } else { &avx2_int8::KERNEL };
+        }
+        &plain_int8::KERNEL
+    }
+
+    /// Every one in 8 bits that this CPU runs.
+    #[cfg(test)]
+    pub(crate) fn all_int8() -> Vec<&'static Self> {
+        let mut all = vec![&plain_int8::KERNEL];
+        #[cfg(target_arch = "x86_64")]
+        if cpu::path() != Path::Plain && cpu::has_halves() {
+            all.push(&avx2_int8::KERNEL);
+        }
+        if cpu::has_int8() {
+            all.push(Self::int8());
+        }
+        all
     }
 
     /// Spends `rounds` rounds of [`Self::flops_per_round`] in registers.
@@ -110,15 +190,15 @@ impl MicroKernel {
     }
 
     pub(crate) fn flops_per_round(&self) -> usize {
-        2 * self.lanes * if self.pairs { 2 } else { 1 }
+        self.flops
     }
 
-    /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`;
-    /// `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over.
+    /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`, or what
+    /// [`Takes`] says; `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over.
     pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool) {
         let (rows, columns) = (c.rows(), c.columns());
         assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
-        assert!(a.len() >= k * self.mr && b.len() >= k * self.nr, "panels of {k}");
+        assert!(a.len() >= self.mr * self.input_len(k) && b.len() >= self.panel_len(k), "panels of {k}");
         let tile = Tile { rows, k, a: a.as_ptr(), b: b.as_ptr(), c: c.as_mut_ptr(), stride: c.stride(), fresh };
         if columns == self.nr {
             // SAFETY: the panels hold `k` columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
@@ -146,7 +226,7 @@ mod tests {
 
     #[test]
     fn every_kernel_fits_the_edge() {
-        for kernel in MicroKernel::all().into_iter().chain(MicroKernel::all_bf16()) {
+        for kernel in [MicroKernel::all(), MicroKernel::all_bf16(), MicroKernel::all_int8()].concat() {
             assert!(kernel.mr * kernel.nr <= MAX_TILE, "{kernel:?}");
         }
     }

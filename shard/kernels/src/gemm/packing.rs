@@ -9,8 +9,9 @@ use rayon::prelude::*;
 
 use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
-use crate::gemm::micro::MicroKernel;
-use crate::gemm::{K_STEP, Piece, Rows};
+use crate::gemm::bytes::whole_blocks;
+use crate::gemm::micro::{MicroKernel, Takes};
+use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows};
 use crate::scratch::Buffer;
 
 /// `W: [N, K]`, packed once as `[N / nr][K][nr]`; the last panel is filled up with zeros.
@@ -36,6 +37,8 @@ enum Panels {
     Blocks(BlockRows),
     /// The same, for pairs: how many pairs and columns there are before each chunk and after the last.
     PairsOfBlocks(BlockRows, Vec<[usize; 2]>),
+    /// Of 8 bits and scales, in the bits of floats.
+    Bytes(Buffer),
 }
 
 /// What a weight may be stored as.
@@ -132,6 +135,27 @@ impl PackedWeight {
         Self { n: rows.n(), k, depth, panels: Panels::PairsOfBlocks(rows, edges), kernel }
     }
 
+    /// Packs a weight of `Q8_0` blocks for products in 8 bits: inputs are rounded to blocks like it. `None` if it is of other blocks, or
+    /// one of `chunks` (those of every product with it) is not of whole ones.
+    pub fn bytes_of_blocks(rows: &BlockRows, chunks: &[impl AsRef<[Piece]>]) -> Option<Self> {
+        Self::bytes_of_blocks_for(rows, chunks, MicroKernel::int8())
+    }
+
+    pub(crate) fn bytes_of_blocks_for(
+        rows: &BlockRows,
+        chunks: &[impl AsRef<[Piece]>],
+        kernel: &'static MicroKernel,
+    ) -> Option<Self> {
+        let Takes::Blocks(bytes) = kernel.takes else { return None };
+        let (n, k) = (rows.n(), rows.k());
+        whole_blocks(rows, chunks).then(|| {
+            let depth = kernel.depth(k);
+            let mut panels = Buffer::zeros(n.div_ceil(kernel.nr) * kernel.panel_len(depth));
+            bytes.pack_weight(rows, kernel.nr, panels.as_mut_slice());
+            Self { n, k, depth, panels: Panels::Bytes(panels), kernel }
+        })
+    }
+
     /// Outputs.
     pub fn n(&self) -> usize {
         self.n
@@ -150,7 +174,7 @@ impl PackedWeight {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.panels {
-            Panels::F32(panels) | Panels::Pairs(panels) => size_of_val(panels.as_slice()),
+            Panels::F32(panels) | Panels::Pairs(panels) | Panels::Bytes(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
             Panels::F16(panels) => size_of_val(panels.as_slice()),
             Panels::Blocks(rows) | Panels::PairsOfBlocks(rows, _) => rows.bytes(),
@@ -173,6 +197,10 @@ impl PackedWeight {
         let range = (panel * self.depth + k.start) * nr..(panel * self.depth + k.end) * nr;
         match &self.panels {
             Panels::F32(panels) | Panels::Pairs(panels) => &panels.as_slice()[range],
+            Panels::Bytes(panels) => {
+                let at = |depth| self.kernel.panel_len(panel * self.depth + depth);
+                &panels.as_slice()[at(k.start)..at(k.end)]
+            }
             Panels::Bf16(panels) => {
                 let buffer = &mut buffer[..range.len()];
                 widen(&panels[range], buffer);
@@ -204,6 +232,21 @@ impl PackedWeight {
         }
     }
 
+    /// What [`Self::panel`] is going to read; nothing if it is to be made of blocks, or there is no such panel.
+    pub(crate) fn ahead(&self, panel: usize, k: Range<usize>) -> &[u8] {
+        fn part<T: bytemuck::Pod>(panels: &[T], range: Range<usize>) -> &[u8] {
+            bytemuck::cast_slice(panels.get(range).unwrap_or_default())
+        }
+        let at = |depth| self.kernel.panel_len(panel * self.depth + depth);
+        let range = at(k.start)..at(k.end);
+        match &self.panels {
+            Panels::F32(panels) | Panels::Pairs(panels) | Panels::Bytes(panels) => part(panels.as_slice(), range),
+            Panels::Bf16(panels) => part(panels, range),
+            Panels::F16(panels) => part(panels, range),
+            Panels::Blocks(_) | Panels::PairsOfBlocks(..) => &[],
+        }
+    }
+
     /// Whether a panel costs more to make than to read.
     pub(crate) fn is_in_blocks(&self) -> bool {
         matches!(self.panels, Panels::Blocks(_) | Panels::PairsOfBlocks(..))
@@ -211,7 +254,11 @@ impl PackedWeight {
 
     /// In which steps K is best passed: blocks would rather not be widened twice.
     pub(crate) fn step(&self, len: usize) -> usize {
-        if self.is_in_blocks() { K_STEP } else { len.div_ceil(len.div_ceil(K_STEP).max(1)) }
+        match self.panels {
+            Panels::Blocks(_) | Panels::PairsOfBlocks(..) => K_STEP,
+            Panels::Bytes(_) => even_parts(len, BLOCKS_STEP),
+            _ => even_parts(len, K_STEP),
+        }
     }
 }
 
@@ -220,6 +267,7 @@ impl fmt::Debug for PackedWeight {
         let kind: &dyn fmt::Debug = match &self.panels {
             Panels::F32(_) => &format_args!("f32"),
             Panels::Pairs(_) => &format_args!("pairs of bf16"),
+            Panels::Bytes(_) => &format_args!("8 bits"),
             Panels::Bf16(_) => &format_args!("bf16"),
             Panels::F16(_) => &format_args!("f16"),
             Panels::Blocks(rows) => &rows.kind(),
@@ -227,6 +275,11 @@ impl fmt::Debug for PackedWeight {
         };
         write!(f, "PackedWeight([{}, {}] {kind:?}, {:?})", self.n, self.k, self.kernel)
     }
+}
+
+/// How long parts of `len` are that are at most `most` long, and alike.
+fn even_parts(len: usize, most: usize) -> usize {
+    len.div_ceil(len.div_ceil(most).max(1))
 }
 
 fn columns(pieces: &[Piece]) -> usize {
@@ -250,7 +303,7 @@ pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: 
     let mr = kernel.mr;
     for (tile, first) in rows.clone().step_by(mr).enumerate() {
         let rows = first..rows.end.min(first + mr);
-        pack_side(&mut a[tile * mr * k.len()..], x, rows, pieces, k.clone(), mr, kernel);
+        pack_side(&mut a[tile * mr * kernel.input_len(k.len())..], x, rows, pieces, k.clone(), mr, kernel);
     }
 }
 
@@ -271,7 +324,7 @@ pub(crate) fn pack_columns(b: &mut [f32], x: Rows<'_>, len: usize, kernel: &Micr
     }
 }
 
-/// At most `width` rows side by side, as `[k][width]`, or as pairs if `kernel` takes those.
+/// At most `width` rows side by side, as `[k][width]`, or as what else `kernel` takes.
 fn pack_side(
     packed: &mut [f32],
     x: Rows<'_>,
@@ -281,10 +334,10 @@ fn pack_side(
     width: usize,
     kernel: &MicroKernel,
 ) {
-    if kernel.pairs {
-        pack_pairs(packed, x, rows, pieces, k, width, narrow);
-    } else {
-        pack_transposed(packed, x, rows, pieces, k, width);
+    match kernel.takes {
+        Takes::Floats => pack_transposed(packed, x, rows, pieces, k, width),
+        Takes::Pairs => pack_pairs(packed, x, rows, pieces, k, width, narrow),
+        Takes::Blocks(bytes) => bytes.pack_inputs(packed, x, rows, pieces, k, width),
     }
 }
 

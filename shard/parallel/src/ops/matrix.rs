@@ -42,7 +42,7 @@ impl<'a> Values<'a> {
         }
         match self {
             Self::F32(data) => packed(data, [n, k], chunks),
-            Self::Bf16(data) if products == Products::Bf16 => PackedWeight::pack_pairs(Rows::new(data, n, k), chunks),
+            Self::Bf16(data) if products.narrow() => PackedWeight::pack_pairs(Rows::new(data, n, k), chunks),
             Self::Bf16(data) => packed(data, [n, k], chunks),
             Self::F16(data) => packed(data, [n, k], chunks),
         }
@@ -59,7 +59,7 @@ pub(crate) struct Matrix {
 
 #[derive(Clone)]
 enum Weight {
-    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or bf16 or blocks, multiplied in bf16.
+    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or bf16 or blocks, multiplied in bf16 or 8 bits.
     Packed(Arc<PackedWeight>),
     /// For candle's: one for each chunk.
     Whole(Vec<Tensor>),
@@ -101,9 +101,11 @@ impl Matrix {
     pub(crate) fn of_blocks(rows: BlockRows, chunks: Chunks, device: &Device) -> Result<Self> {
         let d_out = rows.n();
         let weight = if has_kernels(device) {
-            Weight::Packed(Arc::new(match Products::here() {
-                Products::F32 => rows.into(),
-                Products::Bf16 => PackedWeight::pairs_of_blocks(rows, &chunks),
+            let bytes = (Products::here() == Products::Int8).then(|| PackedWeight::bytes_of_blocks(&rows, &chunks)).flatten();
+            Weight::Packed(Arc::new(match bytes {
+                Some(bytes) => bytes,
+                None if Products::here().narrow() => PackedWeight::pairs_of_blocks(rows, &chunks),
+                None => rows.into(),
             }))
         } else {
             Weight::Blocks(Arc::new(Blocks::new(&rows, device)?))
@@ -150,9 +152,7 @@ fn tree_product(x: &Tensor, chunks: &Chunks, weights: &[Tensor]) -> Result<Tenso
         let x = columns(x, pieces)?;
         let (factor, weight) = match (weight.dtype(), weight.device()) {
             // Sums are in f32 all the same.
-            (DType::BF16, device) if !device.is_cpu() && Products::here() == Products::Bf16 => {
-                (x.to_dtype(DType::BF16)?, weight.clone())
-            }
+            (DType::BF16, device) if !device.is_cpu() && Products::here().narrow() => (x.to_dtype(DType::BF16)?, weight.clone()),
             // Halves would overflow as inputs, and candle's CPU has no products of 16 bits.
             (DType::BF16 | DType::F16, _) => (x.clone(), weight.to_dtype(x.dtype())?),
             _ => (x.clone(), weight.clone()),

@@ -2,47 +2,72 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use candle_core::Device;
+use kernels::cpu;
 
 use super::host::has_kernels;
 use crate::{Error, Result};
 
-/// What layers whose weights are bf16 multiply in; on the CPU attention too.
+/// What layers whose weights are bf16 or blocks multiply in; on the CPU attention and convolutions too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Products {
     /// Weights are widened for each product: the reference's f32 numbers.
     #[default]
     F32,
-    /// Inputs are rounded to bf16, sums are in f32, and the rest stays f32: several times as fast.
+    /// Inputs are rounded to bf16, sums are in f32, and the rest stays f32.
     Bf16,
+    /// Inputs of weights in `Q8_0` are rounded to 8 bits and a scale for each 32 of them, as the weights are; all else is as in
+    /// [`Self::Bf16`], and so is a layer whose eighths are not of whole blocks.
+    Int8,
 }
 
-static BF16: AtomicBool = AtomicBool::new(false);
+static HERE: AtomicU8 = AtomicU8::new(Products::F32 as u8);
 
 impl Products {
+    /// All of them.
+    const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+
     /// Makes it this process's way from now on. A worker is a process with one device.
     pub fn use_here(self) {
-        BF16.store(self == Self::Bf16, Ordering::Relaxed);
+        HERE.store(self as u8, Ordering::Relaxed);
     }
 
-    /// Whether `device` has them. A CPU has those in bf16 if it has AVX-512 BF16 and computes by our kernels.
+    /// Whether `device` has them. A CPU has those of fewer bits if it has AVX2 (or more) and computes by our kernels; a GPU those in bf16.
     ///
     /// # Errors
     /// [`Error::Operands`], which says what is missing.
     pub fn check(self, device: &Device) -> Result<()> {
-        let lacks = |what: &str| Err(Error::Operands { reason: format!("`bf16` to multiply in: {what}") });
+        let lacks = |what: &str| Err(Error::Operands { reason: format!("`{self}` to multiply in: {what}") });
         match (self, device) {
-            (Self::Bf16, Device::Cpu) if !has_kernels(device) => lacks("candle's operations for the CPU have no such products"),
-            (Self::Bf16, Device::Cpu) if !kernels::cpu::has_bf16() => lacks("this CPU has no AVX-512 BF16"),
+            (Self::F32, _) => Ok(()),
+            (_, Device::Cpu) if !has_kernels(device) => lacks("candle's operations for the CPU have no such products"),
+            (_, Device::Cpu) if cpu::path() == cpu::Path::Plain => lacks("this CPU has no AVX2"),
+            (Self::Int8, device) if !device.is_cpu() => lacks("only the CPU's kernels have them"),
             _ => Ok(()),
         }
     }
 
+    /// Whether bf16 is multiplied as it is.
+    pub fn narrow(self) -> bool {
+        self != Self::F32
+    }
+
     /// This process's way.
     pub(crate) fn here() -> Self {
-        if BF16.load(Ordering::Relaxed) { Self::Bf16 } else { Self::F32 }
+        let here = HERE.load(Ordering::Relaxed);
+        Self::ALL.into_iter().find(|way| *way as u8 == here).unwrap_or_default()
+    }
+
+    /// As in a command.
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
     }
 }
 
@@ -50,16 +75,13 @@ impl FromStr for Products {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "f32" => Ok(Self::F32),
-            "bf16" => Ok(Self::Bf16),
-            _ => Err(Error::Operands { reason: format!("`{name}` to multiply in, which is neither f32 nor bf16") }),
-        }
+        let unknown = || Error::Operands { reason: format!("`{name}` to multiply in, which is not f32, bf16 or int8") };
+        Self::ALL.into_iter().find(|way| way.name() == name).ok_or_else(unknown)
     }
 }
 
 impl fmt::Display for Products {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if *self == Self::Bf16 { "bf16" } else { "f32" })
+        f.write_str(self.name())
     }
 }

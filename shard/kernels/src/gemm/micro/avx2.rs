@@ -4,20 +4,20 @@
 use std::arch::x86_64::{__m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps};
 
 use super::vector::vector_kernel;
-use super::{MicroKernel, Tile};
+use super::{MicroKernel, Takes, Tile};
 
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 const CHAINS: usize = 12;
 const SMALL: f32 = 0.001;
 const ONE: f32 = 1.0;
 type Sums = __m256;
 type Factors = __m256;
 
-vector_kernel!("avx2", "avx2,fma", pairs: false, rows: [1 2 3 4 5], 6);
+vector_kernel!("avx2", "avx2,fma", Floats, rows: [1 2 3 4 5], 6);
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn zero() -> Sums {
+pub(super) fn zero() -> Sums {
     _mm256_setzero_ps()
 }
 
@@ -25,7 +25,7 @@ fn zero() -> Sums {
 /// Eight floats.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn load(from: *const f32) -> Sums {
+pub(super) unsafe fn load(from: *const f32) -> Sums {
     // SAFETY: as promised by the caller.
     unsafe { _mm256_loadu_ps(from) }
 }
@@ -34,7 +34,7 @@ unsafe fn load(from: *const f32) -> Sums {
 /// Eight floats, held by nobody else.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn store(to: *mut f32, sums: Sums) {
+pub(super) unsafe fn store(to: *mut f32, sums: Sums) {
     // SAFETY: as promised by the caller.
     unsafe { _mm256_storeu_ps(to, sums) }
 }

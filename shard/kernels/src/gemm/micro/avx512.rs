@@ -5,7 +5,7 @@
 use std::arch::x86_64::{__m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps};
 
 use super::vector::vector_kernel;
-use super::{MicroKernel, Tile};
+use super::{MicroKernel, Takes, Tile};
 
 const LANES: usize = 16;
 const CHAINS: usize = 16;
@@ -14,7 +14,7 @@ const ONE: f32 = 1.0;
 type Sums = __m512;
 type Factors = __m512;
 
-vector_kernel!("avx512", "avx512f", pairs: false, rows: [1 2 3 4 5 6 7 8 9 10 11 12 13], 14);
+vector_kernel!("avx512", "avx512f", Floats, rows: [1 2 3 4 5 6 7 8 9 10 11 12 13], 14);
 
 #[inline]
 #[target_feature(enable = "avx512f")]

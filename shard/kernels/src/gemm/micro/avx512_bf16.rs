@@ -6,7 +6,7 @@ use std::mem::transmute;
 
 use super::avx512::{load, store, zero};
 use super::vector::vector_kernel;
-use super::{MicroKernel, Tile};
+use super::{MicroKernel, Takes, Tile};
 
 const LANES: usize = 16;
 const CHAINS: usize = 16;
@@ -17,7 +17,7 @@ const ONE: f32 = f32::from_bits(0x3f80_3f80);
 type Sums = __m512;
 type Factors = __m512bh;
 
-vector_kernel!("avx512_bf16", "avx512f,avx512bf16", pairs: true, rows: [1 2 3 4 5 6 7 8 9 10 11 12 13], 14);
+vector_kernel!("avx512_bf16", "avx512f,avx512bf16", Pairs, rows: [1 2 3 4 5 6 7 8 9 10 11 12 13], 14);
 
 /// # Safety
 /// Sixteen floats.

@@ -3,13 +3,14 @@
 
 use std::slice;
 
-use super::{MicroKernel, Tile};
+use super::{MicroKernel, Takes, Tile};
 
 const MR: usize = 4;
 const NR: usize = 16;
 const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "plain", mr: MR, nr: NR, pairs: false, tile, spin, lanes: LANES };
+pub(super) static KERNEL: MicroKernel =
+    MicroKernel { name: "plain", mr: MR, nr: NR, takes: Takes::Floats, tile, spin, flops: 2 * LANES };
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

@@ -3,13 +3,14 @@
 
 use std::slice;
 
-use super::{MicroKernel, Tile};
+use super::{MicroKernel, Takes, Tile};
 
 const MR: usize = 4;
 const NR: usize = 16;
 const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel = MicroKernel { name: "plain_bf16", mr: MR, nr: NR, pairs: true, tile, spin, lanes: LANES };
+pub(super) static KERNEL: MicroKernel =
+    MicroKernel { name: "plain_bf16", mr: MR, nr: NR, takes: Takes::Pairs, tile, spin, flops: 4 * LANES };
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.
@@ -36,8 +37,20 @@ unsafe fn tile(t: Tile) {
 fn add_products(sum: f32, a: u32, b: u32) -> f32 {
     let (upper, lower) =
         (|pair: u32| flushed(f32::from_bits(pair & 0xffff_0000)), |pair: u32| flushed(f32::from_bits(pair << 16)));
-    let sum = flushed(upper(a).mul_add(upper(b), flushed(sum)));
-    flushed(lower(a).mul_add(lower(b), sum))
+    let sum = add_product(flushed(sum), upper(a), upper(b));
+    add_product(sum, lower(a), lower(b))
+}
+
+/// A result is too small if it is so once rounded, as though exponents had no end: what is just below the smallest normal number can be
+/// rounded up to it all the same, and is zero then.
+fn add_product(sum: f32, a: f32, b: f32) -> f32 {
+    let y = a.mul_add(b, sum);
+    if y.abs() == f32::MIN_POSITIVE {
+        let exact = f64::from(a) * f64::from(b) + f64::from(sum);
+        let rounded_to_it = f64::from(f32::MIN_POSITIVE) * (1.0 - f64::from(f32::EPSILON) / 4.0);
+        return if exact.abs() < rounded_to_it { 0f32.copysign(y) } else { y };
+    }
+    flushed(y)
 }
 
 /// Zero, of the same sign, in place of what is too small to be normal.

@@ -4,12 +4,14 @@
 /// fill the units whatever an instruction's latency, and stay in registers), `SMALL` and `ONE` (factors of a sum that grows slowly), and
 /// the instructions: `zero`, `load` and `store` of sums, `broadcast` and `factors`, which read factors, and `add_products`.
 macro_rules! vector_kernel {
-    ($name:literal, $features:literal, pairs: $pairs:literal, rows: [$($fewer:literal)*], $mr:literal) => {
+    ($name:literal, $features:literal, $takes:ident, rows: [$($fewer:literal)*], $mr:literal) => {
         const MR: usize = $mr;
         const NR: usize = 2 * LANES;
+        /// A pair is two products.
+        const FLOPS: usize = if matches!(Takes::$takes, Takes::Pairs) { 4 } else { 2 } * CHAINS * LANES;
 
         pub(super) static KERNEL: MicroKernel =
-            MicroKernel { name: $name, mr: MR, nr: NR, pairs: $pairs, tile, spin, lanes: CHAINS * LANES };
+            MicroKernel { name: $name, mr: MR, nr: NR, takes: Takes::$takes, tile, spin, flops: FLOPS };
 
         /// # Safety
         /// The CPU has what the kernel is for; the tile's pointers are good for what its documentation says.
@@ -57,7 +59,7 @@ macro_rules! vector_kernel {
         /// # Safety
         /// The CPU has what the kernel is for.
         #[target_feature(enable = $features)]
-        unsafe fn spin(rounds: usize) -> f32 {
+        pub(super) unsafe fn spin(rounds: usize) -> f32 {
             let (small, one) = (std::hint::black_box(SMALL), ONE);
             // SAFETY: each reads one float.
             let (x, y) = unsafe { (broadcast(&raw const small), broadcast(&raw const one)) };
