@@ -11,5 +11,6 @@ pub mod prometheus;
 pub mod proxy;
 pub mod published;
 pub mod ranks;
+pub mod same_bits;
 pub mod stages;
 pub mod synthetic;

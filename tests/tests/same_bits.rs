@@ -4,116 +4,15 @@
 //! Nothing is recorded: instruction sets differ in the last bits (fused multiply-adds), layouts on one machine do not.
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
-use std::collections::BTreeSet;
-use std::path::Path;
-
+use models::Error;
 use models::blocks::Layout;
 use models::registry::Limits;
 use models::stage::{Inputs, Stage, StageEvent};
-use models::{Error, Payload, Request};
-use tests::stages::{self, sha256};
+use tests::same_bits::{JOB, Model, STEPS, check_every_layout, conditioning, drain, draw, emoji, with_leader};
+use tests::stages;
 
 #[path = "same_bits/sd3.rs"]
 mod sd3;
-
-/// The job that is compared; its neighbours are 1, 2 and 3.
-const JOB: u64 = 0;
-const JOBS: u64 = 4;
-const STEPS: usize = 4;
-
-/// What is drawn.
-struct Model<'a> {
-    dir: &'a Path,
-    encoders: &'a [&'a str],
-    /// The text encoders are cut so at most.
-    text_tp: usize,
-    request: fn(u64) -> Request,
-}
-
-/// Runs `f` with the leader of a component's group, whose ranks are threads with `threads` of computation each.
-fn with_leader<T: Send>(
-    model: &Model<'_>,
-    component: &str,
-    layout: Layout,
-    threads: usize,
-    f: impl FnOnce(&mut dyn Stage) -> T + Send,
-) -> T {
-    stages::with_leader(model.dir, component, layout, threads, f)
-}
-
-/// Runs the given jobs to their end; gives their payloads in the order of the keys, and [`JOB`]'s latents after each step.
-fn drain(model: &Model<'_>, stage: &mut dyn Stage, jobs: Vec<(u64, Inputs)>) -> (Vec<Payload>, Vec<String>) {
-    stages::drain(stage, jobs.into_iter().map(|(key, inputs)| (key, (model.request)(key), inputs)).collect(), JOB)
-}
-
-/// What the text encoders make of the jobs' prompts.
-fn conditioning(model: &Model<'_>, tp: usize, threads: usize) -> Vec<Inputs> {
-    let mut inputs = vec![Inputs::default(); JOBS as usize];
-    let layout = Layout::new(tp.min(model.text_tp), 1);
-    for encoder in model.encoders {
-        let tasks = (0..JOBS).map(|key| (key, Inputs::default())).collect();
-        let (payloads, _) = with_leader(model, encoder, layout, threads, |stage| drain(model, stage, tasks));
-        inputs.iter_mut().zip(payloads).for_each(|(inputs, payload)| inputs.add(payload).unwrap());
-    }
-    inputs
-}
-
-/// [`JOB`]'s conditioning, its latents after every step, and its picture; once alone and once among all.
-fn draw(model: &Model<'_>, layout: Layout, threads: usize) -> [Vec<String>; 2] {
-    let inputs = conditioning(model, layout.tp, threads);
-    let mut texts: Vec<String> = inputs[0].conditioning.iter().map(|(name, t)| format!("{name} {}", sha256(t))).collect();
-    texts.sort();
-    let runs = with_leader(model, "transformer", layout, threads, |stage| {
-        let all: Vec<(u64, Inputs)> = (0..).zip(inputs).collect();
-        [all[..1].to_vec(), all].map(|jobs| drain(model, stage, jobs))
-    });
-    runs.map(|(payloads, steps)| {
-        assert_eq!(steps.len(), (model.request)(JOB).num_inference_steps);
-        let decode = |stage: &mut dyn Stage| {
-            let jobs = (0..).zip(payloads).map(|(key, payload)| {
-                let mut inputs = Inputs::default();
-                inputs.add(payload).unwrap();
-                (key, inputs)
-            });
-            sha256(drain(model, stage, jobs.collect()).0[0].image().unwrap())
-        };
-        let picture = with_leader(model, "vae", Layout::SOLO, threads, decode);
-        [texts.clone(), steps, vec![picture]].concat()
-    })
-}
-
-fn check_every_layout(model: &Model<'_>) {
-    let [expected, _] = draw(model, Layout::SOLO, 1);
-    assert_eq!(expected.iter().collect::<BTreeSet<_>>().len(), expected.len(), "each says something: {expected:?}");
-    for tp in [1, 2, 4, 8] {
-        for block_ranges in [1, 2, 3] {
-            for threads in [1, 2] {
-                let [alone, batched] = draw(model, Layout::new(tp, block_ranges), threads);
-                assert_eq!(alone, expected, "alone, tp {tp}, {block_ranges} ranges, {threads} threads");
-                assert_eq!(batched, expected, "batched, tp {tp}, {block_ranges} ranges, {threads} threads");
-            }
-        }
-    }
-}
-
-fn request(key: u64) -> Request {
-    let prompts = ["red heart", "pizza on a blue background", "a strawberry on a green background", "a cat"];
-    Request {
-        prompt: prompts[key as usize].into(),
-        negative_prompt: Some(String::new()),
-        num_inference_steps: STEPS,
-        true_cfg_scale: 3.0,
-        seed: key,
-        max_sequence_length: 32,
-        ..Request::default()
-    }
-}
-
-/// The bundled model.
-fn emoji() -> Model<'static> {
-    let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../bundled/emoji"));
-    Model { dir, encoders: &["text_encoder", "text_encoder_2"], text_tp: 8, request }
-}
 
 #[test]
 fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_batched() {
@@ -158,7 +57,7 @@ fn the_two_passes_of_guidance_one_after_the_other_have_the_bits_of_one_batch() {
 /// What came of [`JOB`] when `stop` was done to it after `steps` steps, among jobs that were left alone: its last event.
 fn disturb(layout: Layout, inputs: &[Inputs], steps: usize, stop: fn(&mut dyn Stage)) -> Error {
     with_leader(&emoji(), "transformer", layout, 1, |stage| {
-        inputs.iter().zip(0..).for_each(|(inputs, key)| stage.start(key, request(key), inputs.clone()));
+        inputs.iter().zip(0..).for_each(|(inputs, key)| stage.start(key, (emoji().request)(key), inputs.clone()));
         let (mut done, mut others, mut end) = (0, 0, None);
         while end.is_none() || others + 1 < inputs.len() {
             let more = stage.turn(&mut |event| match event {

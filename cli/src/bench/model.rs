@@ -2,18 +2,17 @@
 //! threads of its own. Weights are untrained; every other figure is as it would be.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use parallel::mesh::{Link, Mesh};
+use models::blocks::{Layout, RankGroup};
+use parallel::Device;
 use parallel::ops::Products;
 use parallel::ops::kernels::limit;
-use parallel::{Device, InProcess};
 
+use self::forwards::{Work, forwards};
+use self::memory::Memory;
 use super::synthetic::flux::{self, Flux};
 use super::synthetic::t5::{self, T5};
 use super::synthetic::vae::Vae;
@@ -21,8 +20,9 @@ use super::synthetic::{Checkpoint, Format, Network};
 use super::table::{Row, print};
 use crate::error::Error;
 
-/// How often memory is looked at.
-const LOOK: Duration = Duration::from_millis(20);
+mod forwards;
+mod memory;
+
 const MIB: f64 = (1 << 20) as f64;
 
 #[derive(Debug, Args)]
@@ -51,10 +51,16 @@ pub(crate) struct ModelArgs {
     /// Ranks that divide every layer.
     #[arg(long, default_value_t = 1)]
     tp: usize,
+    /// Ranges of blocks, one after the other: as many times the ranks.
+    #[arg(long, default_value_t = 1)]
+    block_ranges: usize,
+    /// Jobs in flight; with ranges, each has a forward of another one.
+    #[arg(long, default_value_t = 1)]
+    jobs: usize,
     /// Threads of each rank. Default: the machine's, divided by the ranks.
     #[arg(long)]
     threads: Option<usize>,
-    /// Forwards; the best counts.
+    /// Forwards of each job; the best counts, or with ranges or jobs the average from the first output to the last.
     #[arg(long, default_value_t = 2)]
     steps: usize,
     /// Where the weights are written for the time of the run. Default: the system's folder of temporary files.
@@ -85,6 +91,20 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     }
     if !(1..=4096).contains(&args.text_tokens) {
         return flag("--text-tokens", "must be 1 to 4096");
+    }
+    let network_ranges = match args.family {
+        Family::Flux => args.blocks.unwrap_or(flux::BLOCKS[0]) + args.single_blocks.unwrap_or(flux::BLOCKS[1]),
+        Family::T5 => args.blocks.unwrap_or(t5::BLOCKS),
+        Family::Vae => 1,
+    };
+    if !(1..=network_ranges.min(8)).contains(&args.block_ranges) {
+        return flag("--block-ranges", "must be 1 to 8, and no more than there are blocks");
+    }
+    if !(1..=64).contains(&args.jobs) {
+        return flag("--jobs", "must be 1 to 64");
+    }
+    if args.block_ranges * args.jobs > 1 && args.steps * args.jobs < 2 {
+        return flag("--jobs", "of ranges, the time from one output to the next is measured: two forwards at least");
     }
     if args.steps == 0 || args.threads == Some(0) {
         return flag(if args.steps == 0 { "--steps" } else { "--threads" }, "must be at least 1");
@@ -139,7 +159,8 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
         bar.set_position(done);
     })?;
     bar.finish_and_clear();
-    let planned = planned(&checkpoint, args.tp)?;
+    let layout = Layout::new(args.tp, args.block_ranges);
+    let planned = planned(&checkpoint, layout)?;
     let most = || match args.products {
         Products::F32 => limit::gflops(),
         Products::Bf16 => limit::gflops_bf16(),
@@ -148,19 +169,19 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
     let limit_before = most();
     let memory = Memory::watch();
     let before = memory.now();
-    let ran = forwards(args, &checkpoint)?;
+    let threads = threads(args);
+    let ran = forwards(Work { layout, threads, steps: args.steps, jobs: args.jobs }, &checkpoint)?;
     let peak = memory.peak();
     let gflops = limit_before.max(most());
-    let reached = checkpoint.network.flops() / ran.best.as_secs_f64() / 1e9;
-    let threads = threads(args);
+    let reached = checkpoint.network.flops() / ran.forward.as_secs_f64() / 1e9;
     let weights: u64 = planned.iter().sum();
     print(
         &[
             Row::new(
                 format!("{name}: a forward"),
-                ran.best.as_secs_f64(),
+                ran.forward.as_secs_f64(),
                 "s",
-                format!("tp {}, {threads} threads each", args.tp),
+                format!("{layout}, {threads} threads each, {} in flight", args.jobs),
             ),
             Row::new(
                 "reached",
@@ -184,7 +205,7 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
                 "MiB",
                 format!("{:.3} of the planned weights", peak.saturating_sub(before) as f64 / weights as f64),
             ),
-            Row::new("page faults", ran.faults as f64, "", format!("in the last of {} forwards, all ranks", args.steps)),
+            Row::new("page faults", ran.faults as f64, "", format!("in the last of {} steps, all ranks", args.steps)),
         ],
         args.json,
     );
@@ -192,113 +213,14 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
 }
 
 fn threads(args: &ModelArgs) -> usize {
-    args.threads.unwrap_or_else(|| (thread::available_parallelism().map_or(1, usize::from) / args.tp).max(1))
+    args.threads
+        .unwrap_or_else(|| (thread::available_parallelism().map_or(1, usize::from) / (args.tp * args.block_ranges)).max(1))
 }
 
 /// Bytes that each rank is to hold, as `atelier plan` counts them.
-fn planned<N: Network>(checkpoint: &Checkpoint<N>, tp: usize) -> Result<Vec<u64>, Error> {
-    let rank = |rank| checkpoint.held(Arc::new(parallel::collective::Placeholder { rank, size: tp }));
-    Ok((0..tp).map(rank).collect::<models::Result<_>>()?)
-}
-
-struct Ran {
-    best: Duration,
-    /// Memory when all ranks had loaded.
-    loaded: u64,
-    /// Pages that the last forward of all ranks asked the system for.
-    faults: u64,
-}
-
-/// Loads the ranks and runs them together.
-fn forwards<N: Network>(args: &ModelArgs, checkpoint: &Checkpoint<N>) -> Result<Ran, Error> {
-    let (threads, together) = (threads(args), Barrier::new(args.tp));
-    let bar = ProgressBar::new(args.steps as u64 + 1).with_style(style("{msg:16} {bar:30} {pos:>3}/{len:<3} {elapsed:>4}"));
-    bar.set_message("loading");
-    bar.tick();
-    let (bar_, together_) = (&bar, &together);
-    let rank = move |link: InProcess| -> Result<Ran, Error> {
-        let first = link.rank() == 0;
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
-        pool.install(|| {
-            let loaded = checkpoint.load(Arc::new(Mesh::whole(Arc::new(link))), &Device::Cpu);
-            together_.wait();
-            let (loaded, held) = (loaded?, anonymous_bytes());
-            let (mut best, mut faults) = (Duration::MAX, 0);
-            for _ in 0..args.steps {
-                if first {
-                    bar_.inc(1);
-                    bar_.set_message("forward");
-                }
-                let (started, before) = (Instant::now(), page_faults());
-                loaded.forward()?;
-                best = best.min(started.elapsed());
-                faults = page_faults() - before;
-            }
-            Ok(Ran { best, loaded: held, faults })
-        })
-    };
-    let results: Vec<_> = thread::scope(|scope| {
-        let ranks: Vec<_> = InProcess::group(args.tp).into_iter().map(|link| scope.spawn(move || rank(link))).collect();
-        ranks.into_iter().map(|rank| rank.join()).collect()
-    });
-    bar.finish_and_clear();
-    let mut first = None;
-    for result in results {
-        let ran = result.map_err(|_| Error::Io(std::io::Error::other("a rank ended in a panic")))??;
-        first.get_or_insert(ran);
-    }
-    first.ok_or(Error::Io(std::io::Error::other("no rank ran")))
-}
-
-/// Memory of this process that is not a file's, watched by a thread of its own.
-struct Memory {
-    peak: Arc<AtomicU64>,
-    stop: Arc<AtomicBool>,
-}
-
-impl Memory {
-    fn watch() -> Self {
-        let memory = Self { peak: Arc::default(), stop: Arc::default() };
-        let (peak, stop) = (memory.peak.clone(), memory.stop.clone());
-        thread::spawn(move || {
-            while !stop.load(Ordering::Relaxed) {
-                peak.fetch_max(anonymous_bytes(), Ordering::Relaxed);
-                thread::sleep(LOOK);
-            }
-        });
-        memory
-    }
-
-    fn now(&self) -> u64 {
-        anonymous_bytes()
-    }
-
-    fn peak(&self) -> u64 {
-        self.peak.load(Ordering::Relaxed)
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Of this process; 0 where the system does not say.
-fn anonymous_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib =
-        status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or_default() * 1024
-}
-
-/// Of this process so far, those that needed no disk; 0 where the system does not say.
-fn page_faults() -> u64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // Fields after the name, which is in brackets and may hold anything: the tenth of all is minflt.
-    let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-    after.split_ascii_whitespace().nth(7).and_then(|field| field.parse().ok()).unwrap_or_default()
+fn planned<N: Network>(checkpoint: &Checkpoint<N>, layout: Layout) -> Result<Vec<u64>, Error> {
+    let rank = |rank| checkpoint.held(&RankGroup::placeholder(rank, layout));
+    Ok((0..layout.ranks()).map(rank).collect::<models::Result<_>>()?)
 }
 
 fn bytes_bar(message: &'static str) -> ProgressBar {

@@ -2,11 +2,10 @@
 //! download.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use models::autoencoder_kl::AutoencoderKl;
-use models::blocks::BlockModel;
-use parallel::{Collective, DType, Device, Tensor, Tensors, Weights};
+use models::blocks::{BlockModel, RangeOf, RankGroup, recv_tensors, send_tensors};
+use parallel::{DType, Device, Tensor, Tensors, Weights};
 
 pub(super) mod flux;
 pub(super) mod t5;
@@ -20,7 +19,7 @@ pub(super) trait Network: Sync {
     /// Names and shapes of its tensors, by the reference's names.
     fn shapes(&self) -> Vec<(String, Vec<usize>)>;
     /// One rank of it.
-    fn load(&self, weights: &Weights) -> models::Result<Model>;
+    fn load(&self, weights: &Weights, range: RangeOf) -> models::Result<Model>;
     /// Its inputs, of one picture or one text.
     fn inputs(&self) -> models::Result<Tensors>;
     /// The name of its output.
@@ -54,17 +53,18 @@ impl<N: Network> Checkpoint<N> {
     }
 
     /// What one rank holds of it, in bytes, by its loading code.
-    pub(super) fn held(&self, group: Arc<dyn Collective>) -> models::Result<u64> {
-        let weights = Weights::open(self.folder.path(), group, DType::F32, &Device::Cpu)?.measuring();
-        self.network.load(&weights)?;
+    pub(super) fn held(&self, group: &RankGroup) -> models::Result<u64> {
+        let weights = Weights::open(self.folder.path(), group.tensor.clone(), DType::F32, &Device::Cpu)?.measuring();
+        self.network.load(&weights, group.range)?;
         Ok(weights.bytes_held())
     }
 
     /// One rank's part of it.
-    pub(super) fn load(&self, group: Arc<dyn Collective>, device: &Device) -> models::Result<Loaded> {
-        let weights = Weights::open(self.folder.path(), group, DType::F32, device)?;
-        let model = self.network.load(&weights)?;
-        Ok(Loaded { model, inputs: self.inputs.to_device(device)?, output: self.network.output(), device: device.clone() })
+    pub(super) fn load(&self, group: &RankGroup) -> models::Result<Loaded> {
+        let device = group.device.clone();
+        let weights = Weights::open(self.folder.path(), group.tensor.clone(), DType::F32, &device)?;
+        let model = self.network.load(&weights, group.range)?;
+        Ok(Loaded { model, inputs: self.inputs.to_device(&device)?, output: self.network.output(), device })
     }
 }
 
@@ -77,7 +77,7 @@ pub(super) struct Loaded {
 }
 
 impl Loaded {
-    /// One forward, done when it returns.
+    /// One forward of a network that is held whole, done when it returns.
     pub(super) fn forward(&self) -> models::Result<Tensor> {
         let output = match &self.model {
             Model::Blocks(model) => model.output(model.blocks(model.embed(&self.inputs)?)?)?.take(self.output)?,
@@ -85,6 +85,21 @@ impl Loaded {
         };
         self.device.synchronize()?;
         Ok(output)
+    }
+
+    /// This rank's part of one forward: what the range before it gives becomes what the one after it takes, or the output.
+    pub(super) fn part(&self, group: &RankGroup) -> models::Result<Option<Tensors>> {
+        let Model::Blocks(model) = &self.model else {
+            return Ok(Some(Tensors::new().with(self.output, self.forward()?)));
+        };
+        let hidden =
+            if group.range.is_first() { model.embed(&self.inputs)? } else { recv_tensors(group.whole(), group.previous())?? };
+        let hidden = model.blocks(hidden);
+        if group.range.is_last() {
+            return Ok(Some(model.output(hidden?)?));
+        }
+        send_tensors(group.whole(), &hidden, group.next())?;
+        hidden.map(|_| None)
     }
 }
 

@@ -52,7 +52,7 @@ pub fn gated(x: &[f32], y: &mut [f32], width: usize, activation: Activation) {
 vectorised! {
     fn gelu(x: &mut [f32]) {
         for v in x {
-            *v = 0.5 * *v * (1.0 + math::erf(*v * core::f32::consts::FRAC_1_SQRT_2));
+            *v *= 0.5 * math::one_and_erf(*v * core::f32::consts::FRAC_1_SQRT_2);
         }
     }
 }

@@ -214,7 +214,7 @@ impl Job<'_> {
             return scores.fill(0.0);
         }
         if *max != new && *max != f32::NEG_INFINITY {
-            let less = crate::math::exp(*max - new);
+            let less = rows::exponential(*max - new);
             *sum *= less;
             rows::multiply(y, less);
         }

@@ -1,5 +1,6 @@
 //! Exponential and error function in plain arithmetic: the same code, and so the same bits, on every machine, and nothing
-//! that keeps the compiler from running it on whole vectors.
+//! that keeps the compiler from running it on whole vectors. Multiplications are fused with additions by name: a chain a third
+//! shorter on every processor that has the instruction (and slow on one that has not).
 
 /// `e^x`, within 2 units in the last place. Below -87.3, where the result would be subnormal, it is 0; above 88.3 it stays
 /// at `e^88.3`.
@@ -14,16 +15,16 @@ pub fn exp(x: f32) -> f32 {
     // Comparisons rather than `clamp`: NaN passes through.
     let y = if x > HIGH { HIGH } else { x };
     let y = if y < LOW { LOW } else { y };
-    let shifted = y * core::f32::consts::LOG2_E + ROUND;
+    let shifted = y.mul_add(core::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = (y - n * LN2_HIGH) - n * LN2_LOW; // |r| <= ln(2) / 2
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, y)); // |r| <= ln(2) / 2
     // Cephes' expf, in pairs: a chain half as long.
     let square = r * r;
-    let p45 = 1.987_569_1e-4 * r + 1.398_2e-3;
-    let p23 = 8.333_452e-3 * r + 4.166_579_6e-2;
-    let p01 = 1.666_666_5e-1 * r + 0.5;
-    let p = (p45 * square + p23) * square + p01;
-    let p = p * square + (r + 1.0);
+    let p45 = r.mul_add(1.987_569_1e-4, 1.398_2e-3);
+    let p23 = r.mul_add(8.333_452e-3, 4.166_579_6e-2);
+    let p01 = r.mul_add(1.666_666_5e-1, 0.5);
+    let p = p45.mul_add(square, p23).mul_add(square, p01);
+    let p = p.mul_add(square, r + 1.0);
     let scale = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23); // 2^n
     if x < LOW { 0.0 } else { p * scale }
 }
@@ -37,19 +38,25 @@ pub fn sigmoid(x: f32) -> f32 {
 /// The error function, within 4e-7.
 #[inline(always)]
 pub fn erf(x: f32) -> f32 {
-    // A rational function in x^2, as in Eigen and XLA; it loses digits where the result is nearly one.
-    const ABOVE: [f32; 7] =
-        [-2.726_142_3e-10, 2.770_681_4e-8, -2.101_024e-6, -5.692_506_4e-5, -7.349_906_4e-4, -2.954_6e-3, -1.609_603_3e-2];
-    const BELOW: [f32; 5] = [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329_3e-3, -1.426_473_9e-2];
-    let square = x * x;
-    let above = ABOVE.iter().fold(0.0, |sum, c| sum * square + c);
-    let below = BELOW.iter().fold(0.0, |sum, c| sum * square + c);
-    // There, one less the continued fraction of what is missing (Abramowitz and Stegun, 7.1.14).
-    const SQRT_PI: f32 = 1.772_453_9;
-    let size = x.abs();
-    let fraction = size + 0.5 / (size + 1.0 / (size + 1.5 / (size + 2.0 / size)));
-    let far = 1.0 - exp(-square) / (SQRT_PI * fraction);
-    if size > 2.75 { far.copysign(x) } else { x * above / below }
+    let far = 1.0 - erfc_of_size(x);
+    far.copysign(x)
+}
+
+/// `1 + erf(x)`, to as many digits where it is nearly zero.
+#[inline(always)]
+pub fn one_and_erf(x: f32) -> f32 {
+    let rest = erfc_of_size(x);
+    if x < 0.0 { rest } else { 2.0 - rest }
+}
+
+/// What `erf(|x|)` lacks of one, in the form of Abramowitz and Stegun, 7.1.26: a polynomial in `t`, here of two degrees more and fitted to
+/// be within 2e-8 before rounding.
+#[inline(always)]
+fn erfc_of_size(x: f32) -> f32 {
+    const OF_T: [f32; 7] = [0.087_142_31, -0.402_601_03, 0.552_851_74, -0.077_338_904, 0.314_950_64, 0.256_397_5, 0.268_597_8];
+    let t = 1.0 / x.abs().mul_add(0.475, 1.0);
+    let sum = OF_T.iter().fold(0f32, |sum, c| sum.mul_add(t, *c));
+    sum * t * exp(-(x * x))
 }
 
 #[cfg(test)]

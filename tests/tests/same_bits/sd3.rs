@@ -7,9 +7,10 @@ use models::Request;
 use models::blocks::Layout;
 use models::request::SkipLayerGuidance;
 use models::sd3_transformer::Sd3TransformerConfig;
+use tests::same_bits::{Model, check_every_layout};
 use tests::synthetic;
 
-use super::{Model, check_every_layout, check_lanes};
+use super::check_lanes;
 
 /// As its neighbours' it is four steps of two or three passes, but for the third's, which is without guidance.
 fn request(key: u64) -> Request {

@@ -1,11 +1,11 @@
 //! One device: its own limit, attention, a step.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use models::blocks::RankGroup;
 use parallel::ops::Products;
 use parallel::ops::kernels::limit;
-use parallel::{DType, Device, Solo, Tensor, ops};
+use parallel::{DType, Device, Tensor, ops};
 
 use super::Bench;
 use super::report::Check;
@@ -58,7 +58,7 @@ pub(super) fn step(bench: &Bench, model: &Checkpoint<Flux>) -> models::Result<Ve
 }
 
 fn step_in(bench: &Bench, model: &Checkpoint<Flux>, way: Products) -> models::Result<Vec<Check>> {
-    let loaded = model.load(Arc::new(Solo), &bench.device)?;
+    let loaded = model.load(&RankGroup::solo().on(bench.device.clone()))?;
     let sample = loaded.forward()?;
     let finite = sample.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?.is_finite();
     let before = limit_tflops(bench)?;

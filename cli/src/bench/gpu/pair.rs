@@ -1,9 +1,8 @@
 //! Two devices: the same numbers as one, and the speed at which they add up.
 
-use std::sync::Arc;
-
+use models::blocks::{Layout, RankGroup};
 use parallel::mesh::Mesh;
-use parallel::{Collective, DType, Device, Solo, Tensor, ops};
+use parallel::{Collective, DType, Device, Tensor, ops};
 
 use super::Bench;
 use super::measure::{best, milliseconds};
@@ -17,9 +16,10 @@ const SAME_ON_GPUS: f64 = 1e-4;
 
 /// A network held by two ranks, against the whole of it.
 pub(super) fn equivalence(bench: &Bench, peer: &Device, model: &Checkpoint<Flux>) -> models::Result<Vec<Check>> {
-    let whole = model.load(Arc::new(Solo), &bench.device)?.forward()?.to_device(&Device::Cpu)?;
+    let whole = model.load(&RankGroup::solo().on(bench.device.clone()))?.forward()?.to_device(&Device::Cpu)?;
     let halves = on_two([&bench.device, peer], |link, device| {
-        Ok(model.load(Arc::new(Mesh::whole(link)), device)?.forward()?.to_device(&Device::Cpu)?)
+        let group = RankGroup::new(link, Layout::new(2, 1))?.on(device.clone());
+        Ok(model.load(&group)?.forward()?.to_device(&Device::Cpu)?)
     })?;
     let largest = largest(&whole)?;
     let (allowed, why) = if ops::has_kernels(&bench.device) {

@@ -93,8 +93,8 @@ impl Network for Flux {
         linears.into_iter().flat_map(tensors).chain(norms).collect()
     }
 
-    fn load(&self, weights: &Weights) -> models::Result<Model> {
-        Ok(Model::Blocks(Box::new(FluxTransformer::load(weights, &self.config(), RangeOf::WHOLE)?)))
+    fn load(&self, weights: &Weights, range: RangeOf) -> models::Result<Model> {
+        Ok(Model::Blocks(Box::new(FluxTransformer::load(weights, &self.config(), range)?)))
     }
 
     fn output(&self) -> &'static str {

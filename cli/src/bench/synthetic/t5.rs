@@ -52,8 +52,8 @@ impl Network for T5 {
         shapes
     }
 
-    fn load(&self, weights: &Weights) -> models::Result<Model> {
-        Ok(Model::Blocks(Box::new(T5Encoder::load(weights, &self.config(), RangeOf::WHOLE)?)))
+    fn load(&self, weights: &Weights, range: RangeOf) -> models::Result<Model> {
+        Ok(Model::Blocks(Box::new(T5Encoder::load(weights, &self.config(), range)?)))
     }
 
     fn inputs(&self) -> models::Result<Tensors> {

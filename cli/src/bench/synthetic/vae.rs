@@ -1,6 +1,7 @@
 //! FLUX.1's autoencoder, which decodes one picture.
 
 use models::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
+use models::blocks::RangeOf;
 use parallel::{Device, Tensor, Tensors, Weights};
 
 use super::{Model, Network};
@@ -111,7 +112,7 @@ impl Network for Vae {
         self.layers().shapes
     }
 
-    fn load(&self, weights: &Weights) -> models::Result<Model> {
+    fn load(&self, weights: &Weights, _: RangeOf) -> models::Result<Model> {
         let config = AutoencoderKlConfig {
             down_block_types: vec!["DownEncoderBlock2D".into(); WIDTHS.len()],
             up_block_types: vec!["UpDecoderBlock2D".into(); WIDTHS.len()],

@@ -1,4 +1,4 @@
-//! The reference of products in 8 bits, in plain Rust.
+//! The reference of products in 8 bits, in plain Rust, on panels as AVX-512 VNNI wants them: one side without a sign.
 #![allow(unsafe_code)] // the signature of a tile
 
 use std::slice;
@@ -10,7 +10,7 @@ use crate::gemm::bytes::{BLOCK, Bytes};
 
 const MR: usize = 4;
 const NR: usize = 16;
-const BYTES: Bytes = Bytes { group: 4, excess: 0 };
+const BYTES: Bytes = Bytes { group: 4, excess: 128 };
 const LANES: usize = 32;
 
 pub(super) static KERNEL: MicroKernel =
@@ -32,14 +32,15 @@ unsafe fn tile(t: Tile) {
         }
         for (a, b) in a.chunks_exact(inputs).zip(b.chunks_exact(weights)) {
             let (values, scales) = b.split_at(BLOCK * NR);
-            let scale = f32::from_bits(a[BLOCK / BYTES.group * MR + row]);
+            let [scale, before] = [0, 1].map(|below| a[(BLOCK / BYTES.group + below) * MR + row]);
+            let (scale, before) = (f32::from_bits(scale), before as i32);
             for (column, c) in c.iter_mut().enumerate() {
                 let group = |g: usize| {
                     let x = a[g * MR + row].to_le_bytes();
                     let w = &values[(g * NR + column) * BYTES.group..][..BYTES.group];
-                    x.iter().zip(w).map(|(x, w)| i32::from(*x as i8) * i32::from(*w as i8)).sum::<i32>()
+                    x.iter().zip(w).map(|(x, w)| i32::from(*x as i8) * i32::from(*w)).sum::<i32>()
                 };
-                let sum: i32 = (0..BLOCK / BYTES.group).map(group).sum();
+                let sum = before + (0..BLOCK / BYTES.group).map(group).sum::<i32>();
                 let of_column = f16::from_le_bytes([scales[2 * column], scales[2 * column + 1]]).to_f32();
                 *c = (sum as f32).mul_add(of_column * scale, *c);
             }

@@ -1,0 +1,51 @@
+//! As `same_bits.rs`, for products of fewer bits. A program of its own with one test, since what a process multiplies in is the process's.
+#![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
+
+use std::collections::HashMap;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use models::blocks::Layout;
+use parallel::ops::{Products, has_kernels};
+use parallel::{DType, Device};
+use tests::gguf;
+use tests::same_bits::{Model, check_every_layout, draw, emoji};
+
+/// The model with its transformer's matrices in `Q8_0`, where their rows are whole blocks.
+fn in_eight_bits(dir: &Path) -> tempfile::TempDir {
+    let (dir, copy) = (dir.canonicalize().unwrap(), tempfile::tempdir().unwrap());
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name() != "transformer" {
+            symlink(entry.path(), copy.path().join(entry.file_name())).unwrap();
+        }
+    }
+    let [from, to] = [&*dir, copy.path()].map(|dir| dir.join("transformer"));
+    std::fs::create_dir(&to).unwrap();
+    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
+    let tensors = candle_core::safetensors::load(from.join("diffusion_pytorch_model.safetensors"), &Device::Cpu).unwrap();
+    let wide = |(name, tensor): (String, candle_core::Tensor)| (name, tensor.to_dtype(DType::F32).unwrap());
+    let tensors: HashMap<_, _> = tensors.into_iter().map(wide).collect();
+    let (blocks, _) = gguf::quantised(&tensors, GgmlDType::Q8_0).unwrap();
+    gguf::write(&to.join("transformer.gguf"), &blocks).unwrap();
+    copy
+}
+
+#[test]
+fn latents_and_pictures_have_the_same_bits_on_every_layout_in_bf16_and_in_int8() {
+    if !has_kernels(&Device::Cpu) {
+        return; // candle's operations for the CPU multiply in f32 alone, which a worker says
+    }
+    let eight = in_eight_bits(emoji().dir);
+    let eight = Model { dir: eight.path(), ..emoji() };
+    let of = |products: Products, model: &Model<'_>, draw: fn(&Model<'_>) -> Vec<String>| {
+        products.use_here();
+        draw(model)
+    };
+    let alone = |model: &Model<'_>| draw(model, Layout::SOLO, 1)[0].clone();
+    let [wide, of_blocks] = [of(Products::F32, &emoji(), alone), of(Products::Bf16, &eight, alone)];
+    let [narrow, bytes] = [of(Products::Bf16, &emoji(), check_every_layout), of(Products::Int8, &eight, check_every_layout)];
+    // Each is another arithmetic, or it would show nothing.
+    assert!(wide.last() != narrow.last() && narrow.last() != of_blocks.last() && of_blocks.last() != bytes.last());
+}
