@@ -22,6 +22,7 @@ mod inputs;
 pub mod micro;
 mod packing;
 mod plane;
+mod turn;
 
 pub use blocks::BlockRows;
 pub use half::bf16;

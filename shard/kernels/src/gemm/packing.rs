@@ -11,6 +11,7 @@ use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::bytes::whole_blocks;
 use crate::gemm::micro::{MicroKernel, Takes};
+use crate::gemm::turn::turn;
 use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows};
 use crate::scratch::Buffer;
 
@@ -311,7 +312,7 @@ pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: 
 pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, width: usize) {
     for (tile, first) in (0..x.count()).step_by(width).enumerate() {
         let rows = first..x.count().min(first + width);
-        pack_transposed(&mut packed[tile * width * len..], x, rows, &[(0, len)], 0..len, width);
+        turn(&mut packed[tile * width * len..], x, rows, (0, len), width);
     }
 }
 
@@ -335,11 +336,27 @@ fn pack_side(
     kernel: &MicroKernel,
 ) {
     match kernel.takes {
-        Takes::Floats => pack_transposed(packed, x, rows, pieces, k, width),
+        Takes::Floats => pack_floats(packed, x, rows, pieces, k, width),
         Takes::Pairs => pack_pairs(packed, x, rows, pieces, k, width, narrow),
         Takes::Blocks(bytes) => bytes.pack_inputs(packed, x, rows, pieces, k, width),
     }
 }
+
+/// As [`pack_transposed`], of floats, which are turned eight at a time.
+fn pack_floats(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
+    let (mut before, mut to) = (0, 0);
+    for &(start, len) in pieces {
+        let from = k.start.clamp(before, before + len) - before;
+        let until = k.end.clamp(before, before + len) - before;
+        turn(&mut packed[to * width..], x, rows.clone(), (start + from, until - from), width);
+        (before, to) = (before + len, to + until - from);
+    }
+}
+
+/// Pairs of a row that are narrowed before they are turned.
+const PAIRS: usize = 64;
+/// Most rows that lie side by side.
+const MOST_ROWS: usize = 32;
 
 /// As [`pack_transposed`], of pairs: `k` counts them. A last one without a neighbour gets a zero.
 fn pack_pairs<T: Copy>(
@@ -351,11 +368,13 @@ fn pack_pairs<T: Copy>(
     width: usize,
     narrowed: impl Fn(&[T], &mut [bf16]),
 ) {
-    let mut values = [bf16::ZERO; 2 * K_STEP];
-    for first in k.clone().step_by(K_STEP) {
+    // Neighbours in memory are a pair: the earlier one is the lower half of a float's bits.
+    let mut memory = [0f32; MOST_ROWS * PAIRS];
+    for first in k.clone().step_by(PAIRS) {
         let packed = &mut packed[(first - k.start) * width..];
-        let k = first..k.end.min(first + K_STEP);
-        for (at, row) in rows.clone().enumerate() {
+        let k = first..k.end.min(first + PAIRS);
+        let values: &mut [bf16] = bytemuck::cast_slice_mut(&mut memory);
+        for (values, row) in values.chunks_exact_mut(2 * PAIRS).zip(rows.clone()) {
             let (mut before, mut filled) = (0, 0);
             for &(start, len) in pieces {
                 let from = (2 * k.start).clamp(before, before + len) - before;
@@ -363,22 +382,10 @@ fn pack_pairs<T: Copy>(
                 narrowed(x.part(row, (start + from, until - from)), &mut values[filled..][..until - from]);
                 (before, filled) = (before + len, filled + until - from);
             }
-            if !filled.is_multiple_of(2) {
-                values[filled] = bf16::ZERO;
-                filled += 1;
-            }
-            let pairs = values[..filled].as_chunks::<2>().0;
-            for (packed, [lower, upper]) in packed[at..].iter_mut().step_by(width).zip(pairs) {
-                *packed = pair(*lower, *upper);
-            }
+            values[filled..2 * k.len()].fill(bf16::ZERO);
         }
+        turn(packed, Rows::new(&memory, rows.len(), PAIRS), 0..rows.len(), (0, k.len()), width);
     }
-}
-
-/// Two of bf16 in the bits of a float.
-#[inline(always)]
-fn pair(lower: bf16, upper: bf16) -> f32 {
-    f32::from_bits(u32::from(lower.to_bits()) | u32::from(upper.to_bits()) << 16)
 }
 
 /// At most `width` rows side by side, as `[k][width]`; what stands in the places of absent rows is left as it is.
