@@ -7,13 +7,18 @@
 use std::ops::Range;
 
 use crate::activation::Activation;
+use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{K_STEP, Plane, Rows, SharedPlane, bf16, narrow_rows, pack_tiles};
+use crate::gemm::{K_STEP, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
+mod windows;
+
 /// Pixels of a job: with `K_STEP`, 256 KiB of the second-level cache.
 const PIXELS: usize = 256;
+/// Channels that go past all of a job's pixels together, whole tiles of every micro-kernel: 126 KiB of weights.
+const ROWS: usize = 126;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
@@ -137,19 +142,26 @@ impl Conv2d {
     fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, activation: Option<Activation>, mut y: Plane<'_>) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
         let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
-        scratch::with([n.next_multiple_of(nr) * K_STEP], |[panels]| {
-            for k in (0..k_all).step_by(K_STEP) {
-                let k = k..k_all.min(k + K_STEP);
-                for (panel, first) in (0..n).step_by(nr).enumerate() {
-                    let packed = &mut panels[panel * nr * k.len()..][..nr * k.len()];
-                    windows.pack(packed, k.clone(), pixels.start + first..pixels.start + n.min(first + nr), nr);
-                    for row in (0..m).step_by(mr) {
-                        let tile = y.part(row..m.min(row + mr), first..n.min(first + nr));
-                        let weight = &self.weight.as_slice()[row * k_all + k.start * mr..];
-                        self.kernel.run(k.len(), weight, packed, tile, k.start == 0);
+        let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
+        scratch::with([n.div_ceil(nr) * Panels::stride(nr), level], |[panels, memory]| {
+            let mut sums = Sums::new(memory, m, level, self.kernel);
+            for first in (0..k_all).step_by(K_STEP) {
+                let k = first..k_all.min(first + K_STEP);
+                windows.pack(&mut Panels { memory: panels, nr }, k.clone(), pixels.clone());
+                for block in (0..m).step_by(ROWS / mr * mr) {
+                    let block = block..m.min(block + ROWS / mr * mr);
+                    for (panel, column) in (0..n).step_by(nr).enumerate() {
+                        let (panel, columns) = (&panels[panel * Panels::stride(nr)..], column..n.min(column + nr));
+                        for row in block.clone().step_by(mr) {
+                            let rows = row..block.end.min(row + mr);
+                            let weight = &self.weight.as_slice()[row * k_all + first * mr..];
+                            sums.fetch_after(0, rows.clone(), columns.clone());
+                            self.kernel.run(k.len(), weight, panel, sums.tile(0, rows, columns.clone()), first == 0);
+                        }
                     }
                 }
             }
+            sums.write(&mut y);
         });
         for channel in 0..m {
             let row = y.row_mut(channel);
@@ -177,70 +189,6 @@ fn jobs_of(pixels: usize, batch: usize, nr: usize) -> usize {
     let threads = rayon::current_num_threads();
     let even = (pixels * batch).div_ceil(2 * threads).next_multiple_of(nr);
     even.min(PIXELS)
-}
-
-/// One picture, seen through the windows of its output pixels.
-struct Windows<'a> {
-    /// `[C, H, W]`.
-    x: &'a [f32],
-    geometry: Geometry,
-    size: usize,
-}
-
-impl Windows<'_> {
-    /// `packed: [k][nr]`: for each element `k` of `[C, size, size]` what the windows of `pixels` show there.
-    fn pack(&self, packed: &mut [f32], k: Range<usize>, pixels: Range<usize>, nr: usize) {
-        debug_assert_eq!(packed.len(), k.len() * nr);
-        let Geometry { input: [h, w], stride, before, doubled, .. } = self.geometry;
-        let [_, width] = self.geometry.output(self.size);
-        let shown = if doubled { [2 * h, 2 * w] } else { [h, w] };
-        let start = [k.start / (self.size * self.size), k.start / self.size % self.size, k.start % self.size];
-        let (mut pixel, mut to) = (pixels.start, 0);
-        while pixel < pixels.end {
-            // The pixels of one output row.
-            let (row, column) = (pixel / width, pixel % width);
-            let run = (width - column).min(pixels.end - pixel);
-            let [mut channel, mut ky, mut kx] = start;
-            for packed in packed.chunks_exact_mut(nr) {
-                let out = &mut packed[to..to + run];
-                let y = (row * stride + ky).wrapping_sub(before);
-                let first = column * stride + kx;
-                if y >= shown[0] {
-                    out.fill(0.0);
-                } else {
-                    let line = &self.x[(channel * h + (y >> u32::from(doubled))) * w..][..w];
-                    if stride == 1 && !doubled && first >= before && first - before + run <= w {
-                        copy(out, &line[first - before..][..run]);
-                    } else {
-                        for (i, out) in out.iter_mut().enumerate() {
-                            let x = (first + i * stride).wrapping_sub(before);
-                            *out = if x < shown[1] { line[x >> u32::from(doubled)] } else { 0.0 };
-                        }
-                    }
-                }
-                kx += 1;
-                if kx == self.size {
-                    (kx, ky) = (0, ky + 1);
-                }
-                if ky == self.size {
-                    (ky, channel) = (0, channel + 1);
-                }
-            }
-            (pixel, to) = (pixel + run, to + run);
-        }
-        if to < nr {
-            packed.chunks_exact_mut(nr).for_each(|packed| packed[to..].fill(0.0));
-        }
-    }
-}
-
-/// `to = from`; without a call when it is a whole panel of the usual width.
-#[inline]
-fn copy(to: &mut [f32], from: &[f32]) {
-    match (<&mut [f32; 16]>::try_from(&mut *to), <&[f32; 16]>::try_from(from)) {
-        (Ok(to), Ok(from)) => *to = *from,
-        _ => to.copy_from_slice(from),
-    }
 }
 
 impl std::fmt::Debug for Conv2d {

@@ -13,7 +13,6 @@ use std::ops::Range;
 use self::inputs::Product;
 use crate::activation::Activation;
 use crate::cpu::{self, Level};
-use crate::gemm::micro::MicroKernel;
 use crate::{rows, scratch, threads};
 
 mod blocks;
@@ -22,6 +21,7 @@ mod inputs;
 pub mod micro;
 mod packing;
 mod plane;
+mod sums;
 mod turn;
 
 pub use blocks::BlockRows;
@@ -29,6 +29,7 @@ pub use half::bf16;
 pub use packing::{Element, PackedWeight};
 pub(crate) use packing::{narrow_rows, pack_columns, pack_rows, pack_tiles};
 pub(crate) use plane::{Plane, SharedPlane};
+pub(crate) use sums::Sums;
 
 /// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
 pub(crate) const K_STEP: usize = 256;
@@ -196,7 +197,7 @@ impl Job<'_> {
             let depths = 1 + chunks.len().trailing_zeros() as usize;
             let level = tall * n.next_multiple_of(kernel.nr);
             scratch::with([self.weight.buffer(K_STEP), depths * level], |[b, memory]| {
-                let mut sums = Sums { rows: m, memory, level, kernel };
+                let mut sums = Sums::new(memory, m, level, kernel);
                 for step in self.steps(chunks) {
                     let at = |depth| tall * kernel.input_len(depth);
                     let a = &mut inputs[at(step.k.start)..at(step.k.end)];
@@ -261,61 +262,6 @@ impl Job<'_> {
             }
         }
     }
-}
-
-/// The sums of one job's tree that are not complete: for each depth tile by tile, and a tile in one piece. In the result, rows of a
-/// tile are often a power of two apart, and so in one another's way in the first-level cache.
-struct Sums<'a> {
-    rows: usize,
-    memory: &'a mut [f32],
-    /// Floats of a depth.
-    level: usize,
-    kernel: &'static MicroKernel,
-}
-
-impl Sums<'_> {
-    fn tile(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
-        let at = depth * self.level + self.place(&rows, &columns);
-        aside(&mut self.memory[at..], rows.len(), columns.len(), self.kernel.nr)
-    }
-
-    /// Has the tile after this one in the first-level cache, if it is not to be started anew.
-    fn fetch_after(&self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
-        let at = depth * self.level + self.place(&rows, &columns) + rows.len() * self.kernel.nr;
-        let until = self.memory.len().min(at + self.kernel.mr * self.kernel.nr);
-        cpu::fetch(bytemuck::cast_slice(self.memory.get(at..until).unwrap_or_default()), Level::First);
-    }
-
-    /// Adds a tile to the one at the depth below it: earlier chunks on the left.
-    fn merge(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
-        let at = depth * self.level + self.place(&rows, &columns);
-        let (below, own) = self.memory.split_at_mut(at);
-        let own = aside(own, rows.len(), columns.len(), self.kernel.nr);
-        aside(&mut below[at - self.level..], rows.len(), columns.len(), self.kernel.nr).add(&own);
-    }
-
-    /// Puts the sums that are complete where they belong.
-    fn write(&mut self, y: &mut Plane<'_>) {
-        let columns = y.columns();
-        for first in (0..self.rows).step_by(self.kernel.mr) {
-            let rows = first..self.rows.min(first + self.kernel.mr);
-            for first in (0..columns).step_by(self.kernel.nr) {
-                let columns = first..columns.min(first + self.kernel.nr);
-                let tile = self.tile(0, rows.clone(), columns.clone());
-                let mut to = y.part(rows.clone(), columns);
-                (0..tile.rows()).for_each(|row| to.row_mut(row).copy_from_slice(tile.row(row)));
-            }
-        }
-    }
-
-    fn place(&self, rows: &Range<usize>, columns: &Range<usize>) -> usize {
-        rows.start * self.kernel.nr + columns.start * self.rows.next_multiple_of(self.kernel.mr)
-    }
-}
-
-/// A tile that begins where `memory` does.
-fn aside(memory: &mut [f32], rows: usize, columns: usize, nr: usize) -> Plane<'_> {
-    Plane::of(&mut memory[..rows * nr], nr).narrow(columns)
 }
 
 /// A part of a chunk's columns.

@@ -1,0 +1,109 @@
+//! A picture as the right side of a product: a row for each element of a window, a column for each pixel.
+
+use std::ops::Range;
+
+use crate::conv::Geometry;
+use crate::gemm::K_STEP;
+
+/// One picture, seen through the windows of its output pixels.
+pub(super) struct Windows<'a> {
+    /// `[C, H, W]`.
+    pub(super) x: &'a [f32],
+    pub(super) geometry: Geometry,
+    /// Height and width of a window.
+    pub(super) size: usize,
+}
+
+/// `[columns / nr][k][nr]`, for at most [`K_STEP`] k.
+pub(super) struct Panels<'a> {
+    pub(super) memory: &'a mut [f32],
+    pub(super) nr: usize,
+}
+
+impl Panels<'_> {
+    /// Floats from one panel to the next: a line more than a panel, or the same row of all would lie in one place of the caches.
+    pub(super) const fn stride(nr: usize) -> usize {
+        nr * K_STEP + 16
+    }
+
+    /// Calls `f` with each run of the columns `to` of row `k` that lies in one panel, and where it begins among them.
+    #[inline(always)]
+    fn each(&mut self, k: usize, to: Range<usize>, mut f: impl FnMut(&mut [f32], usize)) {
+        let (nr, mut at) = (self.nr, to.start);
+        while at < to.end {
+            let (panel, inside) = (at / nr, at % nr);
+            let len = (nr - inside).min(to.end - at);
+            f(&mut self.memory[panel * Self::stride(nr) + k * nr + inside..][..len], at - to.start);
+            at += len;
+        }
+    }
+}
+
+impl Windows<'_> {
+    /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there. A line of the picture is read as a whole, since
+    /// those of other channels are in its way in the caches.
+    pub(super) fn pack(&self, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
+        let Geometry { input: [h, w], stride, before, doubled, .. } = self.geometry;
+        let [_, width] = self.geometry.output(self.size);
+        let shown = if doubled { [2 * h, 2 * w] } else { [h, w] };
+        let whole = pixels.len().next_multiple_of(panels.nr);
+        for (row_of_panel, k) in k.enumerate() {
+            let (channel, ky, kx) = (k / (self.size * self.size), k / self.size % self.size, k % self.size);
+            let mut pixel = pixels.start;
+            while pixel < pixels.end {
+                // The pixels of one output row.
+                let (row, column) = (pixel / width, pixel % width);
+                let run = (width - column).min(pixels.end - pixel);
+                let to = pixel - pixels.start..pixel - pixels.start + run;
+                pixel += run;
+                let y = (row * stride + ky).wrapping_sub(before);
+                if y >= shown[0] {
+                    panels.each(row_of_panel, to, |out, _| out.fill(0.0));
+                    continue;
+                }
+                let line = &self.x[(channel * h + (y >> u32::from(doubled))) * w..][..w];
+                let first = column * stride + kx;
+                if stride != 1 {
+                    panels.each(row_of_panel, to, |out, at| {
+                        for (i, out) in (at..).zip(out) {
+                            let x = (first + i * stride).wrapping_sub(before);
+                            *out = if x < shown[1] { line[x >> u32::from(doubled)] } else { 0.0 };
+                        }
+                    });
+                    continue;
+                }
+                // Zeros on either side of what the line has.
+                let skipped = before.saturating_sub(first).min(run);
+                let end = (shown[1] + before).saturating_sub(first).clamp(skipped, run);
+                let from = (first + skipped).wrapping_sub(before);
+                let (inside, zeros) = (to.start + skipped..to.start + end, [to.start..to.start + skipped, to.start + end..to.end]);
+                zeros.into_iter().for_each(|zeros| panels.each(row_of_panel, zeros, |out, _| out.fill(0.0)));
+                if doubled {
+                    panels.each(row_of_panel, inside, |out, at| double(out, line, from + at));
+                } else {
+                    panels.each(row_of_panel, inside, |out, at| copy(out, &line[from + at..]));
+                }
+            }
+            panels.each(row_of_panel, pixels.len()..whole, |out, _| out.fill(0.0));
+        }
+    }
+}
+
+/// The beginning of `from`, without a call where it is long.
+#[inline(always)]
+fn copy(to: &mut [f32], from: &[f32]) {
+    let from = &from[..to.len()];
+    let (whole, rest) = to.as_chunks_mut::<16>();
+    let (from, from_rest) = from.as_chunks::<16>();
+    whole.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+    rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = *from);
+}
+
+/// `to` from place `from` on of a line of which each value counts twice.
+fn double(to: &mut [f32], line: &[f32], from: usize) {
+    let (half, whole) = to.split_at_mut(from % 2);
+    half.fill(line[from / 2]);
+    for (two, x) in whole.chunks_mut(2).zip(&line[from.div_ceil(2)..]) {
+        two.fill(*x);
+    }
+}
