@@ -76,7 +76,8 @@ impl Windows<'_> {
                 let skipped = before.saturating_sub(first).min(run);
                 let end = (shown[1] + before).saturating_sub(first).clamp(skipped, run);
                 let from = (first + skipped).wrapping_sub(before);
-                let (inside, zeros) = (to.start + skipped..to.start + end, [to.start..to.start + skipped, to.start + end..to.end]);
+                let (inside, zeros) =
+                    (to.start + skipped..to.start + end, [to.start..to.start + skipped, to.start + end..to.end]);
                 zeros.into_iter().for_each(|zeros| panels.each(row_of_panel, zeros, |out, _| out.fill(0.0)));
                 if doubled {
                     panels.each(row_of_panel, inside, |out, at| double(out, line, from + at));

@@ -35,9 +35,9 @@ pub(super) fn turn(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (_, 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        __m256, _mm_movehl_ps, _mm_castps_si128, _mm_store_ss, _mm_storeu_ps, _mm_storeu_si64, _mm256_castps256_ps128, _mm256_extractf128_ps,
-        _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps, _mm256_unpackhi_ps,
-        _mm256_unpacklo_ps,
+        __m256, _mm_castps_si128, _mm_movehl_ps, _mm_store_ss, _mm_storeu_ps, _mm_storeu_si64, _mm256_castps256_ps128,
+        _mm256_extractf128_ps, _mm256_loadu_ps, _mm256_permute2f128_ps, _mm256_setzero_ps, _mm256_shuffle_ps, _mm256_storeu_ps,
+        _mm256_unpackhi_ps, _mm256_unpacklo_ps,
     };
 
     use super::SIDE;
