@@ -17,6 +17,8 @@ use serde::Serialize;
 use super::ranks;
 use crate::error::Error;
 
+mod blocks;
+
 /// How long a row is repeated; its best time counts.
 const PER_ROW: Duration = Duration::from_millis(700);
 /// What memory's limit is measured on: far over any cache.
@@ -182,6 +184,7 @@ fn kernels(args: &KernelsArgs) -> io::Result<Table> {
     }
     let tokens: &[usize] = if args.full { &[64, 512, 1536, 4608] } else { &[64, 512, 1536] };
     linears(&table, tokens, args.full)?;
+    blocks::linears(&table, tokens)?;
     attentions(&table, &tokens[1..])?;
     convolutions(&table)?;
     passes(&table)?;
