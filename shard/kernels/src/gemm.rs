@@ -148,7 +148,7 @@ impl Grid {
     fn of(m: usize, n: usize, chunks: usize, weight: &PackedWeight) -> Self {
         let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
         // Blocks are widened again for each job down: taller and narrower ones, of the same size.
-        let taller = if weight.is_in_blocks() { 2 } else { 1 };
+        let taller = if weight.is_in_blocks() { 3 } else { 1 };
         let (rows, columns) = match chunks {
             1 => (ROWS, COLUMNS),
             _ => (TREE_ROWS, TREE_ROWS * TREE_COLUMNS / m.clamp(TREE_ROWS / 2, TREE_ROWS)),
