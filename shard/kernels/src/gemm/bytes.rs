@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use crate::blocks::BlockType;
 use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
+use crate::gemm::packing::parts;
 use crate::gemm::{Piece, Rows};
 
 /// Values of K that share a scale.
@@ -112,11 +113,10 @@ pub(crate) fn whole_blocks(rows: &BlockRows, chunks: &[impl AsRef<[Piece]>]) -> 
 
 /// The columns of a row from `from` on, counted through the pieces.
 fn gather(values: &mut [f32], x: Rows<'_>, row: usize, pieces: &[Piece], from: usize) {
-    let (until, mut before, mut filled) = (from + values.len(), 0, 0);
-    for &(start, len) in pieces {
-        let (first, end) = (from.clamp(before, before + len) - before, until.clamp(before, before + len) - before);
-        values[filled..][..end - first].copy_from_slice(x.part(row, (start + first, end - first)));
-        (before, filled) = (before + len, filled + end - first);
+    let mut filled = 0;
+    for part in parts(pieces, from..from + values.len()) {
+        values[filled..][..part.1].copy_from_slice(x.part(row, part));
+        filled += part.1;
     }
 }
 

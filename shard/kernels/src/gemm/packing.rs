@@ -287,6 +287,16 @@ fn columns(pieces: &[Piece]) -> usize {
     pieces.iter().map(|(_, len)| len).sum()
 }
 
+/// What lies in `k`, counted through the pieces: pieces that are not empty.
+pub(super) fn parts(pieces: &[Piece], k: Range<usize>) -> impl Iterator<Item = Piece> {
+    let mut before = 0;
+    pieces.iter().filter_map(move |(start, len)| {
+        let [from, until] = [k.start, k.end].map(|k| k.clamp(before, before + len) - before);
+        before += len;
+        (from < until).then_some((start + from, until - from))
+    })
+}
+
 /// Fills `panels: [N / nr][K][nr]`, which is zero, from rows of `weight`.
 fn pack_panels<T: Element>(panels: &mut [T], weight: Rows<'_, T>, pieces: &[Piece], nr: usize) {
     let k = columns(pieces);
@@ -344,12 +354,10 @@ fn pack_side(
 
 /// As [`pack_transposed`], of floats, which are turned eight at a time.
 fn pack_floats(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
-    let (mut before, mut to) = (0, 0);
-    for &(start, len) in pieces {
-        let from = k.start.clamp(before, before + len) - before;
-        let until = k.end.clamp(before, before + len) - before;
-        turn(&mut packed[to * width..], x, rows.clone(), (start + from, until - from), width);
-        (before, to) = (before + len, to + until - from);
+    let mut to = 0;
+    for part in parts(pieces, k) {
+        turn(&mut packed[to * width..], x, rows.clone(), part, width);
+        to += part.1;
     }
 }
 
@@ -375,12 +383,10 @@ fn pack_pairs<T: Copy>(
         let k = first..k.end.min(first + PAIRS);
         let values: &mut [bf16] = bytemuck::cast_slice_mut(&mut memory);
         for (values, row) in values.chunks_exact_mut(2 * PAIRS).zip(rows.clone()) {
-            let (mut before, mut filled) = (0, 0);
-            for &(start, len) in pieces {
-                let from = (2 * k.start).clamp(before, before + len) - before;
-                let until = (2 * k.end).clamp(before, before + len) - before;
-                narrowed(x.part(row, (start + from, until - from)), &mut values[filled..][..until - from]);
-                (before, filled) = (before + len, filled + until - from);
+            let mut filled = 0;
+            for part in parts(pieces, 2 * k.start..2 * k.end) {
+                narrowed(x.part(row, part), &mut values[filled..][..part.1]);
+                filled += part.1;
             }
             values[filled..2 * k.len()].fill(bf16::ZERO);
         }
@@ -398,21 +404,14 @@ fn pack_transposed<T: Copy>(
     width: usize,
 ) {
     for (at, row) in rows.enumerate() {
-        let (mut piece_start, mut to) = (0, at);
-        for &(start, len) in pieces {
-            // The part of this piece that lies in `k`.
-            let from = k.start.clamp(piece_start, piece_start + len) - piece_start;
-            let until = k.end.clamp(piece_start, piece_start + len) - piece_start;
-            piece_start += len;
-            if from == until {
-                continue;
-            }
-            let run = x.part(row, (start + from, until - from));
+        let mut to = at;
+        for part in parts(pieces, k.clone()) {
+            let run = x.part(row, part);
             let packed = &mut packed[to..to + (run.len() - 1) * width + 1];
             for (i, x) in run.iter().enumerate() {
                 packed[i * width] = *x;
             }
-            to += (until - from) * width;
+            to += run.len() * width;
         }
     }
 }
