@@ -13,6 +13,8 @@ TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 LINEARS = ["linear", "linear, eight chunks"]
 if sides.multiplies_narrow():
     LINEARS += ["linear bf16", "linear bf16, eight", "linear int8", "linear int8, eight"]
+if sides.has_tiles():
+    LINEARS += ["linear amx", "linear amx, eight"]
 
 
 class Row:
@@ -40,7 +42,7 @@ def rows(full):
         for m in tokens:
             for op in LINEARS:
                 yield Row(op, f"{m} x {k} x {n}", 2 * m * k * n, linear(m, k, n))
-    ways = ["", " bf16"] if sides.multiplies_narrow() else [""]
+    ways = [""] + [" bf16"] * sides.multiplies_narrow() + [" amx"] * sides.has_tiles()
     for l in tokens[1:]:
         for way in ways:
             yield Row(f"attention{way}", f"24 heads, {l} tokens", 4 * 24 * l * l * 128, attention(l))

@@ -136,3 +136,8 @@ def multiplies_bf16():
 def multiplies_narrow():
     """Whether Atelier's products can be in bf16 and in 8 bits here."""
     return "avx2" in processor().split()
+
+
+def has_tiles():
+    """Whether bf16 is multiplied in tiles here."""
+    return "amx_bf16" in processor().split()

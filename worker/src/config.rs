@@ -64,8 +64,9 @@ pub struct Args {
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
     /// What layers with weights of bf16 multiply in (on a CPU also those with weights in blocks, and attention): `f32`; `bf16`, which rounds
-    /// what it is given and is several times as fast with AVX-512 BF16; or, on a CPU, `int8`: weights in Q8_0 multiply with inputs rounded
-    /// to 8 bits like them, all else as with `bf16`. A CPU needs AVX2 for either.
+    /// what it is given and is several times as fast with AVX-512 BF16; on a CPU `amx`, which is `bf16` in the order of AMX's tiles (other
+    /// last bits; several times as fast again on a CPU with AMX, and no faster than `f32` on others), or `int8`: weights in Q8_0 multiply
+    /// with inputs rounded to 8 bits like them, all else as with `bf16`. A CPU needs AVX2 for any but `f32`.
     #[arg(long, env = "ATELIER_WORKER_PRODUCTS", default_value = "f32")]
     pub products: String,
     /// Threads to compute with; 0: one per core.
@@ -163,8 +164,8 @@ impl TryFrom<Args> for Config {
         let products: Products = args.products.parse().map_err(|error: parallel::Error| bad("products", error.to_string()))?;
         match place {
             Place::Cpu => products.check(&Device::Cpu).map_err(|error| bad("products", error.to_string()))?,
-            _ if products == Products::Int8 => return Err(bad("products", "`int8` is for a CPU's kernels")),
-            _ => {}
+            _ if matches!(products, Products::F32 | Products::Bf16) => {}
+            _ => return Err(bad("products", format!("`{products}` is for a CPU's kernels"))),
         }
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));

@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use models::blocks::{Layout, RankGroup};
 use parallel::Device;
 use parallel::ops::Products;
+use parallel::ops::kernels::gemm::Order;
 use parallel::ops::kernels::limit;
 
 use self::forwards::{Work, forwards};
@@ -111,8 +112,8 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     }
     let products = |reason: String| Error::Flag { flag: "--products", reason };
     args.products.check(&Device::Cpu).map_err(|error| products(error.to_string()))?;
-    if args.products == Products::Bf16 && args.weights == Format::F32 {
-        return Err(products("bf16 needs weights that are not f32: see --weights".into()));
+    if matches!(args.products, Products::Bf16 | Products::Amx) && args.weights == Format::F32 {
+        return Err(products(format!("{} needs weights that are not f32: see --weights", args.products)));
     }
     if args.products == Products::Int8 && args.weights != Format::Q8_0 {
         return Err(products("int8 needs `--weights q8_0`".into()));
@@ -163,7 +164,8 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
     let planned = planned(&checkpoint, layout)?;
     let most = || match args.products {
         Products::F32 => limit::gflops(),
-        Products::Bf16 => limit::gflops_bf16(),
+        Products::Bf16 => limit::gflops_bf16(Order::Pairs),
+        Products::Amx => limit::gflops_bf16(Order::Tiles),
         Products::Int8 => limit::gops_int8(),
     };
     let limit_before = most();

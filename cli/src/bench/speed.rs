@@ -10,7 +10,7 @@ use parallel::ops::kernels::attention::{Attention, Heads};
 use parallel::ops::kernels::blocks::BlockType;
 use parallel::ops::kernels::conv::{Conv2d, Geometry};
 use parallel::ops::kernels::cpu::{self, Path};
-use parallel::ops::kernels::gemm::{BlockRows, Epilogue, PackedWeight, Piece, Rows, bf16, linear, linear_tree};
+use parallel::ops::kernels::gemm::{BlockRows, Epilogue, Order, PackedWeight, Piece, Rows, bf16, linear, linear_tree};
 use parallel::ops::kernels::{limit, rows};
 use serde::Serialize;
 
@@ -79,8 +79,8 @@ pub(super) struct Table {
 #[derive(Clone, Copy)]
 enum Bound {
     Arithmetic,
-    /// As [`Self::Arithmetic`], of pairs of bf16.
-    Bf16,
+    /// As [`Self::Arithmetic`], of bf16 in an order.
+    Bf16(Order),
     /// Of bytes.
     Int8,
     Memory,
@@ -89,7 +89,7 @@ enum Bound {
 impl Bound {
     fn unit(self) -> &'static str {
         match self {
-            Self::Arithmetic | Self::Bf16 => "GFLOP/s",
+            Self::Arithmetic | Self::Bf16(_) => "GFLOP/s",
             Self::Int8 => "GOP/s",
             Self::Memory => "GB/s",
         }
@@ -98,7 +98,7 @@ impl Bound {
     fn measure(self) -> f64 {
         match self {
             Self::Arithmetic => limit::gflops(),
-            Self::Bf16 => limit::gflops_bf16(),
+            Self::Bf16(order) => limit::gflops_bf16(order),
             Self::Int8 => limit::gops_int8(),
             Self::Memory => limit::copy_gbps(COPIED_BYTES),
         }
@@ -191,9 +191,38 @@ fn kernels(args: &KernelsArgs) -> io::Result<Table> {
     Ok(table)
 }
 
-/// A product with one weight and the same cut in eight as ranks cut it; in f32, in bf16 and in 8 bits.
-const LINEARS: [&str; 6] =
-    ["linear", "linear, eight chunks", "linear bf16", "linear bf16, eight", "linear int8", "linear int8, eight"];
+/// A product with one weight and the same cut in eight as ranks cut it; in f32 and in 8 bits.
+const LINEARS: [&str; 4] = ["linear", "linear, eight chunks", "linear int8", "linear int8, eight"];
+
+/// The rows of products in bf16 in one order.
+struct Narrow {
+    order: Order,
+    linears: [&'static str; 2],
+    attention: &'static str,
+    conv: &'static str,
+}
+
+const PAIRS: Narrow = Narrow {
+    order: Order::Pairs,
+    linears: ["linear bf16", "linear bf16, eight"],
+    attention: "attention bf16",
+    conv: "conv 3x3 bf16",
+};
+const TILES: Narrow = Narrow {
+    order: Order::Tiles,
+    linears: ["linear amx", "linear amx, eight"],
+    attention: "attention amx",
+    conv: "conv 3x3 amx",
+};
+
+/// What this CPU is better at than at f32, or as good.
+fn narrow() -> &'static [Narrow] {
+    match cpu::path() {
+        Path::Plain => &[],
+        _ if cpu::has_amx() => &[PAIRS, TILES],
+        _ => &[PAIRS],
+    }
+}
 
 fn linear_shape(m: usize, k: usize, n: usize) -> String {
     format!("{m} x {k} x {n}")
@@ -202,7 +231,8 @@ fn linear_shape(m: usize, k: usize, n: usize) -> String {
 fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
     let wide: &[_] = if full { &[(3072, 21504), (15360, 3072)] } else { &[] };
     for &(k, n) in [(3072, 3072), (3072, 12288), (12288, 3072)].iter().chain(wide) {
-        let wanted = |&&m: &&usize| LINEARS.iter().any(|op| table.wants(op, &linear_shape(m, k, n)));
+        let ops = || narrow().iter().flat_map(|narrow| narrow.linears).chain(LINEARS);
+        let wanted = |&&m: &&usize| ops().any(|op| table.wants(op, &linear_shape(m, k, n)));
         let tokens: Vec<usize> = tokens.iter().filter(wanted).copied().collect();
         if tokens.is_empty() {
             continue;
@@ -210,25 +240,26 @@ fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
         let weight = values(n * k);
         let eighths: Vec<[Piece; 1]> = (0..8).map(|chunk| [(chunk * k / 8, k / 8)]).collect();
         let packed = PackedWeight::pack(Rows::new(&weight, n, k), k);
-        let narrow: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
-        let narrow = Rows::new(&narrow, n, k);
-        let narrowed = cpu::path() != Path::Plain;
-        let pairs = narrowed.then(|| [PackedWeight::pack_pairs(narrow, &[[(0, k)]]), PackedWeight::pack_pairs(narrow, &eighths)]);
+        let rounded: Vec<bf16> = weight.into_iter().map(bf16::from_f32).collect();
+        let rounded = Rows::new(&rounded, n, k);
+        let pack = |chunks: &[[Piece; 1]], order| PackedWeight::pack_pairs(order, rounded, chunks);
+        let narrow: Vec<_> = narrow().iter().map(|of| (of, [pack(&[[(0, k)]], of.order), pack(&eighths, of.order)])).collect();
         let blocks = eight_bits(n, k);
-        let bytes = narrowed.then(|| PackedWeight::bytes_of_blocks(&blocks, &eighths)).flatten();
+        let bytes = (!narrow.is_empty()).then(|| PackedWeight::bytes_of_blocks(&blocks, &eighths)).flatten();
         for m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
             let (x, shape, flops) = (Rows::new(&x, m, k), linear_shape(m, k, n), 2 * m * k * n);
             table.flops(LINEARS[0], shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
             table.flops(LINEARS[1], shape.clone(), flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
             let nothing = Epilogue::default();
-            if let Some([whole, eight]) = &pairs {
-                table.row(LINEARS[2], shape.clone(), flops, Bound::Bf16, || linear(x, whole, nothing, &mut y))?;
-                table.row(LINEARS[3], shape.clone(), flops, Bound::Bf16, || linear_tree(x, &eighths, eight, nothing, &mut y))?;
+            for (Narrow { order, linears: [one, tree], .. }, [whole, eight]) in &narrow {
+                let bound = Bound::Bf16(*order);
+                table.row(one, shape.clone(), flops, bound, || linear(x, whole, nothing, &mut y))?;
+                table.row(tree, shape.clone(), flops, bound, || linear_tree(x, &eighths, eight, nothing, &mut y))?;
             }
             if let Some(bytes) = &bytes {
-                table.row(LINEARS[4], shape.clone(), flops, Bound::Int8, || linear(x, bytes, nothing, &mut y))?;
-                table.row(LINEARS[5], shape, flops, Bound::Int8, || linear_tree(x, &eighths, bytes, nothing, &mut y))?;
+                table.row(LINEARS[2], shape.clone(), flops, Bound::Int8, || linear(x, bytes, nothing, &mut y))?;
+                table.row(LINEARS[3], shape, flops, Bound::Int8, || linear_tree(x, &eighths, bytes, nothing, &mut y))?;
             }
         }
     }
@@ -244,8 +275,8 @@ fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
         let x = Heads { data: &x, head_stride: width, row_stride: heads * width };
         let (shape, flops) = (format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width);
         table.flops("attention", shape.clone(), flops, || of.run(x, x, x, None, &mut y))?;
-        if cpu::path() != Path::Plain {
-            table.row("attention bf16", shape, flops, Bound::Bf16, || of.run_in_bf16(x, x, x, None, &mut y))?;
+        for &Narrow { order, attention, .. } in narrow() {
+            table.row(attention, shape.clone(), flops, Bound::Bf16(order), || of.run_in_bf16(order, x, x, x, None, &mut y))?;
         }
     }
     Ok(())
@@ -258,10 +289,10 @@ fn convolutions(table: &Table) -> io::Result<()> {
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
         table.flops("conv 3x3", shape.clone(), flops, || conv.run(&x, geometry, None, &mut y))?;
-        if cpu::path() != Path::Plain {
-            let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
-            let conv = Conv2d::pack_pairs(&weight, [channels, channels, 3], None);
-            table.row("conv 3x3 bf16", shape, flops, Bound::Bf16, || conv.run(&x, geometry, None, &mut y))?;
+        let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
+        for &Narrow { order, conv: op, .. } in narrow() {
+            let conv = Conv2d::pack_pairs(order, &weight, [channels, channels, 3], None);
+            table.row(op, shape.clone(), flops, Bound::Bf16(order), || conv.run(&x, geometry, None, &mut y))?;
         }
     }
     Ok(())

@@ -7,12 +7,12 @@
 use std::ops::Range;
 
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
+use crate::gemm::{Order, Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
 use crate::{rows, scratch, threads};
 
 /// Keys between two updates of the running maximum.
 const KEYS: usize = 128;
-/// Queries that share one pass over the keys: whole tiles of every micro-kernel.
+/// Queries that share one pass over the keys, or a few more: whole tiles.
 const QUERIES: usize = 84;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
@@ -76,8 +76,8 @@ impl Attention {
 
     /// As [`Self::run`]; scaled queries, keys, exponentials and values are rounded to bf16 before they are multiplied. Sums, and all else,
     /// are in f32.
-    pub fn run_in_bf16(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
-        self.run_on(MicroKernel::bf16(), q, k, v, bias, y);
+    pub fn run_in_bf16(&self, order: Order, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+        self.run_on(MicroKernel::bf16(order), q, k, v, bias, y);
     }
 
     fn run_on(&self, kernel: &MicroKernel, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
@@ -88,9 +88,10 @@ impl Attention {
         }
         // A job is a head, or a part of its queries when there are few heads: each job packs the keys for itself.
         let threads = rayon::current_num_threads();
-        let blocks = self.queries.div_ceil(QUERIES);
+        let of_block = queries_of_block(kernel);
+        let blocks = self.queries.div_ceil(of_block);
         let parts = if self.heads >= 4 * threads { 1 } else { threads.min(blocks) };
-        let per_part = blocks.div_ceil(parts) * QUERIES;
+        let per_part = blocks.div_ceil(parts) * of_block;
         let small = self.heads * self.queries * self.keys * self.width < SMALL;
         let y = SharedPlane::of(y, if self.side_by_side { self.heads * self.width } else { self.width });
         threads::over_jobs(self.heads * parts, small, |job| {
@@ -110,6 +111,10 @@ impl Attention {
     }
 }
 
+fn queries_of_block(kernel: &MicroKernel) -> usize {
+    QUERIES.next_multiple_of(kernel.mr)
+}
+
 /// Some queries of one head.
 struct Job<'a> {
     of: &'a Attention,
@@ -120,11 +125,11 @@ struct Job<'a> {
 
 /// What a block of queries works in.
 struct Block<'a> {
-    /// Scaled queries, `[QUERIES, width]`.
+    /// Scaled queries, `[queries, width]`.
     scaled: &'a mut [f32],
     /// The same, packed.
     q: &'a mut [f32],
-    /// `[QUERIES, KEYS]`: scores, then their exponentials.
+    /// `[queries, KEYS]`: scores, then their exponentials.
     scores: &'a mut [f32],
     /// The exponentials, packed.
     p: &'a mut [f32],
@@ -139,16 +144,16 @@ impl Job<'_> {
         let nr = self.kernel.nr;
         let (keys, width) = (self.of.keys, self.of.width);
         let [depth, keys_deep, block_deep] = [width, keys, KEYS].map(|k| self.kernel.depth(k));
-        let rows = QUERIES.next_multiple_of(self.kernel.mr);
+        let rows = queries_of_block(self.kernel);
         let packed = [keys.next_multiple_of(nr) * depth, width.next_multiple_of(nr) * keys_deep, rows * depth, rows * block_deep];
         let [packed_k, packed_v, q, p] = packed;
-        let lengths = [packed_k, packed_v, QUERIES * width, q, QUERIES * KEYS, p, QUERIES, QUERIES];
+        let lengths = [packed_k, packed_v, rows * width, q, rows * KEYS, p, rows, rows];
         scratch::with(lengths, |[packed_k, packed_v, scaled, q, scores, p, max, sum]| {
             pack_columns(packed_k, k, width, self.kernel);
             pack_values(packed_v, v, [keys, width], self.kernel);
             let mut block = Block { scaled, q, scores, p, max, sum };
-            for first in queries.clone().step_by(QUERIES) {
-                let rows = first..queries.end.min(first + QUERIES);
+            for first in queries.clone().step_by(rows) {
+                let rows = first..queries.end.min(first + rows);
                 let y = y.part(first - queries.start..rows.end - queries.start, 0..width);
                 self.block(&mut block, packed_k, packed_v, rows, y);
             }
@@ -230,11 +235,13 @@ fn pack_values(packed: &mut [f32], v: Rows<'_>, [keys, width]: [usize; 2], kerne
         let part = (first, nr.min(width - first));
         for (at, packed) in packed[panel * deep * nr..][..deep * nr].chunks_exact_mut(nr).enumerate() {
             let (packed, rest) = packed.split_at_mut(part.1);
-            if kernel.pairs() {
-                let next = 2 * at + 1;
-                narrow_rows(v.part(2 * at, part), (next < keys).then(|| v.part(next, part)), packed);
+            let [first, next] = if kernel.pairs() { [2 * at, 2 * at + 1] } else { [at; 2] };
+            if first >= keys {
+                packed.fill(0.0);
+            } else if kernel.pairs() {
+                narrow_rows(v.part(first, part), (next < keys).then(|| v.part(next, part)), packed);
             } else {
-                packed.copy_from_slice(v.part(at, part));
+                packed.copy_from_slice(v.part(first, part));
             }
             rest.fill(0.0);
         }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::activation::Activation;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{K_STEP, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
+use crate::gemm::{K_STEP, Order, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_whole};
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
@@ -17,15 +17,15 @@ mod windows;
 
 /// Pixels of a job: with `K_STEP`, 256 KiB of the second-level cache.
 const PIXELS: usize = 256;
-/// Channels that go past all of a job's pixels together, whole tiles of every micro-kernel: 126 KiB of weights.
-const ROWS: usize = 126;
+/// Channels that go past all of a job's pixels together at most: 128 KiB of weights.
+const ROWS: usize = 128;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
 /// A kernel, packed once. `weight: [C_out, C_in, k, k]`, `bias: [C_out]`.
 #[derive(Clone)]
 pub struct Conv2d {
-    /// `[C_out / mr][C k k][mr]`, of [`Self::deep`] channels C.
+    /// The `a` of the kernel's tiles: rows of `C k k`, of [`Self::deep`] channels C.
     weight: Buffer,
     bias: Option<Vec<f32>>,
     c_in: usize,
@@ -66,23 +66,23 @@ impl Conv2d {
     }
 
     /// As [`Self::pack`], for products in bf16: pictures are rounded to it, sums are in f32.
-    pub fn pack_pairs(weight: &[bf16], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
+    pub fn pack_pairs(order: Order, weight: &[bf16], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
         let weight: Vec<f32> = weight.iter().map(|w| w.to_f32()).collect();
-        Self::pack_for(MicroKernel::bf16(), &weight, dims, bias)
+        Self::pack_for(MicroKernel::bf16(order), &weight, dims, bias)
     }
 
     fn pack_for(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
-        let (k, deep) = (c_in * size * size, kernel.depth(c_in) * size * size);
+        let (k, deep) = (c_in * size * size, channels(kernel, c_in) * size * size);
         assert_eq!(weight.len(), c_out * k);
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
-        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * deep);
+        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * kernel.whole(deep));
         let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
         if kernel.pairs() && k > 0 {
             let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
             filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
         }
         let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
-        pack_tiles(packed.as_mut_slice(), rows, deep, kernel.mr);
+        pack_whole(packed.as_mut_slice(), rows, deep, kernel);
         Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
 
@@ -116,7 +116,7 @@ impl Conv2d {
 
     /// Channels, or pairs of them.
     fn deep(&self) -> usize {
-        self.kernel.depth(self.c_in)
+        channels(self.kernel, self.c_in)
     }
 
     /// `x: [B, C, H, W]`, of [`Self::deep`] channels C.
@@ -141,7 +141,7 @@ impl Conv2d {
 
     fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, activation: Option<Activation>, mut y: Plane<'_>) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
+        let (m, n, k_all) = (self.c_out, pixels.len(), self.kernel.whole(self.deep() * self.size * self.size));
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
         scratch::with([n.div_ceil(nr) * Panels::stride(nr), level], |[panels, memory]| {
             let mut sums = Sums::new(memory, m, level, self.kernel);
@@ -173,6 +173,11 @@ impl Conv2d {
             }
         }
     }
+}
+
+/// Channels, or pairs of them.
+fn channels(kernel: &MicroKernel, channels: usize) -> usize {
+    if kernel.pairs() { channels.div_ceil(2) } else { channels }
 }
 
 /// `x: [channels, area]` as pairs of channels, the last one beside zeros if it has no neighbour.

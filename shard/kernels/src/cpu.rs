@@ -37,6 +37,40 @@ pub fn has_bf16() -> bool {
     }
 }
 
+/// Whether this CPU multiplies tiles of bf16 (AMX), and the system lets this process: it is asked once.
+pub fn has_amx() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    {
+        static ALLOWED: OnceLock<bool> = OnceLock::new();
+        *ALLOWED.get_or_init(|| path() == Path::Avx512 && amx::is_there() && amx::is_allowed())
+    }
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    {
+        false
+    }
+}
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+#[allow(unsafe_code)] // what the standard library does not detect yet
+mod amx {
+    use std::arch::x86_64::__cpuid_count;
+
+    /// In EDX of leaf 7: AMX-BF16 and AMX-TILE.
+    const BITS: u32 = 1 << 22 | 1 << 24;
+    const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+    const XFEATURE_XTILEDATA: libc::c_long = 18;
+
+    pub(super) fn is_there() -> bool {
+        __cpuid_count(7, 0).edx & BITS == BITS
+    }
+
+    /// A thread's state with tiles is 8 KiB larger: Linux gives it to processes that ask.
+    pub(super) fn is_allowed() -> bool {
+        // SAFETY: it only says that this process is going to use tiles.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    }
+}
+
 /// Whether this CPU multiplies bytes (AVX-512 VNNI), four in an instruction for each f32.
 pub fn has_int8() -> bool {
     #[cfg(target_arch = "x86_64")]

@@ -26,8 +26,9 @@ mod turn;
 
 pub use blocks::BlockRows;
 pub use half::bf16;
+pub use micro::Order;
 pub use packing::{Element, PackedWeight};
-pub(crate) use packing::{narrow_rows, pack_columns, pack_rows, pack_tiles};
+pub(crate) use packing::{narrow_rows, pack_columns, pack_rows, pack_whole};
 pub(crate) use plane::{Plane, SharedPlane};
 pub(crate) use sums::Sums;
 

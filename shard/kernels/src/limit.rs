@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
-use crate::gemm::micro::MicroKernel;
+use crate::gemm::micro::{MicroKernel, Order};
 
 /// Multiplications and additions per second, in GFLOP/s, of all threads of the current pool together: chains in registers,
 /// no memory.
@@ -14,8 +14,8 @@ pub fn gflops() -> f64 {
 }
 
 /// As [`gflops`], of products in bf16.
-pub fn gflops_bf16() -> f64 {
-    of(MicroKernel::bf16())
+pub fn gflops_bf16(order: Order) -> f64 {
+    of(MicroKernel::bf16(order))
 }
 
 /// As [`gflops`], of products in 8 bits: operations of whole numbers.

@@ -62,10 +62,11 @@ impl Conv2d {
         let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {
             let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);
-            let packed = if weight.dtype() == DType::BF16 && Products::here().narrow() {
-                read_as(&weight, |w| conv::Conv2d::pack_pairs(w, dims, Some(&bias)))?
-            } else {
-                read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?
+            let packed = match Products::here().order() {
+                Some(order) if weight.dtype() == DType::BF16 => {
+                    read_as(&weight, |w| conv::Conv2d::pack_pairs(order, w, dims, Some(&bias)))?
+                }
+                _ => read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?,
             };
             Kernel::Packed(Arc::new(packed))
         } else {

@@ -77,9 +77,11 @@ fn in_bf16_the_picture_is_rounded_and_nothing_else() {
     let x: Vec<f32> = values(5 * 99, 1).iter().map(|x| x * 1.001).collect();
     let rounded: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
     let narrow: Vec<bf16> = values(7 * 45, 2).into_iter().map(bf16::from_f32).collect();
-    let conv = Conv2d::pack_pairs(&narrow, [7, 5, 3], None);
-    assert_eq!(run(&conv, &x, g), run(&conv, &rounded, g));
-    assert_ne!(run(&Conv2d::pack(&values(7 * 45, 2), [7, 5, 3], None), &x, g), run(&conv, &x, g));
+    for order in Order::ALL {
+        let conv = Conv2d::pack_pairs(order, &narrow, [7, 5, 3], None);
+        assert_eq!(run(&conv, &x, g), run(&conv, &rounded, g));
+        assert_ne!(run(&Conv2d::pack(&values(7 * 45, 2), [7, 5, 3], None), &x, g), run(&conv, &x, g));
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Products of pairs of bf16.
+//! Products of bf16, in both orders.
 
 use half::bf16;
 use proptest::prelude::*;
@@ -19,6 +19,10 @@ fn product(x: Rows<'_>, weight: &PackedWeight, chunks: &[Vec<Piece>]) -> Vec<f32
     let mut y = vec![f32::NAN; x.count() * weight.n()];
     linear_tree(x, chunks, weight, Epilogue::default(), &mut y);
     y
+}
+
+fn any_order() -> impl Strategy<Value = Order> {
+    prop::sample::select(Order::ALL.to_vec())
 }
 
 /// One chunk of everything.
@@ -50,9 +54,11 @@ proptest! {
         let x = Rows::new(&data, m, k + gap);
         let expected = reference(x, &w, [n, k]);
         let pack = |kernel| PackedWeight::pack_pairs_for(Rows::new(&w, n, k), &whole(k), kernel);
-        let products: Vec<_> = MicroKernel::all_bf16().into_iter().map(|kernel| product(x, &pack(kernel), &whole(k))).collect();
-        products.iter().for_each(|product| close(product, &expected));
-        prop_assert!(products.iter().all(|product| *product == products[0]));
+        for order in Order::ALL {
+            let products: Vec<_> = MicroKernel::all_in(order).into_iter().map(|kernel| product(x, &pack(kernel), &whole(k))).collect();
+            products.iter().for_each(|product| close(product, &expected));
+            prop_assert!(products.iter().all(|product| *product == products[0]), "{:?}", order);
+        }
     }
 
     #[test]
@@ -66,25 +72,29 @@ proptest! {
                 let y = product(Rows::new(&x, 1, k), &weight, &whole(k));
                 y.into_iter().map(|y| if y.is_nan() { f32::NAN.to_bits() } else { y.to_bits() }).collect()
             };
-            let all: Vec<_> = MicroKernel::all_bf16().into_iter().map(bits).collect();
-            prop_assert!(all.iter().all(|bits| *bits == all[0]), "{:?}", all);
+            for order in Order::ALL {
+                let all: Vec<_> = MicroKernel::all_in(order).into_iter().map(bits).collect();
+                prop_assert!(all.iter().all(|bits| *bits == all[0]), "{:?}: {:?}", order, all);
+            }
         }
     }
 
     #[test]
     fn rounding_is_to_the_nearest_and_even(bits in any::<u32>()) {
         let x = f32::from_bits(bits);
-        let weight = PackedWeight::pack_pairs(Rows::new(&[bf16::ONE], 1, 1), &whole(1));
-        let y = product(Rows::new(&[x], 1, 1), &weight, &whole(1))[0];
         let expected = bf16::from_f32(x).to_f32();
         let expected = if expected.is_subnormal() { 0.0 } else { expected };
-        prop_assert!(y == expected || y.is_nan() && x.is_nan(), "{} gives {}", x, y);
+        for order in Order::ALL {
+            let weight = PackedWeight::pack_pairs(order, Rows::new(&[bf16::ONE], 1, 1), &whole(1));
+            let y = product(Rows::new(&[x], 1, 1), &weight, &whole(1))[0];
+            prop_assert!(y == expected || y.is_nan() && x.is_nan(), "{} gives {}", x, y);
+        }
     }
 
     #[test]
-    fn neither_batch_nor_cut_changes_a_result([m, n, k] in [1usize..30, 2usize..60, 1usize..600], at in 0usize..1000) {
+    fn neither_batch_nor_cut_changes_a_result([m, n, k] in [1usize..70, 2usize..60, 1usize..600], at in 0usize..1000, order in any_order()) {
         let (data, w) = (values(m * k, 1), weights(n * k, 2));
-        let pack = |w: &[bf16], n| PackedWeight::pack_pairs(Rows::new(w, n, k), &whole(k));
+        let pack = |w: &[bf16], n| PackedWeight::pack_pairs(order, Rows::new(w, n, k), &whole(k));
         let all = product(Rows::new(&data, m, k), &pack(&w, n), &whole(k));
         let row = at % m;
         prop_assert_eq!(&product(Rows::new(&data[row * k..], 1, k), &pack(&w, n), &whole(k))[..], &all[row * n..][..n]);
@@ -98,7 +108,7 @@ proptest! {
     }
 
     #[test]
-    fn the_tree_is_the_same_on_every_number_of_ranks([m, n] in [1usize..14, 1usize..40], widths in [0usize..70, 0usize..40]) {
+    fn the_tree_is_the_same_on_every_number_of_ranks([m, n] in [1usize..14, 1usize..40], widths in [0usize..70, 0usize..40], order in any_order()) {
         // Chunks of an odd number of columns, in two pieces, are filled up with a zero, on every rank the same one.
         let k = 8 * (widths[0] + widths[1]);
         let (data, w) = (values(m * k, 1), weights(n * k, 2));
@@ -109,7 +119,7 @@ proptest! {
         let results = [1, 2, 4, 8].map(|ranks| {
             let mut level: Vec<Vec<f32>> = (0..ranks).map(|rank| {
                 let chunks = pieces(ranks, rank);
-                product(Rows::new(&data, m, k), &PackedWeight::pack_pairs(Rows::new(&w, n, k), &chunks), &chunks)
+                product(Rows::new(&data, m, k), &PackedWeight::pack_pairs(order, Rows::new(&w, n, k), &chunks), &chunks)
             }).collect();
             while level.len() > 1 {
                 level = level.chunks(2).map(|p| p[0].iter().zip(&p[1]).map(|(a, b)| a + b).collect()).collect();
@@ -129,9 +139,16 @@ fn what_is_rounded_up_to_the_smallest_normal_number_is_zero() {
         for sign in [1.0, -1.0] {
             let x = [-sign * power(taken / 2), sign * power(-63)];
             let w = [power(taken - taken / 2), power(-63)].map(bf16::from_f32);
-            for kernel in MicroKernel::all_bf16() {
+            for kernel in MicroKernel::all_in(Order::Pairs) {
                 let weight = PackedWeight::pack_pairs_for(Rows::new(&w, 1, 2), &whole(2), kernel);
                 let y = product(Rows::new(&x, 1, 2), &weight, &whole(2))[0];
+                assert_eq!(y, sign * expected, "{kernel:?}: 2^-126 less 2^{taken}");
+            }
+            // In tiles the same of what comes first in a pair, and in the next.
+            let (x, w) = ([x[1], 0.0, x[0]], [w[1], bf16::ONE, w[0]]);
+            for kernel in MicroKernel::all_in(Order::Tiles) {
+                let weight = PackedWeight::pack_pairs_for(Rows::new(&w, 1, 3), &whole(3), kernel);
+                let y = product(Rows::new(&x, 1, 3), &weight, &whole(3))[0];
                 assert_eq!(y, sign * expected, "{kernel:?}: 2^-126 less 2^{taken}");
             }
         }
@@ -143,14 +160,16 @@ fn threads_do_not_change_a_result() {
     let [m, n, k] = [200, 330, 1400];
     let (data, w) = (values(m * k, 1), weights(n * k, 2));
     let chunks: Vec<Vec<Piece>> = (0..8).map(|c| vec![(c * k / 8, k / 8)]).collect();
-    let weight = PackedWeight::pack_pairs(Rows::new(&w, n, k), &chunks);
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| product(Rows::new(&data, m, k), &weight, &chunks))
-    };
-    let one = run(1);
-    assert!(run(2) == one && run(3) == one);
-    close(&one, &reference(Rows::new(&data, m, k), &w, [n, k]));
+    for order in Order::ALL {
+        let weight = PackedWeight::pack_pairs(order, Rows::new(&w, n, k), &chunks);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| product(Rows::new(&data, m, k), &weight, &chunks))
+        };
+        let one = run(1);
+        assert!(run(2) == one && run(3) == one);
+        close(&one, &reference(Rows::new(&data, m, k), &w, [n, k]));
+    }
 }
 
 #[test]

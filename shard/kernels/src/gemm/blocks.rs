@@ -155,7 +155,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::gemm::micro::MicroKernel;
+    use crate::gemm::micro::{MicroKernel, Order};
     use crate::gemm::{Epilogue, PackedWeight, Piece, Rows, linear_tree};
 
     /// `n` rows of `stored` values, as blocks and widened.
@@ -210,11 +210,13 @@ mod tests {
             let (pieces, turned) = (&pieces, &turned);
             let columns = |row: usize| pieces.iter().flat_map(move |(at, len)| turned[row * stored + at..][..*len].to_vec());
             let rounded: Vec<_> = (0..n).flat_map(columns).map(half::bf16::from_f32).collect();
-            let whole = PackedWeight::pack_pairs(Rows::new(&rounded, n, k), &chunks);
-            for kernel in MicroKernel::all_bf16() {
-                let packed = BlockRows::of(kind, &data, stored, &rows, &[cuts[2]..cuts[3], cuts[0]..cuts[1]]);
-                let packed = PackedWeight::pairs_of_blocks_for(packed, &chunks, kernel);
-                prop_assert_eq!(product(&packed), product(&whole), "{:?}", kernel);
+            for order in Order::ALL {
+                let whole = PackedWeight::pack_pairs(order, Rows::new(&rounded, n, k), &chunks);
+                for kernel in MicroKernel::all_in(order) {
+                    let packed = BlockRows::of(kind, &data, stored, &rows, &[cuts[2]..cuts[3], cuts[0]..cuts[1]]);
+                    let packed = PackedWeight::pairs_of_blocks_for(packed, &chunks, kernel);
+                    prop_assert_eq!(product(&packed), product(&whole), "{:?}", kernel);
+                }
             }
         }
     }

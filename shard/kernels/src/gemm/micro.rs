@@ -8,11 +8,15 @@ use crate::gemm::Plane;
 use crate::gemm::bytes::{BLOCK, Bytes};
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx2_bf16;
 #[cfg(target_arch = "x86_64")]
 mod avx2_int8;
+#[cfg(target_arch = "x86_64")]
+mod avx2_tiles;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
@@ -22,11 +26,14 @@ mod avx512_int8;
 mod plain;
 mod plain_bf16;
 mod plain_int8;
+mod plain_tiles;
 #[cfg(target_arch = "x86_64")]
 mod vector;
 
 /// Largest tile of any kernel, for results at the edge.
-const MAX_TILE: usize = 512;
+const MAX_TILE: usize = 1024;
+/// Pairs of K that a tile of bf16 covers.
+pub(crate) const TILE_PAIRS: usize = 16;
 
 /// What panels are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,8 +42,25 @@ pub(crate) enum Takes {
     Floats,
     /// Two of bf16, neighbours in K, in the bits of a float: the earlier one in the lower half.
     Pairs,
+    /// The same of weights; inputs are `[k / TILE_PAIRS][mr][TILE_PAIRS]`. Of whole tiles, filled up with zeros.
+    Tiles,
     /// Blocks of K in 8 bits.
     Blocks(Bytes),
+}
+
+/// In which order products of bf16 are added, in f32. Each has bits of its own, the same on every CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// That of the instruction of AVX-512 BF16: by pairs, the later one first.
+    Pairs,
+    /// That of AMX: the earlier and the later ones of sixteen pairs are a chain each, and both together are added.
+    Tiles,
+}
+
+impl Order {
+    /// Both.
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 2] = [Self::Pairs, Self::Tiles];
 }
 
 /// Multiplies a few rows by one panel of columns.
@@ -60,7 +84,7 @@ struct Tile {
     rows: usize,
     /// Floats, pairs or blocks.
     k: usize,
-    /// `[k][mr]`; of blocks, what [`Bytes`] says, here and in `b`.
+    /// `[k][mr]`; of tiles, what [`Takes`] says; of blocks, what [`Bytes`] says, here and in `b`.
     a: *const f32,
     /// `[k][nr]`.
     b: *const f32,
@@ -77,19 +101,25 @@ impl MicroKernel {
         match self.takes {
             Takes::Floats => k,
             Takes::Pairs => k.div_ceil(2),
+            Takes::Tiles => self.whole(k.div_ceil(2)),
             Takes::Blocks(_) => k.div_ceil(BLOCK),
         }
     }
 
+    /// The next `depth` that it can pass.
+    pub(crate) fn whole(&self, depth: usize) -> usize {
+        if self.takes == Takes::Tiles { depth.next_multiple_of(TILE_PAIRS) } else { depth }
+    }
+
     /// Whether it multiplies pairs of bf16.
     pub(crate) fn pairs(&self) -> bool {
-        self.takes == Takes::Pairs
+        matches!(self.takes, Takes::Pairs | Takes::Tiles)
     }
 
     /// Floats of one row of inputs, `depth` deep.
     pub(crate) fn input_len(&self, depth: usize) -> usize {
         match self.takes {
-            Takes::Floats | Takes::Pairs => depth,
+            Takes::Floats | Takes::Pairs | Takes::Tiles => depth,
             Takes::Blocks(bytes) => depth * bytes.input_words(),
         }
     }
@@ -97,7 +127,7 @@ impl MicroKernel {
     /// Floats of a panel of weights, `depth` deep.
     pub(crate) fn panel_len(&self, depth: usize) -> usize {
         match self.takes {
-            Takes::Floats | Takes::Pairs => depth * self.nr,
+            Takes::Floats | Takes::Pairs | Takes::Tiles => depth * self.nr,
             Takes::Blocks(bytes) => depth * bytes.weight_bytes(self.nr) / size_of::<f32>(),
         }
     }
@@ -136,26 +166,40 @@ impl MicroKernel {
         }
     }
 
-    /// The fastest one for pairs of bf16 that this CPU runs. All give the same bits: those of the instruction, which adds the later of
-    /// a pair first, rounds after each, and takes what is too small to be normal for zero.
-    pub fn bf16() -> &'static Self {
+    /// The fastest one for products of bf16 that this CPU runs. All of an order give the same bits: those of the instruction, which rounds
+    /// after each addition and takes what is too small to be normal for zero.
+    pub fn bf16(order: Order) -> &'static Self {
         #[cfg(target_arch = "x86_64")]
         if cpu::path() != Path::Plain {
-            return if cpu::has_bf16() { &avx512_bf16::KERNEL } else { &avx2_bf16::KERNEL };
+            return match order {
+                Order::Pairs if cpu::has_bf16() => &avx512_bf16::KERNEL,
+                Order::Pairs => &avx2_bf16::KERNEL,
+                Order::Tiles if cpu::has_amx() => &amx::KERNEL,
+                Order::Tiles => &avx2_tiles::KERNEL,
+            };
         }
-        &plain_bf16::KERNEL
+        match order {
+            Order::Pairs => &plain_bf16::KERNEL,
+            Order::Tiles => &plain_tiles::KERNEL,
+        }
     }
 
-    /// Every one for pairs that this CPU runs.
+    /// Every one for bf16 that this CPU runs.
     #[cfg(test)]
     pub(crate) fn all_bf16() -> Vec<&'static Self> {
-        let mut all = vec![&plain_bf16::KERNEL];
+        Order::ALL.map(Self::all_in).concat()
+    }
+
+    /// Those of one order.
+    #[cfg(test)]
+    pub(crate) fn all_in(order: Order) -> Vec<&'static Self> {
+        let mut all = vec![if order == Order::Pairs { &plain_bf16::KERNEL } else { &plain_tiles::KERNEL }];
         #[cfg(target_arch = "x86_64")]
         if cpu::path() != Path::Plain {
-            all.push(&avx2_bf16::KERNEL);
+            all.push(if order == Order::Pairs { &avx2_bf16::KERNEL } else { &avx2_tiles::KERNEL });
         }
-        if cpu::has_bf16() {
-            all.push(Self::bf16());
+        if if order == Order::Pairs { cpu::has_bf16() } else { cpu::has_amx() } {
+            all.push(Self::bf16(order));
         }
         all
     }

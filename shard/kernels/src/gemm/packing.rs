@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::bytes::whole_blocks;
-use crate::gemm::micro::{MicroKernel, Takes};
+use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
 use crate::gemm::turn::turn;
 use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows};
 use crate::scratch::Buffer;
@@ -94,14 +94,14 @@ impl PackedWeight {
     }
 
     /// Packs `weight` for products in bf16: inputs are rounded to it, sums are in f32. `chunks` are those of every product with it: one
-    /// with an odd number of columns is filled up with a zero.
-    pub fn pack_pairs(weight: Rows<'_, bf16>, chunks: &[impl AsRef<[Piece]>]) -> Self {
-        Self::pack_pairs_for(weight, chunks, MicroKernel::bf16())
+    /// that is not of whole pairs, or tiles, is filled up with zeros.
+    pub fn pack_pairs(order: Order, weight: Rows<'_, bf16>, chunks: &[impl AsRef<[Piece]>]) -> Self {
+        Self::pack_pairs_for(weight, chunks, MicroKernel::bf16(order))
     }
 
     pub(crate) fn pack_pairs_for(weight: Rows<'_, bf16>, chunks: &[impl AsRef<[Piece]>], kernel: &'static MicroKernel) -> Self {
         let lengths = || chunks.iter().map(|chunk| columns(chunk.as_ref()));
-        let (n, k, depth) = (weight.count(), lengths().sum(), lengths().map(|len| len.div_ceil(2)).sum());
+        let (n, k, depth) = (weight.count(), lengths().sum(), lengths().map(|len| kernel.depth(len)).sum());
         let mut panels = Buffer::zeros(n.next_multiple_of(kernel.nr) * depth);
         if n > 0 && depth > 0 {
             let pieces: Vec<&[Piece]> = chunks.iter().map(AsRef::as_ref).collect();
@@ -109,7 +109,7 @@ impl PackedWeight {
                 let rows = panel * kernel.nr..n.min((panel + 1) * kernel.nr);
                 let mut from = 0;
                 for pieces in &pieces {
-                    let pairs = columns(pieces).div_ceil(2);
+                    let pairs = kernel.depth(columns(pieces));
                     let packed = &mut packed[from * kernel.nr..(from + pairs) * kernel.nr];
                     pack_pairs(packed, weight, rows.clone(), pieces, 0..pairs, kernel.nr, |from, to| to.copy_from_slice(from));
                     from += pairs;
@@ -120,8 +120,8 @@ impl PackedWeight {
     }
 
     /// As [`Self::pack_pairs`], of a weight in blocks, whose values are rounded to bf16 for each product.
-    pub fn pairs_of_blocks(rows: BlockRows, chunks: &[impl AsRef<[Piece]>]) -> Self {
-        Self::pairs_of_blocks_for(rows, chunks, MicroKernel::bf16())
+    pub fn pairs_of_blocks(order: Order, rows: BlockRows, chunks: &[impl AsRef<[Piece]>]) -> Self {
+        Self::pairs_of_blocks_for(rows, chunks, MicroKernel::bf16(order))
     }
 
     pub(crate) fn pairs_of_blocks_for(rows: BlockRows, chunks: &[impl AsRef<[Piece]>], kernel: &'static MicroKernel) -> Self {
@@ -129,7 +129,7 @@ impl PackedWeight {
         let [mut depth, mut k] = [0, 0];
         for chunk in chunks {
             let len = columns(chunk.as_ref());
-            (depth, k) = (depth + len.div_ceil(2), k + len);
+            (depth, k) = (depth + kernel.depth(len), k + len);
             edges.push([depth, k]);
         }
         assert_eq!(k, rows.k(), "the chunks' columns");
@@ -224,6 +224,7 @@ impl PackedWeight {
                 let (pairs, wide) = buffer.split_at_mut(range.len());
                 let wide = &mut wide[..columns.len() * nr];
                 rows.widen(panel * nr..self.n.min((panel + 1) * nr), columns, nr, wide);
+                pairs[wide.len().div_ceil(2 * nr) * nr..].fill(0.0);
                 for (pairs, wide) in pairs.chunks_exact_mut(nr).zip(wide.chunks(2 * nr)) {
                     let (lower, upper) = wide.split_at(nr);
                     narrow_rows(lower, (!upper.is_empty()).then_some(upper), pairs);
@@ -258,7 +259,7 @@ impl PackedWeight {
         match self.panels {
             Panels::Blocks(_) | Panels::PairsOfBlocks(..) => K_STEP,
             Panels::Bytes(_) => even_parts(len, BLOCKS_STEP),
-            _ => even_parts(len, K_STEP),
+            _ => self.kernel.whole(even_parts(len, K_STEP)),
         }
     }
 }
@@ -309,20 +310,31 @@ fn pack_panels<T: Element>(panels: &mut [T], weight: Rows<'_, T>, pieces: &[Piec
     });
 }
 
-/// Rows of `x` as the `a` of a kernel's tiles: `[rows / mr][k][mr]`. `k` counts through the pieces, by twos for a kernel of pairs.
+/// Rows of `x` as the `a` of a kernel's tiles: `[rows / mr][k][mr]`, or what else it takes. `k` counts through the pieces, by twos for a kernel of pairs.
 pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, kernel: &MicroKernel) {
     let mr = kernel.mr;
     for (tile, first) in rows.clone().step_by(mr).enumerate() {
         let rows = first..rows.end.min(first + mr);
-        pack_side(&mut a[tile * mr * kernel.input_len(k.len())..], x, rows, pieces, k.clone(), mr, kernel);
+        let (a, k) = (&mut a[tile * mr * kernel.input_len(k.len())..], k.clone());
+        match kernel.takes {
+            Takes::Floats => pack_floats(a, x, rows, pieces, k, mr),
+            Takes::Pairs => pack_pairs(a, x, rows, pieces, k, mr, narrow),
+            Takes::Tiles => narrow_tiles(a, x, rows, pieces, k, mr),
+            Takes::Blocks(bytes) => bytes.pack_inputs(a, x, rows, pieces, k, mr),
+        }
     }
 }
 
-/// Rows of `x`, `len` long, as `[rows / width][len][width]`; what they hold stays as it is.
-pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, width: usize) {
-    for (tile, first) in (0..x.count()).step_by(width).enumerate() {
-        let rows = first..x.count().min(first + width);
-        turn(&mut packed[tile * width * len..], x, rows, (0, len), width);
+/// Rows of `x`, `len` floats or pairs long, as the `a` of a kernel's tiles; what they hold stays as it is.
+pub(crate) fn pack_whole(a: &mut [f32], x: Rows<'_>, len: usize, kernel: &MicroKernel) {
+    let (mr, depth) = (kernel.mr, kernel.whole(len));
+    for (tile, first) in (0..x.count()).step_by(mr).enumerate() {
+        let (a, rows) = (&mut a[tile * mr * depth..], first..x.count().min(first + mr));
+        if kernel.takes == Takes::Tiles {
+            rows.enumerate().for_each(|(at, row)| put_row(a, x.part(row, (0, len)), at, mr));
+        } else {
+            turn(a, x, rows, (0, len), mr);
+        }
     }
 }
 
@@ -330,25 +342,12 @@ pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, width: usi
 pub(crate) fn pack_columns(b: &mut [f32], x: Rows<'_>, len: usize, kernel: &MicroKernel) {
     let (nr, depth) = (kernel.nr, kernel.depth(len));
     for (panel, first) in (0..x.count()).step_by(nr).enumerate() {
-        let rows = first..x.count().min(first + nr);
-        pack_side(&mut b[panel * nr * depth..], x, rows, &[(0, len)], 0..depth, nr, kernel);
-    }
-}
-
-/// At most `width` rows side by side, as `[k][width]`, or as what else `kernel` takes.
-fn pack_side(
-    packed: &mut [f32],
-    x: Rows<'_>,
-    rows: Range<usize>,
-    pieces: &[Piece],
-    k: Range<usize>,
-    width: usize,
-    kernel: &MicroKernel,
-) {
-    match kernel.takes {
-        Takes::Floats => pack_floats(packed, x, rows, pieces, k, width),
-        Takes::Pairs => pack_pairs(packed, x, rows, pieces, k, width, narrow),
-        Takes::Blocks(bytes) => bytes.pack_inputs(packed, x, rows, pieces, k, width),
+        let (b, rows) = (&mut b[panel * nr * depth..], first..x.count().min(first + nr));
+        if kernel.pairs() {
+            pack_pairs(b, x, rows, &[(0, len)], 0..depth, nr, narrow);
+        } else {
+            pack_floats(b, x, rows, &[(0, len)], 0..depth, nr);
+        }
     }
 }
 
@@ -391,6 +390,32 @@ fn pack_pairs<T: Copy>(
             values[filled..2 * k.len()].fill(bf16::ZERO);
         }
         turn(packed, Rows::new(&memory, rows.len(), PAIRS), 0..rows.len(), (0, k.len()), width);
+    }
+}
+
+/// As [`pack_pairs`], but `[k / TILE_PAIRS][width][TILE_PAIRS]`.
+fn narrow_tiles(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
+    let mut memory = [0f32; K_STEP];
+    for first in k.clone().step_by(K_STEP) {
+        let packed = &mut packed[(first - k.start) * width..];
+        let k = first..k.end.min(first + K_STEP);
+        let values: &mut [bf16] = bytemuck::cast_slice_mut(&mut memory);
+        for (at, row) in rows.clone().enumerate() {
+            let mut filled = 0;
+            for part in parts(pieces, 2 * k.start..2 * k.end) {
+                narrow(x.part(row, part), &mut values[filled..][..part.1]);
+                filled += part.1;
+            }
+            values[filled..2 * k.len()].fill(bf16::ZERO);
+            put_row(packed, bytemuck::cast_slice(&values[..2 * k.len()]), at, width);
+        }
+    }
+}
+
+/// A row's pairs to place `at` of each tile of `width` rows. What the last one has more is left as it is.
+fn put_row(packed: &mut [f32], row: &[f32], at: usize, width: usize) {
+    for (tile, pairs) in packed.chunks_exact_mut(width * TILE_PAIRS).zip(row.chunks(TILE_PAIRS)) {
+        tile[at * TILE_PAIRS..][..pairs.len()].copy_from_slice(pairs);
     }
 }
 

@@ -100,9 +100,9 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
             let q = order.heads(&q[of_q..], [n, queries, width]);
             let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
             let bias = bias.map(|(data, starts, query_stride)| Bias { data, starts: &starts[item * n..][..n], query_stride });
-            match Products::here() {
-                Products::F32 => of.run(q, k, v, bias, y),
-                Products::Bf16 | Products::Int8 => of.run_in_bf16(q, k, v, bias, y),
+            match Products::here().order() {
+                None => of.run(q, k, v, bias, y),
+                Some(added) => of.run_in_bf16(added, q, k, v, bias, y),
             }
         };
         let all = |q: &[f32], k: &[f32], v: &[f32]| {

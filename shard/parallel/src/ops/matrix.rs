@@ -40,11 +40,11 @@ impl<'a> Values<'a> {
         fn packed<T: Element>(data: &[T], [n, k]: [usize; 2], chunks: &Chunks) -> PackedWeight {
             PackedWeight::pack_pieces(Rows::new(data, n, k), &chunks.concat())
         }
-        match self {
-            Self::F32(data) => packed(data, [n, k], chunks),
-            Self::Bf16(data) if products.narrow() => PackedWeight::pack_pairs(Rows::new(data, n, k), chunks),
-            Self::Bf16(data) => packed(data, [n, k], chunks),
-            Self::F16(data) => packed(data, [n, k], chunks),
+        match (self, products.order()) {
+            (Self::F32(data), _) => packed(data, [n, k], chunks),
+            (Self::Bf16(data), Some(order)) => PackedWeight::pack_pairs(order, Rows::new(data, n, k), chunks),
+            (Self::Bf16(data), None) => packed(data, [n, k], chunks),
+            (Self::F16(data), _) => packed(data, [n, k], chunks),
         }
     }
 }
@@ -102,10 +102,10 @@ impl Matrix {
         let d_out = rows.n();
         let weight = if has_kernels(device) {
             let bytes = (Products::here() == Products::Int8).then(|| PackedWeight::bytes_of_blocks(&rows, &chunks)).flatten();
-            Weight::Packed(Arc::new(match bytes {
-                Some(bytes) => bytes,
-                None if Products::here().narrow() => PackedWeight::pairs_of_blocks(rows, &chunks),
-                None => rows.into(),
+            Weight::Packed(Arc::new(match (bytes, Products::here().order()) {
+                (Some(bytes), _) => bytes,
+                (None, Some(order)) => PackedWeight::pairs_of_blocks(order, rows, &chunks),
+                (None, None) => rows.into(),
             }))
         } else {
             Weight::Blocks(Arc::new(Blocks::new(&rows, device)?))
@@ -252,12 +252,14 @@ mod tests {
         let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
         let eight: Chunks = (0..8).map(|c| vec![(2 * c, 2), (16 + 3 * c, 3)]).collect();
         for chunks in [vec![vec![(0, 40)]], eight] {
-            let narrow = Matrix::multiplied_in(Products::Bf16, &weight, chunks.clone()).unwrap().product(&x, None, None).unwrap();
-            let wide = Matrix::multiplied_in(Products::F32, &weight, chunks).unwrap();
+            let wide = Matrix::multiplied_in(Products::F32, &weight, chunks.clone()).unwrap();
             let rounded = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
             let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(largest((&narrow - wide.product(&rounded, None, None).unwrap()).unwrap()) < 1e-5);
-            assert!(largest((narrow - wide.product(&x, None, None).unwrap()).unwrap()) > 1e-4);
+            for products in [Products::Bf16, Products::Amx] {
+                let narrow = Matrix::multiplied_in(products, &weight, chunks.clone()).unwrap().product(&x, None, None).unwrap();
+                assert!(largest((&narrow - wide.product(&rounded, None, None).unwrap()).unwrap()) < 1e-5);
+                assert!(largest((narrow - wide.product(&x, None, None).unwrap()).unwrap()) > 1e-4);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use super::{MicroKernel, Takes, Tile};
 const MR: usize = 6;
 const NR: usize = 2 * LANES;
 /// The default, and inputs and results that are too small are zero.
-const FLUSHING: u32 = 0x1f80 | 0x8040;
+pub(super) const FLUSHING: u32 = 0x1f80 | 0x8040;
 
 pub(super) static KERNEL: MicroKernel =
     MicroKernel { name: "avx2_bf16", mr: MR, nr: NR, takes: Takes::Pairs, tile, spin: avx2::spin, flops: avx2::KERNEL.flops };

@@ -43,7 +43,7 @@ fn add_products(sum: f32, a: u32, b: u32) -> f32 {
 
 /// A result is too small if it is so once rounded, as though exponents had no end: what is just below the smallest normal number can be
 /// rounded up to it all the same, and is zero then.
-fn add_product(sum: f32, a: f32, b: f32) -> f32 {
+pub(super) fn add_product(sum: f32, a: f32, b: f32) -> f32 {
     let y = a.mul_add(b, sum);
     if y.abs() == f32::MIN_POSITIVE {
         let exact = f64::from(a) * f64::from(b) + f64::from(sum);
@@ -54,7 +54,7 @@ fn add_product(sum: f32, a: f32, b: f32) -> f32 {
 }
 
 /// Zero, of the same sign, in place of what is too small to be normal.
-fn flushed(x: f32) -> f32 {
+pub(super) fn flushed(x: f32) -> f32 {
     if x.is_subnormal() { 0f32.copysign(x) } else { x }
 }
 
