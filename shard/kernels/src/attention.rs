@@ -1,19 +1,18 @@
 //! Softmax attention that streams the keys: scores live for one block of queries by one block of keys.
 //!
-//! For each block of `KEYS` keys the row's maximum, its sum and its output are carried on (online softmax, Milakov and
+//! For each block of keys the row's maximum, its sum and its output are carried on (online softmax, Milakov and
 //! Gimelshein, <https://arxiv.org/abs/1805.02867>). Blocks of keys start at the same places whatever the queries are, so a
 //! query's result does not depend on the queries beside it, the batch, or the threads.
 
 use std::ops::Range;
 
-use crate::gemm::micro::MicroKernel;
+use crate::gemm::micro::{MicroKernel, Takes};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
-use crate::{rows, scratch, threads};
+use crate::rows::{self, Base};
+use crate::{scratch, threads};
 
-/// Keys between two updates of the running maximum.
-const KEYS: usize = 128;
-/// Queries that share one pass over the keys, or a few more: whole tiles.
-const QUERIES: usize = 84;
+/// Floats between the rows of scores, which would otherwise be in one another's way in the caches.
+const GAP: usize = 16;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
@@ -111,8 +110,20 @@ impl Attention {
     }
 }
 
+/// Queries that share one pass over the keys: whole tiles.
 fn queries_of_block(kernel: &MicroKernel) -> usize {
-    QUERIES.next_multiple_of(kernel.mr)
+    let queries: usize = if kernel.takes == Takes::Tiles { 128 } else { 84 };
+    queries.next_multiple_of(kernel.mr)
+}
+
+/// Keys between two updates of the running maximum: a matter of the order of additions, not of the CPU.
+fn keys_of_block(kernel: &MicroKernel) -> usize {
+    if kernel.takes == Takes::Tiles { 256 } else { 128 }
+}
+
+/// What exponentials are of, and how much one of scores is in them. Again a matter of the order.
+fn base(kernel: &MicroKernel) -> (Base, f32) {
+    if kernel.takes == Takes::Tiles { (Base::Two, std::f32::consts::LOG2_E) } else { (Base::E, 1.0) }
 }
 
 /// Some queries of one head.
@@ -129,7 +140,7 @@ struct Block<'a> {
     scaled: &'a mut [f32],
     /// The same, packed.
     q: &'a mut [f32],
-    /// `[queries, KEYS]`: scores, then their exponentials.
+    /// `[queries, keys of a block]`, rows [`GAP`] further apart: scores, then their exponentials.
     scores: &'a mut [f32],
     /// The exponentials, packed.
     p: &'a mut [f32],
@@ -137,21 +148,24 @@ struct Block<'a> {
     max: &'a mut [f32],
     /// Each row's sum of exponentials so far.
     sum: &'a mut [f32],
+    /// `[queries, width]`: each row's output so far, not yet divided by the sum.
+    output: &'a mut [f32],
 }
 
 impl Job<'_> {
     fn run(&self, k: Rows<'_>, v: Rows<'_>, queries: Range<usize>, mut y: Plane<'_>) {
         let nr = self.kernel.nr;
         let (keys, width) = (self.of.keys, self.of.width);
-        let [depth, keys_deep, block_deep] = [width, keys, KEYS].map(|k| self.kernel.depth(k));
+        let at_once = keys_of_block(self.kernel);
+        let [depth, keys_deep, block_deep] = [width, keys, at_once].map(|k| self.kernel.depth(k));
         let rows = queries_of_block(self.kernel);
         let packed = [keys.next_multiple_of(nr) * depth, width.next_multiple_of(nr) * keys_deep, rows * depth, rows * block_deep];
         let [packed_k, packed_v, q, p] = packed;
-        let lengths = [packed_k, packed_v, rows * width, q, rows * KEYS, p, rows, rows];
-        scratch::with(lengths, |[packed_k, packed_v, scaled, q, scores, p, max, sum]| {
+        let lengths = [packed_k, packed_v, rows * width, q, rows * (at_once + GAP), p, rows, rows, rows * width];
+        scratch::with(lengths, |[packed_k, packed_v, scaled, q, scores, p, max, sum, output]| {
             pack_columns(packed_k, k, width, self.kernel);
             pack_values(packed_v, v, [keys, width], self.kernel);
-            let mut block = Block { scaled, q, scores, p, max, sum };
+            let mut block = Block { scaled, q, scores, p, max, sum, output };
             for first in queries.clone().step_by(rows) {
                 let rows = first..queries.end.min(first + rows);
                 let y = y.part(first - queries.start..rows.end - queries.start, 0..width);
@@ -165,31 +179,38 @@ impl Job<'_> {
         let (kernel, nr) = (self.kernel, self.kernel.nr);
         let (m, width, depth) = (queries.len(), self.of.width, self.kernel.depth(self.of.width));
         let scaled = &mut block.scaled[..m * width];
+        let (base, unit) = base(kernel);
         for (row, scaled) in queries.clone().zip(scaled.chunks_exact_mut(width)) {
-            scaled.copy_from_slice(self.q.part(row, (0, width)));
+            rows::scaled(self.q.part(row, (0, width)), self.of.scale * unit, scaled);
         }
-        rows::multiply(scaled, self.of.scale);
         pack_rows(block.q, Rows::new(scaled, m, width), 0..m, &[(0, width)], 0..depth, kernel);
         block.max[..m].fill(f32::NEG_INFINITY);
         block.sum[..m].fill(0.0);
-        (0..m).for_each(|row| y.row_mut(row).fill(0.0));
-        for first in (0..self.of.keys).step_by(KEYS) {
-            let keys = first..self.of.keys.min(first + KEYS);
-            let n = keys.len();
-            let mut scores = Plane::of(&mut block.scores[..m * n], n);
+        let (at_once, mut output) = (keys_of_block(kernel), Plane::of(&mut block.output[..m * width], width));
+        for first in (0..self.of.keys).step_by(at_once) {
+            let keys = first..self.of.keys.min(first + at_once);
+            let (n, apart) = (keys.len(), at_once + GAP);
+            let mut scores = Plane::of(&mut block.scores[..m * apart], apart).narrow(n);
             self.products(depth, block.q, &k[first * depth..], nr * depth, &mut scores, true);
             for row in 0..m {
-                let scores = &mut block.scores[row * n..][..n];
-                self.add_bias(scores, queries.start + row, keys.clone());
-                self.carry(scores, &mut block.max[row], &mut block.sum[row], y.row_mut(row));
+                let scores = &mut block.scores[row * apart..][..n];
+                self.add_bias(scores, queries.start + row, keys.clone(), unit);
+                let less = rows::carry(scores, &mut block.max[row], &mut block.sum[row], base);
+                if less != 1.0 && first > 0 {
+                    rows::multiply(output.row_mut(row), less);
+                }
             }
             let deep = kernel.depth(n);
-            pack_rows(block.p, Rows::new(&block.scores[..m * n], m, n), 0..m, &[(0, n)], 0..deep, kernel);
-            self.products(deep, block.p, &v[kernel.depth(first) * nr..], nr * kernel.depth(self.of.keys), &mut y, false);
+            pack_rows(block.p, Rows::new(&block.scores[..m * apart], m, apart), 0..m, &[(0, n)], 0..deep, kernel);
+            let v = &v[kernel.depth(first) * nr..];
+            self.products(deep, block.p, v, nr * kernel.depth(self.of.keys), &mut output, first == 0);
         }
-        for row in 0..m {
+        if self.of.keys == 0 {
+            block.output[..m * width].fill(0.0);
+        }
+        for (row, output) in block.output[..m * width].chunks_exact(width).enumerate() {
             let sum = block.sum[row];
-            rows::multiply(y.row_mut(row), if sum > 0.0 || sum.is_nan() { 1.0 / sum } else { 0.0 });
+            rows::scaled(output, if sum > 0.0 || sum.is_nan() { 1.0 / sum } else { 0.0 }, y.row_mut(row));
         }
     }
 
@@ -200,31 +221,15 @@ impl Job<'_> {
         for (i, column) in (0..n).step_by(nr).enumerate() {
             for row in (0..m).step_by(mr) {
                 let tile = c.part(row..m.min(row + mr), column..n.min(column + nr));
-                self.kernel.run(k, &a[row * k..], &b[i * panel..], tile, fresh);
+                self.kernel.run(k, &a[row * k..], &b[i * panel..], tile, fresh, &[]);
             }
         }
     }
 
-    fn add_bias(&self, scores: &mut [f32], query: usize, keys: Range<usize>) {
+    fn add_bias(&self, scores: &mut [f32], query: usize, keys: Range<usize>, unit: f32) {
         if let Some((bias, start)) = self.bias {
-            rows::shift(scores, &bias.data[start + query * bias.query_stride..][keys]);
+            rows::shift_by(scores, &bias.data[start + query * bias.query_stride..][keys], unit);
         }
-    }
-
-    /// Turns a row of scores into exponentials under the row's new maximum, and brings sum and output under it too.
-    fn carry(&self, scores: &mut [f32], max: &mut f32, sum: &mut f32, y: &mut [f32]) {
-        let of_block = rows::maximum(scores);
-        let new = if of_block > *max { of_block } else { *max };
-        if new == f32::NEG_INFINITY {
-            return scores.fill(0.0);
-        }
-        if *max != new && *max != f32::NEG_INFINITY {
-            let less = rows::exponential(*max - new);
-            *sum *= less;
-            rows::multiply(y, less);
-        }
-        *max = new;
-        *sum += rows::exponentials(scores, new);
     }
 }
 

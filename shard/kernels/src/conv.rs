@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::activation::Activation;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::MicroKernel;
-use crate::gemm::{K_STEP, Order, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_whole};
+use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_whole};
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
@@ -143,7 +143,7 @@ impl Conv2d {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
         let (m, n, k_all) = (self.c_out, pixels.len(), self.kernel.whole(self.deep() * self.size * self.size));
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
-        scratch::with([n.div_ceil(nr) * Panels::stride(nr), level], |[panels, memory]| {
+        scratch::with([n.div_ceil(nr) * Panels::stride(nr), Sums::PASSING + level], |[panels, memory]| {
             let mut sums = Sums::new(memory, m, level, self.kernel);
             for first in (0..k_all).step_by(K_STEP) {
                 let k = first..k_all.min(first + K_STEP);
@@ -155,8 +155,15 @@ impl Conv2d {
                         for row in block.clone().step_by(mr) {
                             let rows = row..block.end.min(row + mr);
                             let weight = &self.weight.as_slice()[row * k_all + first * mr..];
-                            sums.fetch_after(0, rows.clone(), columns.clone());
-                            self.kernel.run(k.len(), weight, panel, sums.tile(0, rows, columns.clone()), first == 0);
+                            sums.fetch_after(Place::Depth(0), rows.clone(), columns.clone());
+                            self.kernel.run(
+                                k.len(),
+                                weight,
+                                panel,
+                                sums.tile(Place::Depth(0), rows, columns.clone()),
+                                first == 0,
+                                &[],
+                            );
                         }
                     }
                 }

@@ -25,6 +25,15 @@ pub fn path() -> Path {
     })
 }
 
+/// Whether this CPU has what code for 512-bit vectors is compiled for.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_wide_vectors() -> bool {
+    use std::arch::is_x86_feature_detected as has;
+
+    static WIDE: OnceLock<bool> = OnceLock::new();
+    *WIDE.get_or_init(|| path() == Path::Avx512 && has!("avx512bw") && has!("avx512dq") && has!("avx512vl"))
+}
+
 /// Whether this CPU multiplies pairs of bf16 (AVX-512 BF16), twice as many in an instruction as f32.
 pub fn has_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -117,8 +126,8 @@ pub(crate) fn fetch(bytes: &[u8], to: Level) {
     let _ = (bytes, to);
 }
 
-/// Compiles a function of plain Rust twice, as it stands and for AVX2, and calls what the CPU has. Rust never fuses a
-/// multiplication with an addition by itself, so both give the same bits.
+/// Compiles a function of plain Rust three times, as it stands, for AVX2 and for AVX-512, and calls what the CPU has. Rust never fuses a
+/// multiplication with an addition by itself, so all give the same bits.
 macro_rules! vectorised {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $out:ty)? $body:block) => {
         $(#[$doc])*
@@ -132,6 +141,18 @@ macro_rules! vectorised {
                 plain($($arg),*)
             }
 
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            fn avx512($($arg: $ty),*) $(-> $out)? {
+                plain($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            if $crate::cpu::has_wide_vectors() {
+                #[allow(unsafe_code)] // a call to code for more than the baseline CPU
+                // SAFETY: the CPU has all of them.
+                return unsafe { avx512($($arg),*) };
+            }
             #[cfg(target_arch = "x86_64")]
             if $crate::cpu::path() != $crate::cpu::Path::Plain {
                 #[allow(unsafe_code)] // a call to code for more than the baseline CPU

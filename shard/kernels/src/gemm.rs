@@ -11,6 +11,7 @@
 use std::ops::Range;
 
 use self::inputs::Product;
+use self::micro::Takes;
 use crate::activation::Activation;
 use crate::cpu::{self, Level};
 use crate::{rows, scratch, threads};
@@ -19,6 +20,7 @@ mod blocks;
 pub(crate) mod bytes;
 mod inputs;
 pub mod micro;
+mod narrow;
 mod packing;
 mod plane;
 mod sums;
@@ -27,15 +29,21 @@ mod turn;
 pub use blocks::BlockRows;
 pub use half::bf16;
 pub use micro::Order;
+pub(crate) use narrow::narrow_rows;
 pub use packing::{Element, PackedWeight};
-pub(crate) use packing::{narrow_rows, pack_columns, pack_rows, pack_whole};
+pub(crate) use packing::{pack_columns, pack_rows, pack_whole};
 pub(crate) use plane::{Plane, SharedPlane};
-pub(crate) use sums::Sums;
+pub(crate) use sums::{Place, Sums};
 
 /// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
 pub(crate) const K_STEP: usize = 256;
 /// The same of blocks: 13 KiB of 32 columns.
 pub(crate) const BLOCKS_STEP: usize = 12;
+/// Of tiles, in pairs: 24 KiB of weights, half of a first-level cache of 48 KiB.
+pub(crate) const TILES_STEP: usize = 192;
+/// Rows and columns of a job of tiles: each weight comes from memory once for as many rows.
+const TILES_ROWS: usize = 384;
+const TILES_COLUMNS: usize = 512;
 /// Rows and columns of a job: with `K_STEP`, 192 KiB of the second-level cache, beside the results.
 const ROWS: usize = 192;
 const COLUMNS: usize = 1536;
@@ -151,6 +159,7 @@ impl Grid {
         // Blocks are widened again for each job down: taller and narrower ones, of the same size.
         let taller = if weight.is_in_blocks() { 3 } else { 1 };
         let (rows, columns) = match chunks {
+            _ if weight.kernel().takes == Takes::Tiles => (TILES_ROWS, TILES_COLUMNS),
             1 => (ROWS, COLUMNS),
             _ => (TREE_ROWS, TREE_ROWS * TREE_COLUMNS / m.clamp(TREE_ROWS / 2, TREE_ROWS)),
         };
@@ -197,7 +206,7 @@ impl Job<'_> {
             // The sums that grow, and one for each level of the tree that waits for its neighbour.
             let depths = 1 + chunks.len().trailing_zeros() as usize;
             let level = tall * n.next_multiple_of(kernel.nr);
-            scratch::with([self.weight.buffer(K_STEP), depths * level], |[b, memory]| {
+            scratch::with([self.weight.buffer(K_STEP), Sums::PASSING + depths * level], |[b, memory]| {
                 let mut sums = Sums::new(memory, m, level, kernel);
                 for step in self.steps(chunks) {
                     let at = |depth| tall * kernel.input_len(depth);
@@ -248,17 +257,24 @@ impl Job<'_> {
             let mut ahead = self.weight.ahead(at + 1, step.k.clone()).chunks(kernel.share_of_panel(k, m));
             for row in (0..m).step_by(kernel.mr) {
                 let rows = row..m.min(row + kernel.mr);
-                cpu::fetch(ahead.next().unwrap_or_default(), Level::Second);
-                sums.fetch_after(step.depth, rows.clone(), columns.clone());
+                let ahead = ahead.next().unwrap_or_default();
+                if kernel.takes != Takes::Tiles {
+                    cpu::fetch(ahead, Level::Second);
+                    sums.fetch_after(step.place(), rows.clone(), columns.clone());
+                }
                 kernel.run(
                     k,
                     &a[row * kernel.input_len(k)..],
                     panel,
-                    sums.tile(step.depth, rows.clone(), columns.clone()),
+                    sums.tile(step.place(), rows.clone(), columns.clone()),
                     step.fresh,
+                    ahead,
                 );
-                for depth in (step.depth - step.merges + 1..=step.depth).rev() {
-                    sums.merge(depth, rows.clone(), columns.clone());
+                if step.merges > 0 {
+                    sums.merge(step.place(), step.depth - 1, rows.clone(), columns.clone());
+                }
+                for depth in (step.depth - step.merges + 1..step.depth).rev() {
+                    sums.merge(Place::Depth(depth), depth - 1, rows.clone(), columns.clone());
                 }
             }
         }
@@ -279,6 +295,12 @@ struct Step<'a> {
     depth: usize,
     /// How many of them the chunk completes, if it ends here.
     merges: usize,
+}
+
+impl Step<'_> {
+    fn place(&self) -> Place {
+        if self.fresh && self.merges > 0 { Place::Passing } else { Place::Depth(self.depth) }
+    }
 }
 
 #[cfg(test)]

@@ -224,6 +224,15 @@ vectorised! {
 }
 
 vectorised! {
+    /// `y += unit bias`.
+    pub(crate) fn shift_by(y: &mut [f32], bias: &[f32], unit: f32) {
+        for (y, b) in y.iter_mut().zip(bias) {
+            *y += *b * unit;
+        }
+    }
+}
+
+vectorised! {
     fn modulate(y: &mut [f32], scale: &[f32], shift: &[f32]) {
         for ((y, scale), shift) in y.iter_mut().zip(scale).zip(shift) {
             *y = *y * (1.0 + *scale) + *shift;
@@ -247,13 +256,6 @@ vectorised! {
 }
 
 vectorised! {
-    /// `e^x`.
-    pub(crate) fn exponential(x: f32) -> f32 {
-        math::exp(x)
-    }
-}
-
-vectorised! {
     /// Replaces each `x` by `e^(x - max)` and gives their sum.
     pub(crate) fn exponentials(x: &mut [f32], max: f32) -> f32 {
         let mut lanes = [0f32; LANES];
@@ -269,6 +271,69 @@ vectorised! {
             *lane += *v;
         }
         sum_of_lanes(lanes)
+    }
+}
+
+/// Of exponentials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Base {
+    /// `e^x`, as exact as f32 is.
+    E,
+    /// `2^x`, as exact as bf16 needs it.
+    Two,
+}
+
+vectorised! {
+    /// Turns a row of scores into exponentials under the maximum of these and all before them, brings their sum under it too, and gives
+    /// what else is to be multiplied by for that.
+    pub(crate) fn carry(scores: &mut [f32], max: &mut f32, sum: &mut f32, base: Base) -> f32 {
+        let of_scores = maximum(scores);
+        let new = if of_scores > *max { of_scores } else { *max };
+        if new == f32::NEG_INFINITY {
+            scores.fill(0.0);
+            return 1.0;
+        }
+        let less = match base {
+            _ if *max == new || *max == f32::NEG_INFINITY => 1.0,
+            Base::E => math::exp(*max - new),
+            Base::Two => math::exp2_below(*max - new),
+        };
+        *max = new;
+        let more = match base {
+            Base::E => exponentials(scores, new),
+            Base::Two => exponentials_of_two(scores, new),
+        };
+        *sum = *sum * less + more;
+        less
+    }
+}
+
+vectorised! {
+    /// As [`exponentials`], of two, in twice as many lanes.
+    fn exponentials_of_two(x: &mut [f32], max: f32) -> f32 {
+        let mut lanes = [0f32; 2 * LANES];
+        let (chunks, tail) = x.as_chunks_mut::<{ 2 * LANES }>();
+        for chunk in chunks {
+            for (lane, v) in lanes.iter_mut().zip(chunk) {
+                *v = math::exp2_below(*v - max);
+                *lane += *v;
+            }
+        }
+        for (lane, v) in lanes.iter_mut().zip(tail) {
+            *v = math::exp2_below(*v - max);
+            *lane += *v;
+        }
+        let (lower, upper) = lanes.split_at(LANES);
+        sum_of_lanes(std::array::from_fn(|lane| lower[lane] + upper[lane]))
+    }
+}
+
+vectorised! {
+    /// `y = factor x`.
+    pub(crate) fn scaled(x: &[f32], factor: f32, y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = x * factor;
+        }
     }
 }
 

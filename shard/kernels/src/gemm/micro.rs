@@ -31,7 +31,7 @@ mod plain_tiles;
 mod vector;
 
 /// Largest tile of any kernel, for results at the edge.
-const MAX_TILE: usize = 1024;
+pub(crate) const MAX_TILE: usize = 1024;
 /// Pairs of K that a tile of bf16 covers.
 pub(crate) const TILE_PAIRS: usize = 16;
 
@@ -93,6 +93,9 @@ struct Tile {
     stride: usize,
     /// Whether the sums start from zero, not from what is in `c`.
     fresh: bool,
+    /// What is read soon: as many lines of it from here on are fetched with every tile of bf16.
+    ahead: *const u8,
+    lines: usize,
 }
 
 impl MicroKernel {
@@ -239,11 +242,21 @@ impl MicroKernel {
 
     /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`, or what
     /// [`Takes`] says; `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over.
-    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool) {
+    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool, ahead: &[u8]) {
         let (rows, columns) = (c.rows(), c.columns());
         assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
         assert!(a.len() >= self.mr * self.input_len(k) && b.len() >= self.panel_len(k), "panels of {k}");
-        let tile = Tile { rows, k, a: a.as_ptr(), b: b.as_ptr(), c: c.as_mut_ptr(), stride: c.stride(), fresh };
+        let tile = Tile {
+            rows,
+            k,
+            a: a.as_ptr(),
+            b: b.as_ptr(),
+            c: c.as_mut_ptr(),
+            stride: c.stride(),
+            fresh,
+            ahead: ahead.as_ptr(),
+            lines: ahead.len().div_ceil(4 * k.max(1)),
+        };
         if columns == self.nr {
             // SAFETY: the panels hold `k` columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
             return unsafe { (self.tile)(tile) };

@@ -7,12 +7,12 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::bytes::whole_blocks;
 use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
+use crate::gemm::narrow::{narrow, narrow_lines, narrow_rows, widen};
 use crate::gemm::turn::turn;
-use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows};
+use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows, TILES_STEP};
 use crate::scratch::Buffer;
 
 /// `W: [N, K]`, packed once as `[N / nr][K][nr]`; the last panel is filled up with zeros.
@@ -259,7 +259,8 @@ impl PackedWeight {
         match self.panels {
             Panels::Blocks(_) | Panels::PairsOfBlocks(..) => K_STEP,
             Panels::Bytes(_) => even_parts(len, BLOCKS_STEP),
-            _ => self.kernel.whole(even_parts(len, K_STEP)),
+            _ if self.kernel.takes == Takes::Tiles => self.kernel.whole(even_parts(len, TILES_STEP)),
+            _ => even_parts(len, K_STEP),
         }
     }
 }
@@ -395,6 +396,15 @@ fn pack_pairs<T: Copy>(
 
 /// As [`pack_pairs`], but `[k / TILE_PAIRS][width][TILE_PAIRS]`.
 fn narrow_tiles(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
+    let mut of_k = parts(pieces, 2 * k.start..2 * k.end);
+    if let (Some(part), None) = (of_k.next(), of_k.next())
+        && part.1 == 2 * k.len()
+    {
+        for (at, row) in rows.enumerate() {
+            narrow_lines(x.part(row, part), &mut packed[at * TILE_PAIRS..], width * TILE_PAIRS);
+        }
+        return;
+    }
     let mut memory = [0f32; K_STEP];
     for first in k.clone().step_by(K_STEP) {
         let packed = &mut packed[(first - k.start) * width..];
@@ -414,8 +424,11 @@ fn narrow_tiles(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[P
 
 /// A row's pairs to place `at` of each tile of `width` rows. What the last one has more is left as it is.
 fn put_row(packed: &mut [f32], row: &[f32], at: usize, width: usize) {
-    for (tile, pairs) in packed.chunks_exact_mut(width * TILE_PAIRS).zip(row.chunks(TILE_PAIRS)) {
-        tile[at * TILE_PAIRS..][..pairs.len()].copy_from_slice(pairs);
+    let mut tiles = packed.chunks_exact_mut(width * TILE_PAIRS).map(|tile| &mut tile[at * TILE_PAIRS..][..TILE_PAIRS]);
+    let (whole, rest) = row.as_chunks::<TILE_PAIRS>();
+    tiles.by_ref().zip(whole).for_each(|(to, pairs)| to.copy_from_slice(pairs));
+    if let Some(to) = tiles.next() {
+        to[..rest.len()].copy_from_slice(rest);
     }
 }
 
@@ -437,48 +450,6 @@ fn pack_transposed<T: Copy>(
                 packed[i * width] = *x;
             }
             to += run.len() * width;
-        }
-    }
-}
-
-/// The bits of the nearest of bf16, of two the even one: `bf16::from_f32`, without its branches.
-#[inline(always)]
-fn nearest(x: f32) -> u32 {
-    let bits = x.to_bits();
-    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    if x.is_nan() { bits >> 16 | 0x40 } else { nearest }
-}
-
-vectorised! {
-    fn narrow(from: &[f32], to: &mut [bf16]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = bf16::from_bits(nearest(*from) as u16);
-        }
-    }
-}
-
-vectorised! {
-    /// Pairs of what lies in two rows; of zeros where there is no second.
-    pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
-        match upper {
-            Some(upper) => {
-                for ((to, lower), upper) in to.iter_mut().zip(lower).zip(upper) {
-                    *to = f32::from_bits(nearest(*lower) | nearest(*upper) << 16);
-                }
-            }
-            None => {
-                for (to, lower) in to.iter_mut().zip(lower) {
-                    *to = f32::from_bits(nearest(*lower));
-                }
-            }
-        }
-    }
-}
-
-vectorised! {
-    fn widen(from: &[bf16], to: &mut [f32]) {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
         }
     }
 }

@@ -71,10 +71,27 @@ impl<'a> Plane<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
     }
 
+    /// `self = other`, of the same size.
+    pub(crate) fn copy(&mut self, other: &Plane<'_>) {
+        assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
+        copy(self, other);
+    }
+
     /// `self += other`, of the same size.
     pub(crate) fn add(&mut self, other: &Plane<'_>) {
         assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
         add(self, other);
+    }
+}
+
+vectorised! {
+    fn copy(to: &mut Plane<'_>, from: &Plane<'_>) {
+        for row in 0..to.rows {
+            // In pieces whose length is known, without a call.
+            let ((to, to_rest), (from, from_rest)) = (to.row_mut(row).as_chunks_mut::<16>(), from.row(row).as_chunks::<16>());
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
+            to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = *from);
+        }
     }
 }
 

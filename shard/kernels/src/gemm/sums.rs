@@ -4,43 +4,58 @@ use std::ops::Range;
 
 use crate::cpu::{self, Level};
 use crate::gemm::Plane;
-use crate::gemm::micro::MicroKernel;
+use crate::gemm::micro::{MAX_TILE, MicroKernel};
 
 /// The sums of one job that are not complete: for each depth of its tree tile by tile, and a tile in one piece. In the result, rows of a
 /// tile are often a power of two apart, and so in one another's way in the first-level cache.
 pub(crate) struct Sums<'a> {
     rows: usize,
+    /// First a tile that is passing, then the depths.
     memory: &'a mut [f32],
     /// Floats of a depth.
     level: usize,
     kernel: &'static MicroKernel,
 }
 
+/// Where the sums of a tile are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Those that wait, or grow in several steps.
+    Depth(usize),
+    /// Those that are merged before the next tile is begun.
+    Passing,
+}
+
 impl<'a> Sums<'a> {
+    /// Floats before the depths.
+    pub(crate) const PASSING: usize = MAX_TILE;
+
     /// Of a block of `rows` rows, each depth of which has `level` floats.
     pub(crate) fn new(memory: &'a mut [f32], rows: usize, level: usize, kernel: &'static MicroKernel) -> Self {
         Self { rows, memory, level, kernel }
     }
 
     /// At most `mr` rows and `nr` columns, from multiples of these on.
-    pub(crate) fn tile(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
-        let at = depth * self.level + self.place(&rows, &columns);
+    pub(crate) fn tile(&mut self, place: Place, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
+        let at = self.start(place, &rows, &columns);
         aside(&mut self.memory[at..], rows.len(), columns.len(), self.kernel.nr)
     }
 
     /// Has the tile after this one in the first-level cache, if it is not to be started anew.
-    pub(crate) fn fetch_after(&self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
-        let at = depth * self.level + self.place(&rows, &columns) + rows.len() * self.kernel.nr;
+    pub(crate) fn fetch_after(&self, place: Place, rows: Range<usize>, columns: Range<usize>) {
+        let at = self.start(place, &rows, &columns) + rows.len() * self.kernel.nr;
         let until = self.memory.len().min(at + self.kernel.mr * self.kernel.nr);
         cpu::fetch(bytemuck::cast_slice(self.memory.get(at..until).unwrap_or_default()), Level::First);
     }
 
-    /// Adds a tile to the one at the depth below it: earlier chunks on the left.
-    pub(crate) fn merge(&mut self, depth: usize, rows: Range<usize>, columns: Range<usize>) {
-        let at = depth * self.level + self.place(&rows, &columns);
-        let (below, own) = self.memory.split_at_mut(at);
-        let own = aside(own, rows.len(), columns.len(), self.kernel.nr);
-        aside(&mut below[at - self.level..], rows.len(), columns.len(), self.kernel.nr).add(&own);
+    /// Adds a tile to the one at a depth below it: earlier chunks on the left.
+    pub(crate) fn merge(&mut self, place: Place, below: usize, rows: Range<usize>, columns: Range<usize>) {
+        let at = self.start(place, &rows, &columns);
+        let below = self.start(Place::Depth(below), &rows, &columns);
+        let (first, second) = self.memory.split_at_mut(at.max(below));
+        let (own, below) = if at < below { (&mut first[at..], second) } else { (second, &mut first[below..]) };
+        let tile = |memory| aside(memory, rows.len(), columns.len(), self.kernel.nr);
+        tile(below).add(&tile(own));
     }
 
     /// Puts the sums that are complete where they belong.
@@ -50,15 +65,19 @@ impl<'a> Sums<'a> {
             let rows = first..self.rows.min(first + self.kernel.mr);
             for first in (0..columns).step_by(self.kernel.nr) {
                 let columns = first..columns.min(first + self.kernel.nr);
-                let tile = self.tile(0, rows.clone(), columns.clone());
+                let tile = self.tile(Place::Depth(0), rows.clone(), columns.clone());
                 let mut to = y.part(rows.clone(), columns);
-                (0..tile.rows()).for_each(|row| to.row_mut(row).copy_from_slice(tile.row(row)));
+                to.copy(&tile);
             }
         }
     }
 
-    fn place(&self, rows: &Range<usize>, columns: &Range<usize>) -> usize {
-        rows.start * self.kernel.nr + columns.start * self.rows.next_multiple_of(self.kernel.mr)
+    fn start(&self, place: Place, rows: &Range<usize>, columns: &Range<usize>) -> usize {
+        let Place::Depth(depth) = place else { return 0 };
+        Self::PASSING
+            + depth * self.level
+            + rows.start * self.kernel.nr
+            + columns.start * self.rows.next_multiple_of(self.kernel.mr)
     }
 }
 

@@ -13,6 +13,8 @@ const NR: usize = 2 * SIDE;
 /// Bytes from a row to the next: of inputs, and of weights.
 const INPUT_STRIDE: usize = size_of::<f32>() * TILE_PAIRS;
 const WEIGHT_STRIDE: usize = size_of::<f32>() * NR;
+/// Pairs of which inputs and weights stay in the first-level cache together.
+const KEPT: usize = 128;
 /// Tiles that a round of `spin` multiplies.
 const SPUN: usize = 4;
 
@@ -71,7 +73,18 @@ unsafe fn tile(t: Tile) {
             };
         }
         if t.rows == MR {
-            return four(&t);
+            return match (t.lines, t.k <= KEPT) {
+                (0, true) => four::<0>(&t),
+                (0, false) => four_passing::<0>(&t),
+                (1..4, true) => four::<3>(&t),
+                (1..4, false) => four_passing::<3>(&t),
+                (4..7, true) => four::<6>(&t),
+                (4..7, false) => four_passing::<6>(&t),
+                (7..17, true) => four::<16>(&t),
+                (7..17, false) => four_passing::<16>(&t),
+                (_, true) => four::<32>(&t),
+                (_, false) => four_passing::<32>(&t),
+            };
         }
         let mut aside = Aside([0.0; MR * NR]);
         let memory = aside.0.as_mut_ptr();
@@ -79,66 +92,84 @@ unsafe fn tile(t: Tile) {
             (0..t.rows).for_each(|row| memory.add(row * NR).copy_from_nonoverlapping(t.c.add(row * t.stride), NR));
         }
         let whole = Tile { c: memory, stride: NR, ..t };
-        if t.rows <= SIDE { two(&whole) } else { four(&whole) }
+        if t.rows <= SIDE {
+            two(&whole)
+        } else {
+            four::<32>(&whole)
+        }
         (0..t.rows).for_each(|row| t.c.add(row * t.stride).copy_from_nonoverlapping(memory.add(row * NR), NR));
     }
 }
 
-/// 32 rows by 32 columns.
-///
-/// # Safety
-/// As [`tile`], with `k` of at least one tile, and 32 rows of `c`.
-unsafe fn four(t: &Tile) {
-    // SAFETY: every pointer stays in `[k / 16][MR][16]` of `a`, `[k][NR]` of `b` and `[MR][NR]` of `c`.
-    unsafe {
-        let c_stride = size_of::<f32>() * t.stride;
-        let below = t.c.add(SIDE * t.stride);
-        asm!(
-            "test {fresh:e}, {fresh:e}",
-            "jz 2f",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "jmp 3f",
-            "2:",
-            "tileloadd tmm0, [{c} + {cs}]",
-            "tileloadd tmm1, [{c} + {cs} + 64]",
-            "tileloadd tmm2, [{below} + {cs}]",
-            "tileloadd tmm3, [{below} + {cs} + 64]",
-            ".p2align 5",
-            "3:",
-            "tileloadd tmm4, [{a} + {sa}]",
-            "tileloadd tmm6, [{b} + {sb}]",
-            "tileloadd tmm7, [{b} + {sb} + 64]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{a} + {sa} + 1024]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 2048",
-            "add {b}, 2048",
-            "dec {k}",
-            "jnz 3b",
-            "tilestored [{c} + {cs}], tmm0",
-            "tilestored [{c} + {cs} + 64], tmm1",
-            "tilestored [{below} + {cs}], tmm2",
-            "tilestored [{below} + {cs} + 64], tmm3",
-            a = inout(reg) t.a => _,
-            b = inout(reg) t.b => _,
-            c = in(reg) t.c,
-            below = in(reg) below,
-            cs = in(reg) c_stride,
-            sa = in(reg) INPUT_STRIDE,
-            sb = in(reg) WEIGHT_STRIDE,
-            k = inout(reg) t.k / TILE_PAIRS => _,
-            fresh = in(reg) u32::from(t.fresh),
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
+macro_rules! four {
+    ($name:ident, $load:literal) => {
+        /// 32 rows by 32 columns, inputs read by `$load`, and `LINES` of what is read soon fetched with every tile.
+        ///
+        /// # Safety
+        /// As [`tile`], with `k` of at least one tile, and 32 rows of `c`.
+        unsafe fn $name<const LINES: usize>(t: &Tile) {
+            // SAFETY: every pointer stays in `[k / 16][MR][16]` of `a`, `[k][NR]` of `b` and `[MR][NR]` of `c`.
+            unsafe {
+                let c_stride = size_of::<f32>() * t.stride;
+                let below = t.c.add(SIDE * t.stride);
+                asm!(
+                    "test {fresh:e}, {fresh:e}",
+                    "jz 2f",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "jmp 3f",
+                    "2:",
+                    "tileloadd tmm0, [{c} + {cs}]",
+                    "tileloadd tmm1, [{c} + {cs} + 64]",
+                    "tileloadd tmm2, [{below} + {cs}]",
+                    "tileloadd tmm3, [{below} + {cs} + 64]",
+                    ".p2align 5",
+                    "3:",
+                    concat!($load, " tmm4, [{a} + {sa}]"),
+                    "tileloadd tmm6, [{b} + {sb}]",
+                    "tileloadd tmm7, [{b} + {sb} + 64]",
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    concat!($load, " tmm5, [{a} + {sa} + 1024]"),
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    ".rept {lines}",
+                    "prefetcht1 [{ahead}]",
+                    "add {ahead}, 64",
+                    ".endr",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    "add {a}, 2048",
+                    "add {b}, 2048",
+                    "dec {k}",
+                    "jnz 3b",
+                    "tilestored [{c} + {cs}], tmm0",
+                    "tilestored [{c} + {cs} + 64], tmm1",
+                    "tilestored [{below} + {cs}], tmm2",
+                    "tilestored [{below} + {cs} + 64], tmm3",
+                    a = inout(reg) t.a => _,
+                    b = inout(reg) t.b => _,
+                    c = in(reg) t.c,
+                    below = in(reg) below,
+                    cs = in(reg) c_stride,
+                    sa = in(reg) INPUT_STRIDE,
+                    sb = in(reg) WEIGHT_STRIDE,
+                    k = inout(reg) t.k / TILE_PAIRS => _,
+                    fresh = in(reg) u32::from(t.fresh),
+                    ahead = inout(reg) t.ahead => _,
+                    lines = const LINES,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
 }
+
+four!(four, "tileloadd");
+// Inputs that are too long to stay in the first-level cache beside the weights had better not push those out.
+four!(four_passing, "tileloaddt1");
 
 /// 16 rows by 32 columns.
 ///

@@ -1,0 +1,143 @@
+//! Floats as bf16, and back.
+#![allow(unsafe_code)] // intrinsics on pointers
+
+use half::bf16;
+
+use crate::cpu::{self, vectorised};
+
+/// Floats that are narrowed at once.
+const LINE: usize = 32;
+
+/// The bits of the nearest of bf16, of two the even one: `bf16::from_f32`, without its branches.
+#[inline(always)]
+fn nearest(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { bits >> 16 | 0x40 } else { nearest }
+}
+
+/// The nearest of bf16. Of what is too small to be normal, perhaps zero: products take it for that.
+pub(crate) fn narrow(from: &[f32], to: &mut [bf16]) {
+    assert_eq!(from.len(), to.len(), "as many of both");
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if cpu::has_bf16() {
+        done = from.len() - from.len() % LINE;
+        // SAFETY: the CPU has it.
+        unsafe { avx512::narrow(&from[..done], &mut to[..done]) };
+    }
+    narrow_rest(&from[done..], &mut to[done..]);
+}
+
+/// As [`narrow`], 32 floats after the other as a line of 16 pairs, which begin `apart` from each other.
+pub(crate) fn narrow_lines(from: &[f32], to: &mut [f32], apart: usize) {
+    let (from, rest) = from.as_chunks::<LINE>();
+    assert!(rest.is_empty() && to.len() + apart >= from.len() * apart + LINE / 2, "whole lines");
+    #[cfg(target_arch = "x86_64")]
+    if cpu::has_bf16() {
+        // SAFETY: the CPU has it.
+        return unsafe { avx512::narrow_lines(from, to, apart) };
+    }
+    for (at, from) in from.iter().enumerate() {
+        narrow_rest(from, bytemuck::cast_slice_mut(&mut to[at * apart..][..LINE / 2]));
+    }
+}
+
+vectorised! {
+    fn narrow_rest(from: &[f32], to: &mut [bf16]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = bf16::from_bits(nearest(*from) as u16);
+        }
+    }
+}
+
+vectorised! {
+    /// Pairs of what lies in two rows; of zeros where there is no second.
+    pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+        match upper {
+            Some(upper) => {
+                for ((to, lower), upper) in to.iter_mut().zip(lower).zip(upper) {
+                    *to = f32::from_bits(nearest(*lower) | nearest(*upper) << 16);
+                }
+            }
+            None => {
+                for (to, lower) in to.iter_mut().zip(lower) {
+                    *to = f32::from_bits(nearest(*lower));
+                }
+            }
+        }
+    }
+}
+
+vectorised! {
+    pub(crate) fn widen(from: &[bf16], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{__m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_storeu_si512};
+    use std::mem::transmute;
+
+    use half::bf16;
+
+    use super::LINE;
+
+    /// # Safety
+    /// The CPU has AVX-512 BF16.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn narrow(from: &[f32], to: &mut [bf16]) {
+        for (from, to) in from.as_chunks::<LINE>().0.iter().zip(to.as_chunks_mut::<LINE>().0) {
+            // SAFETY: as many of both.
+            unsafe { line(from, to.as_mut_ptr()) };
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512 BF16, and `to` a line every `apart` floats.
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) unsafe fn narrow_lines(from: &[[f32; LINE]], to: &mut [f32], apart: usize) {
+        for (at, from) in from.iter().enumerate() {
+            // SAFETY: as promised by the caller.
+            unsafe { line(from, to.as_mut_ptr().add(at * apart).cast()) };
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512 BF16; `to` has place for a line.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    unsafe fn line(from: &[f32; LINE], to: *mut bf16) {
+        // SAFETY: half a line each time; any bits are a vector of whole numbers.
+        unsafe {
+            let (lower, upper) = (_mm512_loadu_ps(from.as_ptr()), _mm512_loadu_ps(from[LINE / 2..].as_ptr()));
+            let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(upper, lower));
+            _mm512_storeu_si512(to.cast(), both);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::guard::Guarded;
+
+    proptest! {
+        #[test]
+        fn every_float_becomes_the_nearest(bits in prop::collection::vec(any::<u32>(), 0..100), before in any::<bool>()) {
+            let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+            let from = Guarded::new(&x, before);
+            let mut to = vec![bf16::ONE; x.len()];
+            narrow(from.slice(), &mut to);
+            for (x, to) in x.into_iter().zip(to) {
+                let expected = bf16::from_f32(x);
+                prop_assert!(to.to_bits() == expected.to_bits() || x.is_subnormal() && to.to_f32() == 0.0, "{} is {}", x, to);
+            }
+        }
+    }
+}
