@@ -106,8 +106,8 @@ def works(options):
 def measure(options, work, weights):
     """Rounds of Atelier and PyTorch with weights of one type; the best forward of each, in seconds."""
     name, make, side, arguments = work
-    if weights == "bf16" and sides.multiplies_bf16():
-        arguments = [*arguments, "--products", "bf16"]
+    if weights == "bf16" and (products := sides.fastest_bf16()):
+        arguments = [*arguments, "--products", products]
     atelier, peer, faults = float("inf"), float("inf"), 0
     model, inputs = make(options, side, TYPES[weights])
     for _ in range(options.rounds):

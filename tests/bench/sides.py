@@ -128,9 +128,11 @@ def processor():
     return " ".join([fields.get("model name", "unknown"), *wanted])
 
 
-def multiplies_bf16():
-    """Whether Atelier's products are faster in bf16 here."""
-    return "avx512_bf16" in processor().split()
+def fastest_bf16():
+    """Which of Atelier's products of bf16 are faster than those in f32 here, if any."""
+    if has_tiles():
+        return "amx"
+    return "bf16" if "avx512_bf16" in processor().split() else None
 
 
 def multiplies_narrow():

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::gemm::micro::{MicroKernel, Takes};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
+use crate::memory::Output;
 use crate::rows::{self, Base};
 use crate::{scratch, threads};
 
@@ -69,17 +70,34 @@ pub struct Bias<'a> {
 impl Attention {
     /// `y = softmax(scale q k^T + bias) v`. `q: [heads, queries, width]`, `k, v: [heads, keys, width]` give
     /// `y: [heads, queries, width]`, or `[queries, heads, width]` if they are to lie [`Self::side_by_side`]. A query whose scores are all `-inf` gets zeros.
-    pub fn run(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+    pub fn run(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut (impl Output + ?Sized)) {
         self.run_on(MicroKernel::best(), q, k, v, bias, y);
     }
 
     /// As [`Self::run`]; scaled queries, keys, exponentials and values are rounded to bf16 before they are multiplied. Sums, and all else,
     /// are in f32.
-    pub fn run_in_bf16(&self, order: Order, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+    pub fn run_in_bf16(
+        &self,
+        order: Order,
+        q: Heads<'_>,
+        k: Heads<'_>,
+        v: Heads<'_>,
+        bias: Option<Bias<'_>>,
+        y: &mut (impl Output + ?Sized),
+    ) {
         self.run_on(MicroKernel::bf16(order), q, k, v, bias, y);
     }
 
-    fn run_on(&self, kernel: &MicroKernel, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut [f32]) {
+    fn run_on(
+        &self,
+        kernel: &MicroKernel,
+        q: Heads<'_>,
+        k: Heads<'_>,
+        v: Heads<'_>,
+        bias: Option<Bias<'_>>,
+        y: &mut (impl Output + ?Sized),
+    ) {
+        let y = y.unread();
         assert_eq!(y.len(), self.heads * self.queries * self.width);
         assert!(bias.is_none_or(|b| b.starts.len() == self.heads), "a bias for each head");
         if y.is_empty() {
@@ -208,10 +226,10 @@ impl Job<'_> {
         if self.of.keys == 0 {
             block.output[..m * width].fill(0.0);
         }
-        for (row, output) in block.output[..m * width].chunks_exact(width).enumerate() {
-            let sum = block.sum[row];
-            rows::scaled(output, if sum > 0.0 || sum.is_nan() { 1.0 / sum } else { 0.0 }, y.row_mut(row));
+        for (output, sum) in block.output[..m * width].chunks_exact_mut(width).zip(&*block.sum) {
+            rows::multiply(output, if *sum > 0.0 || sum.is_nan() { 1.0 / sum } else { 0.0 });
         }
+        y.copy(&Plane::of(&mut block.output[..m * width], width));
     }
 
     /// `c (+)= a b` for panels of `b` that are `panel` elements apart.

@@ -3,6 +3,7 @@
 use crate::activation::Activation;
 use crate::cpu::vectorised;
 use crate::gemm::{Plane, SharedPlane};
+use crate::memory::Output;
 use crate::{scratch, threads};
 
 /// Places whose lengths are summed together: a few lines of every channel's plane.
@@ -25,7 +26,7 @@ pub fn rms_norm(x: &[f32], y: &mut [f32], [channels, places]: [usize; 2], weight
     let blocks = places.div_ceil(PLACES);
     let small = x.len() < SMALL;
     let items = x.len() / item;
-    let y = SharedPlane::of(y, places);
+    let y = SharedPlane::of(y.unread(), places);
     threads::over_jobs(items * blocks, small, |job| {
         let (item_index, block) = (job / blocks, job % blocks);
         let columns = block * PLACES..places.min((block + 1) * PLACES);

@@ -4,12 +4,14 @@
 //! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
 //! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::activation::Activation;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::MicroKernel;
 use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_whole};
+use crate::memory::Output;
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
@@ -92,7 +94,8 @@ impl Conv2d {
     }
 
     /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Geometry::output`].
-    pub fn run(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [f32]) {
+    pub fn run(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut (impl Output + ?Sized)) {
+        let y = y.unread();
         let (pixels, area) = (geometry.output(self.size).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
             return;
@@ -120,7 +123,7 @@ impl Conv2d {
     }
 
     /// `x: [B, C, H, W]`, of [`Self::deep`] channels C.
-    fn convolve(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [f32]) {
+    fn convolve(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [MaybeUninit<f32>]) {
         let pixels = geometry.output(self.size).iter().product::<usize>();
         let input = self.deep() * geometry.input.iter().product::<usize>();
         let batch = y.len() / (self.c_out * pixels);

@@ -14,6 +14,7 @@ use self::inputs::Product;
 use self::micro::Takes;
 use crate::activation::Activation;
 use crate::cpu::{self, Level};
+use crate::memory::Output;
 use crate::{rows, scratch, threads};
 
 mod blocks;
@@ -108,7 +109,7 @@ impl Epilogue<'_> {
 }
 
 /// `y = epilogue(x W^T)`. `x: [M, K]`, `W: [N, K]` give `y: [M, N]`.
-pub fn linear(x: Rows<'_>, weight: &PackedWeight, epilogue: Epilogue<'_>, y: &mut [f32]) {
+pub fn linear(x: Rows<'_>, weight: &PackedWeight, epilogue: Epilogue<'_>, y: &mut (impl Output + ?Sized)) {
     linear_tree(x, &[[(0, weight.k())]], weight, epilogue, y);
 }
 
@@ -121,8 +122,9 @@ pub fn linear_tree(
     chunks: &[impl AsRef<[Piece]> + Sync],
     weight: &PackedWeight,
     epilogue: Epilogue<'_>,
-    y: &mut [f32],
+    y: &mut (impl Output + ?Sized),
 ) {
+    let y = y.unread();
     let (m, n, k) = (x.count(), weight.n(), weight.k());
     let total: usize = chunks.iter().flat_map(|c| c.as_ref()).map(|(_, len)| len).sum();
     let right_count = chunks.len().is_power_of_two() && chunks.len() <= MAX_CHUNKS;

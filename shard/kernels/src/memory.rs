@@ -1,5 +1,7 @@
 //! How this process keeps its memory.
 
+use std::mem::MaybeUninit;
+
 use rayon::prelude::*;
 
 /// Zeros fewer than which are written by one thread.
@@ -8,6 +10,46 @@ const FEW: usize = 1 << 18;
 /// As many zeros, written by all threads, as what fills them is.
 pub fn zeros(len: usize) -> Vec<f32> {
     if len < FEW { vec![0.0; len] } else { rayon::iter::repeat_n(0.0, len).with_min_len(FEW / 4).collect() }
+}
+
+/// Floats that a kernel writes, all of them, and reads only what it has written: they need not have been written before.
+pub trait Output {
+    /// The same, as what nothing is known of.
+    #[doc(hidden)]
+    fn unread(&mut self) -> &mut [MaybeUninit<f32>];
+}
+
+impl Output for [MaybeUninit<f32>] {
+    fn unread(&mut self) -> &mut [MaybeUninit<f32>] {
+        self
+    }
+}
+
+impl Output for [f32] {
+    #[allow(unsafe_code)] // floats that are written are floats that may be written
+    fn unread(&mut self) -> &mut [MaybeUninit<f32>] {
+        // SAFETY: of the same layout; kernels write floats alone.
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr().cast(), self.len()) }
+    }
+}
+
+impl Output for Vec<f32> {
+    fn unread(&mut self) -> &mut [MaybeUninit<f32>] {
+        self.as_mut_slice().unread()
+    }
+}
+
+/// As many floats as `f` writes: memory is not passed twice, as it is for [`zeros`].
+///
+/// # Safety
+/// `f` writes all of them.
+#[allow(unsafe_code)] // memory that nobody has written yet
+pub unsafe fn written(len: usize, f: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+    let mut floats = Vec::with_capacity(len);
+    f(&mut floats.spare_capacity_mut()[..len]);
+    // SAFETY: as promised by the caller.
+    unsafe { floats.set_len(len) };
+    floats
 }
 
 /// Keeps freed pages instead of handing them back to the kernel.

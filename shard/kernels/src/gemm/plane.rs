@@ -1,7 +1,10 @@
 //! Rectangles of floats, rows a stride apart.
+//!
+//! A rectangle of results may be of memory that has not been written yet: it is copied to before anything looks at it.
 #![allow(unsafe_code)] // a rectangle is not a slice, and threads write disjoint ones
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::cpu::vectorised;
@@ -71,6 +74,13 @@ impl<'a> Plane<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
     }
 
+    #[inline(always)]
+    fn unread_row(&mut self, row: usize) -> &mut [MaybeUninit<f32>] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: the row is inside the rectangle, which is borrowed with `self` alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride).cast(), self.columns) }
+    }
+
     /// `self = other`, of the same size.
     pub(crate) fn copy(&mut self, other: &Plane<'_>) {
         assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
@@ -88,9 +98,9 @@ vectorised! {
     fn copy(to: &mut Plane<'_>, from: &Plane<'_>) {
         for row in 0..to.rows {
             // In pieces whose length is known, without a call.
-            let ((to, to_rest), (from, from_rest)) = (to.row_mut(row).as_chunks_mut::<16>(), from.row(row).as_chunks::<16>());
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
-            to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = *from);
+            let ((to, to_rest), (from, from_rest)) = (to.unread_row(row).as_chunks_mut::<16>(), from.row(row).as_chunks::<16>());
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.map(MaybeUninit::new));
+            to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = MaybeUninit::new(*from));
         }
     }
 }
@@ -113,8 +123,9 @@ pub(crate) struct SharedPlane<'a>(Plane<'a>);
 unsafe impl Sync for SharedPlane<'_> {}
 
 impl<'a> SharedPlane<'a> {
-    pub(crate) fn of(data: &'a mut [f32], stride: usize) -> Self {
-        Self(Plane::of(data, stride))
+    pub(crate) fn of(data: &'a mut [MaybeUninit<f32>], stride: usize) -> Self {
+        let (start, rows) = (data.as_mut_ptr().cast(), data.len() / stride.max(1));
+        Self(Plane { start, stride, rows, columns: stride, of: PhantomData })
     }
 
     /// A part of it.

@@ -4,10 +4,12 @@
 //! A block of queries needs no more than its own rows of scores, so a picture of any size needs [`MOST_SCORES`] of them at once, not
 //! the square of its tokens.
 
+use std::mem::MaybeUninit;
+
 use candle_core::Tensor;
 use kernels::attention::{Attention, Bias, Heads};
 
-use super::host::{fill, ours, read};
+use super::host::{ours, read, write};
 use super::products::Products;
 use super::{merge_heads, softmax};
 use crate::{Error, Result};
@@ -95,7 +97,7 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
     let of = Attention { heads: n, queries, keys, width, scale, side_by_side: by_token };
     let shape = if by_token { vec![b, queries, n * width] } else { vec![b, n, queries, width] };
     let run = |bias: Option<(&[f32], &[usize], usize)>| {
-        let item = |item: usize, q: &[f32], k: &[f32], v: &[f32], y: &mut [f32]| {
+        let item = |item: usize, q: &[f32], k: &[f32], v: &[f32], y: &mut [MaybeUninit<f32>]| {
             let (of_q, of_k) = (item * n * queries * width, item * n * keys * width);
             let q = order.heads(&q[of_q..], [n, queries, width]);
             let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
@@ -107,9 +109,14 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
         };
         let all = |q: &[f32], k: &[f32], v: &[f32]| {
             let size = n * queries * width;
-            fill(shape.clone(), |y| {
+            let items = |y: &mut [MaybeUninit<f32>]| {
                 y.chunks_exact_mut(size.max(1)).enumerate().for_each(|(at, y)| item(at, q, k, v, y));
-            })
+            };
+            #[allow(unsafe_code)] // memory is passed once
+            // SAFETY: every query of every head of every item gets its output.
+            unsafe {
+                write(shape.clone(), items)
+            }
         };
         read(q, |q| read(k, |k| read(v, |v| all(q, k, v))?)?)?
     };

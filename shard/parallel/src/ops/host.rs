@@ -1,5 +1,6 @@
 //! Tensors of the CPU as slices, and back.
 
+use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Storage, Tensor, WithDType};
@@ -41,6 +42,18 @@ pub(crate) fn fill(shape: impl Into<candle_core::Shape>, f: impl FnOnce(&mut [f3
     let shape = shape.into();
     let mut data = kernels::memory::zeros(shape.elem_count());
     f(&mut data);
+    Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
+}
+
+/// As [`fill`], where `f` is sure to write all of it.
+///
+/// # Safety
+/// It does.
+#[allow(unsafe_code)] // memory that nobody has written yet
+pub(crate) unsafe fn write(shape: impl Into<candle_core::Shape>, f: impl FnOnce(&mut [MaybeUninit<f32>])) -> Result<Tensor> {
+    let shape = shape.into();
+    // SAFETY: as promised by the caller.
+    let data = unsafe { kernels::memory::written(shape.elem_count(), f) };
     Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
 }
 

@@ -9,7 +9,7 @@ use kernels::gemm::{BlockRows, Element, Epilogue, PackedWeight, Piece, Rows, lin
 
 use super::Activation;
 use super::blocks::Blocks;
-use super::host::{fill, has_kernels, read};
+use super::host::{has_kernels, read, write};
 use super::products::Products;
 use crate::{Error, Result};
 
@@ -134,8 +134,10 @@ impl Matrix {
                 }
                 let bias = bias.map(super::vector).transpose()?;
                 let epilogue = Epilogue { bias: bias.as_deref(), activation: activation.map(Activation::kernel) };
+                #[allow(unsafe_code)] // memory is passed once
                 return read(&x.to_dtype(DType::F32)?, |x| {
-                    fill(shape, |y| linear_tree(Rows::new(x, rows, d_in), &self.chunks, weight, epilogue, y))
+                    // SAFETY: a product is written to every place of it.
+                    unsafe { write(shape, |y| linear_tree(Rows::new(x, rows, d_in), &self.chunks, weight, epilogue, y)) }
                 })?;
             }
             Weight::Whole(weights) => weights,
