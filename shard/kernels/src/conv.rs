@@ -2,19 +2,21 @@
 //! im2col): weights are the rows, pixels the columns, so pictures stay `[C, H, W]`.
 //!
 //! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
-//! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window.
+//! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window. In tiles of
+//! bf16 32 channels go together ([`lines`]).
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::activation::Activation;
 use crate::conv::windows::{Panels, Windows};
-use crate::gemm::micro::MicroKernel;
-use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_whole};
+use crate::gemm::micro::{MicroKernel, Takes};
+use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
 use crate::memory::Output;
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
+mod lines;
 mod windows;
 
 /// Pixels of a job: with `K_STEP`, 256 KiB of the second-level cache.
@@ -27,7 +29,7 @@ const SMALL: usize = 1 << 19;
 /// A kernel, packed once. `weight: [C_out, C_in, k, k]`, `bias: [C_out]`.
 #[derive(Clone)]
 pub struct Conv2d {
-    /// The `a` of the kernel's tiles: rows of `C k k`, of [`Self::deep`] channels C.
+    /// The `a` of the kernel's tiles: rows of `C k k`, of [`Self::deep`] channels C; in tiles of bf16 what [`lines::pack`] says.
     weight: Buffer,
     bias: Option<Vec<f32>>,
     c_in: usize,
@@ -52,10 +54,15 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// Height and width of what windows are laid on, without the zeros around it.
+    fn shown(&self) -> [usize; 2] {
+        self.input.map(|n| if self.doubled { 2 * n } else { n })
+    }
+
     /// Height and width of the output of a kernel of `size` by `size`.
     pub fn output(&self, size: usize) -> [usize; 2] {
-        self.input.map(|n| {
-            let n = if self.doubled { 2 * n } else { n } + self.before + self.after;
+        self.shown().map(|n| {
+            let n = n + self.before + self.after;
             if n < size { 0 } else { (n - size) / self.stride + 1 }
         })
     }
@@ -74,17 +81,21 @@ impl Conv2d {
     }
 
     fn pack_for(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
+        if kernel.takes == Takes::Tiles {
+            let packed = lines::pack(kernel, weight, [c_out, c_in, size]);
+            return Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel };
+        }
         let (k, deep) = (c_in * size * size, channels(kernel, c_in) * size * size);
         assert_eq!(weight.len(), c_out * k);
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
-        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * kernel.whole(deep));
+        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * deep);
         let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
         if kernel.pairs() && k > 0 {
             let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
             filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
         }
         let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
-        pack_whole(packed.as_mut_slice(), rows, deep, kernel);
+        pack_tiles(packed.as_mut_slice(), rows, deep, kernel.mr);
         Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
 
@@ -102,8 +113,10 @@ impl Conv2d {
         }
         let batch = y.len() / (self.c_out * pixels);
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
-        if !self.kernel.pairs() {
-            return self.convolve(x, geometry, activation, y);
+        match self.kernel.takes {
+            Takes::Tiles => return lines::convolve(self, x, geometry, activation, y),
+            Takes::Pairs => {}
+            _ => return self.convolve(x, geometry, activation, y),
         }
         scratch::lend(batch * self.deep() * area, |pairs| {
             threads::over_rows(pairs, area, |first, pairs| {
@@ -144,7 +157,7 @@ impl Conv2d {
 
     fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, activation: Option<Activation>, mut y: Plane<'_>) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, n, k_all) = (self.c_out, pixels.len(), self.kernel.whole(self.deep() * self.size * self.size));
+        let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
         scratch::with([n.div_ceil(nr) * Panels::stride(nr), Sums::PASSING + level], |[panels, memory]| {
             let mut sums = Sums::new(memory, m, level, self.kernel);

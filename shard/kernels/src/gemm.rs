@@ -32,9 +32,10 @@ pub use half::bf16;
 pub use micro::Order;
 pub(crate) use narrow::narrow_rows;
 pub use packing::{Element, PackedWeight};
-pub(crate) use packing::{pack_columns, pack_rows, pack_whole};
+pub(crate) use packing::{pack_columns, pack_rows, pack_tiles};
 pub(crate) use plane::{Plane, SharedPlane};
 pub(crate) use sums::{Place, Sums};
+pub(crate) use turn::turn;
 
 /// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
 pub(crate) const K_STEP: usize = 256;

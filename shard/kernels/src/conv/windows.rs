@@ -40,18 +40,14 @@ impl Panels<'_> {
 }
 
 impl Windows<'_> {
-    /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there, and zeros for more. A line of the picture is read as a whole, since
+    /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there. A line of the picture is read as a whole, since
     /// those of other channels are in its way in the caches.
     pub(super) fn pack(&self, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
         let Geometry { input: [h, w], stride, before, doubled, .. } = self.geometry;
         let [_, width] = self.geometry.output(self.size);
-        let shown = if doubled { [2 * h, 2 * w] } else { [h, w] };
-        let (whole, channels) = (pixels.len().next_multiple_of(panels.nr), self.x.len() / (h * w).max(1));
+        let shown = self.geometry.shown();
+        let whole = pixels.len().next_multiple_of(panels.nr);
         for (row_of_panel, k) in k.enumerate() {
-            if k >= channels * self.size * self.size {
-                panels.each(row_of_panel, 0..whole, |out, _| out.fill(0.0));
-                continue;
-            }
             let (channel, ky, kx) = (k / (self.size * self.size), k / self.size % self.size, k % self.size);
             let mut pixel = pixels.start;
             while pixel < pixels.end {

@@ -72,6 +72,8 @@ pub struct MicroKernel {
     pub(crate) nr: usize,
     pub(crate) takes: Takes,
     tile: unsafe fn(Tile),
+    /// Of tiles, the same of inputs that are read from where they lie, if there is a way.
+    lines: Option<unsafe fn(Lines)>,
     /// As many rounds of multiply-adds as it is told, in registers alone: what the CPU can do at most.
     spin: unsafe fn(usize) -> f32,
     /// Multiplications and additions of a round.
@@ -96,6 +98,24 @@ struct Tile {
     /// What is read soon: as many lines of it from here on are fetched with every tile of bf16.
     ahead: *const u8,
     lines: usize,
+}
+
+/// Operands of a tile whose inputs lie in lines of [`TILE_PAIRS`], and where its results are.
+struct Lines {
+    /// 1 to `mr`; there are lines for `mr`.
+    rows: usize,
+    /// The first row's.
+    a: *const f32,
+    /// Floats from a row to the next.
+    apart: usize,
+    /// Of each step, the floats from `a` to its first line.
+    steps: *const usize,
+    count: usize,
+    /// `[count][TILE_PAIRS][nr]`.
+    b: *const f32,
+    /// `[rows][nr]`, rows `stride` apart.
+    c: *mut f32,
+    stride: usize,
 }
 
 impl MicroKernel {
@@ -268,6 +288,38 @@ impl MicroKernel {
         // SAFETY: as above; `whole` takes `mr` by `nr` results (`every_kernel_fits_the_edge` shows it).
         unsafe { (self.tile)(Tile { c: whole.as_mut_ptr(), stride: self.nr, ..tile }) };
         (0..rows).for_each(|row| c.row_mut(row).copy_from_slice(&whole[row * self.nr..][..columns]));
+    }
+}
+
+impl MicroKernel {
+    /// Floats that [`Self::run_lines`] needs for as many steps.
+    pub(crate) fn gathered(&self, steps: usize) -> usize {
+        if self.lines.is_some() { 0 } else { steps * TILE_PAIRS * self.mr }
+    }
+
+    /// `c = a b`, where each step's inputs are `mr` lines of `a`, `apart` from each other from its place in `steps` on. `b: [k][nr]`, of a
+    /// kernel of tiles.
+    pub(crate) fn run_lines(&self, a: &[f32], steps: &[usize], apart: usize, b: &[f32], mut c: Plane<'_>, gathered: &mut [f32]) {
+        let (rows, columns, k) = (c.rows(), c.columns(), steps.len() * TILE_PAIRS);
+        assert!(
+            self.takes == Takes::Tiles && (1..=self.mr).contains(&rows) && columns == self.nr,
+            "a tile of {rows} by {columns}"
+        );
+        let most = steps.iter().max().map_or(0, |most| most + (self.mr - 1) * apart + TILE_PAIRS);
+        assert!(a.len() >= most && b.len() >= self.panel_len(k), "{k} pairs of {most} floats");
+        if let (Some(lines), false) = (self.lines, steps.is_empty()) {
+            let (a, steps, count) = (a.as_ptr(), steps.as_ptr(), steps.len());
+            let stride = c.stride();
+            // SAFETY: every step has its lines and its weights, `c` is a whole tile, and `best` chose what the CPU runs.
+            return unsafe { lines(Lines { rows, a, apart, steps, count, b: b.as_ptr(), c: c.as_mut_ptr(), stride }) };
+        }
+        let tiles = gathered.chunks_exact_mut(self.mr * TILE_PAIRS);
+        for (step, tile) in steps.iter().zip(tiles) {
+            for (row, line) in tile.chunks_exact_mut(TILE_PAIRS).enumerate() {
+                line.copy_from_slice(&a[step + row * apart..][..TILE_PAIRS]);
+            }
+        }
+        self.run(k, gathered, b, c, true, &[]);
     }
 }
 

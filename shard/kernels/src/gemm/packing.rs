@@ -326,16 +326,11 @@ pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: 
     }
 }
 
-/// Rows of `x`, `len` floats or pairs long, as the `a` of a kernel's tiles; what they hold stays as it is.
-pub(crate) fn pack_whole(a: &mut [f32], x: Rows<'_>, len: usize, kernel: &MicroKernel) {
-    let (mr, depth) = (kernel.mr, kernel.whole(len));
-    for (tile, first) in (0..x.count()).step_by(mr).enumerate() {
-        let (a, rows) = (&mut a[tile * mr * depth..], first..x.count().min(first + mr));
-        if kernel.takes == Takes::Tiles {
-            rows.enumerate().for_each(|(at, row)| put_row(a, x.part(row, (0, len)), at, mr));
-        } else {
-            turn(a, x, rows, (0, len), mr);
-        }
+/// Rows of `x`, `len` long, as `[rows / width][len][width]`; what they hold stays as it is.
+pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, width: usize) {
+    for (tile, first) in (0..x.count()).step_by(width).enumerate() {
+        let rows = first..x.count().min(first + width);
+        turn(&mut packed[tile * width * len..], x, rows, (0, len), width);
     }
 }
 

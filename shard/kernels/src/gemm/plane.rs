@@ -87,6 +87,12 @@ impl<'a> Plane<'a> {
         copy(self, other);
     }
 
+    /// `self = other`, of the same size, and to each row its `bias`, if there are any.
+    pub(crate) fn copy_rows_plus(&mut self, other: &Plane<'_>, bias: &[f32]) {
+        assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
+        copy_rows_plus(self, other, bias);
+    }
+
     /// `self += other`, of the same size.
     pub(crate) fn add(&mut self, other: &Plane<'_>) {
         assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
@@ -101,6 +107,18 @@ vectorised! {
             let ((to, to_rest), (from, from_rest)) = (to.unread_row(row).as_chunks_mut::<16>(), from.row(row).as_chunks::<16>());
             to.iter_mut().zip(from).for_each(|(to, from)| *to = from.map(MaybeUninit::new));
             to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = MaybeUninit::new(*from));
+        }
+    }
+}
+
+vectorised! {
+    fn copy_rows_plus(to: &mut Plane<'_>, from: &Plane<'_>, bias: &[f32]) {
+        for row in 0..to.rows {
+            // What nothing is added to keeps its sign, where it is zero.
+            let bias = bias.get(row).copied().unwrap_or(-0.0);
+            for (to, from) in to.unread_row(row).iter_mut().zip(from.row(row)) {
+                *to = MaybeUninit::new(*from + bias);
+            }
         }
     }
 }

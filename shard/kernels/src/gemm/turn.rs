@@ -10,7 +10,7 @@ use crate::gemm::{Piece, Rows};
 const SIDE: usize = 8;
 
 /// A piece of at most `width` rows of `x` as `to: [len][width]`. What stands in the places of absent rows is zero, or left as it is.
-pub(super) fn turn(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (_, len): Piece, width: usize) {
+pub(crate) fn turn(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (_, len): Piece, width: usize) {
     if rows.is_empty() || len == 0 {
         return;
     }

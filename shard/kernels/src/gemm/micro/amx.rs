@@ -3,8 +3,9 @@
 
 use std::arch::asm;
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
-use super::{MicroKernel, TILE_PAIRS, Takes, Tile};
+use super::{Lines, MicroKernel, TILE_PAIRS, Takes, Tile};
 
 /// Rows of a tile, and floats of one of its rows.
 const SIDE: usize = 16;
@@ -18,8 +19,16 @@ const KEPT: usize = 128;
 /// Tiles that a round of `spin` multiplies.
 const SPUN: usize = 4;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "amx", mr: MR, nr: NR, takes: Takes::Tiles, tile, spin, flops: SPUN * 4 * SIDE * SIDE * TILE_PAIRS };
+pub(super) static KERNEL: MicroKernel = MicroKernel {
+    name: "amx",
+    mr: MR,
+    nr: NR,
+    takes: Takes::Tiles,
+    tile,
+    lines: Some(lines),
+    spin,
+    flops: SPUN * 4 * SIDE * SIDE * TILE_PAIRS,
+};
 
 /// What `ldtilecfg` reads.
 #[repr(C, align(64))]
@@ -210,6 +219,64 @@ unsafe fn two(t: &Tile) {
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
+    }
+}
+
+/// # Safety
+/// The CPU has AMX, and the system lets this process use it; the pointers are good for what [`Lines`] says.
+unsafe fn lines(l: Lines) {
+    let mut aside = MaybeUninit::<Aside>::uninit();
+    let whole = l.rows == MR;
+    let (c, stride) = if whole { (l.c, l.stride) } else { (aside.as_mut_ptr().cast(), NR) };
+    // SAFETY: as promised by the caller; a tile of fewer rows is made in memory for all of them.
+    unsafe {
+        configure();
+        asm!(
+            "tilezero tmm0",
+            "tilezero tmm1",
+            "tilezero tmm2",
+            "tilezero tmm3",
+            ".p2align 5",
+            "2:",
+            "mov {upper}, qword ptr [{steps}]",
+            "lea {upper}, [{a} + 4 * {upper}]",
+            "lea {lower}, [{upper} + {half}]",
+            "tileloadd tmm4, [{upper} + {sa}]",
+            "tileloadd tmm6, [{b} + {sb}]",
+            "tileloadd tmm7, [{b} + {sb} + 64]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm5, [{lower} + {sa}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {steps}, 8",
+            "add {b}, 2048",
+            "dec {count}",
+            "jnz 2b",
+            "lea {lower}, [{c} + {below}]",
+            "tilestored [{c} + {cs}], tmm0",
+            "tilestored [{c} + {cs} + 64], tmm1",
+            "tilestored [{lower} + {cs}], tmm2",
+            "tilestored [{lower} + {cs} + 64], tmm3",
+            a = in(reg) l.a,
+            steps = inout(reg) l.steps => _,
+            upper = out(reg) _,
+            lower = out(reg) _,
+            half = in(reg) size_of::<f32>() * SIDE * l.apart,
+            b = inout(reg) l.b => _,
+            c = in(reg) c,
+            below = in(reg) size_of::<f32>() * SIDE * stride,
+            cs = in(reg) size_of::<f32>() * stride,
+            sa = in(reg) size_of::<f32>() * l.apart,
+            sb = in(reg) WEIGHT_STRIDE,
+            count = inout(reg) l.count => _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        );
+        for row in (0..l.rows).take_while(|_| !whole) {
+            l.c.add(row * l.stride).copy_from_nonoverlapping(c.add(row * NR), NR);
+        }
     }
 }
 

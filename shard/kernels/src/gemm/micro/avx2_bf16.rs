@@ -14,8 +14,16 @@ const NR: usize = 2 * LANES;
 /// The default, and inputs and results that are too small are zero.
 pub(super) const FLUSHING: u32 = 0x1f80 | 0x8040;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "avx2_bf16", mr: MR, nr: NR, takes: Takes::Pairs, tile, spin: avx2::spin, flops: avx2::KERNEL.flops };
+pub(super) static KERNEL: MicroKernel = MicroKernel {
+    name: "avx2_bf16",
+    mr: MR,
+    nr: NR,
+    takes: Takes::Pairs,
+    tile,
+    lines: None,
+    spin: avx2::spin,
+    flops: avx2::KERNEL.flops,
+};
 
 /// # Safety
 /// The CPU has AVX2 and FMA; the tile's pointers are good for what its documentation says.

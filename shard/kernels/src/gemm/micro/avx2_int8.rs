@@ -23,6 +23,7 @@ pub(super) static KERNEL: MicroKernel = MicroKernel {
     nr: NR,
     takes: Takes::Blocks(BYTES),
     tile,
+    lines: None,
     spin,
     flops: 2 * BYTES.group * LANES * CHAINS,
 };

@@ -11,8 +11,16 @@ use super::{MicroKernel, TILE_PAIRS, Takes, Tile};
 const MR: usize = 6;
 const NR: usize = 2 * LANES;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "avx2_tiles", mr: MR, nr: NR, takes: Takes::Tiles, tile, spin: avx2::spin, flops: avx2::KERNEL.flops };
+pub(super) static KERNEL: MicroKernel = MicroKernel {
+    name: "avx2_tiles",
+    mr: MR,
+    nr: NR,
+    takes: Takes::Tiles,
+    tile,
+    lines: None,
+    spin: avx2::spin,
+    flops: avx2::KERNEL.flops,
+};
 
 /// # Safety
 /// The CPU has AVX2 and FMA; the tile's pointers are good for what its documentation says.

@@ -10,7 +10,7 @@ const NR: usize = 16;
 const LANES: usize = 32;
 
 pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "plain_bf16", mr: MR, nr: NR, takes: Takes::Pairs, tile, spin, flops: 4 * LANES };
+    MicroKernel { name: "plain_bf16", mr: MR, nr: NR, takes: Takes::Pairs, tile, lines: None, spin, flops: 4 * LANES };
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

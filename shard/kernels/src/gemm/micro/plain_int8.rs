@@ -14,7 +14,7 @@ const BYTES: Bytes = Bytes { group: 4, excess: 128 };
 const LANES: usize = 32;
 
 pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes: Takes::Blocks(BYTES), tile, spin, flops: 2 * LANES };
+    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes: Takes::Blocks(BYTES), tile, lines: None, spin, flops: 2 * LANES };
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

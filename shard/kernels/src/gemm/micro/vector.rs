@@ -11,7 +11,7 @@ macro_rules! vector_kernel {
         const FLOPS: usize = if matches!(Takes::$takes, Takes::Pairs) { 4 } else { 2 } * CHAINS * LANES;
 
         pub(super) static KERNEL: MicroKernel =
-            MicroKernel { name: $name, mr: MR, nr: NR, takes: Takes::$takes, tile, spin, flops: FLOPS };
+            MicroKernel { name: $name, mr: MR, nr: NR, takes: Takes::$takes, tile, lines: None, spin, flops: FLOPS };
 
         /// # Safety
         /// The CPU has what the kernel is for; the tile's pointers are good for what its documentation says.

@@ -1,0 +1,192 @@
+//! Convolutions in tiles of bf16: a pixel's 32 channels are a line, which tiles are read from where it lies, so that nothing is copied for
+//! windows. Pixels are the rows of a product and channels its columns; a result is turned on its way out.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use crate::activation::Activation;
+use crate::conv::{Conv2d, Geometry, SMALL};
+use crate::gemm::micro::{MAX_TILE, MicroKernel, TILE_PAIRS};
+use crate::gemm::{Plane, Rows, SharedPlane, bf16, narrow_rows, turn};
+use crate::scratch::Buffer;
+use crate::{scratch, threads};
+
+/// Channels of a line.
+const CHANNELS: usize = 2 * TILE_PAIRS;
+/// Tiles of pixels that share the weights a job reads.
+const TILES: usize = 16;
+/// Most pixels of a line that are turned at once.
+const RUN: usize = 128;
+
+/// Filters `[c_out, c_in, size, size]` as panels of columns: `[C_out / nr][C_in / 32][size, size][16 pairs][nr]`.
+pub(super) fn pack(kernel: &MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3]) -> Buffer {
+    let (nr, taps, steps) = (kernel.nr, size * size, c_in.div_ceil(CHANNELS) * size * size);
+    let mut packed = Buffer::zeros(c_out.next_multiple_of(nr) * steps * TILE_PAIRS);
+    let panels = packed.as_mut_slice().chunks_exact_mut((steps * TILE_PAIRS * nr).max(1));
+    for (panel, packed) in panels.enumerate() {
+        for (column, filter) in (panel * nr..c_out.min((panel + 1) * nr)).enumerate() {
+            let filter = &weight[filter * c_in * taps..][..c_in * taps];
+            for pair in 0..c_in.div_ceil(2) {
+                let (group, row) = (pair / TILE_PAIRS, pair % TILE_PAIRS);
+                for tap in 0..taps {
+                    let at = |channel: usize| filter.get(channel * taps + tap).map_or(bf16::ZERO, |w| bf16::from_f32(*w));
+                    let bits = [at(2 * pair), at(2 * pair + 1)].map(|w| u32::from(w.to_bits()));
+                    packed[((group * taps + tap) * TILE_PAIRS + row) * nr + column] = f32::from_bits(bits[0] | bits[1] << 16);
+                }
+            }
+        }
+    }
+    packed
+}
+
+/// A picture in lines, with the zeros around it: `[C / 32][height][width][16 pairs]`.
+struct Lined {
+    groups: usize,
+    height: usize,
+    width: usize,
+}
+
+impl Lined {
+    fn of(geometry: Geometry, c_in: usize) -> Self {
+        let [height, width] = geometry.shown().map(|n| n + geometry.before + geometry.after);
+        Self { groups: c_in.div_ceil(CHANNELS), height, width }
+    }
+
+    /// Floats of a row of the picture.
+    fn row(&self) -> usize {
+        self.width * TILE_PAIRS
+    }
+
+    /// Of the whole picture.
+    fn len(&self) -> usize {
+        self.groups * self.height * self.row()
+    }
+}
+
+/// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`.
+pub(super) fn convolve(conv: &Conv2d, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [MaybeUninit<f32>]) {
+    let [c_out, c_in, size] = conv.dims();
+    let (kernel, [out_height, out_width]) = (conv.kernel, geometry.output(size));
+    let (pixels, lined, picture) =
+        (out_height * out_width, Lined::of(geometry, c_in), c_in * geometry.input.iter().product::<usize>());
+    let batch = y.len() / (c_out * pixels);
+    // The last tile may look at as many lines as it has no pixels for.
+    let beyond = kernel.mr * geometry.stride * TILE_PAIRS;
+    scratch::lend(batch * lined.len() + beyond, |lines| {
+        let (pictures, beyond) = lines.split_at_mut(batch * lined.len());
+        beyond.fill(0.0);
+        threads::over_rows(pictures, lined.row(), |first, rows| {
+            for (at, row) in (first..).zip(rows.chunks_exact_mut(lined.row())) {
+                let (item, group, line) =
+                    (at / (lined.groups * lined.height), at / lined.height % lined.groups, at % lined.height);
+                fill(row, &x[item * picture..][..picture], geometry, [group, line]);
+            }
+        });
+        let steps = Steps::of(&lined, size);
+        let (across, small) = (out_width.div_ceil(kernel.mr), y.len() * c_in * size * size < SMALL);
+        let tiles = out_height * across;
+        let per_job = (batch * tiles).div_ceil(2 * rayon::current_num_threads()).clamp(1, TILES);
+        let jobs = tiles.div_ceil(per_job);
+        let y = SharedPlane::of(y, pixels);
+        threads::over_jobs(batch * jobs, small, |job| {
+            let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
+            let job = Job { conv, geometry, lined: &lined, steps: &steps, across, activation };
+            job.run(&lines[item * lined.len()..], tiles, |channels, pixels| {
+                #[allow(unsafe_code)] // threads write rectangles, which are not slices
+                // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.
+                unsafe {
+                    y.part(item * c_out + channels.start..item * c_out + channels.end, pixels)
+                }
+            });
+        });
+    });
+}
+
+/// Where the lines of each step begin, from those of the first: of each group of channels, for each place of the filter.
+struct Steps(Vec<usize>);
+
+impl Steps {
+    fn of(lined: &Lined, size: usize) -> Self {
+        let places = (0..lined.groups).flat_map(|group| (0..size).flat_map(move |ky| (0..size).map(move |kx| [group, ky, kx])));
+        Self(places.map(|[group, ky, kx]| ((group * lined.height + ky) * lined.width + kx) * TILE_PAIRS).collect())
+    }
+}
+
+/// Some tiles of pixels of one picture.
+struct Job<'a> {
+    conv: &'a Conv2d,
+    geometry: Geometry,
+    lined: &'a Lined,
+    steps: &'a Steps,
+    /// Tiles of a row of the output.
+    across: usize,
+    activation: Option<Activation>,
+}
+
+impl Job<'_> {
+    /// `y` lends the given channels of the given pixels.
+    fn run<'y>(&self, lines: &[f32], tiles: Range<usize>, y: impl Fn(Range<usize>, Range<usize>) -> Plane<'y>) {
+        let (conv, kernel, stride) = (self.conv, self.conv.kernel, self.geometry.stride);
+        let [c_out, _, size] = conv.dims();
+        let [_, width] = self.geometry.output(size);
+        let panel_len = self.steps.0.len() * TILE_PAIRS * kernel.nr;
+        let gathered = kernel.gathered(self.steps.0.len());
+        scratch::with([gathered, MAX_TILE, MAX_TILE], |[gathered, tile, turned]| {
+            for (panel, weight) in (0..c_out).step_by(kernel.nr).zip(conv.weight.as_slice().chunks_exact(panel_len.max(1))) {
+                let channels = panel..c_out.min(panel + kernel.nr);
+                for at in tiles.clone() {
+                    let (row, column) = (at / self.across, at % self.across * kernel.mr);
+                    let count = kernel.mr.min(width - column);
+                    let first = (row * self.lined.width + column) * stride * TILE_PAIRS;
+                    let c = Plane::of(&mut tile[..count * kernel.nr], kernel.nr);
+                    kernel.run_lines(&lines[first..], &self.steps.0, stride * TILE_PAIRS, weight, c, gathered);
+                    turn(turned, Rows::new(tile, count, kernel.nr), 0..count, (0, channels.len()), kernel.mr);
+                    let mut y = y(channels.clone(), row * width + column..row * width + column + count);
+                    let bias = conv.bias.as_ref().map_or(&[][..], |bias| &bias[channels.clone()]);
+                    y.copy_rows_plus(&Plane::of(&mut turned[..channels.len() * kernel.mr], kernel.mr).narrow(count), bias);
+                    if let Some(activation) = self.activation {
+                        (0..channels.len()).for_each(|row| activation.apply(y.row_mut(row)));
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// One row of a picture in lines: 32 channels of each of its pixels, those that are not there as zeros.
+fn fill(row: &mut [f32], x: &[f32], geometry: Geometry, [group, line]: [usize; 2]) {
+    let Geometry { input: [height, width], before, doubled, .. } = geometry;
+    let [shown_height, shown_width] = geometry.shown();
+    let (zeros, rest) = row.split_at_mut(before * TILE_PAIRS);
+    let (inside, more) = rest.split_at_mut(shown_width * TILE_PAIRS);
+    zeros.fill(0.0);
+    more.fill(0.0);
+    let Some(line) = line.checked_sub(before).filter(|line| *line < shown_height) else {
+        return inside.fill(0.0);
+    };
+    let line = line >> u32::from(doubled);
+    let channels = x.chunks_exact((height * width).max(1)).skip(group * CHANNELS).take(CHANNELS);
+    let (mut lines, mut count) = ([&x[..0]; CHANNELS], 0);
+    for (to, channel) in lines.iter_mut().zip(channels) {
+        (*to, count) = (&channel[line * width..][..width], count + 1);
+    }
+    let mut pairs = [0f32; TILE_PAIRS * RUN];
+    let scale = if doubled { 2 } else { 1 };
+    for first in (0..width).step_by(RUN) {
+        let run = first..width.min(first + RUN);
+        for (two, pairs) in lines[..count].chunks(2).zip(pairs.chunks_exact_mut(RUN)) {
+            narrow_rows(&two[0][run.clone()], two.get(1).map(|second| &second[run.clone()]), &mut pairs[..run.len()]);
+        }
+        let to = &mut inside[scale * first * TILE_PAIRS..scale * run.end * TILE_PAIRS];
+        let rows = Rows::new(&pairs, TILE_PAIRS, RUN);
+        if doubled {
+            let mut turned = [0f32; TILE_PAIRS * RUN];
+            turn(&mut turned, rows, 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
+            for (to, line) in to.as_chunks_mut::<{ 2 * TILE_PAIRS }>().0.iter_mut().zip(turned.as_chunks::<TILE_PAIRS>().0) {
+                to.as_chunks_mut::<TILE_PAIRS>().0.fill(*line);
+            }
+        } else {
+            turn(to, rows, 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
+        }
+    }
+}
