@@ -249,17 +249,29 @@ fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
         for m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
             let (x, shape, flops) = (Rows::new(&x, m, k), linear_shape(m, k, n), 2 * m * k * n);
-            table.flops(LINEARS[0], shape.clone(), flops, || linear(x, &packed, Epilogue::default(), &mut y))?;
-            table.flops(LINEARS[1], shape.clone(), flops, || linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y))?;
+            table.flops(LINEARS[0], shape.clone(), flops, || {
+                linear(x, &packed, Epilogue::default(), &mut y);
+            })?;
+            table.flops(LINEARS[1], shape.clone(), flops, || {
+                linear_tree(x, &eighths, &packed, Epilogue::default(), &mut y);
+            })?;
             let nothing = Epilogue::default();
             for (Narrow { order, linears: [one, tree], .. }, [whole, eight]) in &narrow {
                 let bound = Bound::Bf16(*order);
-                table.row(one, shape.clone(), flops, bound, || linear(x, whole, nothing, &mut y))?;
-                table.row(tree, shape.clone(), flops, bound, || linear_tree(x, &eighths, eight, nothing, &mut y))?;
+                table.row(one, shape.clone(), flops, bound, || {
+                    linear(x, whole, nothing, &mut y);
+                })?;
+                table.row(tree, shape.clone(), flops, bound, || {
+                    linear_tree(x, &eighths, eight, nothing, &mut y);
+                })?;
             }
             if let Some(bytes) = &bytes {
-                table.row(LINEARS[2], shape.clone(), flops, Bound::Int8, || linear(x, bytes, nothing, &mut y))?;
-                table.row(LINEARS[3], shape, flops, Bound::Int8, || linear_tree(x, &eighths, bytes, nothing, &mut y))?;
+                table.row(LINEARS[2], shape.clone(), flops, Bound::Int8, || {
+                    linear(x, bytes, nothing, &mut y);
+                })?;
+                table.row(LINEARS[3], shape, flops, Bound::Int8, || {
+                    linear_tree(x, &eighths, bytes, nothing, &mut y);
+                })?;
             }
         }
     }
@@ -274,9 +286,13 @@ fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
         // As projections leave them.
         let x = Heads { data: &x, head_stride: width, row_stride: heads * width };
         let (shape, flops) = (format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width);
-        table.flops("attention", shape.clone(), flops, || of.run(x, x, x, None, &mut y))?;
+        table.flops("attention", shape.clone(), flops, || {
+            of.run(x, x, x, None, &mut y);
+        })?;
         for &Narrow { order, attention, .. } in narrow() {
-            table.row(attention, shape.clone(), flops, Bound::Bf16(order), || of.run_in_bf16(order, x, x, x, None, &mut y))?;
+            table.row(attention, shape.clone(), flops, Bound::Bf16(order), || {
+                of.run_in_bf16(order, x, x, x, None, &mut y);
+            })?;
         }
     }
     Ok(())
@@ -288,11 +304,15 @@ fn convolutions(table: &Table) -> io::Result<()> {
         let geometry = Geometry { input: [side, side], stride: 1, before: 1, after: 1, doubled: false };
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
-        table.flops("conv 3x3", shape.clone(), flops, || conv.run(&x, geometry, None, &mut y))?;
+        table.flops("conv 3x3", shape.clone(), flops, || {
+            conv.run(&x, geometry, None, &mut y);
+        })?;
         let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
         for &Narrow { order, conv: op, .. } in narrow() {
             let conv = Conv2d::pack_pairs(order, &weight, [channels, channels, 3], None);
-            table.row(op, shape.clone(), flops, Bound::Bf16(order), || conv.run(&x, geometry, None, &mut y))?;
+            table.row(op, shape.clone(), flops, Bound::Bf16(order), || {
+                conv.run(&x, geometry, None, &mut y);
+            })?;
         }
     }
     Ok(())
@@ -303,9 +323,13 @@ fn passes(table: &Table) -> io::Result<()> {
     let (tokens, width) = (4608, 3072);
     let (x, mut y, weight) = (values(tokens * width), values(tokens * width), values(width));
     let (shape, bytes) = (format!("{tokens} x {width}"), 8 * tokens * width);
-    let modulate = |y: &mut [f32]| rows::layer_norm_modulate(&x, y, [tokens, width], &weight, &weight, 1e-6);
+    let modulate = |y: &mut [f32]| {
+        rows::layer_norm_modulate(&x, y, [tokens, width], &weight, &weight, 1e-6);
+    };
     table.bytes("layer norm, modulate", shape.clone(), bytes, || modulate(&mut y))?;
-    table.bytes("rms norm", shape.clone(), bytes, || rows::rms_norm(&x, &mut y, &weight, 1e-6))?;
+    table.bytes("rms norm", shape.clone(), bytes, || {
+        rows::rms_norm(&x, &mut y, &weight, 1e-6);
+    })?;
     table.in_place("softmax", shape.clone(), &x, &mut y, |y| rows::softmax(y, width))?;
     for (op, activation) in [("gelu", Activation::Gelu), ("gelu tanh", Activation::GeluTanh), ("silu", Activation::Silu)] {
         table.in_place(op, shape.clone(), &x, &mut y, |y| activation.apply_all(y))?;

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use crate::gemm::micro::{MicroKernel, Takes};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
-use crate::memory::Output;
+use crate::memory::{Output, seen};
 use crate::rows::{self, Base};
 use crate::{scratch, threads};
 
@@ -70,38 +70,45 @@ pub struct Bias<'a> {
 impl Attention {
     /// `y = softmax(scale q k^T + bias) v`. `q: [heads, queries, width]`, `k, v: [heads, keys, width]` give
     /// `y: [heads, queries, width]`, or `[queries, heads, width]` if they are to lie [`Self::side_by_side`]. A query whose scores are all `-inf` gets zeros.
-    pub fn run(&self, q: Heads<'_>, k: Heads<'_>, v: Heads<'_>, bias: Option<Bias<'_>>, y: &mut (impl Output + ?Sized)) {
-        self.run_on(MicroKernel::best(), q, k, v, bias, y);
+    pub fn run<'a>(
+        &self,
+        q: Heads<'_>,
+        k: Heads<'_>,
+        v: Heads<'_>,
+        bias: Option<Bias<'_>>,
+        y: &'a mut (impl Output + ?Sized),
+    ) -> &'a mut [f32] {
+        self.run_on(MicroKernel::best(), q, k, v, bias, y)
     }
 
     /// As [`Self::run`]; scaled queries, keys, exponentials and values are rounded to bf16 before they are multiplied. Sums, and all else,
     /// are in f32.
-    pub fn run_in_bf16(
+    pub fn run_in_bf16<'a>(
         &self,
         order: Order,
         q: Heads<'_>,
         k: Heads<'_>,
         v: Heads<'_>,
         bias: Option<Bias<'_>>,
-        y: &mut (impl Output + ?Sized),
-    ) {
-        self.run_on(MicroKernel::bf16(order), q, k, v, bias, y);
+        y: &'a mut (impl Output + ?Sized),
+    ) -> &'a mut [f32] {
+        self.run_on(MicroKernel::bf16(order), q, k, v, bias, y)
     }
 
-    fn run_on(
+    fn run_on<'a>(
         &self,
         kernel: &MicroKernel,
         q: Heads<'_>,
         k: Heads<'_>,
         v: Heads<'_>,
         bias: Option<Bias<'_>>,
-        y: &mut (impl Output + ?Sized),
-    ) {
+        y: &'a mut (impl Output + ?Sized),
+    ) -> &'a mut [f32] {
         let y = y.unread();
         assert_eq!(y.len(), self.heads * self.queries * self.width);
         assert!(bias.is_none_or(|b| b.starts.len() == self.heads), "a bias for each head");
         if y.is_empty() {
-            return;
+            return &mut [];
         }
         // A job is a head, or a part of its queries when there are few heads: each job packs the keys for itself.
         let threads = rayon::current_num_threads();
@@ -110,7 +117,7 @@ impl Attention {
         let parts = if self.heads >= 4 * threads { 1 } else { threads.min(blocks) };
         let per_part = blocks.div_ceil(parts) * of_block;
         let small = self.heads * self.queries * self.keys * self.width < SMALL;
-        let y = SharedPlane::of(y, if self.side_by_side { self.heads * self.width } else { self.width });
+        let shared = SharedPlane::of(&mut *y, if self.side_by_side { self.heads * self.width } else { self.width });
         threads::over_jobs(self.heads * parts, small, |job| {
             let (head, part) = (job / parts, job % parts);
             let queries = self.queries.min(part * per_part)..self.queries.min((part + 1) * per_part);
@@ -121,10 +128,15 @@ impl Attention {
             };
             #[allow(unsafe_code)] // threads write disjoint rectangles
             // SAFETY: every job has queries of its own, or another head.
-            let y = unsafe { y.part(first + queries.start..first + queries.end, columns) };
+            let y = unsafe { shared.part(first + queries.start..first + queries.end, columns) };
             let job = Job { of: self, kernel, q: q.rows(head, self.queries), bias: bias.map(|b| (b, b.starts[head])) };
             job.run(k.rows(head, self.keys), v.rows(head, self.keys), queries, y);
         });
+        #[allow(unsafe_code)] // floats from here on
+        // SAFETY: every query of every head is in one of the rectangles, which their jobs write.
+        unsafe {
+            seen(y)
+        }
     }
 }
 

@@ -1,9 +1,11 @@
 //! Norms over the channels of each place, where channels are planes.
 
+use std::mem::MaybeUninit;
+
 use crate::activation::Activation;
 use crate::cpu::vectorised;
 use crate::gemm::{Plane, SharedPlane};
-use crate::memory::Output;
+use crate::memory::{Output, seen};
 use crate::{scratch, threads};
 
 /// Places whose lengths are summed together: a few lines of every channel's plane.
@@ -15,24 +17,31 @@ pub const LEAST_LENGTH: f32 = 1e-12;
 
 /// `y = x / max(|x|, LEAST_LENGTH) sqrt(C) weight`, then `activation`, where `|x|` is the length of a place's channels.
 /// `x, y: [B, C, S]`, `weight: [C]`; `places` is `S`. A length is one sum in the order of the channels.
-pub fn rms_norm(x: &[f32], y: &mut [f32], [channels, places]: [usize; 2], weight: &[f32], activation: Option<Activation>) {
+pub fn rms_norm<'a>(
+    x: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    [channels, places]: [usize; 2],
+    weight: &[f32],
+    activation: Option<Activation>,
+) -> &'a mut [f32] {
+    let y = y.unread();
     assert_eq!(x.len(), y.len());
     assert_eq!(weight.len(), channels, "one weight for each channel");
     let item = channels * places;
-    if item == 0 || x.is_empty() {
-        return;
+    if x.is_empty() {
+        return &mut [];
     }
-    assert!(x.len().is_multiple_of(item), "whole items");
+    assert!(item > 0 && x.len().is_multiple_of(item), "whole items");
     let blocks = places.div_ceil(PLACES);
     let small = x.len() < SMALL;
     let items = x.len() / item;
-    let y = SharedPlane::of(y.unread(), places);
+    let shared = SharedPlane::of(&mut *y, places);
     threads::over_jobs(items * blocks, small, |job| {
         let (item_index, block) = (job / blocks, job % blocks);
         let columns = block * PLACES..places.min((block + 1) * PLACES);
         #[allow(unsafe_code)] // threads write disjoint places
         // SAFETY: every job has an item's rows and places of its own.
-        let mut y = unsafe { y.part(item_index * channels..(item_index + 1) * channels, columns.clone()) };
+        let mut y = unsafe { shared.part(item_index * channels..(item_index + 1) * channels, columns.clone()) };
         let plane = |c: usize| &x[item_index * item + c * places..][columns.clone()];
         scratch::with([columns.len()], |[scale]| {
             let scale = &mut scale[..columns.len()];
@@ -44,13 +53,17 @@ pub fn rms_norm(x: &[f32], y: &mut [f32], [channels, places]: [usize; 2], weight
             }
         });
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every channel of every place is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 fn write_row(y: &mut Plane<'_>, row: usize, x: &[f32], scale: &[f32], weight: f32, activation: Option<Activation>) {
-    let y = y.row_mut(row);
-    scaled(x, y, scale, weight);
+    scaled(x, y.unread_row(row), scale, weight);
     if let Some(activation) = activation {
-        activation.apply(y);
+        activation.apply(y.row_mut(row));
     }
 }
 
@@ -73,9 +86,9 @@ vectorised! {
 }
 
 vectorised! {
-    fn scaled(x: &[f32], y: &mut [f32], scale: &[f32], weight: f32) {
+    fn scaled(x: &[f32], y: &mut [MaybeUninit<f32>], scale: &[f32], weight: f32) {
         for ((y, x), scale) in y.iter_mut().zip(x).zip(scale) {
-            *y = *x * *scale * weight;
+            y.write(*x * *scale * weight);
         }
     }
 }

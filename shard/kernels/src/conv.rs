@@ -12,7 +12,7 @@ use crate::activation::Activation;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::{MicroKernel, Takes};
 use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
-use crate::memory::Output;
+use crate::memory::{Output, seen};
 use crate::scratch::Buffer;
 use crate::{scratch, threads};
 
@@ -105,19 +105,36 @@ impl Conv2d {
     }
 
     /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Geometry::output`].
-    pub fn run(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut (impl Output + ?Sized)) {
+    pub fn run<'a>(
+        &self,
+        x: &[f32],
+        geometry: Geometry,
+        activation: Option<Activation>,
+        y: &'a mut (impl Output + ?Sized),
+    ) -> &'a mut [f32] {
         let y = y.unread();
         let (pixels, area) = (geometry.output(self.size).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
-            return;
+            return &mut [];
         }
         let batch = y.len() / (self.c_out * pixels);
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
         match self.kernel.takes {
-            Takes::Tiles => return lines::convolve(self, x, geometry, activation, y),
-            Takes::Pairs => {}
-            _ => return self.convolve(x, geometry, activation, y),
+            Takes::Tiles => lines::convolve(self, x, geometry, activation, y),
+            Takes::Pairs => self.convolve_pairs(x, geometry, activation, y),
+            _ => self.convolve(x, geometry, activation, y),
         }
+        #[allow(unsafe_code)] // floats from here on
+        // SAFETY: every pixel of every channel is written, whichever way it is made.
+        unsafe {
+            seen(y)
+        }
+    }
+
+    /// As [`Self::convolve`], of channels that are paired first.
+    fn convolve_pairs(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [MaybeUninit<f32>]) {
+        let area = geometry.input.iter().product::<usize>();
+        let batch = x.len() / (self.c_in * area);
         scratch::lend(batch * self.deep() * area, |pairs| {
             threads::over_rows(pairs, area, |first, pairs| {
                 for (at, pairs) in (first..).zip(pairs.chunks_exact_mut(area)) {

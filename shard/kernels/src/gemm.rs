@@ -14,7 +14,7 @@ use self::inputs::Product;
 use self::micro::Takes;
 use crate::activation::Activation;
 use crate::cpu::{self, Level};
-use crate::memory::Output;
+use crate::memory::{Output, seen};
 use crate::{rows, scratch, threads};
 
 mod blocks;
@@ -110,21 +110,26 @@ impl Epilogue<'_> {
 }
 
 /// `y = epilogue(x W^T)`. `x: [M, K]`, `W: [N, K]` give `y: [M, N]`.
-pub fn linear(x: Rows<'_>, weight: &PackedWeight, epilogue: Epilogue<'_>, y: &mut (impl Output + ?Sized)) {
-    linear_tree(x, &[[(0, weight.k())]], weight, epilogue, y);
+pub fn linear<'a>(
+    x: Rows<'_>,
+    weight: &PackedWeight,
+    epilogue: Epilogue<'_>,
+    y: &'a mut (impl Output + ?Sized),
+) -> &'a mut [f32] {
+    linear_tree(x, &[[(0, weight.k())]], weight, epilogue, y)
 }
 
 /// As [`linear`], but K is cut into `chunks` (1, 2, 4 or 8 of them) whose results are added as a balanced binary tree.
 ///
 /// Each chunk lists the pieces of an `x` row it reads; all together, one after the other, they are the K of `weight`. A
 /// chunk may be empty: its result is zero.
-pub fn linear_tree(
+pub fn linear_tree<'a>(
     x: Rows<'_>,
     chunks: &[impl AsRef<[Piece]> + Sync],
     weight: &PackedWeight,
     epilogue: Epilogue<'_>,
-    y: &mut (impl Output + ?Sized),
-) {
+    y: &'a mut (impl Output + ?Sized),
+) -> &'a mut [f32] {
     let y = y.unread();
     let (m, n, k) = (x.count(), weight.n(), weight.k());
     let total: usize = chunks.iter().flat_map(|c| c.as_ref()).map(|(_, len)| len).sum();
@@ -133,17 +138,22 @@ pub fn linear_tree(
     assert_eq!(y.len(), m * n, "{m} rows of {n}");
     assert!(epilogue.bias.is_none_or(|b| b.len() == n), "one bias for each of {n} columns");
     if m == 0 || n == 0 {
-        return;
+        return &mut [];
     }
     let grid = Grid::of(m, n, chunks.len(), weight);
-    let (y, product) = (SharedPlane::of(y, n), Product::new());
+    let (shared, product) = (SharedPlane::of(&mut *y, n), Product::new());
     threads::over_jobs(grid.jobs(), m * n * k < SMALL, |job| {
         let (rows, columns) = grid.job(job);
         #[allow(unsafe_code)] // threads write rectangles, which are not slices
         // SAFETY: jobs are disjoint blocks of `y`.
-        let y = unsafe { y.part(rows.clone(), columns.clone()) };
+        let y = unsafe { shared.part(rows.clone(), columns.clone()) };
         Job { product, x, weight, rows, columns }.run(chunks, epilogue, y);
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every result is in one of the blocks, which their jobs write.
+    unsafe {
+        seen(y)
+    }
 }
 
 /// How a product is cut into jobs: `down` by `across` of them, of whole tiles, which differ by one tile at most.

@@ -39,17 +39,48 @@ impl Output for Vec<f32> {
     }
 }
 
-/// As many floats as `f` writes: memory is not passed twice, as it is for [`zeros`].
-///
-/// # Safety
-/// `f` writes all of them.
+/// As many floats as `f` writes, which it shows by giving them back: memory is not passed twice, as it is for [`zeros`].
 #[allow(unsafe_code)] // memory that nobody has written yet
-pub unsafe fn written(len: usize, f: impl FnOnce(&mut [MaybeUninit<f32>])) -> Vec<f32> {
+pub fn written(len: usize, f: impl FnOnce(&mut [MaybeUninit<f32>]) -> &mut [f32]) -> Vec<f32> {
     let mut floats = Vec::with_capacity(len);
-    f(&mut floats.spare_capacity_mut()[..len]);
-    // SAFETY: as promised by the caller.
+    all(&mut floats.spare_capacity_mut()[..len], f);
+    // SAFETY: they are floats, or nobody could have given them as such.
     unsafe { floats.set_len(len) };
     floats
+}
+
+/// Has `f` write parts of `size`, one after the other; it is told which one it is given, and gives it back.
+///
+/// # Panics
+/// When it gives back something else.
+#[allow(unsafe_code)] // as above
+pub fn in_parts(
+    y: &mut [MaybeUninit<f32>],
+    size: usize,
+    mut f: impl FnMut(usize, &mut [MaybeUninit<f32>]) -> &mut [f32],
+) -> &mut [f32] {
+    for (at, part) in y.chunks_mut(size.max(1)).enumerate() {
+        all(part, |part| f(at, part));
+    }
+    // SAFETY: every part was given back as floats.
+    unsafe { seen(y) }
+}
+
+/// Sees to it that `f` gives back what it is given.
+fn all(fresh: &mut [MaybeUninit<f32>], f: impl FnOnce(&mut [MaybeUninit<f32>]) -> &mut [f32]) {
+    let (start, len) = (fresh.as_ptr().addr(), fresh.len());
+    let written = f(fresh);
+    assert!(written.len() == len && (len == 0 || written.as_ptr().addr() == start), "{} of {len} floats", written.len());
+}
+
+/// What is written.
+///
+/// # Safety
+/// All of it is.
+#[allow(unsafe_code)] // as above
+pub(crate) unsafe fn seen(floats: &mut [MaybeUninit<f32>]) -> &mut [f32] {
+    // SAFETY: as promised by the caller.
+    unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), floats.len()) }
 }
 
 /// Keeps freed pages instead of handing them back to the kernel.

@@ -1,18 +1,33 @@
 //! Rotary positions.
 
+use std::mem::MaybeUninit;
+
 use crate::cpu::vectorised;
+use crate::memory::{Output, seen};
 use crate::threads;
 
 /// Rotates interleaved pairs: `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, L, N, Dh]`, `cos, sin: [L, Dh/2]`,
 /// or `[B, L, Dh/2]` with one table for each item; `dims` are `L`, `N` and `Dh`.
-pub fn rope_interleaved(x: &[f32], y: &mut [f32], [tokens, heads, width]: [usize; 3], cos: &[f32], sin: &[f32]) {
-    rope(x, y, Shape { tokens, heads, width, beside: heads }, cos, sin, rotate);
+pub fn rope_interleaved<'a>(
+    x: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    [tokens, heads, width]: [usize; 3],
+    cos: &[f32],
+    sin: &[f32],
+) -> &'a mut [f32] {
+    rope(x, y.unread(), Shape { tokens, heads, width, beside: heads }, cos, sin, rotate)
 }
 
 /// As [`rope_interleaved`] for pairs that lie half a head apart: `x0` in the first half, its `x1` at the same place of the second.
 /// `x, y: [B, N, L, Dh]`, `dims` are `N`, `L` and `Dh`.
-pub fn rope_halves(x: &[f32], y: &mut [f32], [heads, tokens, width]: [usize; 3], cos: &[f32], sin: &[f32]) {
-    rope(x, y, Shape { tokens, heads, width, beside: 1 }, cos, sin, rotate_halves);
+pub fn rope_halves<'a>(
+    x: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    [heads, tokens, width]: [usize; 3],
+    cos: &[f32],
+    sin: &[f32],
+) -> &'a mut [f32] {
+    rope(x, y.unread(), Shape { tokens, heads, width, beside: 1 }, cos, sin, rotate_halves)
 }
 
 struct Shape {
@@ -24,21 +39,21 @@ struct Shape {
 }
 
 /// Rotates one head of one token: input, output, cosines, sines.
-type Rotate = fn(&[f32], &mut [f32], &[f32], &[f32]);
+type Rotate = fn(&[f32], &mut [MaybeUninit<f32>], &[f32], &[f32]);
 
-fn rope(x: &[f32], y: &mut [f32], shape: Shape, cos: &[f32], sin: &[f32], rotate: Rotate) {
+fn rope<'a>(x: &[f32], y: &'a mut [MaybeUninit<f32>], shape: Shape, cos: &[f32], sin: &[f32], rotate: Rotate) -> &'a mut [f32] {
     let Shape { tokens, heads, width, beside } = shape;
     assert_eq!(x.len(), y.len());
     assert_eq!(cos.len(), sin.len());
     assert!(width.is_multiple_of(2), "pairs in {width}");
     let half = width / 2;
     let item = heads * tokens * width;
-    if item == 0 {
-        return;
+    if x.is_empty() {
+        return &mut [];
     }
     let tables = cos.len() / (tokens * half);
     assert!(cos.len() == tables * tokens * half && (tables == 1 || tables * item == x.len()), "a table for all or for each");
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let row = first + i;
             let table = if tables == 1 { 0 } else { row / (heads * tokens) };
@@ -46,22 +61,28 @@ fn rope(x: &[f32], y: &mut [f32], shape: Shape, cos: &[f32], sin: &[f32], rotate
             rotate(&x[row * width..][..width], y, &cos[at..][..half], &sin[at..][..half]);
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every head of every token is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 vectorised! {
-    fn rotate(x: &[f32], y: &mut [f32], cos: &[f32], sin: &[f32]) {
+    fn rotate(x: &[f32], y: &mut [MaybeUninit<f32>], cos: &[f32], sin: &[f32]) {
         for (((x, y), cos), sin) in x.as_chunks::<2>().0.iter().zip(y.as_chunks_mut::<2>().0).zip(cos).zip(sin) {
-            *y = [x[0] * *cos - x[1] * *sin, x[1] * *cos + x[0] * *sin];
+            *y = [x[0] * *cos - x[1] * *sin, x[1] * *cos + x[0] * *sin].map(MaybeUninit::new);
         }
     }
 }
 
 vectorised! {
-    fn rotate_halves(x: &[f32], y: &mut [f32], cos: &[f32], sin: &[f32]) {
+    fn rotate_halves(x: &[f32], y: &mut [MaybeUninit<f32>], cos: &[f32], sin: &[f32]) {
         let half = cos.len();
         let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
         for (((((y0, y1), x0), x1), cos), sin) in y0.iter_mut().zip(y1).zip(x0).zip(x1).zip(cos).zip(sin) {
-            (*y0, *y1) = (*x0 * *cos - *x1 * *sin, *x1 * *cos + *x0 * *sin);
+            y0.write(*x0 * *cos - *x1 * *sin);
+            y1.write(*x1 * *cos + *x0 * *sin);
         }
     }
 }

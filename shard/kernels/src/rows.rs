@@ -1,7 +1,10 @@
 //! Norms and softmax over rows. Sums run in sixteen fixed lanes that are added as a tree, whatever the machine.
 
+use std::mem::MaybeUninit;
+
 use crate::activation::Activation;
 use crate::cpu::vectorised;
+use crate::memory::{Output, seen};
 use crate::{math, threads};
 
 const LANES: usize = 16;
@@ -49,12 +52,20 @@ fn moments(x: &[f32], eps: f32) -> (f32, f32) {
 
 /// `y = (x - mean) / sqrt(var + eps) * weight + bias` for each row of `width`; a missing `weight: [width]` is one, a
 /// missing `bias: [width]` zero.
-pub fn layer_norm(x: &[f32], y: &mut [f32], width: usize, weight: Option<&[f32]>, bias: Option<&[f32]>, eps: f32) {
+pub fn layer_norm<'a>(
+    x: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    width: usize,
+    weight: Option<&[f32]>,
+    bias: Option<&[f32]>,
+    eps: f32,
+) -> &'a mut [f32] {
+    let y = y.unread();
     assert_eq!(x.len(), y.len());
     assert!(weight.is_none_or(|w| w.len() == width) && bias.is_none_or(|b| b.len() == width), "one weight for each column");
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-            normalize(x, y, eps);
+            let y = normalized(x, y, eps);
             match (weight, bias) {
                 (Some(weight), Some(bias)) => scale_and_shift(y, weight, bias),
                 (Some(weight), None) => scale(y, weight),
@@ -63,81 +74,124 @@ pub fn layer_norm(x: &[f32], y: &mut [f32], width: usize, weight: Option<&[f32]>
             }
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 /// Adaptive layer norm: `y = (x - mean) / sqrt(var + eps) * (1 + scale) + shift`. `x, y: [B, L, D]`, `shift, scale: [B, D]`;
 /// `rows` is `L` and `width` `D`.
-pub fn layer_norm_modulate(x: &[f32], y: &mut [f32], [rows, width]: [usize; 2], shift: &[f32], scale: &[f32], eps: f32) {
+pub fn layer_norm_modulate<'a>(
+    x: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    [rows, width]: [usize; 2],
+    shift: &[f32],
+    scale: &[f32],
+    eps: f32,
+) -> &'a mut [f32] {
+    let y = y.unread();
     assert_eq!(x.len(), y.len());
     assert_eq!(shift.len(), scale.len());
     assert_eq!(scale.len() * rows, y.len(), "one scale and shift for each item");
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let (row, item) = (first + i, (first + i) / rows);
-            normalize(&x[row * width..][..width], y, eps);
+            let y = normalized(&x[row * width..][..width], y, eps);
             modulate(y, &scale[item * width..][..width], &shift[item * width..][..width]);
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 /// `y = x + gate * of`, for each item of a batch. `x, of, y: [B, L, D]`, `gate: [B, D]`; `rows` is `L` and `width` `D`.
-pub fn gated(x: &[f32], gate: &[f32], of: &[f32], y: &mut [f32], [rows, width]: [usize; 2]) {
+pub fn gated<'a>(
+    x: &[f32],
+    gate: &[f32],
+    of: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    [rows, width]: [usize; 2],
+) -> &'a mut [f32] {
+    let y = y.unread();
     assert!(x.len() == y.len() && of.len() == y.len() && gate.len() * rows == y.len(), "one gate for each item");
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
             let (at, item) = (row * width, row / rows);
             add_gated(&x[at..][..width], &gate[item * width..][..width], &of[at..][..width], y);
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 vectorised! {
-    fn add_gated(x: &[f32], gate: &[f32], of: &[f32], y: &mut [f32]) {
+    fn add_gated(x: &[f32], gate: &[f32], of: &[f32], y: &mut [MaybeUninit<f32>]) {
         for (((y, x), gate), of) in y.iter_mut().zip(x).zip(gate).zip(of) {
-            *y = *x + *of * *gate;
+            y.write(*x + *of * *gate);
         }
     }
 }
 
 /// Joins rows: `y: [rows, a + b]` of `a: [rows, widths[0]]` and `b: [rows, widths[1]]`.
-pub fn join([a, b]: [&[f32]; 2], widths: [usize; 2], y: &mut [f32]) {
+pub fn join<'a>([a, b]: [&[f32]; 2], widths: [usize; 2], y: &'a mut (impl Output + ?Sized)) -> &'a mut [f32] {
+    let y = y.unread();
     assert_eq!(a.len() + b.len(), y.len());
     let width = widths[0] + widths[1];
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
-            y[..widths[0]].copy_from_slice(&a[row * widths[0]..][..widths[0]]);
-            y[widths[0]..].copy_from_slice(&b[row * widths[1]..][..widths[1]]);
+            y[..widths[0]].write_copy_of_slice(&a[row * widths[0]..][..widths[0]]);
+            y[widths[0]..].write_copy_of_slice(&b[row * widths[1]..][..widths[1]]);
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight` for each row of `weight.len()`.
-pub fn rms_norm(x: &[f32], y: &mut [f32], weight: &[f32], eps: f32) {
+pub fn rms_norm<'a>(x: &[f32], y: &'a mut (impl Output + ?Sized), weight: &[f32], eps: f32) -> &'a mut [f32] {
+    let y = y.unread();
     assert_eq!(x.len(), y.len());
     let width = weight.len();
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
             rms_row(x, y, weight, eps);
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 /// Group norm of `x, y: [B, C, S]` with `weight, bias: [C]`, then `activation`; statistics over `C / groups` channels of one
 /// item. `spatial` is `S`.
-pub fn group_norm(
+pub fn group_norm<'a>(
     x: &[f32],
-    y: &mut [f32],
+    y: &'a mut (impl Output + ?Sized),
     [groups, spatial]: [usize; 2],
     affine: [&[f32]; 2],
     eps: f32,
     activation: Option<Activation>,
-) {
+) -> &'a mut [f32] {
+    let y = y.unread();
     let [weight, bias] = affine;
     assert_eq!(x.len(), y.len());
     assert!(weight.len() == bias.len() && groups > 0 && weight.len().is_multiple_of(groups), "whole channels in each group");
     let per_group = weight.len() / groups;
     let width = per_group * spatial;
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let group = first + i;
             let x = &x[group * width..][..width];
@@ -148,12 +202,19 @@ pub fn group_norm(
                 for (x, y) in x.chunks(NEAR).zip(y.chunks_mut(NEAR)) {
                     affine_plane(x, y, [mean, scale * weight[channel], bias[channel]]);
                     if let Some(activation) = activation {
-                        activation.apply(y);
+                        #[allow(unsafe_code)] // floats from here on
+                        // SAFETY: each of them has just been written.
+                        activation.apply(unsafe { seen(y) });
                     }
                 }
             }
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
 }
 
 /// Softmax of each row of `width`, in place. A row whose entries are all `-inf` becomes zeros.
@@ -165,20 +226,30 @@ pub fn softmax(x: &mut [f32], width: usize) {
     });
 }
 
+fn normalized<'a>(x: &[f32], y: &'a mut [MaybeUninit<f32>], eps: f32) -> &'a mut [f32] {
+    assert_eq!(x.len(), y.len());
+    normalize(x, y, eps);
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: each has its number.
+    unsafe {
+        seen(y)
+    }
+}
+
 vectorised! {
-    fn normalize(x: &[f32], y: &mut [f32], eps: f32) {
+    fn normalize(x: &[f32], y: &mut [MaybeUninit<f32>], eps: f32) {
         let (mean, scale) = moments(x, eps);
         for (y, x) in y.iter_mut().zip(x) {
-            *y = (*x - mean) * scale;
+            y.write((*x - mean) * scale);
         }
     }
 }
 
 vectorised! {
-    fn rms_row(x: &[f32], y: &mut [f32], weight: &[f32], eps: f32) {
+    fn rms_row(x: &[f32], y: &mut [MaybeUninit<f32>], weight: &[f32], eps: f32) {
         let scale = 1.0 / (lane_sum(x, |v| v * v) / x.len() as f32 + eps).sqrt();
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-            *y = *x * scale * *w;
+            y.write(*x * scale * *w);
         }
     }
 }
@@ -190,10 +261,10 @@ vectorised! {
 }
 
 vectorised! {
-    fn affine_plane(x: &[f32], y: &mut [f32], mean_scale_bias: [f32; 3]) {
+    fn affine_plane(x: &[f32], y: &mut [MaybeUninit<f32>], mean_scale_bias: [f32; 3]) {
         let [mean, scale, bias] = mean_scale_bias;
         for (y, x) in y.iter_mut().zip(x) {
-            *y = (*x - mean) * scale + bias;
+            y.write((*x - mean) * scale + bias);
         }
     }
 }

@@ -6,11 +6,11 @@ use rayon::prelude::*;
 const SMALL: usize = 1 << 15;
 
 /// Calls `f(first row, rows)` on runs of whole rows of `y`, each `width` long, one run for each thread.
-pub(crate) fn over_rows(y: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-    if width == 0 || y.is_empty() {
+pub(crate) fn over_rows<T: Send>(y: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+    if y.is_empty() {
         return;
     }
-    debug_assert!(y.len().is_multiple_of(width), "{} elements are no rows of {width}", y.len());
+    assert!(width > 0 && y.len().is_multiple_of(width), "{} elements are no rows of {width}", y.len());
     let threads = rayon::current_num_threads();
     if threads == 1 || y.len() < SMALL {
         return f(0, y);

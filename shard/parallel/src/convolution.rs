@@ -92,11 +92,7 @@ impl Conv2d {
                 let Placement { stride, before, after, doubled } = at;
                 let geometry = Geometry { input: [h, w], stride, before, after, doubled };
                 let [out_h, out_w] = geometry.output(size);
-                #[allow(unsafe_code)] // memory is passed once
-                let y = read(&x.to_dtype(DType::F32)?, |x| {
-                    // SAFETY: every pixel of every channel is written.
-                    unsafe { write((b, c_out, out_h, out_w), |y| conv.run(x, geometry, None, y)) }
-                })??;
+                let y = read(&x.to_dtype(DType::F32)?, |x| write((b, c_out, out_h, out_w), |y| conv.run(x, geometry, None, y)))??;
                 Ok(y.to_dtype(x.dtype())?)
             }
             Kernel::Whole { weight, bias } => {

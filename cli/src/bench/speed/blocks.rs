@@ -44,9 +44,13 @@ fn rows(
     for &m in tokens {
         let (x, mut y, shape, flops) = (values(m * K), vec![0.0; m * N], linear_shape(m, K, N), 2 * m * K * N);
         let of = Rows::new(&x, m, K);
-        table.row(ours, shape.clone(), flops, Bound::Arithmetic, || linear(of, &packed, Epilogue::default(), &mut y))?;
+        table.row(ours, shape.clone(), flops, Bound::Arithmetic, || {
+            linear(of, &packed, Epilogue::default(), &mut y);
+        })?;
         if let Some(bytes) = &bytes {
-            table.row(INT8, shape.clone(), flops, Bound::Int8, || linear(of, bytes, Epilogue::default(), &mut y))?;
+            table.row(INT8, shape.clone(), flops, Bound::Int8, || {
+                linear(of, bytes, Epilogue::default(), &mut y);
+            })?;
         }
         let (x, mut result) = (Tensor::from_slice(&x, (m, K), &Device::Cpu)?, Ok(()));
         table.row(candles, shape, flops, Bound::Int8, || result = weight.forward(&x).map(drop))?;

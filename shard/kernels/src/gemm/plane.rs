@@ -74,8 +74,9 @@ impl<'a> Plane<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.columns) }
     }
 
+    /// As [`Self::row_mut`], of what may not have been written yet.
     #[inline(always)]
-    fn unread_row(&mut self, row: usize) -> &mut [MaybeUninit<f32>] {
+    pub(crate) fn unread_row(&mut self, row: usize) -> &mut [MaybeUninit<f32>] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
         // SAFETY: the row is inside the rectangle, which is borrowed with `self` alone.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride).cast(), self.columns) }

@@ -4,10 +4,9 @@
 //! A block of queries needs no more than its own rows of scores, so a picture of any size needs [`MOST_SCORES`] of them at once, not
 //! the square of its tokens.
 
-use std::mem::MaybeUninit;
-
 use candle_core::Tensor;
 use kernels::attention::{Attention, Bias, Heads};
+use kernels::memory::in_parts;
 
 use super::host::{ours, read, write};
 use super::products::Products;
@@ -97,28 +96,22 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
     let of = Attention { heads: n, queries, keys, width, scale, side_by_side: by_token };
     let shape = if by_token { vec![b, queries, n * width] } else { vec![b, n, queries, width] };
     let run = |bias: Option<(&[f32], &[usize], usize)>| {
-        let item = |item: usize, q: &[f32], k: &[f32], v: &[f32], y: &mut [MaybeUninit<f32>]| {
-            let (of_q, of_k) = (item * n * queries * width, item * n * keys * width);
-            let q = order.heads(&q[of_q..], [n, queries, width]);
-            let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
-            let bias = bias.map(|(data, starts, query_stride)| Bias { data, starts: &starts[item * n..][..n], query_stride });
-            match Products::here().order() {
-                None => of.run(q, k, v, bias, y),
-                Some(added) => of.run_in_bf16(added, q, k, v, bias, y),
-            }
+        let items = |q: &[f32], k: &[f32], v: &[f32]| {
+            write(shape.clone(), |y| {
+                in_parts(y, n * queries * width, |item, y| {
+                    let (of_q, of_k) = (item * n * queries * width, item * n * keys * width);
+                    let q = order.heads(&q[of_q..], [n, queries, width]);
+                    let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
+                    let bias =
+                        bias.map(|(data, starts, query_stride)| Bias { data, starts: &starts[item * n..][..n], query_stride });
+                    match Products::here().order() {
+                        None => of.run(q, k, v, bias, y),
+                        Some(added) => of.run_in_bf16(added, q, k, v, bias, y),
+                    }
+                })
+            })
         };
-        let all = |q: &[f32], k: &[f32], v: &[f32]| {
-            let size = n * queries * width;
-            let items = |y: &mut [MaybeUninit<f32>]| {
-                y.chunks_exact_mut(size.max(1)).enumerate().for_each(|(at, y)| item(at, q, k, v, y));
-            };
-            #[allow(unsafe_code)] // memory is passed once
-            // SAFETY: every query of every head of every item gets its output.
-            unsafe {
-                write(shape.clone(), items)
-            }
-        };
-        read(q, |q| read(k, |k| read(v, |v| all(q, k, v))?)?)?
+        read(q, |q| read(k, |k| read(v, |v| items(q, k, v))?)?)?
     };
     match bias {
         None => run(None),

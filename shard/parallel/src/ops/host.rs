@@ -37,29 +37,19 @@ pub(crate) fn read_as<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> R) ->
     Ok(f(&storage.as_slice::<T>()?[start..end]))
 }
 
-/// A fresh tensor of `shape` that `f` fills.
-pub(crate) fn fill(shape: impl Into<candle_core::Shape>, f: impl FnOnce(&mut [f32])) -> Result<Tensor> {
+/// A fresh tensor of `shape` that `f` writes.
+pub(crate) fn write(
+    shape: impl Into<candle_core::Shape>,
+    f: impl FnOnce(&mut [MaybeUninit<f32>]) -> &mut [f32],
+) -> Result<Tensor> {
     let shape = shape.into();
-    let mut data = kernels::memory::zeros(shape.elem_count());
-    f(&mut data);
+    let data = kernels::memory::written(shape.elem_count(), f);
     Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
 }
 
-/// As [`fill`], where `f` is sure to write all of it.
-///
-/// # Safety
-/// It does.
-#[allow(unsafe_code)] // memory that nobody has written yet
-pub(crate) unsafe fn write(shape: impl Into<candle_core::Shape>, f: impl FnOnce(&mut [MaybeUninit<f32>])) -> Result<Tensor> {
-    let shape = shape.into();
-    // SAFETY: as promised by the caller.
-    let data = unsafe { kernels::memory::written(shape.elem_count(), f) };
-    Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
-}
-
-/// A fresh tensor of `x`'s shape that `f` fills from `x`.
-pub(crate) fn produce(x: &Tensor, f: impl FnOnce(&[f32], &mut [f32])) -> Result<Tensor> {
-    read(x, |data| fill(x.shape(), |y| f(data, y)))?
+/// A fresh tensor of `x`'s shape that `f` writes from `x`.
+pub(crate) fn produce(x: &Tensor, f: impl for<'y> FnOnce(&[f32], &'y mut [MaybeUninit<f32>]) -> &'y mut [f32]) -> Result<Tensor> {
+    read(x, |data| write(x.shape(), |y| f(data, y)))?
 }
 
 /// A fresh tensor of `x`'s shape, its data `x`'s after `f`.

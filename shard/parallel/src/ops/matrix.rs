@@ -134,10 +134,8 @@ impl Matrix {
                 }
                 let bias = bias.map(super::vector).transpose()?;
                 let epilogue = Epilogue { bias: bias.as_deref(), activation: activation.map(Activation::kernel) };
-                #[allow(unsafe_code)] // memory is passed once
                 return read(&x.to_dtype(DType::F32)?, |x| {
-                    // SAFETY: a product is written to every place of it.
-                    unsafe { write(shape, |y| linear_tree(Rows::new(x, rows, d_in), &self.chunks, weight, epilogue, y)) }
+                    write(shape, |y| linear_tree(Rows::new(x, rows, d_in), &self.chunks, weight, epilogue, y))
                 })?;
             }
             Weight::Whole(weights) => weights,

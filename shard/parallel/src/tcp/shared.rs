@@ -19,6 +19,8 @@ use super::frame::Offer;
 pub(super) const LEAST_BYTES: usize = 64 << 10;
 /// A ring holds so many of the largest tensor seen so far, at least.
 const TENSORS: usize = 2;
+/// Smallest ring: some pieces of a large sum (`mesh.rs`).
+const LEAST_RING: usize = 8 << 20;
 /// Largest ring; larger tensors go over the connection.
 const MOST_BYTES: usize = 512 << 20;
 /// Before the ring: the token, and how much of all that was ever written was read.
@@ -101,7 +103,7 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// A ring for tensors of `len` bytes; `None` where there can be none.
     pub(super) fn new(len: usize) -> Option<Self> {
-        let bytes = len.checked_mul(TENSORS)?.checked_next_power_of_two().filter(|bytes| *bytes <= MOST_BYTES)?;
+        let bytes = len.checked_mul(TENSORS)?.max(LEAST_RING).checked_next_power_of_two().filter(|bytes| *bytes <= MOST_BYTES)?;
         Self::of(bytes).inspect_err(|error| tracing::debug!(%error, "no memory to share")).ok()
     }
 
@@ -149,12 +151,13 @@ impl Outgoing {
     /// Copies `data` in and says where; `None` when the peer does not have the ring or has not read enough of it.
     pub(super) fn write(&mut self, data: &[u8]) -> Option<u64> {
         let size = self.ring.bytes as u64;
-        let mut at = self.written.next_multiple_of(ALIGNMENT);
-        if at % size + data.len() as u64 > size {
-            at = at.next_multiple_of(size); // does not fit before the end: from the beginning
+        let (mut at, read) = (self.written.next_multiple_of(ALIGNMENT), self.ring.read().load(Ordering::Acquire));
+        // From the beginning if it does not fit before the end, or all was read: the same memory each time is in the caches.
+        if at % size + data.len() as u64 > size || read >= self.written {
+            at = at.next_multiple_of(size);
         }
-        let end = at + data.len() as u64;
-        if !self.taken || end.saturating_sub(self.ring.read().load(Ordering::Acquire)) > size {
+        let (end, unread) = (at + data.len() as u64, if read >= self.written { at } else { read });
+        if !self.taken || end - unread > size {
             return None;
         }
         let place = self.ring.place(at, data.len())?;
@@ -241,6 +244,10 @@ mod tests {
         incoming.read(places[0], data.len(), |_| ()).unwrap();
         assert!(outgoing.write(&data).is_some());
         assert!(outgoing.write(&data).is_none());
+        // Once all is read, from the beginning.
+        let at = places[2] + data.len() as u64;
+        incoming.read(at.next_multiple_of(1 << 17), data.len(), |_| ()).unwrap();
+        assert_eq!(outgoing.write(&data), Some(2 << 17));
     }
 
     #[test]
@@ -266,7 +273,7 @@ mod tests {
     #[test]
     fn a_ring_grows_with_what_goes_through_it() {
         let outgoing = Outgoing::new(LEAST_BYTES).unwrap();
-        assert!(!outgoing.is_small_for(LEAST_BYTES) && outgoing.is_small_for(LEAST_BYTES + 1));
+        assert!(!outgoing.is_small_for(LEAST_RING / TENSORS) && outgoing.is_small_for(LEAST_RING / TENSORS + 1));
         assert!(!outgoing.is_small_for(MOST_BYTES), "nothing holds that");
         assert!(Outgoing::new(MOST_BYTES).is_none());
     }
