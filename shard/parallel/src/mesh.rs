@@ -15,7 +15,7 @@ const PIECE: usize = 1 << 17;
 /// Of a sum that goes in pieces, at least.
 const LARGE: usize = 8 * PIECE;
 /// Pieces that are on their way at once.
-const AHEAD: usize = 2;
+const AHEAD: usize = 4;
 
 /// Ordered, reliable delivery between any two ranks. A send never waits for the receiver.
 pub trait Link: Send + Sync {
