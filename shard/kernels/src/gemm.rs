@@ -219,7 +219,8 @@ impl Job<'_> {
             // The sums that grow, and one for each level of the tree that waits for its neighbour.
             let depths = 1 + chunks.len().trailing_zeros() as usize;
             let level = tall * n.next_multiple_of(kernel.nr);
-            scratch::with([self.weight.buffer(K_STEP), Sums::PASSING + depths * level], |[b, memory]| {
+            let [panel, aside] = self.weight.buffer(K_STEP);
+            scratch::with([panel, aside, Sums::PASSING + depths * level], |[b, aside, memory]| {
                 let mut sums = Sums::new(memory, m, level, kernel);
                 for step in self.steps(chunks) {
                     let at = |depth| tall * kernel.input_len(depth);
@@ -227,7 +228,7 @@ impl Job<'_> {
                     if !packed {
                         pack_rows(a, self.x, self.rows.clone(), step.pieces, step.k_of_chunk.clone(), kernel);
                     }
-                    self.step(&step, a, b, &mut sums);
+                    self.step(&step, a, [b, aside], &mut sums);
                 }
                 sums.write(&mut y);
                 if !epilogue.is_nothing() {
@@ -260,13 +261,13 @@ impl Job<'_> {
     }
 
     /// Adds the products of one step to the sums at its depth, and merges those with the ones below that they complete.
-    fn step(&self, step: &Step<'_>, a: &[f32], b: &mut [f32], sums: &mut Sums<'_>) {
+    fn step(&self, step: &Step<'_>, a: &[f32], [b, aside]: [&mut [f32]; 2], sums: &mut Sums<'_>) {
         let kernel = self.weight.kernel();
         let (m, n, k) = (self.rows.len(), self.columns.len(), step.k.len());
         for column in (0..n).step_by(kernel.nr) {
             let columns = column..n.min(column + kernel.nr);
             let at = (self.columns.start + column) / kernel.nr;
-            let panel = self.weight.panel(at, step.k.clone(), b);
+            let panel = self.weight.panel(at, step.k.clone(), [b, aside]);
             let mut ahead = self.weight.ahead(at + 1, step.k.clone()).chunks(kernel.share_of_panel(k, m));
             for row in (0..m).step_by(kernel.mr) {
                 let rows = row..m.min(row + kernel.mr);

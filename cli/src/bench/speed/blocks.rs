@@ -5,15 +5,16 @@ use std::io;
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{Device, Module, Tensor};
 use parallel::ops::kernels::blocks::BlockType;
-use parallel::ops::kernels::gemm::{BlockRows, Epilogue, PackedWeight, Rows, linear};
+use parallel::ops::kernels::cpu;
+use parallel::ops::kernels::gemm::{BlockRows, Epilogue, Order, PackedWeight, Rows, linear};
 
 use super::{Bound, Table, linear_shape, values};
 
-/// A format: of ours, of candle's, and the names of their rows.
-const FORMATS: [(BlockType, GgmlDType, [&str; 2]); 3] = [
-    (BlockType::Q8_0, GgmlDType::Q8_0, ["linear q8_0", "candle's linear q8_0"]),
-    (BlockType::Q4K, GgmlDType::Q4K, ["linear q4_k", "candle's linear q4_k"]),
-    (BlockType::Q6K, GgmlDType::Q6K, ["linear q6_k", "candle's linear q6_k"]),
+/// A format: of ours, of candle's, and the names of their rows: ours in f32 and by AMX, and candle's.
+const FORMATS: [(BlockType, GgmlDType, [&str; 3]); 3] = [
+    (BlockType::Q8_0, GgmlDType::Q8_0, ["linear q8_0", "linear q8_0 amx", "candle's linear q8_0"]),
+    (BlockType::Q4K, GgmlDType::Q4K, ["linear q4_k", "linear q4_k amx", "candle's linear q4_k"]),
+    (BlockType::Q6K, GgmlDType::Q6K, ["linear q6_k", "linear q6_k amx", "candle's linear q6_k"]),
 ];
 /// Ours of bytes with inputs in bytes, as candle's are.
 const INT8: &str = "linear q8_0 int8";
@@ -22,10 +23,10 @@ const N: usize = 12288;
 
 /// Products in f32 with what blocks hold, in 8 bits where we have them, and in candle's way.
 pub(super) fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
-    for (kind, theirs, [ours, candles]) in FORMATS {
-        let wanted = |m: &usize| [ours, candles, INT8].iter().any(|op| table.wants(op, &linear_shape(*m, K, N)));
+    for format @ (.., names) in FORMATS {
+        let wanted = |m: &usize| names.into_iter().chain([INT8]).any(|op| table.wants(op, &linear_shape(*m, K, N)));
         if tokens.iter().any(wanted) {
-            rows(table, tokens, (kind, theirs, [ours, candles])).map_err(io::Error::other)?;
+            rows(table, tokens, format).map_err(io::Error::other)?;
         }
     }
     Ok(())
@@ -35,11 +36,12 @@ pub(super) fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
 fn rows(
     table: &Table,
     tokens: &[usize],
-    (kind, theirs, [ours, candles]): (BlockType, GgmlDType, [&'static str; 2]),
+    (kind, theirs, [ours, by_amx, candles]): (BlockType, GgmlDType, [&'static str; 3]),
 ) -> candle_core::Result<()> {
     let weight = QTensor::quantize(&Tensor::from_vec(values(N * K), (N, K), &Device::Cpu)?, theirs)?;
     let rows = BlockRows::of(kind, &weight.data()?, K, &[0..N], &[0..K]);
     let bytes = PackedWeight::bytes_of_blocks(&rows, &[[(0, K)]]);
+    let tiles = cpu::has_amx().then(|| PackedWeight::pairs_of_blocks(Order::Tiles, rows.clone(), &[[(0, K)]]));
     let (packed, weight) = (PackedWeight::from(rows), QMatMul::from_qtensor(weight)?);
     for &m in tokens {
         let (x, mut y, shape, flops) = (values(m * K), vec![0.0; m * N], linear_shape(m, K, N), 2 * m * K * N);
@@ -47,6 +49,11 @@ fn rows(
         table.row(ours, shape.clone(), flops, Bound::Arithmetic, || {
             linear(of, &packed, Epilogue::default(), &mut y);
         })?;
+        if let Some(tiles) = &tiles {
+            table.row(by_amx, shape.clone(), flops, Bound::Bf16(Order::Tiles), || {
+                linear(of, tiles, Epilogue::default(), &mut y);
+            })?;
+        }
         if let Some(bytes) = &bytes {
             table.row(INT8, shape.clone(), flops, Bound::Int8, || {
                 linear(of, bytes, Epilogue::default(), &mut y);

@@ -4,8 +4,9 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::blocks::{BlockType, MAX_BLOCK};
-use crate::cpu::vectorised;
-use crate::gemm::K_STEP;
+use crate::gemm::narrow::narrow;
+use crate::gemm::turn::turn;
+use crate::gemm::{K_STEP, Rows, bf16};
 
 /// Most values that a step of K can touch: its own (as pairs, twice as many), and what is beside them in the blocks at its ends.
 const MOST: usize = 2 * K_STEP + 2 * MAX_BLOCK;
@@ -98,28 +99,47 @@ impl BlockRows {
         self.data.len()
     }
 
-    /// Some K of some rows side by side, as `[k][width]`. Columns of `to` that have no row are zero.
-    pub(crate) fn widen(&self, rows: Range<usize>, k: Range<usize>, width: usize, to: &mut [f32]) {
-        if rows.len() < width {
-            to.fill(0.0);
-        }
-        let (values, bytes) = (self.kind.values(), self.kind.bytes());
-        let mut wide = [0f32; MOST];
-        for (column, row) in rows.enumerate() {
-            let row = self.blocks_of(row);
-            for run in &self.runs {
-                let part = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
-                if part.is_empty() {
-                    continue;
-                }
-                let at = run.at + part.start - run.k.start;
-                let (first, end) = (at / values, (at + part.len()).div_ceil(values));
+    /// Some K of a row: at most what [`MOST`] allows for.
+    pub(crate) fn line(&self, row: usize, k: Range<usize>, to: &mut [f32]) {
+        let (values, bytes, row) = (self.kind.values(), self.kind.bytes(), self.blocks_of(row));
+        for run in &self.runs {
+            let part = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
+            if part.is_empty() {
+                continue;
+            }
+            let at = run.at + part.start - run.k.start;
+            let (first, end) = (at / values, (at + part.len()).div_ceil(values));
+            let (blocks, to) = (&row[first * bytes..end * bytes], &mut to[part.start - k.start..][..part.len()]);
+            if at == first * values && at + part.len() == end * values {
+                self.kind.widen(blocks, to);
+            } else {
+                let mut wide = [0f32; MOST];
                 let wide = &mut wide[..(end - first) * values];
-                self.kind.widen(&row[first * bytes..end * bytes], wide);
-                let from = &wide[at - first * values..][..part.len()];
-                spread(from, &mut to[(part.start - k.start) * width + column..], width);
+                self.kind.widen(blocks, wide);
+                to.copy_from_slice(&wide[at - first * values..][..part.len()]);
             }
         }
+    }
+
+    /// Some K of some rows side by side, as `[k][width]`; what stands in the places of absent rows is zero, or left as it is. `aside` has
+    /// place for `width` rows of them.
+    pub(crate) fn widen(&self, rows: Range<usize>, k: Range<usize>, width: usize, to: &mut [f32], aside: &mut [f32]) {
+        for (row, line) in rows.clone().zip(aside.chunks_exact_mut(k.len().max(1))) {
+            self.line(row, k.clone(), line);
+        }
+        turn(to, Rows::new(aside, rows.len(), k.len()), 0..rows.len(), (0, k.len()), width);
+    }
+
+    /// As [`Self::widen`], of the nearest pairs of bf16: `k` is one chunk's, and `to` is filled up with zeros.
+    pub(crate) fn pair(&self, rows: Range<usize>, k: Range<usize>, width: usize, to: &mut [f32], aside: &mut [f32]) {
+        let (mut wide, len) = ([0f32; 2 * K_STEP], to.len() / width.max(1));
+        for (row, line) in rows.clone().zip(aside.chunks_exact_mut(len.max(1))) {
+            let (wide, pairs) = (&mut wide[..k.len()], bytemuck::cast_slice_mut(line));
+            self.line(row, k.clone(), wide);
+            narrow(wide, &mut pairs[..k.len()]);
+            pairs[k.len()..].fill(bf16::ZERO);
+        }
+        turn(to, Rows::new(aside, rows.len(), len), 0..rows.len(), (0, len), width);
     }
 }
 
@@ -139,14 +159,6 @@ fn joined(columns: &[Range<usize>]) -> Vec<Range<usize>> {
         }
     }
     joined
-}
-
-vectorised! {
-    fn spread(from: &[f32], to: &mut [f32], width: usize) {
-        for (to, from) in to.iter_mut().step_by(width).zip(from) {
-            *to = *from;
-        }
-    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::bytes::whole_blocks;
 use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
-use crate::gemm::narrow::{narrow, narrow_lines, narrow_rows, widen};
+use crate::gemm::narrow::{narrow, narrow_lines, widen};
 use crate::gemm::turn::turn;
 use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows, TILES_STEP};
 use crate::scratch::Buffer;
@@ -186,16 +186,22 @@ impl PackedWeight {
         self.kernel
     }
 
-    /// Floats that [`Self::panel`] needs for `k` at most.
-    pub(crate) fn buffer(&self, k: usize) -> usize {
-        let panels = if matches!(self.panels, Panels::PairsOfBlocks(..)) { 3 } else { 1 };
-        panels * k * self.kernel.nr
+    /// Floats that [`Self::panel`] needs for `k` at most, and others for it to work in.
+    pub(crate) fn buffer(&self, k: usize) -> [usize; 2] {
+        let panel = self.kernel.panel_len(k);
+        match self.panels {
+            Panels::F32(_) | Panels::Pairs(_) | Panels::Bytes(_) => [0, 0],
+            Panels::Bf16(_) | Panels::F16(_) => [panel, 0],
+            Panels::Blocks(_) | Panels::PairsOfBlocks(..) => [panel, panel],
+        }
     }
 
     /// Some of the K of one chunk of one panel, as `[k][nr]`; widened into `buffer` if it has to be.
-    pub(crate) fn panel<'a>(&'a self, panel: usize, k: Range<usize>, buffer: &'a mut [f32]) -> &'a [f32] {
+    pub(crate) fn panel<'a>(&'a self, panel: usize, k: Range<usize>, [buffer, aside]: [&'a mut [f32]; 2]) -> &'a [f32] {
         let nr = self.kernel.nr;
         let range = (panel * self.depth + k.start) * nr..(panel * self.depth + k.end) * nr;
+        let rows = panel * nr..self.n.min((panel + 1) * nr);
+        let len = range.len();
         match &self.panels {
             Panels::F32(panels) | Panels::Pairs(panels) => &panels.as_slice()[range],
             Panels::Bytes(panels) => {
@@ -203,33 +209,27 @@ impl PackedWeight {
                 &panels.as_slice()[at(k.start)..at(k.end)]
             }
             Panels::Bf16(panels) => {
-                let buffer = &mut buffer[..range.len()];
-                widen(&panels[range], buffer);
-                buffer
+                let to = &mut buffer[..len];
+                widen(&panels[range], to);
+                to
             }
             Panels::F16(panels) => {
-                let buffer = &mut buffer[..range.len()];
-                panels[range].convert_to_f32_slice(buffer);
-                buffer
+                let to = &mut buffer[..len];
+                panels[range].convert_to_f32_slice(to);
+                to
             }
-            Panels::Blocks(rows) => {
-                let buffer = &mut buffer[..range.len()];
-                rows.widen(panel * nr..self.n.min((panel + 1) * nr), k, nr, buffer);
-                buffer
+            Panels::Blocks(blocks) => {
+                let to = &mut buffer[..len];
+                blocks.widen(rows, k, nr, to, aside);
+                to
             }
-            Panels::PairsOfBlocks(rows, edges) => {
+            Panels::PairsOfBlocks(blocks, edges) => {
                 let chunk = edges.partition_point(|[pairs, _]| *pairs <= k.start).saturating_sub(1);
                 let ([before, first], end) = (edges[chunk], edges.get(chunk + 1).map_or(self.k, |[_, end]| *end));
                 let columns = first + 2 * (k.start - before)..end.min(first + 2 * (k.end - before));
-                let (pairs, wide) = buffer.split_at_mut(range.len());
-                let wide = &mut wide[..columns.len() * nr];
-                rows.widen(panel * nr..self.n.min((panel + 1) * nr), columns, nr, wide);
-                pairs[wide.len().div_ceil(2 * nr) * nr..].fill(0.0);
-                for (pairs, wide) in pairs.chunks_exact_mut(nr).zip(wide.chunks(2 * nr)) {
-                    let (lower, upper) = wide.split_at(nr);
-                    narrow_rows(lower, (!upper.is_empty()).then_some(upper), pairs);
-                }
-                pairs
+                let to = &mut buffer[..len];
+                blocks.pair(rows, columns, nr, to, aside);
+                to
             }
         }
     }

@@ -283,8 +283,7 @@ unsafe fn lines(l: Lines) {
 /// # Safety
 /// The CPU has AMX, and the system lets this process use it.
 unsafe fn spin(rounds: usize) -> f32 {
-    // Numbers of both signs between one and two: with some that are all alike the CPU does nearly twice as many, which no model profits
-    // from.
+    // Numbers of both signs between one and two, which differ.
     let number = |i: usize| f32::from_bits(0x3f80_3f80 ^ ((i as u32).wrapping_mul(0x9e37_79b1) & 0x807f_807f));
     let mut memory = Aside(std::array::from_fn(number));
     // SAFETY: as promised by the caller; `memory` has a whole tile, before and after.
