@@ -201,17 +201,15 @@ impl Conv2d {
                     }
                 }
             }
-            sums.write(&mut y);
+            sums.write(&mut y, |channel, row| {
+                if let Some(bias) = &self.bias {
+                    row.iter_mut().for_each(|y| *y += bias[channel]);
+                }
+                if let Some(activation) = activation {
+                    activation.apply(row);
+                }
+            });
         });
-        for channel in 0..m {
-            let row = y.row_mut(channel);
-            if let Some(bias) = &self.bias {
-                row.iter_mut().for_each(|y| *y += bias[channel]);
-            }
-            if let Some(activation) = activation {
-                activation.apply(row);
-            }
-        }
     }
 }
 

@@ -95,10 +95,6 @@ pub struct Epilogue<'a> {
 }
 
 impl Epilogue<'_> {
-    fn is_nothing(&self) -> bool {
-        self.bias.is_none() && self.activation.is_none()
-    }
-
     fn apply(&self, y: &mut [f32], columns: Range<usize>) {
         if let Some(bias) = self.bias {
             rows::shift(y, &bias[columns]);
@@ -230,10 +226,7 @@ impl Job<'_> {
                     }
                     self.step(&step, a, [b, aside], &mut sums);
                 }
-                sums.write(&mut y);
-                if !epilogue.is_nothing() {
-                    (0..m).for_each(|row| epilogue.apply(y.row_mut(row), self.columns.clone()));
-                }
+                sums.write(&mut y, |_, row| epilogue.apply(row, self.columns.clone()));
             });
         });
     }

@@ -1,8 +1,9 @@
 //! Results that grow, tile by tile.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::cpu::{self, Level};
+use crate::cpu::{self, Level, vectorised};
 use crate::gemm::Plane;
 use crate::gemm::micro::{MAX_TILE, MicroKernel};
 
@@ -58,17 +59,12 @@ impl<'a> Sums<'a> {
         tile(below).add(&tile(own));
     }
 
-    /// Puts the sums that are complete where they belong.
-    pub(crate) fn write(&mut self, y: &mut Plane<'_>) {
-        let columns = y.columns();
-        for first in (0..self.rows).step_by(self.kernel.mr) {
-            let rows = first..self.rows.min(first + self.kernel.mr);
-            for first in (0..columns).step_by(self.kernel.nr) {
-                let columns = first..columns.min(first + self.kernel.nr);
-                let tile = self.tile(Place::Depth(0), rows.clone(), columns.clone());
-                let mut to = y.part(rows.clone(), columns);
-                to.copy(&tile);
-            }
+    /// Puts the sums that are complete where they belong, and hands each row to `done` while it is near.
+    pub(crate) fn write(&self, y: &mut Plane<'_>, mut done: impl FnMut(usize, &mut [f32])) {
+        let (nr, panel) = (self.kernel.nr, self.kernel.nr * self.rows.next_multiple_of(self.kernel.mr));
+        for row in 0..self.rows {
+            join(&self.memory[Self::PASSING + row * nr..], [nr, panel], y.unread_row(row));
+            done(row, y.row_mut(row));
         }
     }
 
@@ -84,4 +80,18 @@ impl<'a> Sums<'a> {
 /// A tile that begins where `memory` does.
 fn aside(memory: &mut [f32], rows: usize, columns: usize, nr: usize) -> Plane<'_> {
     Plane::of(&mut memory[..rows * nr], nr).narrow(columns)
+}
+
+vectorised! {
+    /// Pieces of `len`, `apart` from each other, one after the other.
+    fn join(from: &[f32], len_apart: [usize; 2], to: &mut [MaybeUninit<f32>]) {
+        let [len, apart] = len_apart;
+        for (at, to) in to.chunks_mut(len).enumerate() {
+            // In parts whose length is known, without a call.
+            let from = &from[at * apart..][..to.len()];
+            let ((to, to_rest), (from, from_rest)) = (to.as_chunks_mut::<16>(), from.as_chunks::<16>());
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.map(MaybeUninit::new));
+            to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = MaybeUninit::new(*from));
+        }
+    }
 }
