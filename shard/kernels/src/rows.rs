@@ -200,7 +200,12 @@ pub fn group_norm<'a>(
                 let channel = group % groups * per_group + c;
                 // Bit by bit, so that it is in the first-level cache still when it is activated.
                 for (x, y) in x.chunks(NEAR).zip(y.chunks_mut(NEAR)) {
-                    affine_plane(x, y, [mean, scale * weight[channel], bias[channel]]);
+                    let of_channel = [mean, scale * weight[channel], bias[channel]];
+                    if activation == Some(Activation::Silu) {
+                        affine_silu(x, y, of_channel);
+                        continue;
+                    }
+                    affine_plane(x, y, of_channel);
                     if let Some(activation) = activation {
                         #[allow(unsafe_code)] // floats from here on
                         // SAFETY: each of them has just been written.
@@ -265,6 +270,17 @@ vectorised! {
         let [mean, scale, bias] = mean_scale_bias;
         for (y, x) in y.iter_mut().zip(x) {
             y.write((*x - mean) * scale + bias);
+        }
+    }
+}
+
+vectorised! {
+    /// As [`affine_plane`], then SiLU.
+    fn affine_silu(x: &[f32], y: &mut [MaybeUninit<f32>], mean_scale_bias: [f32; 3]) {
+        let [mean, scale, bias] = mean_scale_bias;
+        for (y, x) in y.iter_mut().zip(x) {
+            let v = (*x - mean) * scale + bias;
+            y.write(v * math::sigmoid(v));
         }
     }
 }

@@ -76,11 +76,12 @@ pub(super) fn convolve(conv: &Conv2d, x: &[f32], geometry: Geometry, activation:
         let (pictures, beyond) = lines.split_at_mut(batch * lined.len());
         beyond.fill(0.0);
         threads::over_rows(pictures, lined.row(), |first, rows| {
-            for (at, row) in (first..).zip(rows.chunks_exact_mut(lined.row())) {
-                let (item, group, line) =
-                    (at / (lined.groups * lined.height), at / lined.height % lined.groups, at % lined.height);
-                fill(row, &x[item * picture..][..picture], geometry, [group, line]);
-            }
+            scratch::with([TILE_PAIRS * RUN; 2], |mut memory| {
+                for (at, row) in (first..).zip(rows.chunks_exact_mut(lined.row())) {
+                    let (item, group) = (at / (lined.groups * lined.height), at / lined.height % lined.groups);
+                    fill(row, &x[item * picture..][..picture], geometry, [group, at % lined.height], &mut memory);
+                }
+            });
         });
         let steps = Steps::of(&lined, size);
         let (across, small) = (out_width.div_ceil(kernel.mr), y.len() * c_in * size * size < SMALL);
@@ -154,7 +155,7 @@ impl Job<'_> {
 }
 
 /// One row of a picture in lines: 32 channels of each of its pixels, those that are not there as zeros.
-fn fill(row: &mut [f32], x: &[f32], geometry: Geometry, [group, line]: [usize; 2]) {
+fn fill(row: &mut [f32], x: &[f32], geometry: Geometry, [group, line]: [usize; 2], [pairs, turned]: &mut [&mut [f32]; 2]) {
     let Geometry { input: [height, width], before, doubled, .. } = geometry;
     let [shown_height, shown_width] = geometry.shown();
     let (zeros, rest) = row.split_at_mut(before * TILE_PAIRS);
@@ -166,11 +167,11 @@ fn fill(row: &mut [f32], x: &[f32], geometry: Geometry, [group, line]: [usize; 2
     };
     let line = line >> u32::from(doubled);
     let channels = x.chunks_exact((height * width).max(1)).skip(group * CHANNELS).take(CHANNELS);
-    let (mut lines, mut count) = ([&x[..0]; CHANNELS], 0);
+    let (mut lines, mut count) = ([&x[..0]; CHANNELS], 0usize);
     for (to, channel) in lines.iter_mut().zip(channels) {
         (*to, count) = (&channel[line * width..][..width], count + 1);
     }
-    let mut pairs = [0f32; TILE_PAIRS * RUN];
+    pairs[count.div_ceil(2) * RUN..TILE_PAIRS * RUN].fill(0.0);
     let scale = if doubled { 2 } else { 1 };
     for first in (0..width).step_by(RUN) {
         let run = first..width.min(first + RUN);
@@ -178,10 +179,9 @@ fn fill(row: &mut [f32], x: &[f32], geometry: Geometry, [group, line]: [usize; 2
             narrow_rows(&two[0][run.clone()], two.get(1).map(|second| &second[run.clone()]), &mut pairs[..run.len()]);
         }
         let to = &mut inside[scale * first * TILE_PAIRS..scale * run.end * TILE_PAIRS];
-        let rows = Rows::new(&pairs, TILE_PAIRS, RUN);
+        let rows = Rows::new(pairs, TILE_PAIRS, RUN);
         if doubled {
-            let mut turned = [0f32; TILE_PAIRS * RUN];
-            turn(&mut turned, rows, 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
+            turn(turned, rows, 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
             for (to, line) in to.as_chunks_mut::<{ 2 * TILE_PAIRS }>().0.iter_mut().zip(turned.as_chunks::<TILE_PAIRS>().0) {
                 to.as_chunks_mut::<TILE_PAIRS>().0.fill(*line);
             }

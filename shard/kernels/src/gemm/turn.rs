@@ -25,6 +25,9 @@ pub(crate) fn turn(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (_, 
         // SAFETY: the CPU has AVX2; each row has `whole` floats, and `to` as many columns.
         unsafe { avx2::turn(&mut to[first..whole * width], from, whole, width, SIDE.min(width - first)) };
     }
+    if whole == len {
+        return;
+    }
     for (at, row) in rows.enumerate() {
         for (to, x) in to[whole * width..].chunks_exact_mut(width).zip(&x.part(row, piece)[whole..]) {
             to[at] = *x;
