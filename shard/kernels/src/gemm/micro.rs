@@ -29,6 +29,8 @@ mod plain_int8;
 mod plain_tiles;
 #[cfg(target_arch = "x86_64")]
 mod vector;
+#[cfg(target_arch = "x86_64")]
+mod vector_int8;
 
 /// Largest tile of any kernel, for results at the edge.
 pub(crate) const MAX_TILE: usize = 1024;

@@ -7,7 +7,7 @@ use std::arch::x86_64::{__m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps
 use super::vector::vector_kernel;
 use super::{MicroKernel, Takes, Tile};
 
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 const CHAINS: usize = 16;
 const SMALL: f32 = 0.001;
 const ONE: f32 = 1.0;
