@@ -3,7 +3,7 @@
 //!
 //! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
 //! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window. In tiles of
-//! bf16 32 channels go together ([`lines`]).
+//! bf16 32 channels go together (`conv/lines.rs`).
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
