@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use identity::{Identity, Incoming, Port};
+use parallel::device::Place;
 use proto::v1::Registration;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -44,6 +45,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         tracing::debug!(%error, "the threads to compute with are set already");
     }
     config.products.use_here();
+    if config.place == Place::Cpu && config.products.is_imitated() {
+        tracing::warn!(products = %config.products, "this CPU has no such instructions: the same bits, no faster than f32");
+    }
     let device = config.place.open().map_err(|error| Error::Config { flag: "device", reason: error.to_string() })?;
     Worker::bind(config, Arc::new(RegistryBackend { device })).await?.run_until(shutdown, signals::stop()).await
 }

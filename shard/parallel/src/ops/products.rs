@@ -54,6 +54,15 @@ impl Products {
         }
     }
 
+    /// Whether a CPU's kernels give these bits by other instructions than theirs, and so no faster than [`Self::F32`].
+    pub fn is_imitated(self) -> bool {
+        match self {
+            Self::F32 | Self::Int8 => false,
+            Self::Bf16 => !cpu::has_bf16(),
+            Self::Amx => !cpu::has_amx(),
+        }
+    }
+
     /// Whether bf16 is multiplied as it is.
     pub fn narrow(self) -> bool {
         self != Self::F32
