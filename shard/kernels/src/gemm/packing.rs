@@ -60,20 +60,28 @@ impl Element for f32 {
 
 impl Element for bf16 {
     fn pack(weight: Rows<'_, Self>, pieces: &[Piece], kernel: &'static MicroKernel) -> PackedWeight {
-        let (n, k) = (weight.count(), columns(pieces));
-        let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
-        pack_panels(&mut panels, weight, pieces, kernel.nr);
-        PackedWeight { n, k, depth: k, panels: Panels::Bf16(panels), kernel }
+        pack_narrow(weight, pieces, kernel, Self::ZERO, Panels::Bf16)
     }
 }
 
 impl Element for f16 {
     fn pack(weight: Rows<'_, Self>, pieces: &[Piece], kernel: &'static MicroKernel) -> PackedWeight {
-        let (n, k) = (weight.count(), columns(pieces));
-        let mut panels = vec![Self::ZERO; n.next_multiple_of(kernel.nr) * k];
-        pack_panels(&mut panels, weight, pieces, kernel.nr);
-        PackedWeight { n, k, depth: k, panels: Panels::F16(panels), kernel }
+        pack_narrow(weight, pieces, kernel, Self::ZERO, Panels::F16)
     }
+}
+
+/// Packs what stays in 16 bits.
+fn pack_narrow<T: Element>(
+    weight: Rows<'_, T>,
+    pieces: &[Piece],
+    kernel: &'static MicroKernel,
+    zero: T,
+    of: fn(Vec<T>) -> Panels,
+) -> PackedWeight {
+    let (n, k) = (weight.count(), columns(pieces));
+    let mut panels = vec![zero; n.next_multiple_of(kernel.nr) * k];
+    pack_panels(&mut panels, weight, pieces, kernel.nr);
+    PackedWeight { n, k, depth: k, panels: of(panels), kernel }
 }
 
 impl From<BlockRows> for PackedWeight {

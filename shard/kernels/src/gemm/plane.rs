@@ -93,12 +93,6 @@ impl<'a> Plane<'a> {
         assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
         copy_rows_plus(self, other, bias);
     }
-
-    /// `self += other`, of the same size.
-    pub(crate) fn add(&mut self, other: &Plane<'_>) {
-        assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
-        add(self, other);
-    }
 }
 
 vectorised! {
@@ -119,17 +113,6 @@ vectorised! {
             let bias = bias.get(row).copied().unwrap_or(-0.0);
             for (to, from) in to.unread_row(row).iter_mut().zip(from.row(row)) {
                 *to = MaybeUninit::new(*from + bias);
-            }
-        }
-    }
-}
-
-vectorised! {
-    fn add(to: &mut Plane<'_>, from: &Plane<'_>) {
-        for row in 0..to.rows {
-            let (to, from) = (to.row_mut(row), from.row(row));
-            for (to, from) in to.iter_mut().zip(from) {
-                *to += *from;
             }
         }
     }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use crate::cpu::{self, Level, vectorised};
 use crate::gemm::Plane;
 use crate::gemm::micro::{MAX_TILE, MicroKernel};
+use crate::rows;
 
 /// The sums of one job that are not complete: for each depth of its tree tile by tile, and a tile in one piece. In the result, rows of a
 /// tile are often a power of two apart, and so in one another's way in the first-level cache.
@@ -53,10 +54,10 @@ impl<'a> Sums<'a> {
     pub(crate) fn merge(&mut self, place: Place, below: usize, rows: Range<usize>, columns: Range<usize>) {
         let at = self.start(place, &rows, &columns);
         let below = self.start(Place::Depth(below), &rows, &columns);
-        let (first, second) = self.memory.split_at_mut(at.max(below));
+        let (len, (first, second)) = (rows.len() * self.kernel.nr, self.memory.split_at_mut(at.max(below)));
         let (own, below) = if at < below { (&mut first[at..], second) } else { (second, &mut first[below..]) };
-        let tile = |memory| aside(memory, rows.len(), columns.len(), self.kernel.nr);
-        tile(below).add(&tile(own));
+        // In one piece, with what stands in the places of absent columns.
+        rows::shift(&mut below[..len], &own[..len]);
     }
 
     /// Puts the sums that are complete where they belong, and hands each row to `done` while it is near.
