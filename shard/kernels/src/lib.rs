@@ -4,7 +4,7 @@
 //! with a fixed order of additions, so a row's bits depend neither on the batch it is in nor on the number of threads.
 //! Transcendental functions are our own ([`math`]), so that the host's C library has no say in a picture.
 //!
-//! **Paths.** [`cpu::path`] is found once. What is written in plain Rust and compiled twice ([`activation`], [`rows`],
+//! **Paths.** [`cpu::path`] is found once. What is written in plain Rust and compiled for each ([`activation`], [`rows`],
 //! [`channels`], [`rope`]) gives the same bits on every path; the products ([`gemm`], [`attention`], [`conv`]) use fused
 //! multiply-adds where there are any, and differ between paths in the last bits. Another instruction set is one more
 //! [`gemm::micro::MicroKernel`]; nothing else knows what the machine can do.
