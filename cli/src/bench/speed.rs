@@ -287,11 +287,11 @@ fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
         let x = Heads { data: &x, head_stride: width, row_stride: heads * width };
         let (shape, flops) = (format!("{heads} heads, {l} tokens"), 4 * heads * l * l * width);
         table.flops("attention", shape.clone(), flops, || {
-            of.run(x, x, x, None, &mut y);
+            of.run(None, x, x, x, None, &mut y);
         })?;
         for &Narrow { order, attention, .. } in narrow() {
             table.row(attention, shape.clone(), flops, Bound::Bf16(order), || {
-                of.run_in_bf16(order, x, x, x, None, &mut y);
+                of.run(Some(order), x, x, x, None, &mut y);
             })?;
         }
     }

@@ -69,30 +69,19 @@ pub struct Bias<'a> {
 
 impl Attention {
     /// `y = softmax(scale q k^T + bias) v`. `q: [heads, queries, width]`, `k, v: [heads, keys, width]` give
-    /// `y: [heads, queries, width]`, or `[queries, heads, width]` if they are to lie [`Self::side_by_side`]. A query whose scores are all `-inf` gets zeros.
+    /// `y: [heads, queries, width]`, or `[queries, heads, width]` if they are to lie [`Self::side_by_side`]. A query whose scores are all
+    /// `-inf` gets zeros. With an order of bf16, scaled queries, keys, exponentials and values are rounded to it before they are
+    /// multiplied; sums, and all else, are in f32.
     pub fn run<'a>(
         &self,
+        bf16: Option<Order>,
         q: Heads<'_>,
         k: Heads<'_>,
         v: Heads<'_>,
         bias: Option<Bias<'_>>,
         y: &'a mut (impl Output + ?Sized),
     ) -> &'a mut [f32] {
-        self.run_on(MicroKernel::best(), q, k, v, bias, y)
-    }
-
-    /// As [`Self::run`]; scaled queries, keys, exponentials and values are rounded to bf16 before they are multiplied. Sums, and all else,
-    /// are in f32.
-    pub fn run_in_bf16<'a>(
-        &self,
-        order: Order,
-        q: Heads<'_>,
-        k: Heads<'_>,
-        v: Heads<'_>,
-        bias: Option<Bias<'_>>,
-        y: &'a mut (impl Output + ?Sized),
-    ) -> &'a mut [f32] {
-        self.run_on(MicroKernel::bf16(order), q, k, v, bias, y)
+        self.run_on(bf16.map_or_else(MicroKernel::best, MicroKernel::bf16), q, k, v, bias, y)
     }
 
     fn run_on<'a>(

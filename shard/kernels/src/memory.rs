@@ -13,19 +13,27 @@ pub fn zeros(len: usize) -> Vec<f32> {
 }
 
 /// Floats that a kernel writes, all of them, and reads only what it has written: they need not have been written before.
-pub trait Output {
-    /// The same, as what nothing is known of.
-    #[doc(hidden)]
-    fn unread(&mut self) -> &mut [MaybeUninit<f32>];
+pub trait Output: sealed::Unread {}
+
+impl<T: sealed::Unread + ?Sized> Output for T {}
+
+/// Nobody else may ask for it: what is written there must be floats.
+mod sealed {
+    use std::mem::MaybeUninit;
+
+    pub trait Unread {
+        /// The same, as what nothing is known of.
+        fn unread(&mut self) -> &mut [MaybeUninit<f32>];
+    }
 }
 
-impl Output for [MaybeUninit<f32>] {
+impl sealed::Unread for [MaybeUninit<f32>] {
     fn unread(&mut self) -> &mut [MaybeUninit<f32>] {
         self
     }
 }
 
-impl Output for [f32] {
+impl sealed::Unread for [f32] {
     #[allow(unsafe_code)] // floats that are written are floats that may be written
     fn unread(&mut self) -> &mut [MaybeUninit<f32>] {
         // SAFETY: of the same layout; kernels write floats alone.
@@ -33,7 +41,7 @@ impl Output for [f32] {
     }
 }
 
-impl Output for Vec<f32> {
+impl sealed::Unread for Vec<f32> {
     fn unread(&mut self) -> &mut [MaybeUninit<f32>] {
         self.as_mut_slice().unread()
     }

@@ -116,11 +116,11 @@ fn heads_may_lie_side_by_side() {
     let (iq, ik, iv) = (interleave(&q), interleave(&k), interleave(&v));
     let heads = |data| Heads { data, head_stride: 20, row_stride: 60 };
     let mut y = vec![f32::NAN; q.len()];
-    of.run(heads(&iq), heads(&ik), heads(&iv), None, &mut y);
+    of.run(None, heads(&iq), heads(&ik), heads(&iv), None, &mut y);
     let expected = run(&of, MicroKernel::best(), [&q, &k, &v], None);
     assert_eq!(y, expected);
     let of = Attention { side_by_side: true, ..of };
-    of.run(heads(&iq), heads(&ik), heads(&iv), None, &mut y);
+    of.run(None, heads(&iq), heads(&ik), heads(&iv), None, &mut y);
     assert_eq!(y, interleave(&expected));
 }
 

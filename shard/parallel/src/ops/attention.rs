@@ -104,10 +104,7 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
                     let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
                     let bias =
                         bias.map(|(data, starts, query_stride)| Bias { data, starts: &starts[item * n..][..n], query_stride });
-                    match Products::here().order() {
-                        None => of.run(q, k, v, bias, y),
-                        Some(added) => of.run_in_bf16(added, q, k, v, bias, y),
-                    }
+                    of.run(Products::here().order(), q, k, v, bias, y)
                 })
             })
         };

@@ -62,14 +62,15 @@ macro_rules! zero {
     };
 }
 
-/// The products of a row with the columns in ymm12 and ymm13, of the later ones of two pairs.
-macro_rules! later {
-    ($row:literal, $left:literal, $right:literal) => {
+/// The products of a row with the columns in ymm12 and ymm13; `$widen` makes ymm14 of two pairs the ones that are multiplied.
+macro_rules! products {
+    ($widen:literal, $row:literal, $left:literal, $right:literal) => {
         concat!(
             "vbroadcastss ymm14, dword ptr [{a} + 64 * ",
             $row,
             "]\n",
-            "vandps ymm14, ymm14, ymm15\n",
+            $widen,
+            "\n",
             "vfmadd231ps ",
             $left,
             ", ymm14, ymm12\n",
@@ -80,21 +81,15 @@ macro_rules! later {
     };
 }
 
-/// The same of the earlier ones.
+macro_rules! later {
+    ($row:literal, $left:literal, $right:literal) => {
+        products!("vandps ymm14, ymm14, ymm15", $row, $left, $right)
+    };
+}
+
 macro_rules! earlier {
     ($row:literal, $left:literal, $right:literal) => {
-        concat!(
-            "vbroadcastss ymm14, dword ptr [{a} + 64 * ",
-            $row,
-            "]\n",
-            "vpslld ymm14, ymm14, 16\n",
-            "vfmadd231ps ",
-            $left,
-            ", ymm14, ymm12\n",
-            "vfmadd231ps ",
-            $right,
-            ", ymm14, ymm13\n",
-        )
+        products!("vpslld ymm14, ymm14, 16", $row, $left, $right)
     };
 }
 
