@@ -177,7 +177,7 @@ def main():
     torch.set_num_threads(options.threads)
     numbers = ["atelier", "torch f32", "torch bf16"]
     columns = [("op", 22, ""), ("shape", 22, ""), ("unit", 8, ""), *((key, 11, ".1f") for key in numbers)]
-    report = sides.Report(options, [*columns, ("/ f32", 8, ".2f"), ("/ bf16", 8, ".2f"), ("of limit", 10, ".2f")])
+    report = sides.Report(options, [*columns, ("/ f32", 8, ".2f"), ("/ bf16", 8, ".2f"), ("of limit", 10, ".2f")], torch=torch.__version__)
     with torch.inference_mode():
         for row in chosen:
             report.row(measure(options, row))

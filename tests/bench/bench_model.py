@@ -106,13 +106,11 @@ def works(options):
 def measure(options, work, weights):
     """Rounds of Atelier and PyTorch with weights of one type; the best forward of each, in seconds."""
     name, make, side, arguments = work
-    if weights == "bf16" and (products := sides.fastest_bf16()):
-        arguments = [*arguments, "--products", products]
+    products = weights == "bf16" and sides.fastest_bf16() or "f32"
     atelier, peer, faults = float("inf"), float("inf"), 0
     model, inputs = make(options, side, TYPES[weights])
     for _ in range(options.rounds):
-        rows = sides.atelier(options, "model", *arguments, "--weights", weights, "--steps", options.steps, *options.at)
-        atelier = min(atelier, next(row["figure"] for row in rows if row["unit"] == "s"))
+        atelier = min(atelier, sides.forward(options, arguments, weights, products))
         for _ in range(options.steps):
             before = sides.page_faults()
             peer = min(peer, sides.seconds(lambda: model(**inputs)))
@@ -125,21 +123,14 @@ def measure(options, work, weights):
 
 def main():
     """See README.md."""
-    parser = sides.parser("Atelier's networks beside PyTorch's, by turns. Seconds; a ratio over 1 says that Atelier is faster.")
-    parser.add_argument("--family", nargs="+", choices=["flux", "vae", "t5"], default=["flux", "vae", "t5"])
-    parser.add_argument("--weights", nargs="+", choices=TYPES, default=list(TYPES))
-    parser.add_argument("--side", nargs="+", type=sides.positive, default=[256, 512], help="of FLUX.1's picture, in pixels")
-    parser.add_argument("--blocks", type=sides.positive, default=1, help="of FLUX.1, with two streams")
-    parser.add_argument("--single-blocks", type=sides.positive, default=2, help="of FLUX.1, with one stream")
+    about = "Atelier's networks beside PyTorch's, by turns. Seconds; a ratio over 1 says that Atelier is faster."
+    parser = sides.network_parser(about, TYPES)
     parser.add_argument("--t5-blocks", type=sides.positive, default=2)
     parser.add_argument("--text-tokens", type=sides.positive, default=512)
-    parser.add_argument("--steps", type=sides.positive, default=2, help="forwards in each turn")
-    parser.add_argument("--folder", help="where Atelier writes its weights for the time of a turn")
     options = parser.parse_args()
-    options.at = ["--folder", options.folder] if options.folder else []
     torch.set_num_threads(options.threads)
     columns = [("network", 40, ""), ("weights", 8, ""), ("atelier s", 11, ".3f"), ("torch s", 11, ".3f")]
-    report = sides.Report(options, [*columns, ("torch / atelier", 17, ".2f"), ("torch faults", 14, "d")])
+    report = sides.Report(options, [*columns, ("torch / atelier", 17, ".2f"), ("torch faults", 14, "d")], torch=torch.__version__)
     with torch.inference_mode():
         for work in works(options):
             for weights in options.weights:

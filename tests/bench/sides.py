@@ -1,4 +1,4 @@
-"""What both benchmarks share: running Atelier, timing PyTorch, and writing the table."""
+"""What the benchmarks share: options, running Atelier, timing the other side, and writing the table."""
 
 import argparse
 import ctypes
@@ -24,18 +24,40 @@ def keep_freed_pages():
     return all([mallopt(name, value) == 1 for name, value in settings])
 
 
-# Before PyTorch takes any memory: what imports it imports this first.
+# Before the other side takes any memory: what imports PyTorch or stable-diffusion.cpp imports this first.
 KEPT = keep_freed_pages()
 
 
 def parser(description):
-    """The options that both have."""
+    """The options that all have."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--rounds", type=positive, default=3, help="how often each side has its turn; the best counts")
     options.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="of each side")
     options.add_argument("--atelier", type=Path, default=ROOT / "target/release/atelier", help="the program")
     options.add_argument("--json", action="store_true", help="one JSON object a line")
     return options
+
+
+def network_parser(description, weights, **defaults):
+    """The options of those that run whole networks with weights of these types. All run where `defaults` do not choose."""
+    families = ["flux", "vae", "t5"]
+    options = parser(description)
+    options.add_argument("--family", nargs="+", choices=families, default=families)
+    options.add_argument("--weights", nargs="+", choices=weights, default=list(weights))
+    options.add_argument("--side", nargs="+", type=positive, default=[256, 512], help="of FLUX.1's picture, in pixels")
+    options.add_argument("--blocks", type=positive, default=1, help="of FLUX.1, with two streams")
+    options.add_argument("--single-blocks", type=positive, default=2, help="of FLUX.1, with one stream")
+    options.add_argument("--steps", type=positive, default=2, help="forwards in each turn")
+    options.add_argument("--folder", type=directory, help="where weights are written for the time of a turn")
+    options.set_defaults(**defaults)
+    return options
+
+
+def directory(text):
+    """A folder that is there."""
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return text
 
 
 def positive(text):
@@ -58,6 +80,14 @@ def atelier(options, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+def forward(options, arguments, weights, products):
+    """The best forward of `atelier bench model` in one turn, in seconds."""
+    held = ["--weights", weights, "--products", products, "--steps", options.steps]
+    folder = ["--folder", options.folder] if options.folder else []
+    rows = atelier(options, "model", *arguments, *held, *folder)
+    return next(row["figure"] for row in rows if row["unit"] == "s")
+
+
 def seconds(call, prepare=lambda: None):
     """How long one call takes, what `prepare` does left out."""
     prepare()
@@ -74,13 +104,11 @@ def page_faults():
 class Report:
     """Rows, written as they come: a run that is stopped has told what it measured."""
 
-    def __init__(self, options, columns):
-        """`columns`: (key in a row, width, format) of each."""
-        import torch
-
+    def __init__(self, options, columns, **peer):
+        """`columns`: (key in a row, width, format) of each. `peer`: the other side's name and version."""
         self.json, self.columns = options.json, columns
         about = {
-            "torch": torch.__version__,
+            **peer,
             "threads": options.threads,
             "rounds": options.rounds,
             "processor": processor(),
