@@ -54,7 +54,8 @@ def works(options):
 def ways(weights):
     """What Atelier can multiply in, with weights of a type."""
     narrow = sides.fastest_bf16() if weights != "f32" else None
-    return ["f32", *([narrow] if narrow else []), *(["int8"] if weights == "q8_0" and sides.multiplies_narrow() else [])]
+    in_bytes = weights in ("q8_0", "q4_k") and sides.multiplies_narrow()
+    return ["f32", *([narrow] if narrow else []), *(["int8"] if in_bytes else [])]
 
 
 def written(options, family, kind, folder):
