@@ -24,10 +24,10 @@ fn multiplied_in_int8() -> bool {
     has_kernels(&Device::Cpu)
 }
 
-/// A folder with the tensors in blocks of 8 bits, and what these hold.
-fn quantised(tensors: &HashMap<String, Tensor>) -> (tempfile::TempDir, HashMap<String, Tensor>) {
+/// A folder with the tensors in blocks, and what these hold.
+fn quantised(tensors: &HashMap<String, Tensor>, wanted: GgmlDType) -> (tempfile::TempDir, HashMap<String, Tensor>) {
     let dir = tempfile::tempdir().unwrap();
-    let (blocks, wide) = gguf::quantised(tensors, GgmlDType::Q8_0).unwrap();
+    let (blocks, wide) = gguf::quantised(tensors, wanted).unwrap();
     gguf::write(&dir.path().join("network.gguf"), &blocks).unwrap();
     (dir, wide)
 }
@@ -47,7 +47,7 @@ fn check<M: BlockModel>(name: &str, load: impl Fn(&Path, &Weights, RangeOf) -> R
             tensors.extend(candle_core::safetensors::load(&path, &Device::Cpu).unwrap());
         }
     }
-    let (blocks, wide) = quantised(&tensors);
+    let (blocks, wide) = quantised(&tensors, GgmlDType::Q8_0);
     let widened = tempfile::tempdir().unwrap();
     synthetic::write(widened.path(), &wide).unwrap();
     let inputs: Tensors = case.below("in.").map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
@@ -91,9 +91,9 @@ fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_int8() {
     if !multiplied_in_int8() {
         return;
     }
-    // Wide enough that an eighth of a row is whole blocks.
+    // Wide enough that an eighth of a row is whole blocks of inputs.
     let config = synthetic::small_flux(2);
-    let (blocks, wide) = quantised(&synthetic::flux_transformer(&config, 3).unwrap());
+    let tensors = synthetic::flux_transformer(&config, 3).unwrap();
     let three = synthetic::flux_inputs(&config, 3, (4, 3), 5, 2).unwrap();
     let first = |name: &str, tensor: &Tensor| {
         let ids = name.ends_with("_ids");
@@ -104,15 +104,26 @@ fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_int8() {
         let ran = run_block_model(dir, layout, inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
         ran.output("sample").unwrap().clone()
     };
-    let expected = run(blocks.path(), &three, Layout::SOLO);
-    for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
-        let same = bits(&run(blocks.path(), &three, Layout::new(tp, ranges))) == bits(&expected);
-        assert!(same, "tp {tp} x {ranges} ranges");
-    }
-    let alone = run(blocks.path(), &one, Layout::SOLO);
-    assert!(bits(&alone) == bits(&expected.narrow(0, 0, 1).unwrap()), "alone");
+    let whole = tempfile::tempdir().unwrap();
+    synthetic::write(whole.path(), &tensors).unwrap();
+    let exact = run(whole.path(), &three, Layout::SOLO);
+    for wanted in [GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
+        let (blocks, wide) = quantised(&tensors, wanted);
+        let expected = run(blocks.path(), &three, Layout::SOLO);
+        for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
+            let same = bits(&run(blocks.path(), &three, Layout::new(tp, ranges))) == bits(&expected);
+            assert!(same, "{wanted:?} at tp {tp} x {ranges} ranges");
+        }
+        let alone = run(blocks.path(), &one, Layout::SOLO);
+        assert!(bits(&alone) == bits(&expected.narrow(0, 0, 1).unwrap()), "{wanted:?} alone");
 
-    let widened = tempfile::tempdir().unwrap();
-    synthetic::write(widened.path(), &wide).unwrap();
-    assert!(distance(&run(widened.path(), &three, Layout::SOLO), &expected) > 1e-4, "nothing was multiplied in 8 bits");
+        let widened = tempfile::tempdir().unwrap();
+        synthetic::write(widened.path(), &wide).unwrap();
+        let in_f32 = run(widened.path(), &three, Layout::SOLO);
+        let [error, of_blocks, of_inputs] =
+            [(&exact, &expected), (&exact, &in_f32), (&in_f32, &expected)].map(|(a, b)| distance(a, b));
+        println!("{wanted:?}: {error:.5} from the exact weights, {of_blocks:.5} with the same blocks in f32");
+        assert!(of_inputs > 1e-4, "nothing of {wanted:?} was multiplied in 8 bits");
+        assert!(error <= 2.0 * of_blocks, "{wanted:?} is {error} from the exact weights, of which its blocks are {of_blocks}");
+    }
 }

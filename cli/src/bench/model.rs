@@ -115,8 +115,8 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     if matches!(args.products, Products::Bf16 | Products::Amx) && args.weights == Format::F32 {
         return Err(products(format!("{} needs weights that are not f32: see --weights", args.products)));
     }
-    if args.products == Products::Int8 && args.weights != Format::Q8_0 {
-        return Err(products("int8 needs `--weights q8_0`".into()));
+    if args.products == Products::Int8 && matches!(args.weights, Format::F32 | Format::Bf16) {
+        return Err(products("int8 needs weights in blocks: see --weights".into()));
     }
     args.products.use_here();
     match args.family {

@@ -245,7 +245,7 @@ fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
         let pack = |chunks: &[[Piece; 1]], order| PackedWeight::pack_pairs(order, rounded, chunks);
         let narrow: Vec<_> = narrow().iter().map(|of| (of, [pack(&[[(0, k)]], of.order), pack(&eighths, of.order)])).collect();
         let blocks = eight_bits(n, k);
-        let bytes = (!narrow.is_empty()).then(|| PackedWeight::bytes_of_blocks(&blocks, &eighths)).flatten();
+        let bytes = (!narrow.is_empty()).then(|| PackedWeight::bytes_of_blocks(blocks, &eighths)).and_then(Result::ok);
         for m in tokens {
             let (x, mut y) = (values(m * k), vec![0.0; m * n]);
             let (x, shape, flops) = (Rows::new(&x, m, k), linear_shape(m, k, n), 2 * m * k * n);

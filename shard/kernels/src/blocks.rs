@@ -1,8 +1,8 @@
 //! ggml's block formats: weights of 2 to 8 bits that share scales by the block, as GGUF files hold them.
 //!
-//! Nothing is computed in them: a block is widened to f32, each value by the formula of the reference
-//! (`dequantize_row_*` in ggml's `ggml-quants.c`), and all arithmetic is the f32 kernels'. So a quantised model gives the
-//! same bits as one whose f32 weights are the widened values.
+//! A block is widened to f32, each value by the formula of the reference (`dequantize_row_*` in ggml's `ggml-quants.c`), and
+//! multiplied by the f32 kernels: a quantised model gives the same bits as one whose f32 weights are the widened values. Or
+//! its whole numbers are multiplied in 8 bits, scales apart.
 
 use crate::cpu::vectorised;
 
@@ -11,6 +11,29 @@ mod legacy;
 
 /// Most values of a block.
 pub const MAX_BLOCK: usize = 256;
+/// Most of its parts.
+const MOST_PARTS: usize = 16;
+
+/// Something of a block type's [`Format`]: a constant, or a call of a function that has it as its type.
+macro_rules! of_kind {
+    (@each $kind:expr, $($name:ident = $format:ty),*; $constant:ident) => {
+        match $kind { $(BlockType::$name => <$format as Format>::$constant,)* }
+    };
+    (@each $kind:expr, $($name:ident = $format:ty),*; $function:ident $arguments:tt) => {
+        match $kind { $(BlockType::$name => of_kind!(@call $function, $format, $arguments),)* }
+    };
+    (@call $function:ident, $format:ty, $arguments:tt) => { $function::<$format> $arguments };
+    ($kind:expr, Format::$constant:ident) => { of_kind!(@all $kind; $constant) };
+    ($kind:expr, $function:ident $arguments:tt) => { of_kind!(@all $kind; $function $arguments) };
+    (@all $kind:expr; $($what:tt)*) => {
+        of_kind!(
+            @each $kind,
+            Q4_0 = legacy::Q4_0, Q4_1 = legacy::Q4_1, Q5_0 = legacy::Q5_0, Q5_1 = legacy::Q5_1, Q8_0 = legacy::Q8_0,
+            Q2K = k::Q2, Q3K = k::Q3, Q4K = k::Q4, Q5K = k::Q5, Q6K = k::Q6;
+            $($what)*
+        )
+    };
+}
 
 /// A block format, by ggml's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,26 +58,17 @@ impl BlockType {
 
     /// Values of a block.
     pub fn values(self) -> usize {
-        match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K => MAX_BLOCK,
-        }
+        of_kind!(self, Format::VALUES)
     }
 
     /// Bytes of a block.
     pub fn bytes(self) -> usize {
-        match self {
-            Self::Q4_0 => 18,
-            Self::Q4_1 => 20,
-            Self::Q5_0 => 22,
-            Self::Q5_1 => 24,
-            Self::Q8_0 => 34,
-            Self::Q2K => 84,
-            Self::Q3K => 110,
-            Self::Q4K => 144,
-            Self::Q5K => 176,
-            Self::Q6K => 210,
-        }
+        of_kind!(self, Format::BYTES)
+    }
+
+    /// Values that share a scale: a block's, or a part of them.
+    pub fn part(self) -> usize {
+        of_kind!(self, Format::PART)
     }
 
     /// Widens whole blocks: `out` has [`Self::values`] for each [`Self::bytes`] of `blocks`.
@@ -63,30 +77,73 @@ impl BlockType {
         assert!(rest == 0 && out.len() == count * self.values(), "{} bytes of {self:?} for {} values", blocks.len(), out.len());
         widen(self, blocks, out);
     }
+
+    /// What whole blocks hold in whole numbers: a value is its number times the scale of its [`Self::part`], less that part's minimum.
+    pub(crate) fn numbers(self, blocks: &[u8], values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
+        let (count, parts) = (blocks.len() / self.bytes(), self.values() / self.part());
+        let fits = values.len() == count * self.values() && scales.len() == count * parts && minima.len() == count * parts;
+        assert!(blocks.len() == count * self.bytes() && fits, "{} bytes of {self:?} for {} values", blocks.len(), values.len());
+        numbers(self, blocks, values, scales, minima);
+    }
+}
+
+/// How blocks are made.
+trait Format {
+    /// Bytes of a block.
+    const BYTES: usize;
+    /// Values of a block.
+    const VALUES: usize;
+    /// Values that share a scale.
+    const PART: usize;
+
+    /// Reads [`Self::BYTES`].
+    fn read(block: &[u8], to: Numbers<'_>);
+}
+
+/// A block's whole numbers, and for each part of them a scale and a minimum, which is taken off.
+struct Numbers<'a> {
+    values: &'a mut [i8],
+    scales: &'a mut [f32],
+    /// Zeros, where there are none.
+    minima: &'a mut [f32],
 }
 
 vectorised! {
     fn widen(kind: BlockType, blocks: &[u8], out: &mut [f32]) {
-        match kind {
-            BlockType::Q4_0 => each(blocks, out, legacy::q4_0),
-            BlockType::Q4_1 => each(blocks, out, legacy::q4_1),
-            BlockType::Q5_0 => each(blocks, out, legacy::q5_0),
-            BlockType::Q5_1 => each(blocks, out, legacy::q5_1),
-            BlockType::Q8_0 => each(blocks, out, legacy::q8_0),
-            BlockType::Q2K => each(blocks, out, k::q2),
-            BlockType::Q3K => each(blocks, out, k::q3),
-            BlockType::Q4K => each(blocks, out, k::q4),
-            BlockType::Q5K => each(blocks, out, k::q5),
-            BlockType::Q6K => each(blocks, out, k::q6),
+        of_kind!(kind, widen_all(blocks, out));
+    }
+}
+
+vectorised! {
+    fn numbers(kind: BlockType, blocks: &[u8], values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
+        of_kind!(kind, read_all(blocks, values, scales, minima));
+    }
+}
+
+#[inline(always)]
+fn widen_all<F: Format>(blocks: &[u8], out: &mut [f32]) {
+    let (mut values, mut scales, mut minima) = ([0; MAX_BLOCK], [0.0; MOST_PARTS], [0.0; MOST_PARTS]);
+    let (values, parts) = (&mut values[..F::VALUES], F::VALUES / F::PART);
+    let (scales, minima) = (&mut scales[..parts], &mut minima[..parts]);
+    for (block, out) in blocks.chunks_exact(F::BYTES).zip(out.chunks_exact_mut(F::VALUES)) {
+        F::read(block, Numbers { values, scales, minima });
+        let parts = out.chunks_exact_mut(F::PART).zip(values.chunks_exact(F::PART));
+        for ((out, values), (scale, minimum)) in parts.zip(scales.iter().zip(minima.iter())) {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out = f32::from(*value) * scale - minimum;
+            }
         }
     }
 }
 
 #[inline(always)]
-fn each<const BYTES: usize, const VALUES: usize>(blocks: &[u8], out: &mut [f32], one: impl Fn(&[u8; BYTES], &mut [f32; VALUES])) {
-    let (blocks, out) = (blocks.as_chunks::<BYTES>().0, out.as_chunks_mut::<VALUES>().0);
-    for (block, out) in blocks.iter().zip(out) {
-        one(block, out);
+fn read_all<F: Format>(blocks: &[u8], values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
+    let parts = F::VALUES / F::PART;
+    minima.fill(0.0);
+    let of_parts = scales.chunks_exact_mut(parts).zip(minima.chunks_exact_mut(parts));
+    for ((block, values), (scales, minima)) in blocks.chunks_exact(F::BYTES).zip(values.chunks_exact_mut(F::VALUES)).zip(of_parts)
+    {
+        F::read(block, Numbers { values, scales, minima });
     }
 }
 
@@ -121,6 +178,20 @@ mod tests {
             let mut alone = vec![f32::NAN; kind.values()];
             kind.widen(&blocks[kind.bytes()..2 * kind.bytes()], &mut alone);
             assert_eq!(alone, out[kind.values()..2 * kind.values()], "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_scales_and_minima_make_the_values() {
+        for kind in BlockType::ALL {
+            let blocks: Vec<u8> = (0..3 * kind.bytes()).map(|i| (i * 7919 % 1013 % 60) as u8).collect();
+            let (mut wide, mut values) = (vec![f32::NAN; 3 * kind.values()], vec![0; 3 * kind.values()]);
+            let [mut scales, mut minima] = [0, 1].map(|_| vec![f32::NAN; 3 * kind.values() / kind.part()]);
+            kind.widen(&blocks, &mut wide);
+            kind.numbers(&blocks, &mut values, &mut scales, &mut minima);
+            let value = |i: usize| f32::from(values[i]) * scales[i / kind.part()] - minima[i / kind.part()];
+            assert_eq!((0..wide.len()).map(value).collect::<Vec<_>>(), wide, "{kind:?}");
+            assert!(values.iter().any(|value| *value != 0), "{kind:?}");
         }
     }
 

@@ -215,7 +215,7 @@ impl Job<'_> {
             // The sums that grow, and one for each level of the tree that waits for its neighbour.
             let depths = 1 + chunks.len().trailing_zeros() as usize;
             let level = tall * n.next_multiple_of(kernel.nr);
-            let [panel, aside] = self.weight.buffer(K_STEP);
+            let [panel, aside] = self.weight.buffer();
             scratch::with([panel, aside, Sums::PASSING + depths * level], |[b, aside, memory]| {
                 let mut sums = Sums::new(memory, m, level, kernel);
                 for step in self.steps(chunks) {

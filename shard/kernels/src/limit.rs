@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
+use crate::gemm::bytes::Scales;
 use crate::gemm::micro::{MicroKernel, Order};
 
 /// Multiplications and additions per second, in GFLOP/s, of all threads of the current pool together: chains in registers,
@@ -20,7 +21,7 @@ pub fn gflops_bf16(order: Order) -> f64 {
 
 /// As [`gflops`], of products in 8 bits: operations of whole numbers.
 pub fn gops_int8() -> f64 {
-    of(MicroKernel::int8())
+    of(MicroKernel::int8(Scales::Stored))
 }
 
 fn of(kernel: &MicroKernel) -> f64 {

@@ -10,21 +10,20 @@ use parallel::ops::kernels::gemm::{BlockRows, Epilogue, Order, PackedWeight, Row
 
 use super::{Bound, Table, linear_shape, values};
 
-/// A format: of ours, of candle's, and the names of their rows: ours in f32 and by AMX, and candle's.
-const FORMATS: [(BlockType, GgmlDType, [&str; 3]); 3] = [
-    (BlockType::Q8_0, GgmlDType::Q8_0, ["linear q8_0", "linear q8_0 amx", "candle's linear q8_0"]),
-    (BlockType::Q4K, GgmlDType::Q4K, ["linear q4_k", "linear q4_k amx", "candle's linear q4_k"]),
-    (BlockType::Q6K, GgmlDType::Q6K, ["linear q6_k", "linear q6_k amx", "candle's linear q6_k"]),
+/// A format: of ours, of candle's, and the names of their rows: ours in f32, by AMX and with inputs in bytes, and candle's, whose inputs are
+/// in bytes.
+const FORMATS: [(BlockType, GgmlDType, [&str; 4]); 3] = [
+    (BlockType::Q8_0, GgmlDType::Q8_0, ["linear q8_0", "linear q8_0 amx", "linear q8_0 int8", "candle's linear q8_0"]),
+    (BlockType::Q4K, GgmlDType::Q4K, ["linear q4_k", "linear q4_k amx", "linear q4_k int8", "candle's linear q4_k"]),
+    (BlockType::Q6K, GgmlDType::Q6K, ["linear q6_k", "linear q6_k amx", "linear q6_k int8", "candle's linear q6_k"]),
 ];
-/// Ours of bytes with inputs in bytes, as candle's are.
-const INT8: &str = "linear q8_0 int8";
 const K: usize = 3072;
 const N: usize = 12288;
 
 /// Products in f32 with what blocks hold, in 8 bits where we have them, and in candle's way.
 pub(super) fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
     for format @ (.., names) in FORMATS {
-        let wanted = |m: &usize| names.into_iter().chain([INT8]).any(|op| table.wants(op, &linear_shape(*m, K, N)));
+        let wanted = |m: &usize| names.into_iter().any(|op| table.wants(op, &linear_shape(*m, K, N)));
         if tokens.iter().any(wanted) {
             rows(table, tokens, format).map_err(io::Error::other)?;
         }
@@ -36,11 +35,11 @@ pub(super) fn linears(table: &Table, tokens: &[usize]) -> io::Result<()> {
 fn rows(
     table: &Table,
     tokens: &[usize],
-    (kind, theirs, [ours, by_amx, candles]): (BlockType, GgmlDType, [&'static str; 3]),
+    (kind, theirs, [ours, by_amx, in_bytes, candles]): (BlockType, GgmlDType, [&'static str; 4]),
 ) -> candle_core::Result<()> {
     let weight = QTensor::quantize(&Tensor::from_vec(values(N * K), (N, K), &Device::Cpu)?, theirs)?;
     let rows = BlockRows::of(kind, &weight.data()?, K, &[0..N], &[0..K]);
-    let bytes = PackedWeight::bytes_of_blocks(&rows, &[[(0, K)]]);
+    let bytes = PackedWeight::bytes_of_blocks(rows.clone(), &[[(0, K)]]).ok();
     let tiles = cpu::has_amx().then(|| PackedWeight::pairs_of_blocks(Order::Tiles, rows.clone(), &[[(0, K)]]));
     let (packed, weight) = (PackedWeight::from(rows), QMatMul::from_qtensor(weight)?);
     for &m in tokens {
@@ -55,7 +54,7 @@ fn rows(
             })?;
         }
         if let Some(bytes) = &bytes {
-            table.row(INT8, shape.clone(), flops, Bound::Int8, || {
+            table.row(in_bytes, shape.clone(), flops, Bound::Int8, || {
                 linear(of, bytes, Epilogue::default(), &mut y);
             })?;
         }

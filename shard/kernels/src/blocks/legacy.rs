@@ -1,53 +1,95 @@
 //! Blocks of 32 values with one scale, and perhaps a minimum.
 
-use super::half;
+use super::{Format, Numbers, half};
 
 /// Scale, then 32 signed bytes.
-#[inline(always)]
-pub(super) fn q8_0(block: &[u8; 34], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    for (y, q) in y.iter_mut().zip(&block[2..]) {
-        *y = f32::from(*q as i8) * d;
+pub(super) struct Q8_0;
+
+impl Format for Q8_0 {
+    const BYTES: usize = 34;
+    const VALUES: usize = 32;
+    const PART: usize = 32;
+
+    #[inline(always)]
+    fn read(block: &[u8], to: Numbers<'_>) {
+        to.scales[0] = half(block, 0);
+        for (to, q) in to.values.iter_mut().zip(&block[2..]) {
+            *to = *q as i8;
+        }
     }
 }
 
 /// Scale, then the low and the high half bytes of 16: the first 16 values and the others.
-#[inline(always)]
-pub(super) fn q4_0(block: &[u8; 18], y: &mut [f32; 32]) {
-    let d = half(block, 0);
-    for (i, q) in block[2..].iter().enumerate() {
-        y[i] = (f32::from(q & 15) - 8.0) * d;
-        y[i + 16] = (f32::from(q >> 4) - 8.0) * d;
+pub(super) struct Q4_0;
+
+impl Format for Q4_0 {
+    const BYTES: usize = 18;
+    const VALUES: usize = 32;
+    const PART: usize = 32;
+
+    #[inline(always)]
+    fn read(block: &[u8], to: Numbers<'_>) {
+        to.scales[0] = half(block, 0);
+        for (i, q) in block[2..].iter().enumerate() {
+            to.values[i] = (q & 15) as i8 - 8;
+            to.values[i + 16] = (q >> 4) as i8 - 8;
+        }
     }
 }
 
-/// As [`q4_0`], with a minimum that is added.
-#[inline(always)]
-pub(super) fn q4_1(block: &[u8; 20], y: &mut [f32; 32]) {
-    let (d, m) = (half(block, 0), half(block, 2));
-    for (i, q) in block[4..].iter().enumerate() {
-        y[i] = f32::from(q & 15) * d + m;
-        y[i + 16] = f32::from(q >> 4) * d + m;
+/// As [`Q4_0`], with a minimum that is added.
+pub(super) struct Q4_1;
+
+impl Format for Q4_1 {
+    const BYTES: usize = 20;
+    const VALUES: usize = 32;
+    const PART: usize = 32;
+
+    #[inline(always)]
+    fn read(block: &[u8], to: Numbers<'_>) {
+        (to.scales[0], to.minima[0]) = (half(block, 0), -half(block, 2));
+        for (i, q) in block[4..].iter().enumerate() {
+            to.values[i] = (q & 15) as i8;
+            to.values[i + 16] = (q >> 4) as i8;
+        }
     }
 }
 
-/// As [`q4_0`], with a fifth bit of each value in a word of its own.
-#[inline(always)]
-pub(super) fn q5_0(block: &[u8; 22], y: &mut [f32; 32]) {
-    let (d, fifth) = (half(block, 0), fifth(block, 2));
-    for (i, q) in block[6..].iter().enumerate() {
-        y[i] = (f32::from(q & 15 | fifth(i)) - 16.0) * d;
-        y[i + 16] = (f32::from(q >> 4 | fifth(i + 16)) - 16.0) * d;
+/// As [`Q4_0`], with a fifth bit of each value in a word of its own.
+pub(super) struct Q5_0;
+
+impl Format for Q5_0 {
+    const BYTES: usize = 22;
+    const VALUES: usize = 32;
+    const PART: usize = 32;
+
+    #[inline(always)]
+    fn read(block: &[u8], to: Numbers<'_>) {
+        to.scales[0] = half(block, 0);
+        let fifth = fifth(block, 2);
+        for (i, q) in block[6..].iter().enumerate() {
+            to.values[i] = (q & 15 | fifth(i)) as i8 - 16;
+            to.values[i + 16] = (q >> 4 | fifth(i + 16)) as i8 - 16;
+        }
     }
 }
 
-/// As [`q5_0`], with a minimum that is added.
-#[inline(always)]
-pub(super) fn q5_1(block: &[u8; 24], y: &mut [f32; 32]) {
-    let (d, m, fifth) = (half(block, 0), half(block, 2), fifth(block, 4));
-    for (i, q) in block[8..].iter().enumerate() {
-        y[i] = f32::from(q & 15 | fifth(i)) * d + m;
-        y[i + 16] = f32::from(q >> 4 | fifth(i + 16)) * d + m;
+/// As [`Q5_0`], with a minimum that is added.
+pub(super) struct Q5_1;
+
+impl Format for Q5_1 {
+    const BYTES: usize = 24;
+    const VALUES: usize = 32;
+    const PART: usize = 32;
+
+    #[inline(always)]
+    fn read(block: &[u8], to: Numbers<'_>) {
+        (to.scales[0], to.minima[0]) = (half(block, 0), -half(block, 2));
+        let fifth = fifth(block, 4);
+        for (i, q) in block[8..].iter().enumerate() {
+            to.values[i] = (q & 15 | fifth(i)) as i8;
+            to.values[i + 16] = (q >> 4 | fifth(i + 16)) as i8;
+        }
     }
 }
 

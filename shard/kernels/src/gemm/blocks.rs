@@ -121,6 +121,35 @@ impl BlockRows {
         }
     }
 
+    /// As [`Self::line`], in whole numbers: `k` and the runs are of whole parts.
+    pub(crate) fn numbers(&self, row: usize, k: Range<usize>, values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
+        let (of_block, bytes, part, row) = (self.kind.values(), self.kind.bytes(), self.kind.part(), self.blocks_of(row));
+        for run in &self.runs {
+            let of_run = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
+            if of_run.is_empty() {
+                continue;
+            }
+            let (at, to) = (run.at + of_run.start - run.k.start, of_run.start - k.start..of_run.end - k.start);
+            let (first, end) = (at / of_block, (at + of_run.len()).div_ceil(of_block));
+            let blocks = &row[first * bytes..end * bytes];
+            let (values, parts) = (&mut values[to.clone()], to.start / part..to.end / part);
+            let (scales, minima) = (&mut scales[parts.clone()], &mut minima[parts]);
+            if at == first * of_block && at + of_run.len() == end * of_block {
+                self.kind.numbers(blocks, values, scales, minima);
+            } else {
+                let (mut all, mut of_parts, len) = ([0; MOST], [[0f32; MOST / 16]; 2], (end - first) * of_block);
+                let [all_scales, all_minima] = &mut of_parts;
+                let (all, all_scales, all_minima) =
+                    (&mut all[..len], &mut all_scales[..len / part], &mut all_minima[..len / part]);
+                self.kind.numbers(blocks, all, all_scales, all_minima);
+                let from = at - first * of_block;
+                values.copy_from_slice(&all[from..][..values.len()]);
+                scales.copy_from_slice(&all_scales[from / part..][..scales.len()]);
+                minima.copy_from_slice(&all_minima[from / part..][..minima.len()]);
+            }
+        }
+    }
+
     /// Some K of some rows side by side, as `[k][width]`; what stands in the places of absent rows is zero, or left as it is. `aside` has
     /// place for `width` rows of them.
     pub(crate) fn widen(&self, rows: Range<usize>, k: Range<usize>, width: usize, to: &mut [f32], aside: &mut [f32]) {

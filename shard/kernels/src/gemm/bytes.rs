@@ -1,9 +1,11 @@
-//! Operands in 8 bits: a block of [`BLOCK`] values of K shares a scale, as in ggml's `Q8_0`. Weights are stored so; inputs are made so for
-//! each product. What a block gives is summed in whole numbers, so it is exact; a result adds up its blocks in f32, in the order of K,
-//! each times the product of both scales.
+//! Operands in 8 bits: a block of [`BLOCK`] values of K shares a scale, as in ggml's `Q8_0`. Inputs are made so for each product; weights
+//! are stored so, or in blocks of fewer bits, of which each [`BLOCK`] values or each half of them have a scale, and a minimum that is taken
+//! off. What such a part gives is summed in whole numbers, so it is exact; a result adds up its parts in f32, in the order of K, each times
+//! the product of both scales, and then less its minimum times the sum of the part's inputs.
 //!
-//! **Panels** are of blocks. Of weights: `[block]([BLOCK / group][nr][group] of one byte, [nr] scales in f16)`. Of inputs, in words of
-//! four bytes: `[block]([BLOCK / group][mr] groups, [mr] scales in f32, [mr] what sums begin with)`.
+//! **Panels** are of blocks. Of weights: `[block]([BLOCK / group][nr][group] of one byte, [nr] scales in f16)`, or instead of the scales
+//! `[parts][nr] scales, [parts][nr] minima with the other sign`, in f32. Of inputs, in words of four bytes: `[block]([BLOCK / group][mr]
+//! groups, [mr] scales in f32, [parts][mr] what sums begin with)`, and for weights with minima `[parts][mr] sums of inputs` in f32.
 
 use std::ops::Range;
 
@@ -13,12 +15,15 @@ use crate::blocks::BlockType;
 use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::packing::parts;
+use crate::gemm::turn::turn;
 use crate::gemm::{Piece, Rows};
 
 /// Values of K that share a scale.
 pub(crate) const BLOCK: usize = 32;
 /// Blocks of inputs that are gathered at once.
 const GATHERED: usize = 8;
+/// Columns of a panel whose groups are pairs.
+const COLUMNS: usize = 16;
 /// What a float can be multiplied with to have one in -127..=127, and is not infinite.
 const LEAST: f32 = 256.0 * f32::MIN_POSITIVE;
 
@@ -29,17 +34,96 @@ pub(crate) struct Bytes {
     pub(crate) group: usize,
     /// What is added to weights, to have no sign.
     pub(crate) excess: u8,
+    pub(crate) scales: Scales,
+}
+
+/// What scales a block of weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scales {
+    /// One number in f16, as `Q8_0` stores it.
+    Stored,
+    /// A scale and a minimum.
+    Whole,
+    /// A scale and a minimum for each half of it.
+    Halves,
+}
+
+impl Scales {
+    /// All of them.
+    #[cfg(test)]
+    pub(crate) const ALL: [Self; 3] = [Self::Stored, Self::Whole, Self::Halves];
+
+    /// Those of weights in such blocks.
+    pub(crate) fn of(kind: BlockType) -> Self {
+        match (kind, kind.part()) {
+            (BlockType::Q8_0, _) => Self::Stored,
+            (_, BLOCK) => Self::Whole,
+            _ => Self::Halves,
+        }
+    }
+
+    /// Into how many parts they divide a block.
+    pub(crate) const fn parts(self) -> usize {
+        if matches!(self, Self::Halves) { 2 } else { 1 }
+    }
 }
 
 impl Bytes {
     /// Words of a row of inputs in a block.
     pub(crate) const fn input_words(self) -> usize {
-        BLOCK / self.group + 2
+        let sums = if matches!(self.scales, Scales::Stored) { 0 } else { self.scales.parts() };
+        BLOCK / self.group + 1 + self.scales.parts() + sums
     }
 
     /// Bytes of `nr` columns of weights in a block.
     pub(crate) const fn weight_bytes(self, nr: usize) -> usize {
-        (BLOCK + 2) * nr
+        let scales = if matches!(self.scales, Scales::Stored) { 2 } else { 2 * size_of::<f32>() * self.scales.parts() };
+        (BLOCK + scales) * nr
+    }
+
+    /// Some rows of a weight, which are at most `nr`, as a panel; `k` counts blocks. What stands in the places of absent rows is zero, or
+    /// left as it is. `aside` has place for what [`Self::aside`] says.
+    pub(crate) fn make_panel(
+        self,
+        rows: &BlockRows,
+        of: Range<usize>,
+        k: Range<usize>,
+        nr: usize,
+        to: &mut [f32],
+        aside: &mut [f32],
+    ) {
+        let (parts, words) = (self.scales.parts(), k.len() * BLOCK / 4);
+        let (block, line) = (self.weight_bytes(nr) / size_of::<f32>(), words + 2 * k.len() * parts);
+        let (scales, lines) = aside.split_at_mut(2 * k.len() * parts * nr);
+        for (row, line) in of.clone().zip(lines.chunks_exact_mut(line.max(1))) {
+            let (bytes, scales) = line.split_at_mut(words);
+            let bytes: &mut [i8] = bytemuck::cast_slice_mut(bytes);
+            let (scales, minima) = scales.split_at_mut(k.len() * parts);
+            rows.numbers(row, k.start * BLOCK..k.end * BLOCK, bytes, scales, minima);
+            if self.excess > 0 {
+                bytes.iter_mut().for_each(|byte| *byte = byte.wrapping_add_unsigned(self.excess));
+            }
+        }
+        let lines = Rows::new(lines, of.len(), line);
+        turn(scales, lines, 0..of.len(), (words, line - words), nr);
+        let (scales, minima) = scales.split_at(k.len() * parts * nr);
+        let of_blocks = scales.chunks_exact(parts * nr).zip(minima.chunks_exact(parts * nr)).enumerate();
+        for ((at, (scales, minima)), to) in of_blocks.zip(to.chunks_exact_mut(block)) {
+            let (values, of_parts) = to.split_at_mut(BLOCK / 4 * nr);
+            turn(values, lines, 0..of.len(), (at * BLOCK / 4, BLOCK / 4), nr);
+            if self.group == 2 {
+                assert_eq!(nr, COLUMNS, "columns of pairs");
+                halve(values);
+            }
+            let (of_scales, of_minima) = of_parts.split_at_mut(parts * nr);
+            of_scales.copy_from_slice(scales);
+            of_minima.iter_mut().zip(minima).for_each(|(to, minimum)| *to = -minimum);
+        }
+    }
+
+    /// Floats that [`Self::make_panel`] works in.
+    pub(crate) const fn aside(self, blocks: usize, nr: usize) -> usize {
+        blocks * nr * (BLOCK / 4 + 4 * self.scales.parts())
     }
 
     /// Rows of a weight as panels of `nr`, one after the other. Only of whole blocks: see [`whole_blocks`].
@@ -76,7 +160,7 @@ impl Bytes {
         k: Range<usize>,
         width: usize,
     ) {
-        let block = self.input_words() * width;
+        let (block, parts) = (self.input_words() * width, self.scales.parts());
         let mut values = [0f32; GATHERED * BLOCK];
         for first in k.clone().step_by(GATHERED) {
             let blocks = first..k.end.min(first + GATHERED);
@@ -94,20 +178,25 @@ impl Bytes {
                     } else {
                         to.zip(bytes.as_chunks::<4>().0).for_each(|(to, four)| *to = f32::from_ne_bytes(four.map(|b| b as u8)));
                     }
-                    let sum: i32 = bytes.iter().map(|byte| i32::from(*byte)).sum();
                     rest[at] = scale;
-                    rest[width + at] = f32::from_bits((-i32::from(self.excess) * sum) as u32);
+                    let rest = &mut rest[width..];
+                    for (part, bytes) in bytes.chunks_exact(BLOCK / parts).enumerate() {
+                        let sum: i32 = bytes.iter().map(|byte| i32::from(*byte)).sum();
+                        rest[part * width + at] = f32::from_bits((-i32::from(self.excess) * sum) as u32);
+                        if self.scales != Scales::Stored {
+                            rest[(parts + part) * width + at] = sum as f32 * scale;
+                        }
+                    }
                 }
             }
         }
     }
 }
 
-/// Whether products with `rows`, whose K is cut into `chunks`, are of whole blocks that this module takes.
+/// Whether products with `rows`, whose K is cut into `chunks`, are of whole blocks.
 pub(crate) fn whole_blocks(rows: &BlockRows, chunks: &[impl AsRef<[Piece]>]) -> bool {
     let whole = |len: usize| len.is_multiple_of(BLOCK);
-    rows.kind() == BlockType::Q8_0
-        && rows.runs().all(|run| whole(run.start) && whole(run.end))
+    rows.runs().all(|run| whole(run.start) && whole(run.end))
         && chunks.iter().all(|chunk| whole(chunk.as_ref().iter().map(|(_, len)| len).sum()))
 }
 
@@ -123,6 +212,22 @@ fn gather(values: &mut [f32], x: Rows<'_>, row: usize, pieces: &[Piece], from: u
 /// Two numbers of 16 bits in those of a float.
 fn pair(lower: i8, upper: i8) -> f32 {
     f32::from_bits(u32::from(i16::from(lower) as u16) | u32::from(i16::from(upper) as u16) << 16)
+}
+
+vectorised! {
+    /// Rows of words of four bytes, each as two rows of pairs: the first two of each, and the others.
+    fn halve(words: &mut [f32]) {
+        for words in words.as_chunks_mut::<COLUMNS>().0 {
+            let (bits, mut of) = (words.map(f32::to_bits), [[0u16; COLUMNS]; 2]);
+            for (at, bits) in bits.iter().enumerate() {
+                of[0][at] = *bits as u16;
+            }
+            for (at, bits) in bits.iter().enumerate() {
+                of[1][at] = (bits >> 16) as u16;
+            }
+            *words = bytemuck::cast(of);
+        }
+    }
 }
 
 vectorised! {

@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::cpu::{self, Path};
 use crate::gemm::Plane;
-use crate::gemm::bytes::{BLOCK, Bytes};
+use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -136,6 +136,11 @@ impl MicroKernel {
         if self.takes == Takes::Tiles { depth.next_multiple_of(TILE_PAIRS) } else { depth }
     }
 
+    /// How it wants blocks of 8 bits, if it multiplies them.
+    pub(crate) fn blocks(&self) -> Option<Bytes> {
+        if let Takes::Blocks(bytes) = self.takes { Some(bytes) } else { None }
+    }
+
     /// Whether it multiplies pairs of bf16.
     pub(crate) fn pairs(&self) -> bool {
         matches!(self.takes, Takes::Pairs | Takes::Tiles)
@@ -230,24 +235,24 @@ impl MicroKernel {
     }
 
     /// The fastest one in 8 bits that this CPU runs. All give the same bits.
-    pub fn int8() -> &'static Self {
+    pub(crate) fn int8(scales: Scales) -> &'static Self {
         #[cfg(target_arch = "x86_64")]
         if cpu::path() != Path::Plain && cpu::has_halves() {
-            return if cpu::has_int8() { &avx512_int8::KERNEL } else { &avx2_int8::KERNEL };
+            return &if cpu::has_int8() { &avx512_int8::KERNELS } else { &avx2_int8::KERNELS }[scales as usize];
         }
-        &plain_int8::KERNEL
+        &plain_int8::KERNELS[scales as usize]
     }
 
     /// Every one in 8 bits that this CPU runs.
     #[cfg(test)]
-    pub(crate) fn all_int8() -> Vec<&'static Self> {
-        let mut all = vec![&plain_int8::KERNEL];
+    pub(crate) fn all_int8(scales: Scales) -> Vec<&'static Self> {
+        let mut all = vec![&plain_int8::KERNELS[scales as usize]];
         #[cfg(target_arch = "x86_64")]
         if cpu::path() != Path::Plain && cpu::has_halves() {
-            all.push(&avx2_int8::KERNEL);
+            all.push(&avx2_int8::KERNELS[scales as usize]);
         }
         if cpu::has_int8() {
-            all.push(Self::int8());
+            all.push(Self::int8(scales));
         }
         all
     }
@@ -337,7 +342,8 @@ mod tests {
 
     #[test]
     fn every_kernel_fits_the_edge() {
-        for kernel in [MicroKernel::all(), MicroKernel::all_bf16(), MicroKernel::all_int8()].concat() {
+        let int8 = Scales::ALL.map(MicroKernel::all_int8).concat();
+        for kernel in [MicroKernel::all(), MicroKernel::all_bf16(), int8].concat() {
             assert!(kernel.mr * kernel.nr <= MAX_TILE, "{kernel:?}");
         }
     }

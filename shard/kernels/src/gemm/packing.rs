@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::gemm::blocks::BlockRows;
-use crate::gemm::bytes::whole_blocks;
+use crate::gemm::bytes::{BLOCK, Scales, whole_blocks};
 use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
 use crate::gemm::narrow::{narrow, narrow_lines, widen};
 use crate::gemm::turn::turn;
@@ -40,6 +40,8 @@ enum Panels {
     PairsOfBlocks(BlockRows, Vec<[usize; 2]>),
     /// Of 8 bits and scales, in the bits of floats.
     Bytes(Buffer),
+    /// Rows, whose numbers are to be such panels.
+    BytesOfBlocks(BlockRows),
 }
 
 /// What a weight may be stored as.
@@ -144,25 +146,33 @@ impl PackedWeight {
         Self { n: rows.n(), k, depth, panels: Panels::PairsOfBlocks(rows, edges), kernel }
     }
 
-    /// Packs a weight of `Q8_0` blocks for products in 8 bits: inputs are rounded to blocks like it. `None` if it is of other blocks, or
-    /// one of `chunks` (those of every product with it) is not of whole ones.
-    pub fn bytes_of_blocks(rows: &BlockRows, chunks: &[impl AsRef<[Piece]>]) -> Option<Self> {
-        Self::bytes_of_blocks_for(rows, chunks, MicroKernel::int8())
+    /// A weight in blocks for products in 8 bits: inputs are rounded to blocks of 32. `Q8_0` is packed, others stay as they are.
+    ///
+    /// # Errors
+    /// The weight itself if one of `chunks` (those of every product with it) is not of whole blocks of inputs.
+    pub fn bytes_of_blocks(rows: BlockRows, chunks: &[impl AsRef<[Piece]>]) -> Result<Self, BlockRows> {
+        let kernel = MicroKernel::int8(Scales::of(rows.kind()));
+        Self::bytes_of_blocks_for(rows, chunks, kernel)
     }
 
     pub(crate) fn bytes_of_blocks_for(
-        rows: &BlockRows,
+        rows: BlockRows,
         chunks: &[impl AsRef<[Piece]>],
         kernel: &'static MicroKernel,
-    ) -> Option<Self> {
-        let Takes::Blocks(bytes) = kernel.takes else { return None };
-        let (n, k) = (rows.n(), rows.k());
-        whole_blocks(rows, chunks).then(|| {
-            let depth = kernel.depth(k);
-            let mut panels = Buffer::zeros(n.div_ceil(kernel.nr) * kernel.panel_len(depth));
-            bytes.pack_weight(rows, kernel.nr, panels.as_mut_slice());
-            Self { n, k, depth, panels: Panels::Bytes(panels), kernel }
-        })
+    ) -> Result<Self, BlockRows> {
+        let (n, k, depth) = (rows.n(), rows.k(), kernel.depth(rows.k()));
+        let panels = match kernel.blocks() {
+            Some(bytes) if whole_blocks(&rows, chunks) => match bytes.scales {
+                Scales::Stored => {
+                    let mut panels = Buffer::zeros(n.div_ceil(kernel.nr) * kernel.panel_len(depth));
+                    bytes.pack_weight(&rows, kernel.nr, panels.as_mut_slice());
+                    Panels::Bytes(panels)
+                }
+                Scales::Whole | Scales::Halves => Panels::BytesOfBlocks(rows),
+            },
+            _ => return Err(rows),
+        };
+        Ok(Self { n, k, depth, panels, kernel })
     }
 
     /// Outputs.
@@ -186,7 +196,7 @@ impl PackedWeight {
             Panels::F32(panels) | Panels::Pairs(panels) | Panels::Bytes(panels) => size_of_val(panels.as_slice()),
             Panels::Bf16(panels) => size_of_val(panels.as_slice()),
             Panels::F16(panels) => size_of_val(panels.as_slice()),
-            Panels::Blocks(rows) | Panels::PairsOfBlocks(rows, _) => rows.bytes(),
+            Panels::Blocks(rows) | Panels::PairsOfBlocks(rows, _) | Panels::BytesOfBlocks(rows) => rows.bytes(),
         }
     }
 
@@ -194,13 +204,17 @@ impl PackedWeight {
         self.kernel
     }
 
-    /// Floats that [`Self::panel`] needs for `k` at most, and others for it to work in.
-    pub(crate) fn buffer(&self, k: usize) -> [usize; 2] {
-        let panel = self.kernel.panel_len(k);
+    /// Floats that [`Self::panel`] needs for [`K_STEP`] values or pairs at most, and others for it to work in.
+    pub(crate) fn buffer(&self) -> [usize; 2] {
+        let panel = self.kernel.panel_len(K_STEP);
         match self.panels {
             Panels::F32(_) | Panels::Pairs(_) | Panels::Bytes(_) => [0, 0],
             Panels::Bf16(_) | Panels::F16(_) => [panel, 0],
             Panels::Blocks(_) | Panels::PairsOfBlocks(..) => [panel, panel],
+            Panels::BytesOfBlocks(_) => {
+                let aside = self.kernel.blocks().map_or(0, |bytes| bytes.aside(K_STEP / BLOCK, self.kernel.nr));
+                [self.kernel.panel_len(K_STEP / BLOCK), aside]
+            }
         }
     }
 
@@ -239,6 +253,13 @@ impl PackedWeight {
                 blocks.pair(rows, columns, nr, to, aside);
                 to
             }
+            Panels::BytesOfBlocks(blocks) => {
+                let to = &mut buffer[..self.kernel.panel_len(k.len())];
+                if let Some(bytes) = self.kernel.blocks() {
+                    bytes.make_panel(blocks, rows, k, nr, to, aside);
+                }
+                to
+            }
         }
     }
 
@@ -253,19 +274,20 @@ impl PackedWeight {
             Panels::F32(panels) | Panels::Pairs(panels) | Panels::Bytes(panels) => part(panels.as_slice(), range),
             Panels::Bf16(panels) => part(panels, range),
             Panels::F16(panels) => part(panels, range),
-            Panels::Blocks(_) | Panels::PairsOfBlocks(..) => &[],
+            Panels::Blocks(_) | Panels::PairsOfBlocks(..) | Panels::BytesOfBlocks(_) => &[],
         }
     }
 
     /// Whether a panel costs more to make than to read.
     pub(crate) fn is_in_blocks(&self) -> bool {
-        matches!(self.panels, Panels::Blocks(_) | Panels::PairsOfBlocks(..))
+        matches!(self.panels, Panels::Blocks(_) | Panels::PairsOfBlocks(..) | Panels::BytesOfBlocks(_))
     }
 
     /// In which steps K is best passed: blocks would rather not be widened twice.
     pub(crate) fn step(&self, len: usize) -> usize {
         match self.panels {
             Panels::Blocks(_) | Panels::PairsOfBlocks(..) => K_STEP,
+            Panels::BytesOfBlocks(_) => K_STEP / BLOCK,
             Panels::Bytes(_) => even_parts(len, BLOCKS_STEP),
             _ if self.kernel.takes == Takes::Tiles => self.kernel.whole(even_parts(len, TILES_STEP)),
             _ => even_parts(len, K_STEP),
@@ -283,6 +305,7 @@ impl fmt::Debug for PackedWeight {
             Panels::F16(_) => &format_args!("f16"),
             Panels::Blocks(rows) => &rows.kind(),
             Panels::PairsOfBlocks(rows, _) => &format_args!("{:?} in pairs", rows.kind()),
+            Panels::BytesOfBlocks(rows) => &format_args!("{:?} in 8 bits", rows.kind()),
         };
         write!(f, "PackedWeight([{}, {}] {kind:?}, {:?})", self.n, self.k, self.kernel)
     }

@@ -101,12 +101,12 @@ impl Matrix {
     pub(crate) fn of_blocks(rows: BlockRows, chunks: Chunks, device: &Device) -> Result<Self> {
         let d_out = rows.n();
         let weight = if has_kernels(device) {
-            let bytes = (Products::here() == Products::Int8).then(|| PackedWeight::bytes_of_blocks(&rows, &chunks)).flatten();
-            Weight::Packed(Arc::new(match (bytes, Products::here().order()) {
-                (Some(bytes), _) => bytes,
-                (None, Some(order)) => PackedWeight::pairs_of_blocks(order, rows, &chunks),
-                (None, None) => rows.into(),
-            }))
+            let products = Products::here();
+            let bytes = if products == Products::Int8 { PackedWeight::bytes_of_blocks(rows, &chunks) } else { Err(rows) };
+            Weight::Packed(Arc::new(bytes.unwrap_or_else(|rows| match products.order() {
+                Some(order) => PackedWeight::pairs_of_blocks(order, rows, &chunks),
+                None => rows.into(),
+            })))
         } else {
             Weight::Blocks(Arc::new(Blocks::new(&rows, device)?))
         };

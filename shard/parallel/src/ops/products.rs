@@ -23,8 +23,8 @@ pub enum Products {
     /// As [`Self::Bf16`], added in the order of AMX, which has other last bits: several times as fast on a CPU that has it, as slow as
     /// [`Self::F32`] on one that has not.
     Amx,
-    /// Inputs of weights in `Q8_0` are rounded to 8 bits and a scale for each 32 of them, as the weights are; all else is as in
-    /// [`Self::Bf16`], and so is a layer whose eighths are not of whole blocks.
+    /// Inputs of weights in blocks are rounded to 8 bits and a scale for each 32 of them, and multiplied with the weights' whole numbers; all
+    /// else is as in [`Self::Bf16`], and so is a layer whose eighths are not of whole blocks.
     Int8,
 }
 

@@ -13,22 +13,44 @@ fn values(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| (((i + seed * 31) * 7919 + seed) % 1013) as f32 / 507.0 - 1.0).collect()
 }
 
-/// `n` rows of `k` values in blocks, every byte among them and scales of either sign, and the same in f64.
-fn weights(n: usize, k: usize) -> (BlockRows, Vec<f64>) {
-    let blocks = n * k / BLOCK;
-    let scale = |block: usize| f16::from_f32(((block * 37 % 101) as f32 - 50.0) / 4096.0);
-    let byte = |i: usize| (i * 7919 % 1013 % 256) as u8;
-    let data = (0..blocks).flat_map(|b| scale(b).to_le_bytes().into_iter().chain((b * BLOCK..(b + 1) * BLOCK).map(byte)));
-    let wide = (0..blocks * BLOCK).map(|i| f64::from(byte(i) as i8) * scale(i / BLOCK).to_f64()).collect();
-    (rows_of(&data.collect::<Vec<_>>(), n, k), wide)
+/// Where a block's numbers in f16 are.
+fn halves_of(kind: BlockType) -> &'static [usize] {
+    match kind {
+        BlockType::Q4_0 | BlockType::Q5_0 | BlockType::Q8_0 => &[0],
+        BlockType::Q4_1 | BlockType::Q5_1 | BlockType::Q4K | BlockType::Q5K => &[0, 2],
+        BlockType::Q2K => &[80, 82],
+        BlockType::Q3K => &[108],
+        BlockType::Q6K => &[208],
+    }
 }
 
-fn rows_of(data: &[u8], n: usize, k: usize) -> BlockRows {
-    BlockRows::of(BlockType::Q8_0, data, k, &[0..n], &[0..k])
+/// How much of K is whole blocks of every kind.
+const WHOLE: usize = 256;
+
+/// `n` rows of `k` values in blocks, every byte among them and scales and minima of either sign, and the same in f64.
+fn weights(kind: BlockType, n: usize, k: usize) -> (BlockRows, Vec<f64>) {
+    let mut data: Vec<u8> = (0..n * k / kind.values() * kind.bytes()).map(|i| (i * 7919 % 1013 % 256) as u8).collect();
+    for (block, data) in data.chunks_exact_mut(kind.bytes()).enumerate() {
+        for at in halves_of(kind) {
+            let half = f16::from_f32((((block + 3 * at) * 37 % 101) as f32 - 50.0) / 4096.0 / (WHOLE / kind.part()) as f32);
+            data[*at..][..2].copy_from_slice(&half.to_le_bytes());
+        }
+    }
+    let mut wide = vec![0.0; n * k];
+    kind.widen(&data, &mut wide);
+    (BlockRows::of(kind, &data, k, &[0..n], &[0..k]), wide.into_iter().map(f64::from).collect())
+}
+
+fn kernels(kind: BlockType) -> Vec<&'static MicroKernel> {
+    MicroKernel::all_int8(Scales::of(kind))
 }
 
 fn pack(rows: &BlockRows, chunks: &[Vec<Piece>], kernel: &'static MicroKernel) -> PackedWeight {
-    PackedWeight::bytes_of_blocks_for(rows, chunks, kernel).unwrap()
+    PackedWeight::bytes_of_blocks_for(rows.clone(), chunks, kernel).unwrap()
+}
+
+fn pack_here(rows: &BlockRows, chunks: &[Vec<Piece>]) -> PackedWeight {
+    PackedWeight::bytes_of_blocks(rows.clone(), chunks).unwrap()
 }
 
 fn product(x: Rows<'_>, weight: &PackedWeight, chunks: &[Vec<Piece>]) -> Vec<f32> {
@@ -58,12 +80,17 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn equals_its_reference_and_every_kernel_gives_the_same_bits([m, n, blocks] in [0usize..20, 0usize..70, 0usize..30], gap in 0usize..5) {
-        let k = blocks * BLOCK;
-        let (data, (rows, w)) = (values(m * (k + gap), 1), weights(n, k));
+    fn equals_its_reference_and_every_kernel_gives_the_same_bits(
+        kind in prop::sample::select(BlockType::ALL.to_vec()),
+        [m, n, blocks] in [0usize..20, 0usize..70, 0usize..30],
+        gap in 0usize..5,
+    ) {
+        // Fewer of the large ones.
+        let k = blocks * BLOCK / kind.values() * kind.values();
+        let (data, (rows, w)) = (values(m * (k + gap), 1), weights(kind, n, k));
         let x = Rows::new(&data, m, k + gap);
         let products: Vec<_> =
-            MicroKernel::all_int8().into_iter().map(|kernel| product(x, &pack(&rows, &whole(k), kernel), &whole(k))).collect();
+            kernels(kind).into_iter().map(|kernel| product(x, &pack(&rows, &whole(k), kernel), &whole(k))).collect();
         prop_assert!(products.iter().all(|product| *product == products[0]));
         for row in 0..m {
             let exact: Vec<f64> = x.part(row, (0, k)).iter().map(|x| f64::from(*x)).collect();
@@ -98,17 +125,21 @@ proptest! {
     }
 
     #[test]
-    fn neither_batch_nor_cut_changes_a_result([m, n, blocks] in [1usize..30, 2usize..60, 1usize..20], at in 0usize..1000) {
-        let k = blocks * BLOCK;
-        let (data, (rows, _)) = (values(m * k, 1), weights(n, k));
-        let all = product(Rows::new(&data, m, k), &pack(&rows, &whole(k), MicroKernel::int8()), &whole(k));
+    fn neither_batch_nor_cut_changes_a_result(
+        kind in prop::sample::select(BlockType::ALL.to_vec()),
+        [m, n, blocks] in [1usize..30, 2usize..60, 1usize..20],
+        at in 0usize..1000,
+    ) {
+        let k = (blocks * BLOCK).next_multiple_of(kind.values());
+        let (data, (rows, _)) = (values(m * k, 1), weights(kind, n, k));
+        let all = product(Rows::new(&data, m, k), &pack_here(&rows, &whole(k)), &whole(k));
         let row = at % m;
-        let alone = product(Rows::new(&data[row * k..], 1, k), &pack(&rows, &whole(k), MicroKernel::int8()), &whole(k));
+        let alone = product(Rows::new(&data[row * k..], 1, k), &pack_here(&rows, &whole(k)), &whole(k));
         prop_assert_eq!(&alone[..], &all[row * n..][..n]);
         let cut = 1 + at % (n - 1);
         for part in [0..cut, cut..n] {
-            let of = BlockRows::of(BlockType::Q8_0, rows.data(), k, std::slice::from_ref(&part), &[0..k]);
-            let product = product(Rows::new(&data, m, k), &pack(&of, &whole(k), MicroKernel::int8()), &whole(k));
+            let of = BlockRows::of(kind, rows.data(), k, std::slice::from_ref(&part), &[0..k]);
+            let product = product(Rows::new(&data, m, k), &pack_here(&of, &whole(k)), &whole(k));
             for row in 0..m {
                 prop_assert_eq!(&product[row * part.len()..][..part.len()], &all[row * n + part.start..row * n + part.end]);
             }
@@ -116,10 +147,15 @@ proptest! {
     }
 
     #[test]
-    fn the_tree_is_the_same_on_every_number_of_ranks([m, n] in [1usize..14, 1usize..40], widths in [0usize..4, 0usize..4]) {
+    fn the_tree_is_the_same_on_every_number_of_ranks(
+        kind in prop::sample::select(BlockType::ALL.to_vec()),
+        [m, n] in [1usize..14, 1usize..40],
+        widths in [0usize..4, 0usize..4],
+    ) {
+        // An eighth of a row may begin and end within a block of 256.
         let widths = widths.map(|width| width * BLOCK);
         let k = 8 * (widths[0] + widths[1]);
-        let (data, (rows, w)) = (values(m * k, 1), weights(n, k));
+        let (data, (rows, w)) = (values(m * k, 1), weights(kind, n, k));
         let x = Rows::new(&data, m, k);
         let pieces = |ranks: usize, rank: usize| -> Vec<Vec<Piece>> {
             let chunks = 8 / ranks;
@@ -129,8 +165,8 @@ proptest! {
             let mut level: Vec<Vec<f32>> = (0..ranks).map(|rank| {
                 let chunks = pieces(ranks, rank);
                 let columns: Vec<_> = chunks.concat().into_iter().map(|(start, len)| start..start + len).collect();
-                let held = BlockRows::of(BlockType::Q8_0, rows.data(), k, &[0..n], &columns);
-                product(x, &pack(&held, &chunks, MicroKernel::int8()), &chunks)
+                let held = BlockRows::of(kind, rows.data(), k, &[0..n], &columns);
+                product(x, &pack_here(&held, &chunks), &chunks)
             }).collect();
             while level.len() > 1 {
                 level = level.chunks(2).map(|p| p[0].iter().zip(&p[1]).map(|(a, b)| a + b).collect()).collect();
@@ -153,9 +189,9 @@ fn the_largest_bytes_do_not_overflow() {
     let k = 64 * BLOCK;
     for byte in [-128i8, 127] {
         let block = [&f16::ONE.to_le_bytes()[..], &[byte as u8; BLOCK]].concat();
-        let rows = rows_of(&block.repeat(k / BLOCK), 1, k);
+        let rows = BlockRows::of(BlockType::Q8_0, &block.repeat(k / BLOCK), k, &[0..1], &[0..k]);
         for x in [-1.0, 1.0] {
-            for kernel in MicroKernel::all_int8() {
+            for kernel in kernels(BlockType::Q8_0) {
                 let y = product(Rows::new(&vec![x; k], 1, k), &pack(&rows, &whole(k), kernel), &whole(k))[0];
                 let expected = x * f32::from(byte) * k as f32;
                 assert!((y / expected - 1.0).abs() < 1e-5, "{kernel:?}: {y} for {expected}");
@@ -166,65 +202,68 @@ fn the_largest_bytes_do_not_overflow() {
 
 #[test]
 fn what_is_no_number_stays_in_its_row() {
-    let (rows, _) = weights(3, 2 * BLOCK);
-    let mut x = values(3 * 2 * BLOCK, 4);
-    (x[5], x[2 * BLOCK + 40]) = (f32::NAN, f32::INFINITY);
-    for kernel in MicroKernel::all_int8() {
-        let y = product(Rows::new(&x, 3, 2 * BLOCK), &pack(&rows, &whole(2 * BLOCK), kernel), &whole(2 * BLOCK));
-        assert!(y[..6].iter().all(|y| y.is_nan()) && y[6..].iter().all(|y| y.is_finite()), "{kernel:?}: {y:?}");
+    let mut x = values(3 * WHOLE, 4);
+    (x[5], x[WHOLE + 40]) = (f32::NAN, f32::INFINITY);
+    for kind in BlockType::ALL {
+        let (rows, _) = weights(kind, 3, WHOLE);
+        for kernel in kernels(kind) {
+            let y = product(Rows::new(&x, 3, WHOLE), &pack(&rows, &whole(WHOLE), kernel), &whole(WHOLE));
+            assert!(y[..6].iter().all(|y| y.is_nan()) && y[6..].iter().all(|y| y.is_finite()), "{kind:?}, {kernel:?}: {y:?}");
+        }
     }
 }
 
 #[test]
-fn only_whole_blocks_of_eight_bits_are_taken() {
+fn only_whole_blocks_are_taken() {
     let packed = |kind: BlockType, columns: Range<usize>, chunks: &[Vec<Piece>]| {
         let data = vec![0; 256 / kind.values() * kind.bytes()];
-        PackedWeight::bytes_of_blocks(&BlockRows::of(kind, &data, 256, &[0..1], &[columns]), chunks).is_some()
+        PackedWeight::bytes_of_blocks(BlockRows::of(kind, &data, 256, &[0..1], &[columns]), chunks).is_ok()
     };
-    assert!(packed(BlockType::Q8_0, 32..96, &whole(64)));
-    assert!(!packed(BlockType::Q8_0, 16..80, &whole(64)), "a block begins elsewhere");
-    assert!(!packed(BlockType::Q8_0, 0..64, &[vec![(0, 48)], vec![(48, 16)]]), "a chunk ends inside a block");
-    assert!(!packed(BlockType::Q4_0, 0..64, &whole(64)));
-    assert!(!packed(BlockType::Q4K, 0..64, &whole(64)));
+    for kind in BlockType::ALL {
+        assert!(packed(kind, 32..96, &whole(64)), "{kind:?}");
+        assert!(!packed(kind, 16..80, &whole(64)), "a block of inputs begins elsewhere than one of {kind:?}");
+        assert!(!packed(kind, 0..64, &[vec![(0, 48)], vec![(48, 16)]]), "a chunk ends inside a block");
+    }
 }
 
 #[test]
 fn a_weight_holds_what_its_blocks_hold() {
-    let (rows, _) = weights(64, 4 * BLOCK);
-    for kernel in MicroKernel::all_int8() {
-        assert_eq!(pack(&rows, &whole(4 * BLOCK), kernel).bytes(), rows.bytes());
+    for kind in BlockType::ALL {
+        let (rows, _) = weights(kind, 64, WHOLE);
+        for kernel in kernels(kind) {
+            assert_eq!(pack(&rows, &whole(WHOLE), kernel).bytes(), rows.bytes(), "{kind:?}, {kernel:?}");
+        }
     }
 }
 
 #[test]
 fn threads_do_not_change_a_result() {
-    let [m, n, k] = [200, 330, 44 * BLOCK];
-    let (data, (rows, _)) = (values(m * k, 1), weights(n, k));
-    let weight = pack(&rows, &whole(k), MicroKernel::int8());
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| product(Rows::new(&data, m, k), &weight, &whole(k)))
-    };
-    let one = run(1);
-    assert!(run(2) == one && run(3) == one);
+    let [m, n, k] = [200, 330, 5 * WHOLE];
+    let data = values(m * k, 1);
+    for kind in [BlockType::Q8_0, BlockType::Q4K, BlockType::Q6K] {
+        let weight = pack_here(&weights(kind, n, k).0, &whole(k));
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| product(Rows::new(&data, m, k), &weight, &whole(k)))
+        };
+        let one = run(1);
+        assert!(run(2) == one && run(3) == one, "{kind:?}");
+    }
 }
 
 #[test]
 fn nothing_outside_the_operands_is_touched() {
     for before in [false, true] {
         for [m, n, blocks] in [[1, 1, 1], [6, 16, 2], [7, 17, 3], [13, 50, 13]] {
-            // The weight is packed by safe code.
-            let k = blocks * BLOCK;
-            let (x, (rows, _)) = (Guarded::new(&values(m * k, 1), before), weights(n, k));
-            let mut y = Guarded::new(&vec![0.0; m * n], before);
-            for kernel in MicroKernel::all_int8() {
-                linear_tree(
-                    Rows::new(x.slice(), m, k),
-                    &whole(k),
-                    &pack(&rows, &whole(k), kernel),
-                    Epilogue::default(),
-                    y.slice_mut(),
-                );
+            for kind in [BlockType::Q8_0, BlockType::Q4K, BlockType::Q6K] {
+                // The weight is packed by safe code.
+                let k = (blocks * BLOCK).next_multiple_of(kind.values());
+                let (x, (rows, _)) = (Guarded::new(&values(m * k, 1), before), weights(kind, n, k));
+                let mut y = Guarded::new(&vec![0.0; m * n], before);
+                for kernel in kernels(kind) {
+                    let weight = pack(&rows, &whole(k), kernel);
+                    linear_tree(Rows::new(x.slice(), m, k), &whole(k), &weight, Epilogue::default(), y.slice_mut());
+                }
             }
         }
     }

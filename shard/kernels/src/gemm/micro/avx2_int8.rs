@@ -9,9 +9,10 @@ use std::arch::x86_64::{
 use super::avx2::{LANES, load, store};
 use super::vector_int8::vector_int8_kernel;
 use super::{MicroKernel, Takes, Tile};
-use crate::gemm::bytes::{BLOCK, Bytes};
+use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
-const BYTES: Bytes = Bytes { group: 2, excess: 0 };
+const GROUP: usize = 2;
+const EXCESS: u8 = 0;
 const CHAINS: usize = 12;
 const ONES: i32 = 0x1_0001;
 type Ints = __m256i;
@@ -65,4 +66,10 @@ fn times(x: Floats, y: Floats) -> Floats {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn add_scaled(to: Floats, sums: Ints, scale: Floats) -> Floats {
     _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums), scale, to)
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn add_times(to: Floats, x: Floats, y: Floats) -> Floats {
+    _mm256_fmadd_ps(x, y, to)
 }

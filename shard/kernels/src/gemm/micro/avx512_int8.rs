@@ -10,9 +10,10 @@ use std::arch::x86_64::{
 use super::avx512::{LANES, load, store};
 use super::vector_int8::vector_int8_kernel;
 use super::{MicroKernel, Takes, Tile};
-use crate::gemm::bytes::{BLOCK, Bytes};
+use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
-const BYTES: Bytes = Bytes { group: 4, excess: 128 };
+const GROUP: usize = 4;
+const EXCESS: u8 = 128;
 const CHAINS: usize = 16;
 const ONES: i32 = 0x101_0101;
 type Ints = __m512i;
@@ -67,4 +68,10 @@ fn times(x: Floats, y: Floats) -> Floats {
 #[target_feature(enable = "avx512f,avx512vnni")]
 fn add_scaled(to: Floats, sums: Ints, scale: Floats) -> Floats {
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, to)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn add_times(to: Floats, x: Floats, y: Floats) -> Floats {
+    _mm512_fmadd_ps(x, y, to)
 }

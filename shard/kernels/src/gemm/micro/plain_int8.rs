@@ -6,20 +6,31 @@ use std::slice;
 use half::f16;
 
 use super::{MicroKernel, Takes, Tile};
-use crate::gemm::bytes::{BLOCK, Bytes};
+use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
 const MR: usize = 4;
 const NR: usize = 16;
-const BYTES: Bytes = Bytes { group: 4, excess: 128 };
+const GROUP: usize = 4;
 const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes: Takes::Blocks(BYTES), tile, lines: None, spin, flops: 2 * LANES };
+pub(super) static KERNELS: [MicroKernel; 3] = [
+    kernel(Scales::Stored, |t| tile(t, Scales::Stored)),
+    kernel(Scales::Whole, |t| tile(t, Scales::Whole)),
+    kernel(Scales::Halves, |t| tile(t, Scales::Halves)),
+];
 
-/// # Safety
-/// The tile's pointers are good for what its documentation says.
-unsafe fn tile(t: Tile) {
-    let (inputs, weights) = (BYTES.input_words() * MR, BYTES.weight_bytes(NR));
+const fn kernel(scales: Scales, tile: unsafe fn(Tile)) -> MicroKernel {
+    let takes = Takes::Blocks(bytes(scales));
+    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes, tile, lines: None, spin, flops: 2 * LANES }
+}
+
+const fn bytes(scales: Scales) -> Bytes {
+    Bytes { group: GROUP, excess: 128, scales }
+}
+
+/// The tile's pointers must be good for what its documentation says.
+fn tile(t: Tile, of: Scales) {
+    let (inputs, weights, parts) = (bytes(of).input_words() * MR, bytes(of).weight_bytes(NR), of.parts());
     // SAFETY: `k` blocks of each panel, as the caller promises; any bits are numbers of either type.
     let (a, b) = unsafe {
         (slice::from_raw_parts(t.a.cast::<u32>(), t.k * inputs), slice::from_raw_parts(t.b.cast::<u8>(), t.k * weights))
@@ -31,18 +42,27 @@ unsafe fn tile(t: Tile) {
             c.fill(0.0);
         }
         for (a, b) in a.chunks_exact(inputs).zip(b.chunks_exact(weights)) {
-            let (values, scales) = b.split_at(BLOCK * NR);
-            let [scale, before] = [0, 1].map(|below| a[(BLOCK / BYTES.group + below) * MR + row]);
-            let (scale, before) = (f32::from_bits(scale), before as i32);
+            let (values, of_columns) = b.split_at(BLOCK * NR);
+            let of_row = |below: usize| a[(BLOCK / GROUP + below) * MR + row];
+            let float = |at: usize| f32::from_le_bytes(std::array::from_fn(|byte| of_columns[4 * at + byte]));
+            let half = |at: usize| f16::from_le_bytes([of_columns[2 * at], of_columns[2 * at + 1]]).to_f32();
+            let scale_of_row = f32::from_bits(of_row(0));
             for (column, c) in c.iter_mut().enumerate() {
                 let group = |g: usize| {
                     let x = a[g * MR + row].to_le_bytes();
-                    let w = &values[(g * NR + column) * BYTES.group..][..BYTES.group];
+                    let w = &values[(g * NR + column) * GROUP..][..GROUP];
                     x.iter().zip(w).map(|(x, w)| i32::from(*x as i8) * i32::from(*w)).sum::<i32>()
                 };
-                let sum = before + (0..BLOCK / BYTES.group).map(group).sum::<i32>();
-                let of_column = f16::from_le_bytes([scales[2 * column], scales[2 * column + 1]]).to_f32();
-                *c = (sum as f32).mul_add(of_column * scale, *c);
+                let groups = BLOCK / GROUP / parts;
+                for part in 0..parts {
+                    let sum = of_row(1 + part) as i32 + (part * groups..(part + 1) * groups).map(group).sum::<i32>();
+                    let at = part * NR + column;
+                    let scale = if of == Scales::Stored { half(column) } else { float(at) };
+                    *c = (sum as f32).mul_add(scale * scale_of_row, *c);
+                    if of != Scales::Stored {
+                        *c = float(parts * NR + at).mul_add(f32::from_bits(of_row(1 + parts + part)), *c);
+                    }
+                }
             }
         }
     }

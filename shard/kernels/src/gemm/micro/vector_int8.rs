@@ -1,34 +1,46 @@
 //! Tiles of a few rows by two vectors in 8 bits: whole numbers for each block, then floats. One loop for all instruction sets.
 
-/// Defines `KERNEL` and what it is made of. Beside it stand `LANES` of a vector, `BYTES` (how the instructions want them), `Ints` and
-/// `Floats` (vectors), `CHAINS` and `ONES` for the limit (as many sums as fill the units, and a word of ones), and the instructions: `ints`
-/// and `floats` of one number, `weights` and `halves`, which read, `add_products` of a block, `times`, `load`, `store`, and `add_scaled`,
-/// which adds whole numbers times a scale to floats.
+/// Defines `KERNELS`, one for each kind of [`Scales`](crate::gemm::bytes::Scales), and what they are made of. Beside it stand `LANES` of a
+/// vector, `GROUP` and `EXCESS` (see [`Bytes`](crate::gemm::bytes::Bytes)), `Ints` and `Floats` (vectors), `CHAINS` and `ONES` for the limit
+/// (as many sums as fill the units, and a word of ones), and the instructions: `ints` and `floats` of one number, `weights` and `halves`,
+/// which read, `add_products` of a block, `times`, `load`, `store`, `add_times`, which adds a product of floats, and `add_scaled`, which
+/// adds whole numbers times a scale to floats.
 macro_rules! vector_int8_kernel {
     ($name:literal, $features:literal, rows: [$($fewer:literal)*], $mr:literal) => {
         const MR: usize = $mr;
         const NR: usize = 2 * LANES;
-        const GROUPS: usize = BLOCK / BYTES.group;
+        const GROUPS: usize = BLOCK / GROUP;
+        const STORED: u8 = Scales::Stored as u8;
+        const WHOLE: u8 = Scales::Whole as u8;
+        const HALVES: u8 = Scales::Halves as u8;
 
-        pub(super) static KERNEL: MicroKernel = MicroKernel {
-            name: $name,
-            mr: MR,
-            nr: NR,
-            takes: Takes::Blocks(BYTES),
-            tile,
-            lines: None,
-            spin,
-            flops: 2 * BYTES.group * LANES * CHAINS,
-        };
+        pub(super) static KERNELS: [MicroKernel; 3] = [
+            kernel(Scales::Stored, tile::<STORED>),
+            kernel(Scales::Whole, tile::<WHOLE>),
+            kernel(Scales::Halves, tile::<HALVES>),
+        ];
+
+        const fn kernel(scales: Scales, tile: unsafe fn(Tile)) -> MicroKernel {
+            MicroKernel {
+                name: $name,
+                mr: MR,
+                nr: NR,
+                takes: Takes::Blocks(Bytes { group: GROUP, excess: EXCESS, scales }),
+                tile,
+                lines: None,
+                spin,
+                flops: 2 * GROUP * LANES * CHAINS,
+            }
+        }
 
         /// # Safety
         /// The CPU has what the kernel is for; the tile's pointers are good for what its documentation says.
-        unsafe fn tile(t: Tile) {
+        unsafe fn tile<const SCALES: u8>(t: Tile) {
             // SAFETY: as promised by the caller.
             unsafe {
                 match t.rows {
-                    $($fewer => rows::<$fewer>(t),)*
-                    _ => rows::<MR>(t),
+                    $($fewer => rows::<$fewer, SCALES>(t),)*
+                    _ => rows::<MR, SCALES>(t),
                 }
             }
         }
@@ -36,36 +48,49 @@ macro_rules! vector_int8_kernel {
         /// # Safety
         /// As [`tile`], and `R` is the tile's number of rows.
         #[target_feature(enable = $features)]
-        unsafe fn rows<const R: usize>(t: Tile) {
+        unsafe fn rows<const R: usize, const SCALES: u8>(t: Tile) {
+            let (stored, parts) = (SCALES == STORED, if SCALES == HALVES { 2 } else { 1 });
             // SAFETY: every pointer stays in `k` blocks of `a` and `b` and in `[R][NR]` of `c`.
             unsafe {
                 let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<u8>());
                 for block in 0..t.k {
-                    // Below the scales: what the excess of weights adds, taken off.
-                    let excess = a.add((GROUPS + 1) * MR);
-                    let mut sums = [[ints(0); 2]; R];
-                    for (row, sum) in sums.iter_mut().enumerate() {
-                        *sum = [ints(*excess.add(row)); 2];
-                    }
-                    for _ in 0..GROUPS {
-                        let (b0, b1) = (weights(b), weights(b.add(BYTES.group * LANES)));
+                    // Below the groups: scales, what the excess of weights adds, taken off, and the sums of inputs.
+                    let (of_rows, of_columns) = (a.add(GROUPS * MR), b.add(BLOCK * NR));
+                    for part in 0..parts {
+                        let mut sums = [[ints(0); 2]; R];
                         for (row, sum) in sums.iter_mut().enumerate() {
-                            let x = ints(*a.add(row));
-                            sum[0] = add_products(sum[0], x, b0);
-                            sum[1] = add_products(sum[1], x, b1);
+                            *sum = [ints(*of_rows.add((1 + part) * MR + row)); 2];
                         }
-                        (a, b) = (a.add(MR), b.add(BYTES.group * NR));
-                    }
-                    let scales = [halves(b), halves(b.add(2 * LANES))];
-                    for (row, sum) in sums.iter().enumerate() {
-                        let scale = floats(*a.add(row).cast::<f32>());
-                        for (side, sum) in sum.iter().enumerate() {
-                            let c = t.c.add(row * t.stride + side * LANES);
-                            let before = if t.fresh && block == 0 { floats(0.0) } else { load(c) };
-                            store(c, add_scaled(before, *sum, times(scales[side], scale)));
+                        for _ in 0..GROUPS / parts {
+                            let (b0, b1) = (weights(b), weights(b.add(GROUP * LANES)));
+                            for (row, sum) in sums.iter_mut().enumerate() {
+                                let x = ints(*a.add(row));
+                                sum[0] = add_products(sum[0], x, b0);
+                                sum[1] = add_products(sum[1], x, b1);
+                            }
+                            (a, b) = (a.add(MR), b.add(GROUP * NR));
+                        }
+                        let made = of_columns.cast::<f32>().add(part * NR);
+                        // One side after the other: all scales of both and the sums would not be in registers together.
+                        for side in 0..2 {
+                            let at = side * LANES;
+                            let scale = if stored { halves(of_columns.add(2 * at)) } else { load(made.add(at)) };
+                            let minimum = if stored { floats(0.0) } else { load(made.add(parts * NR + at)) };
+                            for (row, sum) in sums.iter().enumerate() {
+                                let of_row = floats(*of_rows.add(row).cast::<f32>());
+                                let c = t.c.add(row * t.stride + at);
+                                let before = if t.fresh && block + part == 0 { floats(0.0) } else { load(c) };
+                                let mut after = add_scaled(before, sum[side], times(scale, of_row));
+                                if !stored {
+                                    let of_inputs = floats(*of_rows.add((1 + parts + part) * MR + row).cast::<f32>());
+                                    after = add_times(after, minimum, of_inputs);
+                                }
+                                store(c, after);
+                            }
                         }
                     }
-                    (a, b) = (a.add(2 * MR), b.add(2 * NR));
+                    a = of_rows.add(if stored { 2 } else { 1 + 2 * parts } * MR);
+                    b = of_columns.add(if stored { 2 } else { 8 * parts } * NR);
                 }
                 if t.fresh && t.k == 0 {
                     for at in 0..2 * R {
