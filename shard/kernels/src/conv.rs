@@ -14,7 +14,7 @@ use crate::gemm::micro::{MicroKernel, Takes};
 use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
 use crate::memory::{Output, seen};
 use crate::scratch::Buffer;
-use crate::{scratch, threads};
+use crate::{rows, scratch, threads};
 
 mod lines;
 mod windows;
@@ -36,6 +36,27 @@ pub struct Conv2d {
     c_out: usize,
     size: usize,
     kernel: &'static MicroKernel,
+}
+
+/// What is done with each result.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Finish<'a> {
+    /// Added after the bias: `[B, C_out, H', W']`, as the results are.
+    pub residual: Option<&'a [f32]>,
+    /// Then applied.
+    pub activation: Option<Activation>,
+}
+
+impl Finish<'_> {
+    /// Of results that lie one after the other, from `at` on.
+    fn apply(&self, y: &mut [f32], at: usize) {
+        if let Some(residual) = self.residual {
+            rows::shift(y, &residual[at..][..y.len()]);
+        }
+        if let Some(activation) = self.activation {
+            activation.apply(y);
+        }
+    }
 }
 
 /// Where a kernel is laid on a picture.
@@ -105,14 +126,9 @@ impl Conv2d {
     }
 
     /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Geometry::output`].
-    pub fn run<'a>(
-        &self,
-        x: &[f32],
-        geometry: Geometry,
-        activation: Option<Activation>,
-        y: &'a mut (impl Output + ?Sized),
-    ) -> &'a mut [f32] {
+    pub fn run<'a>(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &'a mut (impl Output + ?Sized)) -> &'a mut [f32] {
         let y = y.unread();
+        assert!(finish.residual.is_none_or(|residual| residual.len() == y.len()), "one to add to each result");
         let (pixels, area) = (geometry.output(self.size).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
             return &mut [];
@@ -121,9 +137,9 @@ impl Conv2d {
         let batch = y.len() / (self.c_out * pixels);
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
         match self.kernel.takes {
-            Takes::Tiles => lines::convolve(self, x, geometry, activation, y),
-            Takes::Pairs => self.convolve_pairs(x, geometry, activation, y),
-            _ => self.convolve(x, geometry, activation, y),
+            Takes::Tiles => lines::convolve(self, x, geometry, finish, y),
+            Takes::Pairs => self.convolve_pairs(x, geometry, finish, y),
+            _ => self.convolve(x, geometry, finish, y),
         }
         #[allow(unsafe_code)] // floats from here on
         // SAFETY: every pixel of every channel is written, whichever way it is made.
@@ -133,7 +149,7 @@ impl Conv2d {
     }
 
     /// As [`Self::convolve`], of channels that are paired first.
-    fn convolve_pairs(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [MaybeUninit<f32>]) {
+    fn convolve_pairs(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
         let area = geometry.input.iter().product::<usize>();
         let batch = x.len() / (self.c_in * area);
         scratch::lend(batch * self.deep() * area, |pairs| {
@@ -144,7 +160,7 @@ impl Conv2d {
                     pair_channels(two, [two.len() / area, area], pairs);
                 }
             });
-            self.convolve(pairs, geometry, activation, y);
+            self.convolve(pairs, geometry, finish, y);
         });
     }
 
@@ -154,7 +170,7 @@ impl Conv2d {
     }
 
     /// `x: [B, C, H, W]`, of [`Self::deep`] channels C.
-    fn convolve(&self, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [MaybeUninit<f32>]) {
+    fn convolve(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
         let pixels = geometry.output(self.size).iter().product::<usize>();
         let input = self.deep() * geometry.input.iter().product::<usize>();
         let batch = y.len() / (self.c_out * pixels);
@@ -169,11 +185,12 @@ impl Conv2d {
             // SAFETY: every job has its own pixels of its own picture.
             let y = unsafe { y.part(item * self.c_out..(item + 1) * self.c_out, columns.clone()) };
             let window = Windows { x: &x[item * input..][..input], geometry, size: self.size };
-            self.job(&window, columns, activation, y);
+            let first = item * self.c_out * pixels + columns.start;
+            self.job(&window, columns, |channel, row| finish.apply(row, first + channel * pixels), y);
         });
     }
 
-    fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, activation: Option<Activation>, mut y: Plane<'_>) {
+    fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, finish: impl Fn(usize, &mut [f32]), mut y: Plane<'_>) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
         let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
@@ -206,9 +223,7 @@ impl Conv2d {
                 if let Some(bias) = &self.bias {
                     row.iter_mut().for_each(|y| *y += bias[channel]);
                 }
-                if let Some(activation) = activation {
-                    activation.apply(row);
-                }
+                finish(channel, row);
             });
         });
     }

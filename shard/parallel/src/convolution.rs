@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use kernels::conv::{self, Geometry};
+use kernels::conv::{self, Finish, Geometry};
 
 use crate::ops::Products;
 use crate::ops::host::{has_kernels, read, read_as, write};
@@ -82,6 +82,15 @@ impl Conv2d {
 
     /// `[B, C_in, H, W]` gives `[B, C_out, H', W']`.
     pub fn forward(&self, x: &Tensor, at: Placement) -> Result<Tensor> {
+        self.convolve(x, at, None)
+    }
+
+    /// As [`Self::forward`], plus `residual: [B, C_out, H', W']`, in one pass.
+    pub fn forward_plus(&self, x: &Tensor, at: Placement, residual: &Tensor) -> Result<Tensor> {
+        self.convolve(x, at, Some(residual))
+    }
+
+    fn convolve(&self, x: &Tensor, at: Placement, residual: Option<&Tensor>) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
         match &self.kernel {
             Kernel::Packed(conv) => {
@@ -92,14 +101,29 @@ impl Conv2d {
                 let Placement { stride, before, after, doubled } = at;
                 let geometry = Geometry { input: [h, w], stride, before, after, doubled };
                 let [out_h, out_w] = geometry.output(size);
-                let y = read(&x.to_dtype(DType::F32)?, |x| write((b, c_out, out_h, out_w), |y| conv.run(x, geometry, None, y)))??;
-                Ok(y.to_dtype(x.dtype())?)
+                let shape = (b, c_out, out_h, out_w);
+                if let Some(residual) = residual.filter(|residual| residual.dims() != [b, c_out, out_h, out_w]) {
+                    return Err(Error::Operands { reason: format!("{:?} to add to {shape:?}", residual.dims()) });
+                }
+                let run = |x: &[f32], residual: Option<&[f32]>| {
+                    write(shape, |y| conv.run(x, geometry, Finish { residual, activation: None }, y))
+                };
+                let wide = x.to_dtype(DType::F32)?;
+                let y = match residual {
+                    Some(residual) => read(&residual.to_dtype(DType::F32)?, |residual| read(&wide, |x| run(x, Some(residual))))??,
+                    None => read(&wide, |x| run(x, None))?,
+                };
+                Ok(y?.to_dtype(x.dtype())?)
             }
             Kernel::Whole { weight, bias } => {
                 let x = if at.doubled { ops::upsample_nearest2x(x)? } else { x.clone() };
                 let x = x.pad_with_zeros(3, at.before, at.after)?.pad_with_zeros(2, at.before, at.after)?;
                 let y = x.conv2d(weight, 0, at.stride, 1, 1)?;
-                Ok(y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?)
+                let y = y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?;
+                Ok(match residual {
+                    Some(residual) => (y + residual)?,
+                    None => y,
+                })
             }
         }
     }

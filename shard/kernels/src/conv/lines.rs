@@ -4,8 +4,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::activation::Activation;
-use crate::conv::{Conv2d, Geometry, SMALL};
+use crate::conv::{Conv2d, Finish, Geometry, SMALL};
 use crate::gemm::micro::{MAX_TILE, MicroKernel, TILE_PAIRS};
 use crate::gemm::{Plane, Rows, SharedPlane, bf16, narrow_rows, turn};
 use crate::scratch::Buffer;
@@ -64,7 +63,7 @@ impl Lined {
 }
 
 /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`.
-pub(super) fn convolve(conv: &Conv2d, x: &[f32], geometry: Geometry, activation: Option<Activation>, y: &mut [MaybeUninit<f32>]) {
+pub(super) fn convolve(conv: &Conv2d, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
     let [c_out, c_in, size] = conv.dims();
     let (kernel, [out_height, out_width]) = (conv.kernel, geometry.output(size));
     let (pixels, lined, picture) =
@@ -91,7 +90,7 @@ pub(super) fn convolve(conv: &Conv2d, x: &[f32], geometry: Geometry, activation:
         let y = SharedPlane::of(y, pixels);
         threads::over_jobs(batch * jobs, small, |job| {
             let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
-            let job = Job { conv, geometry, lined: &lined, steps: &steps, across, activation };
+            let job = Job { conv, geometry, lined: &lined, steps: &steps, across, finish, first: item * c_out * pixels };
             job.run(&lines[item * lined.len()..], tiles, |channels, pixels| {
                 #[allow(unsafe_code)] // threads write rectangles, which are not slices
                 // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.
@@ -121,7 +120,9 @@ struct Job<'a> {
     steps: &'a Steps,
     /// Tiles of a row of the output.
     across: usize,
-    activation: Option<Activation>,
+    finish: Finish<'a>,
+    /// Results of the pictures before this one.
+    first: usize,
 }
 
 impl Job<'_> {
@@ -129,7 +130,7 @@ impl Job<'_> {
     fn run<'y>(&self, lines: &[f32], tiles: Range<usize>, y: impl Fn(Range<usize>, Range<usize>) -> Plane<'y>) {
         let (conv, kernel, stride) = (self.conv, self.conv.kernel, self.geometry.stride);
         let [c_out, _, size] = conv.dims();
-        let [_, width] = self.geometry.output(size);
+        let [height, width] = self.geometry.output(size);
         let panel_len = self.steps.0.len() * TILE_PAIRS * kernel.nr;
         let gathered = kernel.gathered(self.steps.0.len());
         scratch::with([gathered, MAX_TILE, MAX_TILE], |[gathered, tile, turned]| {
@@ -142,11 +143,12 @@ impl Job<'_> {
                     let c = Plane::of(&mut tile[..count * kernel.nr], kernel.nr);
                     kernel.run_lines(&lines[first..], &self.steps.0, stride * TILE_PAIRS, weight, c, gathered);
                     turn(turned, Rows::new(tile, count, kernel.nr), 0..count, (0, channels.len()), kernel.mr);
-                    let mut y = y(channels.clone(), row * width + column..row * width + column + count);
+                    let pixel = row * width + column;
+                    let mut y = y(channels.clone(), pixel..pixel + count);
                     let bias = conv.bias.as_ref().map_or(&[][..], |bias| &bias[channels.clone()]);
                     y.copy_rows_plus(&Plane::of(&mut turned[..channels.len() * kernel.mr], kernel.mr).narrow(count), bias);
-                    if let Some(activation) = self.activation {
-                        (0..channels.len()).for_each(|row| activation.apply(y.row_mut(row)));
+                    for channel in 0..channels.len() {
+                        self.finish.apply(y.row_mut(channel), self.first + (panel + channel) * height * width + pixel);
                     }
                 }
             }

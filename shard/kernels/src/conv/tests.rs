@@ -36,7 +36,7 @@ fn reference(x: &[f32], w: &[f32], bias: &[f32], [c_out, c_in, size]: [usize; 3]
 fn run(conv: &Conv2d, x: &[f32], g: Geometry) -> Vec<f32> {
     let batch = x.len() / (conv.c_in * g.input.iter().product::<usize>());
     let mut y = vec![f32::NAN; batch * conv.c_out * g.output(conv.size).iter().product::<usize>()];
-    conv.run(x, g, None, &mut y);
+    conv.run(x, g, Finish::default(), &mut y);
     y
 }
 
@@ -66,7 +66,13 @@ proptest! {
             }
             let item = x.len() / batch;
             let alone: Vec<f32> = x.chunks(item).flat_map(|x| run(&conv, x, g)).collect();
-            prop_assert_eq!(alone, y);
+            prop_assert_eq!(&alone, &y);
+            let (residual, mut finished) = (values(y.len(), 5), vec![f32::NAN; y.len()]);
+            let finish = Finish { residual: Some(&residual), activation: Some(Activation::Silu) };
+            conv.run(&x, g, finish, &mut finished);
+            let mut expected: Vec<f32> = y.iter().zip(&residual).map(|(y, residual)| y + residual).collect();
+            Activation::Silu.apply(&mut expected);
+            prop_assert_eq!(finished, expected);
         }
     }
 }
@@ -101,7 +107,11 @@ fn nothing_outside_the_operands_is_touched() {
             let x = Guarded::new(&values(3 * 5 * 19, 1), before);
             let mut y = Guarded::new(&vec![0.0; 7 * g.output(3).iter().product::<usize>()], before);
             for kernel in kernels() {
-                Conv2d::pack_for(kernel, &values(7 * 27, 2), [7, 3, 3], None).run(x.slice(), g, None, y.slice_mut());
+                let (conv, residual) =
+                    (Conv2d::pack_for(kernel, &values(7 * 27, 2), [7, 3, 3], None), values(y.slice().len(), 3));
+                for residual in [None, Some(&*residual)] {
+                    conv.run(x.slice(), g, Finish { residual, activation: None }, y.slice_mut());
+                }
             }
         }
     }

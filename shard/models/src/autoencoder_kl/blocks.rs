@@ -34,6 +34,12 @@ impl Conv2d {
         Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: false })?)
     }
 
+    /// As [`Self::forward`], plus `residual: [B, C_out, H, W]`.
+    pub(crate) fn forward_plus(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let at = Placement { stride: 1, before: self.padding, after: self.padding, doubled: false };
+        Ok(self.conv.forward_plus(x, at, residual)?)
+    }
+
     /// Halves the size: stride 2, padded on the right and below only.
     pub(crate) fn downsample(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.conv.forward(x, Placement { stride: 2, before: 0, after: 1, doubled: false })?)
@@ -93,12 +99,11 @@ impl ResnetBlock {
     /// `[B, C_in, H, W]` gives `[B, C_out, H, W]`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
-        let x = match &self.conv_shortcut {
-            Some(conv) => conv.forward(x)?,
-            None => x.clone(),
-        };
-        Ok((x + h)?)
+        let h = self.norm2.forward_silu(&h)?;
+        match &self.conv_shortcut {
+            Some(conv) => self.conv2.forward_plus(&h, &conv.forward(x)?),
+            None => self.conv2.forward_plus(&h, x),
+        }
     }
 }
 

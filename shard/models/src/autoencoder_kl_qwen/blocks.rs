@@ -60,12 +60,11 @@ impl ResidualBlock {
     /// `[B, C_in, H, W]` gives `[B, C_out, H, W]`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
-        let x = match &self.conv_shortcut {
-            Some(conv) => conv.forward(x)?,
-            None => x.clone(),
-        };
-        Ok((h + x)?)
+        let h = self.norm2.forward_silu(&h)?;
+        match &self.conv_shortcut {
+            Some(conv) => self.conv2.forward_plus(&h, &conv.forward(x)?),
+            None => self.conv2.forward_plus(&h, x),
+        }
     }
 }
 
@@ -94,7 +93,7 @@ impl AttentionBlock {
         let part = |i: usize| tokens.narrow(3, i * c, c)?.contiguous(); // [B, 1, H W, C]
         let attended = ops::attention(&part(0)?, &part(1)?, &part(2)?, 1.0 / (c as f64).sqrt(), None)?.squeeze(1)?;
         let attended = attended.transpose(1, 2)?.contiguous()?.reshape((b, c, height, width))?; // [B, H W, C] -> [B, C, H, W]
-        Ok((self.proj.forward(&attended)? + x)?)
+        self.proj.forward_plus(&attended, x)
     }
 }
 
