@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use models::blocks::{Layout, RankGroup};
 use parallel::Device;
 use parallel::ops::Products;
+use parallel::ops::kernels::blocks::BlockType;
 use parallel::ops::kernels::gemm::Order;
 use parallel::ops::kernels::limit;
 
@@ -166,7 +167,7 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
         Products::F32 => limit::gflops(),
         Products::Bf16 => limit::gflops_bf16(Order::Pairs),
         Products::Amx => limit::gflops_bf16(Order::Tiles),
-        Products::Int8 => limit::gops_int8(),
+        Products::Int8 => limit::gops_int8(if args.weights == Format::Q4K { BlockType::Q4K } else { BlockType::Q8_0 }),
     };
     let limit_before = most();
     let memory = Memory::watch();

@@ -81,8 +81,8 @@ enum Bound {
     Arithmetic,
     /// As [`Self::Arithmetic`], of bf16 in an order.
     Bf16(Order),
-    /// Of bytes.
-    Int8,
+    /// Of bytes, with weights in such blocks.
+    Int8(BlockType),
     Memory,
 }
 
@@ -90,7 +90,7 @@ impl Bound {
     fn unit(self) -> &'static str {
         match self {
             Self::Arithmetic | Self::Bf16(_) => "GFLOP/s",
-            Self::Int8 => "GOP/s",
+            Self::Int8(_) => "GOP/s",
             Self::Memory => "GB/s",
         }
     }
@@ -99,7 +99,7 @@ impl Bound {
         match self {
             Self::Arithmetic => limit::gflops(),
             Self::Bf16(order) => limit::gflops_bf16(order),
-            Self::Int8 => limit::gops_int8(),
+            Self::Int8(kind) => limit::gops_int8(kind),
             Self::Memory => limit::copy_gbps(COPIED_BYTES),
         }
     }
@@ -266,10 +266,10 @@ fn linears(table: &Table, tokens: &[usize], full: bool) -> io::Result<()> {
                 })?;
             }
             if let Some(bytes) = &bytes {
-                table.row(LINEARS[2], shape.clone(), flops, Bound::Int8, || {
+                table.row(LINEARS[2], shape.clone(), flops, Bound::Int8(BlockType::Q8_0), || {
                     linear(x, bytes, nothing, &mut y);
                 })?;
-                table.row(LINEARS[3], shape, flops, Bound::Int8, || {
+                table.row(LINEARS[3], shape, flops, Bound::Int8(BlockType::Q8_0), || {
                     linear_tree(x, &eighths, bytes, nothing, &mut y);
                 })?;
             }

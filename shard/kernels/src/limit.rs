@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 
+use crate::blocks::BlockType;
 use crate::gemm::bytes::Scales;
 use crate::gemm::micro::{MicroKernel, Order};
 
@@ -19,9 +20,9 @@ pub fn gflops_bf16(order: Order) -> f64 {
     of(MicroKernel::bf16(order))
 }
 
-/// As [`gflops`], of products in 8 bits: operations of whole numbers.
-pub fn gops_int8() -> f64 {
-    of(MicroKernel::int8(Scales::Stored))
+/// As [`gflops`], of products in 8 bits with weights in such blocks: operations of whole numbers.
+pub fn gops_int8(kind: BlockType) -> f64 {
+    of(MicroKernel::int8(Scales::of(kind)))
 }
 
 fn of(kernel: &MicroKernel) -> f64 {

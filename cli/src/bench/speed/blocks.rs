@@ -54,12 +54,12 @@ fn rows(
             })?;
         }
         if let Some(bytes) = &bytes {
-            table.row(in_bytes, shape.clone(), flops, Bound::Int8, || {
+            table.row(in_bytes, shape.clone(), flops, Bound::Int8(kind), || {
                 linear(of, bytes, Epilogue::default(), &mut y);
             })?;
         }
         let (x, mut result) = (Tensor::from_slice(&x, (m, K), &Device::Cpu)?, Ok(()));
-        table.row(candles, shape, flops, Bound::Int8, || result = weight.forward(&x).map(drop))?;
+        table.row(candles, shape, flops, Bound::Int8(kind), || result = weight.forward(&x).map(drop))?;
         result?;
     }
     Ok(())

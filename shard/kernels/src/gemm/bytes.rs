@@ -22,8 +22,6 @@ use crate::gemm::{Piece, Rows};
 pub(crate) const BLOCK: usize = 32;
 /// Blocks of inputs that are gathered at once.
 const GATHERED: usize = 8;
-/// Columns of a panel whose groups are pairs.
-const COLUMNS: usize = 16;
 /// What a float can be multiplied with to have one in -127..=127, and is not infinite.
 const LEAST: f32 = 256.0 * f32::MIN_POSITIVE;
 
@@ -32,7 +30,7 @@ const LEAST: f32 = 256.0 * f32::MIN_POSITIVE;
 pub(crate) struct Bytes {
     /// Neighbours in K that lie in one word of inputs: four bytes, or two numbers of 16 bits.
     pub(crate) group: usize,
-    /// What is added to weights, to have no sign.
+    /// What is added to weights, to have no sign. Of [`Scales::Nibbles`] there is none to be added; all others but `Q8_0` are -32 to 31.
     pub(crate) excess: u8,
     pub(crate) scales: Scales,
 }
@@ -42,6 +40,8 @@ pub(crate) struct Bytes {
 pub(crate) enum Scales {
     /// One number in f16, as `Q8_0` stores it.
     Stored,
+    /// A scale and a minimum, of numbers that are 0 to 15.
+    Nibbles,
     /// A scale and a minimum.
     Whole,
     /// A scale and a minimum for each half of it.
@@ -50,13 +50,13 @@ pub(crate) enum Scales {
 
 impl Scales {
     /// All of them.
-    #[cfg(test)]
-    pub(crate) const ALL: [Self; 3] = [Self::Stored, Self::Whole, Self::Halves];
+    pub(crate) const ALL: [Self; 4] = [Self::Stored, Self::Nibbles, Self::Whole, Self::Halves];
 
     /// Those of weights in such blocks.
     pub(crate) fn of(kind: BlockType) -> Self {
         match (kind, kind.part()) {
             (BlockType::Q8_0, _) => Self::Stored,
+            (BlockType::Q4_1 | BlockType::Q4K, _) => Self::Nibbles,
             (_, BLOCK) => Self::Whole,
             _ => Self::Halves,
         }
@@ -82,7 +82,7 @@ impl Bytes {
     }
 
     /// Some rows of a weight, which are at most `nr`, as a panel; `k` counts blocks. What stands in the places of absent rows is zero, or
-    /// left as it is. `aside` has place for what [`Self::aside`] says.
+    /// left as it is. `aside` has place for what [`Self::aside`] says. Only of groups of four bytes.
     pub(crate) fn make_panel(
         self,
         rows: &BlockRows,
@@ -111,10 +111,6 @@ impl Bytes {
         for ((at, (scales, minima)), to) in of_blocks.zip(to.chunks_exact_mut(block)) {
             let (values, of_parts) = to.split_at_mut(BLOCK / 4 * nr);
             turn(values, lines, 0..of.len(), (at * BLOCK / 4, BLOCK / 4), nr);
-            if self.group == 2 {
-                assert_eq!(nr, COLUMNS, "columns of pairs");
-                halve(values);
-            }
             let (of_scales, of_minima) = of_parts.split_at_mut(parts * nr);
             of_scales.copy_from_slice(scales);
             of_minima.iter_mut().zip(minima).for_each(|(to, minimum)| *to = -minimum);
@@ -212,22 +208,6 @@ fn gather(values: &mut [f32], x: Rows<'_>, row: usize, pieces: &[Piece], from: u
 /// Two numbers of 16 bits in those of a float.
 fn pair(lower: i8, upper: i8) -> f32 {
     f32::from_bits(u32::from(i16::from(lower) as u16) | u32::from(i16::from(upper) as u16) << 16)
-}
-
-vectorised! {
-    /// Rows of words of four bytes, each as two rows of pairs: the first two of each, and the others.
-    fn halve(words: &mut [f32]) {
-        for words in words.as_chunks_mut::<COLUMNS>().0 {
-            let (bits, mut of) = (words.map(f32::to_bits), [[0u16; COLUMNS]; 2]);
-            for (at, bits) in bits.iter().enumerate() {
-                of[0][at] = *bits as u16;
-            }
-            for (at, bits) in bits.iter().enumerate() {
-                of[1][at] = (bits >> 16) as u16;
-            }
-            *words = bytemuck::cast(of);
-        }
-    }
 }
 
 vectorised! {

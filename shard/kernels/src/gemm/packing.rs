@@ -168,7 +168,7 @@ impl PackedWeight {
                     bytes.pack_weight(&rows, kernel.nr, panels.as_mut_slice());
                     Panels::Bytes(panels)
                 }
-                Scales::Whole | Scales::Halves => Panels::BytesOfBlocks(rows),
+                Scales::Nibbles | Scales::Whole | Scales::Halves => Panels::BytesOfBlocks(rows),
             },
             _ => return Err(rows),
         };

@@ -201,6 +201,32 @@ fn the_largest_bytes_do_not_overflow() {
 }
 
 #[test]
+fn the_largest_and_the_least_numbers_of_a_block_do_not_overflow() {
+    let k = 3 * WHOLE;
+    for kind in BlockType::ALL {
+        for byte in [0u8, 0x0f, 0x7f, 0x80, 0xf0, 0xff] {
+            let mut data = vec![byte; k / kind.values() * kind.bytes()];
+            for block in data.chunks_exact_mut(kind.bytes()) {
+                halves_of(kind).iter().for_each(|at| block[*at..][..2].copy_from_slice(&f16::ONE.to_le_bytes()));
+            }
+            let (rows, mut wide) = (BlockRows::of(kind, &data, k, &[0..1], &[0..k]), vec![0.0; k]);
+            kind.widen(&data, &mut wide);
+            for x in [-1.0f32, 1.0] {
+                let expected: f64 = wide.iter().map(|w| f64::from(*w) * f64::from(x)).sum();
+                for kernel in kernels(kind) {
+                    let y = product(Rows::new(&vec![x; k], 1, k), &pack(&rows, &whole(k), kernel), &whole(k))[0];
+                    let magnitude: f64 = wide.iter().map(|w| f64::from(w.abs())).sum();
+                    assert!(
+                        (f64::from(y) - expected).abs() <= 1e-5 * magnitude,
+                        "{kind:?} of {byte}, {kernel:?}: {y} for {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn what_is_no_number_stays_in_its_row() {
     let mut x = values(3 * WHOLE, 4);
     (x[5], x[WHOLE + 40]) = (f32::NAN, f32::INFINITY);

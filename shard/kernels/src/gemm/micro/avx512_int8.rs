@@ -12,14 +12,45 @@ use super::vector_int8::vector_int8_kernel;
 use super::{MicroKernel, Takes, Tile};
 use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
-const GROUP: usize = 4;
-const EXCESS: u8 = 128;
 const CHAINS: usize = 16;
 const ONES: i32 = 0x101_0101;
 type Ints = __m512i;
 type Floats = __m512;
 
 vector_int8_kernel!("avx512_int8", "avx512f,avx512vnni", rows: [1 2 3 4 5 6 7 8 9 10 11 12 13], 14);
+
+const fn mr(_: u8) -> usize {
+    14
+}
+
+const fn bytes(scales: u8) -> Bytes {
+    Bytes { group: 4, excess: 128, scales: Scales::ALL[scales as usize] }
+}
+
+/// # Safety
+/// As many groups of the tile's panels.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+unsafe fn products<const R: usize, const SCALES: u8>(a: *const i32, b: *const u8, groups: usize, sums: &mut [[Ints; 2]; R]) {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        for group in 0..groups {
+            let b = b.add(4 * NR * group).cast::<__m512i>();
+            let (b0, b1) = (_mm512_loadu_si512(b), _mm512_loadu_si512(b.add(1)));
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let x = ints(*a.add(mr(SCALES) * group + row));
+                *sum = [step::<SCALES>(sum[0], x, b0), step::<SCALES>(sum[1], x, b1)];
+            }
+        }
+    }
+}
+
+/// `x` has signs, `y` has none.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn step<const SCALES: u8>(sums: Ints, x: Ints, y: Ints) -> Ints {
+    _mm512_dpbusd_epi32(sums, y, x)
+}
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
@@ -34,28 +65,12 @@ fn floats(x: f32) -> Floats {
 }
 
 /// # Safety
-/// 64 bytes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vnni")]
-unsafe fn weights(from: *const u8) -> Ints {
-    // SAFETY: as promised by the caller.
-    unsafe { _mm512_loadu_si512(from.cast::<__m512i>()) }
-}
-
-/// # Safety
 /// Sixteen halves.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn halves(from: *const u8) -> Floats {
     // SAFETY: as promised by the caller.
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.cast::<__m256i>()) })
-}
-
-/// `x` has signs, `y` has none.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn add_products(sums: Ints, x: Ints, y: Ints) -> Ints {
-    _mm512_dpbusd_epi32(sums, y, x)
 }
 
 #[inline]

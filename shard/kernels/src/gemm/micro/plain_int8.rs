@@ -13,8 +13,9 @@ const NR: usize = 16;
 const GROUP: usize = 4;
 const LANES: usize = 32;
 
-pub(super) static KERNELS: [MicroKernel; 3] = [
+pub(super) static KERNELS: [MicroKernel; 4] = [
     kernel(Scales::Stored, |t| tile(t, Scales::Stored)),
+    kernel(Scales::Nibbles, |t| tile(t, Scales::Nibbles)),
     kernel(Scales::Whole, |t| tile(t, Scales::Whole)),
     kernel(Scales::Halves, |t| tile(t, Scales::Halves)),
 ];

@@ -1,35 +1,36 @@
 //! Tiles of a few rows by two vectors in 8 bits: whole numbers for each block, then floats. One loop for all instruction sets.
 
 /// Defines `KERNELS`, one for each kind of [`Scales`](crate::gemm::bytes::Scales), and what they are made of. Beside it stand `LANES` of a
-/// vector, `GROUP` and `EXCESS` (see [`Bytes`](crate::gemm::bytes::Bytes)), `Ints` and `Floats` (vectors), `CHAINS` and `ONES` for the limit
-/// (as many sums as fill the units, and a word of ones), and the instructions: `ints` and `floats` of one number, `weights` and `halves`,
-/// which read, `add_products` of a block, `times`, `load`, `store`, `add_times`, which adds a product of floats, and `add_scaled`, which
-/// adds whole numbers times a scale to floats.
+/// vector, `Ints` and `Floats` (vectors), `CHAINS` and `ONES` for the limit (as many sums as fill the units, and a word of ones), for each
+/// kind `mr` (rows of a tile), `bytes` (see [`Bytes`](crate::gemm::bytes::Bytes)), `products`, which adds those of some groups to the sums of
+/// `R` rows, and `step`, which multiplies at that speed, and the instructions: `ints` and `floats` of one number, `halves`, which reads,
+/// `times`, `load`, `store`, `add_times`, which adds a product of floats, and `add_scaled`, which adds whole numbers times a scale to floats.
 macro_rules! vector_int8_kernel {
     ($name:literal, $features:literal, rows: [$($fewer:literal)*], $mr:literal) => {
-        const MR: usize = $mr;
         const NR: usize = 2 * LANES;
-        const GROUPS: usize = BLOCK / GROUP;
         const STORED: u8 = Scales::Stored as u8;
+        const NIBBLES: u8 = Scales::Nibbles as u8;
         const WHOLE: u8 = Scales::Whole as u8;
         const HALVES: u8 = Scales::Halves as u8;
 
-        pub(super) static KERNELS: [MicroKernel; 3] = [
-            kernel(Scales::Stored, tile::<STORED>),
-            kernel(Scales::Whole, tile::<WHOLE>),
-            kernel(Scales::Halves, tile::<HALVES>),
+        pub(super) static KERNELS: [MicroKernel; 4] = [
+            kernel::<STORED>(),
+            kernel::<NIBBLES>(),
+            kernel::<WHOLE>(),
+            kernel::<HALVES>(),
         ];
 
-        const fn kernel(scales: Scales, tile: unsafe fn(Tile)) -> MicroKernel {
+        const fn kernel<const SCALES: u8>() -> MicroKernel {
+            let bytes = bytes(SCALES);
             MicroKernel {
                 name: $name,
-                mr: MR,
+                mr: mr(SCALES),
                 nr: NR,
-                takes: Takes::Blocks(Bytes { group: GROUP, excess: EXCESS, scales }),
-                tile,
+                takes: Takes::Blocks(bytes),
+                tile: tile::<SCALES>,
                 lines: None,
-                spin,
-                flops: 2 * GROUP * LANES * CHAINS,
+                spin: spin::<SCALES>,
+                flops: 2 * bytes.group * LANES * CHAINS,
             }
         }
 
@@ -40,7 +41,7 @@ macro_rules! vector_int8_kernel {
             unsafe {
                 match t.rows {
                     $($fewer => rows::<$fewer, SCALES>(t),)*
-                    _ => rows::<MR, SCALES>(t),
+                    _ => rows::<$mr, SCALES>(t),
                 }
             }
         }
@@ -49,27 +50,21 @@ macro_rules! vector_int8_kernel {
         /// As [`tile`], and `R` is the tile's number of rows.
         #[target_feature(enable = $features)]
         unsafe fn rows<const R: usize, const SCALES: u8>(t: Tile) {
-            let (stored, parts) = (SCALES == STORED, if SCALES == HALVES { 2 } else { 1 });
+            let (stored, parts, mr) = (SCALES == STORED, if SCALES == HALVES { 2 } else { 1 }, mr(SCALES));
+            let groups = BLOCK / bytes(SCALES).group;
             // SAFETY: every pointer stays in `k` blocks of `a` and `b` and in `[R][NR]` of `c`.
             unsafe {
                 let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<u8>());
                 for block in 0..t.k {
                     // Below the groups: scales, what the excess of weights adds, taken off, and the sums of inputs.
-                    let (of_rows, of_columns) = (a.add(GROUPS * MR), b.add(BLOCK * NR));
+                    let (of_rows, of_columns) = (a.add(groups * mr), b.add(BLOCK * NR));
                     for part in 0..parts {
                         let mut sums = [[ints(0); 2]; R];
                         for (row, sum) in sums.iter_mut().enumerate() {
-                            *sum = [ints(*of_rows.add((1 + part) * MR + row)); 2];
+                            *sum = [ints(*of_rows.add((1 + part) * mr + row)); 2];
                         }
-                        for _ in 0..GROUPS / parts {
-                            let (b0, b1) = (weights(b), weights(b.add(GROUP * LANES)));
-                            for (row, sum) in sums.iter_mut().enumerate() {
-                                let x = ints(*a.add(row));
-                                sum[0] = add_products(sum[0], x, b0);
-                                sum[1] = add_products(sum[1], x, b1);
-                            }
-                            (a, b) = (a.add(MR), b.add(GROUP * NR));
-                        }
+                        products::<R, SCALES>(a, b, groups / parts, &mut sums);
+                        (a, b) = (a.add(groups / parts * mr), b.add(BLOCK / parts * NR));
                         let made = of_columns.cast::<f32>().add(part * NR);
                         // One side after the other: all scales of both and the sums would not be in registers together.
                         for side in 0..2 {
@@ -82,14 +77,14 @@ macro_rules! vector_int8_kernel {
                                 let before = if t.fresh && block + part == 0 { floats(0.0) } else { load(c) };
                                 let mut after = add_scaled(before, sum[side], times(scale, of_row));
                                 if !stored {
-                                    let of_inputs = floats(*of_rows.add((1 + parts + part) * MR + row).cast::<f32>());
+                                    let of_inputs = floats(*of_rows.add((1 + parts + part) * mr + row).cast::<f32>());
                                     after = add_times(after, minimum, of_inputs);
                                 }
                                 store(c, after);
                             }
                         }
                     }
-                    a = of_rows.add(if stored { 2 } else { 1 + 2 * parts } * MR);
+                    a = of_rows.add(if stored { 2 } else { 1 + 2 * parts } * mr);
                     b = of_columns.add(if stored { 2 } else { 8 * parts } * NR);
                 }
                 if t.fresh && t.k == 0 {
@@ -103,12 +98,12 @@ macro_rules! vector_int8_kernel {
         /// # Safety
         /// The CPU has what the kernel is for.
         #[target_feature(enable = $features)]
-        unsafe fn spin(rounds: usize) -> f32 {
+        unsafe fn spin<const SCALES: u8>(rounds: usize) -> f32 {
             let (x, mut sums) = (ints(std::hint::black_box(ONES)), [ints(0); CHAINS]);
             for _ in 0..rounds {
                 for sum in &mut sums {
                     // What an instruction gives depends on the one before it, or all of them would be one.
-                    *sum = add_products(*sum, x, *sum);
+                    *sum = step::<SCALES>(*sum, x, *sum);
                 }
             }
             let total = sums.iter().fold(floats(0.0), |total, sum| add_scaled(total, *sum, floats(1.0)));
