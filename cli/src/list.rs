@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use proto::v1::{
     Adapter, CancelJobRequest, GetJobRequest, GroupState, Job, JobState, ListJobsRequest, ListModelsRequest, ListWorkersRequest,
-    ModelStatus, Parameter,
+    ModelStatus, Parameter, Products,
 };
 
 use crate::client::{Client, ServerArgs};
@@ -73,16 +73,17 @@ pub(crate) async fn models(args: ModelsArgs) -> Result<(), Error> {
 
 pub(crate) async fn workers(args: WorkersArgs) -> Result<(), Error> {
     let mut client = Client::connect(&args.server).await?;
-    println!("{:<38} {:<22} {:<6} {:<24} ranks", "worker", "address", "device", "labels");
+    println!("{:<38} {:<22} {:<6} {:<24} {:<18} ranks", "worker", "address", "device", "labels", "multiplies in");
     for worker in client.cluster.list_workers(ListWorkersRequest {}).await?.into_inner().workers {
         let mut labels: Vec<String> = worker.labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
         labels.sort();
         println!(
-            "{:<38} {:<22} {:<6} {:<24} {}",
+            "{:<38} {:<22} {:<6} {:<24} {:<18} {}",
             worker.worker_id,
             worker.address,
             worker.device,
             labels.join(","),
+            worker.products().map(Products::name).collect::<Vec<_>>().join(","),
             worker.ranks.join(" ")
         );
     }
@@ -102,6 +103,9 @@ fn show(job: &Job) {
     println!("{}", job_line(job));
     if !job.trace_id.is_empty() {
         println!("  trace {}", job.trace_id);
+    }
+    if job.products() != Products::Unspecified {
+        println!("  multiplied in {}", job.products());
     }
     if let Some(failure) = &job.failure {
         println!(
@@ -129,7 +133,7 @@ fn state(state: JobState) -> &'static str {
 }
 
 fn print_model(model: &ModelStatus) {
-    println!("{}  {}", model.name, if model.ready { "ready" } else { "not ready" });
+    println!("{}  {}, multiplied in {}", model.name, if model.ready { "ready" } else { "not ready" }, model.products());
     if !model.problem.is_empty() {
         println!("  problem: {}", model.problem);
     }

@@ -277,10 +277,7 @@ impl WorkerProcess {
             command.arg("--tls-cert").arg(cert).arg("--tls-key").arg(key).arg("--tls-ca").arg(ca);
         }
         for (key, value) in &self.labels {
-            match key.as_str() {
-                "products" => command.args(["--products", value]),
-                _ => command.args(["--label", &format!("{key}={value}")]),
-            };
+            command.args(["--label", &format!("{key}={value}")]);
         }
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "error");

@@ -2,8 +2,11 @@
 //! state after each step. Kept as objects, in a folder or in S3.
 //!
 //! ```text
-//! checkpoints/{job}/{stage}/{step} = header, bytes                step 0: the stage's output; others: states
+//! checkpoints/{job}/{stage}/{products}/{step} = header, bytes     step 0: the stage's output; others: states
 //! ```
+//!
+//! What a model is multiplied in is part of a checkpoint's name: a job of which something was done in another way, before models.toml
+//! was changed or by an older program, which did not say, cannot be given it, whoever stored it and however late.
 //!
 //! A checkpoint counts when it is whole, has the sha256 that was announced, and is durable. Of a stage's
 //! states the two that were written last are kept, and nothing of a job that is over.
@@ -33,7 +36,7 @@ use std::{
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use object_store::{ObjectStore, ObjectStoreExt, buffered::BufWriter, path::Path};
-use proto::v1::{CheckpointKey, GetCheckpointResponse, PutCheckpointRequest, put_checkpoint_request::Part};
+use proto::v1::{CheckpointKey, GetCheckpointResponse, Products, PutCheckpointRequest, put_checkpoint_request::Part};
 use tokio::time::timeout;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -148,17 +151,19 @@ pub struct Saved {
     pub stage: String,
     /// Of a denoiser's state: the steps done. 0: the stage's output.
     pub step: u32,
+    /// What it was multiplied in.
+    pub products: Products,
 }
 
 impl From<Key> for Saved {
     fn from(key: Key) -> Self {
-        Self { stage: key.stage, step: key.step }
+        Self { stage: key.stage, step: key.step, products: key.products }
     }
 }
 
 impl fmt::Display for Saved {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.stage, self.step)
+        write!(f, "{} {} in {}", self.stage, self.step, self.products)
     }
 }
 
@@ -261,7 +266,7 @@ impl CheckpointStore {
     }
 
     /// What was stored: its header, then chunks. The last chunk comes only if the sha256 of all is right. In place of a state that
-    /// is not there any more comes the newest later one of its stage: a worker that was given up and does not know it yet may have
+    /// is not there any more comes the newest later one of its stage in the same way: a worker that was given up and does not know it yet may have
     /// stored more, and a job's states are the same whoever computed them.
     ///
     /// # Errors
@@ -284,7 +289,7 @@ impl CheckpointStore {
         }
     }
 
-    /// What there is of a job, by stage, then step.
+    /// What there is of a job, by stage, then way, then step.
     pub fn list(&self, job_id: &str) -> Vec<Saved> {
         self.lock().of_job(job_id).map(Saved::from).collect()
     }
@@ -364,14 +369,22 @@ fn lock(index: &Mutex<Index>) -> MutexGuard<'_, Index> {
 }
 
 fn path(key: &Key) -> Path {
-    Path::from_iter([FOLDER, &key.job_id, &key.stage, &key.step.to_string()])
+    let (name, step) = (key.products.name(), key.step.to_string());
+    let way = Some(name).filter(|_| key.products != Products::Unspecified);
+    Path::from_iter([FOLDER, &key.job_id, &key.stage].into_iter().chain(way).chain([step.as_str()]))
 }
 
 fn parse_path(path: &Path) -> Option<Key> {
     let parts: Vec<_> = path.parts().collect();
-    let [_, job_id, stage, step] = parts.as_slice() else { return None };
-    let (job_id, stage) = (job_id.as_ref().to_owned(), stage.as_ref().to_owned());
-    Key::check(Some(CheckpointKey { job_id, stage, step: step.as_ref().parse().ok()? })).ok()
+    let parts: Vec<&str> = parts.iter().map(AsRef::as_ref).collect();
+    let (job_id, stage, products, step) = match *parts.as_slice() {
+        [_, job_id, stage, way, step] => (job_id, stage, Products::of_name(way)?, step),
+        // As an older program named them.
+        [_, job_id, stage, step] => (job_id, stage, Products::Unspecified, step),
+        _ => return None,
+    };
+    let (job_id, stage, products) = (job_id.to_owned(), stage.to_owned(), products.into());
+    Key::check(Some(CheckpointKey { job_id, stage, step: step.parse().ok()?, products })).ok()
 }
 
 /// The next message of an upload; nothing at its end.

@@ -15,6 +15,8 @@ pub const MAX_CHANGES: usize = 1024;
 pub const MAX_WORKER_ID_CHARS: usize = 128;
 /// The most labels of a worker.
 pub const MAX_LABELS: usize = 64;
+/// The most ways to multiply that a worker may have: more than there are, for those that only newer ones know.
+pub const MAX_PRODUCTS: usize = 64;
 
 /// Somebody came or went.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +51,9 @@ pub fn check(registration: &Registration) -> Result<()> {
     if registration.labels.len() > MAX_LABELS {
         return refuse("there may be at most 64 labels");
     }
+    if registration.products.len() > MAX_PRODUCTS {
+        return refuse("there may be at most 64 products");
+    }
     Ok(())
 }
 
@@ -69,5 +74,6 @@ mod tests {
             assert!(check(&Registration { address: address.into(), ..testing::worker("w1", "any") }).is_err());
         }
         assert!(check(&testing::worker("a/b", "any")).is_err());
+        assert!(check(&Registration { products: vec![1; MAX_PRODUCTS + 1], ..testing::worker("w1", "any") }).is_err());
     }
 }

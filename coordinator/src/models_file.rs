@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use proto::v1::{AdapterDefault, AdapterFile, Layout};
+use proto::v1::{AdapterDefault, AdapterFile, Layout, Products};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -35,6 +35,10 @@ pub const MAX_GROUP_RANKS: u64 = 64;
 pub const MAX_NAME_CHARS: usize = 64;
 /// The most adapters of one model: its card travels in one message.
 pub const MAX_ADAPTERS: usize = 256;
+/// What a model is multiplied in when models.toml does not say.
+pub const DEFAULT_PRODUCTS: Products = Products::F32;
+/// What was a label of workers before it was a setting of models.
+const PRODUCTS_LABEL: &str = "products";
 
 /// A model to serve.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,6 +51,8 @@ pub struct ModelConfig {
     pub max_batch: u32,
     /// Most jobs at once in the denoise engine.
     pub max_jobs: u32,
+    /// What all its components are multiplied in.
+    pub products: Products,
     /// How its components are held; one that is not here gets the default.
     pub components: BTreeMap<String, ComponentConfig>,
     /// The adapters that its jobs may name.
@@ -146,6 +152,7 @@ struct Model {
     max_batch: u32,
     #[serde(default = "default_max_jobs")]
     max_jobs: u32,
+    products: Option<String>,
     #[serde(default)]
     components: BTreeMap<String, ComponentConfig>,
 }
@@ -158,7 +165,6 @@ fn default_max_jobs() -> u32 {
     DEFAULT_MAX_JOBS
 }
 
-/// `path` is for messages; models' directories are relative to `folder`.
 /// Reads the text of the models.toml at `path`; relative paths in it begin at `folder`.
 ///
 /// # Errors
@@ -177,6 +183,7 @@ pub fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>>
         let offset = entry.span().start;
         let model = entry.into_inner();
         check(&model).map_err(|problem| error(offset, problem))?;
+        let products = products(&model).map_err(|problem| error(offset, problem))?;
         if !names.insert(model.name.clone()) {
             return Err(error(offset, format!("model.name = {:?}: another model has this name", model.name)));
         }
@@ -185,6 +192,7 @@ pub fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>>
             name: model.name,
             max_batch: model.max_batch,
             max_jobs: model.max_jobs,
+            products,
             components: model.components,
             adapters: Vec::new(),
         });
@@ -245,7 +253,22 @@ fn check(model: &Model) -> Result<(), String> {
     Ok(())
 }
 
+fn products(model: &Model) -> Result<Products, String> {
+    let Some(given) = &model.products else {
+        return Ok(DEFAULT_PRODUCTS);
+    };
+    let unknown = || {
+        let known = Products::ALL.map(Products::name).join(", ");
+        format!("model {:?}: products = {given:?}: must be one of {known}", model.name)
+    };
+    Products::of_name(given).ok_or_else(unknown)
+}
+
 fn check_component(config: &ComponentConfig) -> Result<(), String> {
+    if let Some(given) = config.workers.get(PRODUCTS_LABEL) {
+        let instead = "it is a setting of the model, for all its components";
+        return Err(format!("workers.{PRODUCTS_LABEL}: {instead}: write `products = {given:?}` under its [[model]]"));
+    }
     if !TP_DEGREES.contains(&config.tp) {
         return Err(format!("tp = {}: must be one of 1, 2, 4, 8", config.tp));
     }
@@ -311,6 +334,21 @@ mod tests {
         let problem = problem("[[model]]\nname = \"emoji\"\npath = \"x\"\n[model.components.transformer]\ntp = 3\n");
         let expected = "models.toml:1: model \"emoji\": components.transformer.tp = 3: must be one of 1, 2, 4, 8";
         assert_eq!(problem, expected);
+    }
+
+    #[test]
+    fn a_model_is_multiplied_in_what_it_says_and_in_f32_otherwise() {
+        let model = |line: &str| format!("[[model]]\nname = \"emoji\"\npath = \"x\"\n{line}");
+        let products = |line: &str| parse_text(&model(line)).unwrap()[0].products;
+        assert_eq!(products(""), Products::F32);
+        for way in Products::ALL {
+            assert_eq!(products(&format!("products = \"{way}\"\n")), way);
+        }
+        let unknown = problem(&model("products = \"fp8\"\n"));
+        assert_eq!(unknown, "models.toml:1: model \"emoji\": products = \"fp8\": must be one of f32, bf16, amx, int8");
+        let label = problem(&model("[model.components.transformer]\nworkers = { products = \"amx\" }\n"));
+        assert!(label.starts_with("models.toml:1: model \"emoji\": components.transformer.workers.products: "), "{label}");
+        assert!(label.ends_with("write `products = \"amx\"` under its [[model]]"), "{label}");
     }
 
     #[test]

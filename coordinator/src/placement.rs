@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proto::v1::{Layout, ModelCard, Registration, StageKind};
+use proto::v1::{Layout, ModelCard, Products, Registration, StageKind};
 
 use crate::{
     models_file::{ComponentConfig, ModelConfig},
@@ -22,6 +22,8 @@ pub struct WantedGroup {
     pub component: String,
     /// How the component is cut.
     pub layout: Layout,
+    /// What it is multiplied in.
+    pub products: Products,
     /// Labels a member must have.
     pub selector: BTreeMap<String, String>,
     /// A worker may hold several of its ranks, and ranks of several replicas.
@@ -39,18 +41,15 @@ impl WantedGroup {
         self.layout.ranks() as usize
     }
 
-    /// `worker` has every label the group asks for.
+    /// `worker` has every label the group asks for, and can multiply as it does.
     pub fn accepts(&self, worker: &Registration) -> bool {
-        self.selector.iter().all(|(label, value)| worker.labels.get(label) == Some(value))
+        let has = |(label, value): (&String, &String)| worker.labels.get(label) == Some(value);
+        self.selector.iter().all(has) && worker.products().any(|products| products == self.products)
     }
 }
 
 /// The label that says which workers share a machine.
 const HOST: &str = "host";
-/// The label that says what a worker multiplies in.
-const PRODUCTS: &str = "products";
-/// What one multiplies in that does not say.
-const F32: &str = "f32";
 /// The device that several ranks may share.
 const CPU: &str = "cpu";
 
@@ -99,6 +98,7 @@ fn wanted_group(model: &ModelConfig, component: &str, config: &ComponentConfig, 
         model: model.name.clone(),
         component: component.to_owned(),
         layout: config.layout(),
+        products: model.products,
         selector: config.workers.clone(),
         colocate: config.colocate,
     }
@@ -138,8 +138,7 @@ pub fn form_groups<'a>(
 
 /// All ranks of a group or none; `ranks` counts what each worker holds and is changed only if all are found.
 ///
-/// All of one kind of device, which have a way to each other, and that multiply in the same type: the bits must not depend on who
-/// has which rank. CPUs where no other kind suffices.
+/// All of one kind of device, which have a way to each other. CPUs where no other kind suffices.
 fn choose_members<'a>(
     group: &WantedGroup,
     eligible: &[(&'a str, &'a Registration)],
@@ -147,7 +146,7 @@ fn choose_members<'a>(
 ) -> Option<Vec<&'a str>> {
     let kind_of = |worker: &'a Registration| {
         let kind = worker.device.split(':').next().unwrap_or_default();
-        (kind == CPU, kind, worker.labels.get(PRODUCTS).map_or(F32, String::as_str))
+        (kind == CPU, kind)
     };
     let mut kinds: BTreeMap<_, Vec<(&str, &Registration)>> = BTreeMap::new();
     for (id, worker) in eligible {
@@ -252,6 +251,7 @@ mod tests {
             path: PathBuf::from("/models/emoji"),
             max_batch: 4,
             max_jobs: 16,
+            products: Products::F32,
             components: components.iter().map(|(name, config)| ((*name).to_owned(), config.clone())).collect(),
             adapters: vec![],
         }
@@ -313,6 +313,7 @@ mod tests {
             model: "emoji".into(),
             component: "transformer".into(),
             layout: Layout { tp, block_ranges: 1, cfg_parallel },
+            products: Products::F32,
             selector: role.map(|role| ("role".to_owned(), role.to_owned())).into_iter().collect(),
             colocate,
         }
@@ -361,19 +362,27 @@ mod tests {
     }
 
     #[test]
-    fn the_ranks_of_a_group_multiply_in_the_same_type() {
+    fn a_group_goes_only_to_workers_that_can_multiply_as_its_model_says() {
         let mut workers = workers(&["x"; 4]);
-        let types = ["f32", "bf16", "f32", "bf16"];
-        workers
-            .values_mut()
-            .zip(types)
-            .for_each(|(worker, products)| drop(worker.labels.insert(PRODUCTS.into(), products.into())));
-        let formed = form_groups(&[cut("a", 2, 1)], &workers, &BTreeMap::new());
-        assert_eq!(formed[0].1, ["w1", "w3"]);
-        let wide = WantedGroup { selector: [(PRODUCTS.to_owned(), F32.to_owned())].into(), ..cut("b", 2, 1) };
-        assert_eq!(form_groups(&[wide], &workers, &BTreeMap::new())[0].1, ["w0", "w2"], "as models.toml asks");
-        let whole = form_groups(&[cut("c", 4, 1)], &workers, &BTreeMap::new());
-        assert!(whole.is_empty(), "{whole:?}");
+        let able: [&[Products]; 4] =
+            [&[Products::F32], &[Products::F32, Products::Bf16], &[], &[Products::Amx, Products::Bf16, Products::F32]];
+        for (worker, able) in workers.values_mut().zip(able) {
+            worker.products = able.iter().map(|products| *products as i32).collect();
+        }
+        let formed = |products, tp| {
+            let wanted = wanted_groups(
+                &ModelConfig { products, ..model(&[("transformer", ComponentConfig { tp, ..ComponentConfig::default() })]) },
+                &testing::card("emoji"),
+            );
+            let transformer: Vec<_> = wanted.unwrap().into_iter().filter(|group| group.component == "transformer").collect();
+            form_groups(&transformer, &workers, &BTreeMap::new()).pop().map(|(_, members)| members)
+        };
+        assert_eq!(formed(Products::Bf16, 2).unwrap(), ["w1", "w3"]);
+        assert_eq!(formed(Products::Amx, 1).unwrap(), ["w3"]);
+        assert_eq!(formed(Products::F32, 2).unwrap(), ["w0", "w1"]);
+        for (products, tp) in [(Products::Amx, 2), (Products::Bf16, 4), (Products::F32, 4), (Products::Int8, 1)] {
+            assert_eq!(formed(products, tp), None, "{products} at tp {tp}: one that cannot, or does not say, is not taken");
+        }
     }
 
     #[test]

@@ -212,8 +212,7 @@ where
     let checkpoints =
         CheckpointStore::open(&place, CheckpointLimits::default(), Arc::new(move |job_id| is_live.contains(job_id))).await?;
     if takes_over {
-        let saved = |job_id: &String| checkpoints.list(job_id).into_iter().map(|saved| (saved.stage, saved.step)).collect();
-        let saved: SavedSteps = live.all().into_iter().map(|job_id| (job_id.clone(), saved(&job_id))).collect();
+        let saved: SavedSteps = live.all().into_iter().map(|job_id| (job_id.clone(), checkpoints.list(&job_id))).collect();
         state.recover(context.now(), jobs, groups, saved);
     }
 

@@ -2,8 +2,9 @@
 //! workers come and go.
 //!
 //! Its network is a chain of hashes. The text's embedding is the hash of the prompt, the first latents are a hash of that and
-//! the seed, a step hashes the latents, and the picture is the last of them. So a job that was resumed wrongly, or given
-//! another job's tensors, has another picture than [`picture`] says.
+//! the seed, a step hashes the latents, and the picture is the last of them; what its group is multiplied in is hashed with all
+//! of it. So a job that was resumed wrongly, given another job's tensors, or computed partly in one way and partly in another,
+//! has another picture than [`picture`] says.
 
 mod rpc;
 mod service;
@@ -13,7 +14,7 @@ use std::{io, sync::Arc, time::Duration};
 
 use futures::Stream;
 use proto::v1::{
-    Component, JobSpec, ModelCard, Parameter, RegisterRequest, Registration, StageKind, StageTemplate,
+    Component, JobSpec, ModelCard, Parameter, Products, RegisterRequest, Registration, StageKind, StageTemplate,
     membership_service_client::MembershipServiceClient, worker_service_server::WorkerServiceServer,
 };
 use sha2::{Digest, Sha256};
@@ -44,6 +45,8 @@ pub struct Pace {
     pub step: Duration,
     /// It keeps checkpoints and stage outputs at the coordinator.
     pub checkpoints: bool,
+    /// It says of them what they were multiplied in. If not, it says f32 of all: that is broken on purpose.
+    pub says_products: bool,
 }
 
 /// Where it says that it is there.
@@ -132,25 +135,29 @@ async fn register(coordinator: &str, registration: &Registration, dial: &Dial) -
     }
 }
 
-/// What a job's picture is, however often it was interrupted.
-pub fn picture(spec: &JobSpec) -> [u8; 32] {
-    let mut latents = first_latents(&embedding(spec), spec);
+/// What the picture of a job is whose model is multiplied in `products`, however often it was interrupted.
+pub fn picture(spec: &JobSpec, products: Products) -> [u8; 32] {
+    let mut latents = first_latents(&embedding(spec, products), spec);
     for _ in 0..spec.num_inference_steps() {
-        latents = next_latents(&latents);
+        latents = next_latents(&latents, products);
     }
-    Sha256::new().chain_update(b"picture").chain_update(latents).finalize().into()
+    decoded(&latents, products)
 }
 
-fn embedding(spec: &JobSpec) -> [u8; 32] {
-    Sha256::new().chain_update(b"text").chain_update(&spec.prompt).finalize().into()
+fn embedding(spec: &JobSpec, products: Products) -> [u8; 32] {
+    Sha256::new().chain_update(b"text").chain_update(products.name()).chain_update(&spec.prompt).finalize().into()
+}
+
+fn decoded(latents: &[u8; 32], products: Products) -> [u8; 32] {
+    Sha256::new().chain_update(b"picture").chain_update(products.name()).chain_update(latents).finalize().into()
 }
 
 fn first_latents(embedding: &[u8; 32], spec: &JobSpec) -> [u8; 32] {
     Sha256::new().chain_update(embedding).chain_update(spec.seed().to_le_bytes()).finalize().into()
 }
 
-fn next_latents(latents: &[u8; 32]) -> [u8; 32] {
-    Sha256::digest(latents).into()
+fn next_latents(latents: &[u8; 32], products: Products) -> [u8; 32] {
+    Sha256::new().chain_update(products.name()).chain_update(latents).finalize().into()
 }
 
 /// The card of the model it serves, whatever the directory.
@@ -198,6 +205,7 @@ pub fn registration(worker_id: &str, address: &str) -> Registration {
         address: address.into(),
         data_address: address.into(),
         device: "cpu".into(),
+        products: Products::ALL.map(i32::from).to_vec(),
         ..Registration::default()
     }
 }
@@ -214,13 +222,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_picture_tells_its_prompt_seed_and_steps_apart() {
+    fn a_picture_tells_its_prompt_seed_steps_and_products_apart() {
         let spec = JobSpec { prompt: "a car".into(), seed: Some(1), num_inference_steps: Some(4), ..JobSpec::default() };
         let others = [
             JobSpec { prompt: "a cat".into(), ..spec.clone() },
             JobSpec { seed: Some(2), ..spec.clone() },
             JobSpec { num_inference_steps: Some(5), ..spec.clone() },
         ];
-        assert!(others.iter().all(|other| picture(other) != picture(&spec)));
+        let first = picture(&spec, Products::F32);
+        assert!(others.iter().all(|other| picture(other, Products::F32) != first));
+        assert_ne!(picture(&spec, Products::Bf16), first);
     }
 }

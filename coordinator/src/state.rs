@@ -49,6 +49,8 @@ mod durable_tests;
 #[cfg(test)]
 mod fair_tests;
 #[cfg(test)]
+mod products_tests;
+#[cfg(test)]
 mod takeover_tests;
 #[cfg(test)]
 mod tests;

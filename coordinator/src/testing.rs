@@ -1,6 +1,6 @@
 //! The small model that the crate's tests share.
 
-use proto::v1::{Component, JobSpec, ModelCard, Parameter, Registration, StageCondition, StageKind, StageTemplate};
+use proto::v1::{Component, JobSpec, ModelCard, Parameter, Products, Registration, StageCondition, StageKind, StageTemplate};
 
 fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTemplate {
     StageTemplate {
@@ -54,7 +54,7 @@ pub(crate) fn spec(model: &str) -> JobSpec {
     JobSpec { model: model.into(), prompt: "a red car".into(), ..JobSpec::default() }
 }
 
-/// A worker with one label `role`.
+/// A worker with one label `role` that can multiply in anything.
 pub(crate) fn worker(id: &str, role: &str) -> Registration {
     Registration {
         worker_id: id.into(),
@@ -62,6 +62,7 @@ pub(crate) fn worker(id: &str, role: &str) -> Registration {
         data_address: format!("{id}:2"),
         device: "cpu".into(),
         labels: [("role".to_owned(), role.to_owned())].into(),
+        products: Products::ALL.map(i32::from).to_vec(),
         ..Registration::default()
     }
 }

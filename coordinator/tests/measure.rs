@@ -29,6 +29,7 @@ impl Cluster {
             path: "emoji".into(),
             max_batch: 1,
             max_jobs: 1,
+            products: coordinator::models_file::DEFAULT_PRODUCTS,
             components: Default::default(),
             adapters: vec![],
         };

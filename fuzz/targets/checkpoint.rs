@@ -9,7 +9,7 @@ use futures::StreamExt;
 use libfuzzer_sys::fuzz_target;
 use object_store::{ObjectStore, ObjectStoreExt, memory::InMemory, path::Path};
 use prost::Message;
-use proto::v1::{CheckpointHeader, CheckpointKey, get_checkpoint_response::Part};
+use proto::v1::{CheckpointHeader, CheckpointKey, Products, get_checkpoint_response::Part};
 use sha2::{Digest, Sha256};
 use worker::payload_wire::Incoming;
 
@@ -34,12 +34,12 @@ fn object(how: u8, rest: &[u8], key: &CheckpointKey) -> Vec<u8> {
 fuzz_target!(|bytes: &[u8]| {
     let Some((how, rest)) = bytes.split_first() else { return };
     let step = u32::from(rest.first().is_some_and(|byte| byte & 1 == 1));
-    let key = CheckpointKey { job_id: JOB.into(), stage: "denoise".into(), step };
+    let key = CheckpointKey { job_id: JOB.into(), stage: "denoise".into(), step, products: Products::F32.into() };
     let object = object(*how, rest, &key);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
     runtime.block_on(async {
         let objects = Arc::new(InMemory::new());
-        let path = Path::from_iter(["checkpoints", JOB, "denoise", &step.to_string()]);
+        let path = Path::from_iter(["checkpoints", JOB, "denoise", "f32", &step.to_string()]);
         objects.put(&path, object.into()).await.expect("an object");
         let store = CheckpointStore::open(&Place::Memory(objects), CheckpointLimits::default(), Arc::new(|_| true)).await;
         let Ok(parts) = store.expect("a store").get(Some(key.clone())).await else { return };

@@ -9,6 +9,7 @@ pub mod v1 {
 }
 
 mod layout;
+mod products;
 
 /// The compiled descriptors, for gRPC reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

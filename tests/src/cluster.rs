@@ -101,6 +101,16 @@ impl Cluster {
         self.coordinator = coordinator(&self.listen, self.dir.path(), self.etcd.as_deref(), &self.variables);
     }
 
+    /// As [`Self::restart_coordinator`], with another models.toml.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn restart_coordinator_with(&mut self, models: &str) {
+        self.coordinator.kill();
+        std::fs::write(self.dir.path().join("models.toml"), models).expect("models.toml can be written");
+        self.restart_coordinator();
+    }
+
     /// What a supervisor does: a coordinator that has ended by itself is started again. Says whether it had.
     pub fn supervise(&mut self) -> bool {
         let ended = matches!(self.coordinator.0.try_wait(), Ok(Some(_)));

@@ -7,6 +7,7 @@ use std::thread;
 
 use models::blocks::{BlockModel, Layout, RangeOf, RankGroup, recv_tensors, send_tensors};
 use models::{Error, Result};
+use parallel::ops::Products;
 use parallel::{DType, Device, InProcess, Tensors, Weights};
 
 /// What a run on several ranks came to.
@@ -28,7 +29,8 @@ impl Ran {
     }
 }
 
-/// Loads the checkpoint in `dir` in f32 on every rank of a group of `layout`, each its slice, and runs it once on `inputs`.
+/// Loads the checkpoint in `dir` in f32 on every rank of a group of `layout`, each its slice, and runs it once on `inputs`; every rank
+/// multiplies as the thread that calls this does.
 ///
 /// # Errors
 /// The first rank's that has a reason of its own, rather than a lost peer.
@@ -38,8 +40,8 @@ pub fn run_block_model<M: BlockModel>(
     inputs: &Tensors,
     load: impl Fn(&Weights, RangeOf) -> Result<M> + Sync,
 ) -> Result<Ran> {
-    let load = &load;
-    let run = move |link: InProcess| run_rank(dir, RankGroup::new(Arc::new(link), layout)?, inputs, load);
+    let (load, products) = (&load, Products::here());
+    let run = move |link: InProcess| products.scope(|| run_rank(dir, RankGroup::new(Arc::new(link), layout)?, inputs, load));
     let results: Vec<Result<RanRank>> = thread::scope(|scope| {
         let ranks: Vec<_> = InProcess::group(layout.ranks()).into_iter().map(|link| scope.spawn(move || run(link))).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap_or(Err(Error::Cancelled))).collect()

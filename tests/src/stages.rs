@@ -9,10 +9,12 @@ use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
 use models::stage::{Inputs, Stage, StageEvent};
 use models::{Payload, Request};
+use parallel::ops::Products;
 use parallel::{Device, InProcess, Tensor};
 use sha2::{Digest, Sha256};
 
-/// Runs `f` with the leader of a component's group, whose ranks are threads with `threads` of computation each.
+/// Runs `f` with the leader of a component's group, whose ranks are threads with `threads` of computation each; every rank multiplies as
+/// the thread that calls this does.
 ///
 /// # Panics
 /// When the component cannot be loaded so.
@@ -46,20 +48,25 @@ pub fn with_leader_within<T: Send>(
     };
     // A pool for each rank: ranks wait for each other.
     let pool = || rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+    let products = Products::here();
     thread::scope(|scope| {
         let mut links = InProcess::group(layout.ranks()).into_iter();
         let leader = links.next().expect("at least one rank");
         for link in links {
             scope.spawn(move || {
-                pool().install(|| match load(link) {
-                    Rank::Follower(follower) => drop(follower.run()),
-                    Rank::Leader(_) => panic!("a second leader"),
+                pool().install(|| {
+                    products.scope(|| match load(link) {
+                        Rank::Follower(follower) => drop(follower.run()),
+                        Rank::Leader(_) => panic!("a second leader"),
+                    });
                 });
             });
         }
-        pool().install(|| match load(leader) {
-            Rank::Leader(mut stage) => f(&mut *stage),
-            Rank::Follower(_) => panic!("rank 0 follows"),
+        pool().install(|| {
+            products.scope(|| match load(leader) {
+                Rank::Leader(mut stage) => f(&mut *stage),
+                Rank::Follower(_) => panic!("rank 0 follows"),
+            })
         })
     })
 }

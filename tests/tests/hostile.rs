@@ -21,7 +21,7 @@ use parallel::{DType, Device, Solo, Weights};
 use peak_alloc::PeakAlloc;
 use prost::Message;
 use proto::v1::{
-    Adapter, BlobHeader, CheckpointHeader, CheckpointKey, JobSpec, Lora, ModelCard, Parameter, PayloadHeader,
+    Adapter, BlobHeader, CheckpointHeader, CheckpointKey, JobSpec, Lora, ModelCard, Parameter, PayloadHeader, Products,
     PutCheckpointRequest, TensorHeader, UploadBlobRequest, put_checkpoint_request, upload_blob_request::Part,
 };
 use worker::payload_wire::Incoming;
@@ -249,7 +249,7 @@ fn checkpoints(runtime: &tokio::runtime::Runtime) {
     };
     let tensor = |shape: &[u64]| TensorHeader { name: "latents".into(), dtype: "f32".into(), shape: shape.to_vec() };
     let header = |job_id: &str, tensors: Vec<TensorHeader>| CheckpointHeader {
-        key: Some(CheckpointKey { job_id: job_id.into(), stage: "denoise".into(), step: 3 }),
+        key: Some(CheckpointKey { job_id: job_id.into(), stage: "denoise".into(), step: 3, products: Products::F32.into() }),
         kind: "denoise_state".into(),
         tensors,
         sha256: vec![0; 32].into(),

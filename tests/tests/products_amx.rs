@@ -1,4 +1,4 @@
-//! Products in bf16, in the order of AMX: on a CPU without it, the same bits by other instructions. A program of its own, since what a process multiplies in is said once.
+//! Products in bf16, in the order of AMX: on a CPU without it, the same bits by other instructions.
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
 use parallel::ops::Products;

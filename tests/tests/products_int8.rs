@@ -1,5 +1,5 @@
 //! Products in 8 bits: the same bits on every layout and in any batch, and little further from the reference than what the weights' own
-//! blocks cost. A program of its own, since what a process multiplies in is said once.
+//! blocks cost.
 #![allow(clippy::unwrap_used)] // clippy.toml allows it in tests, and takes only functions marked #[test] for tests
 
 use std::collections::HashMap;
@@ -18,10 +18,12 @@ use tests::golden::Case;
 use tests::ranks::run_block_model;
 use tests::{gguf, synthetic};
 
-/// Whether there is anything to show: candle's operations for the CPU multiply in f32 alone, which a worker says.
-fn multiplied_in_int8() -> bool {
-    Products::Int8.use_here();
-    has_kernels(&Device::Cpu)
+/// Runs a test in 8 bits, and its ranks. Where candle's operations compute for the CPU there is nothing to show: they multiply in f32
+/// alone, which a worker says.
+fn in_int8(test: impl FnOnce()) {
+    if has_kernels(&Device::Cpu) {
+        Products::Int8.scope(test);
+    }
 }
 
 /// A folder with the tensors in blocks, and what these hold.
@@ -68,62 +70,64 @@ fn check<M: BlockModel>(name: &str, load: impl Fn(&Path, &Weights, RangeOf) -> R
 
 #[test]
 fn flux_in_int8_is_nearly_as_near_as_its_blocks() {
-    if multiplied_in_int8() {
+    in_int8(|| {
         check("flux_transformer_dev", |dir: &Path, w: &Weights, range: RangeOf| {
             let config: FluxTransformerConfig = read_json(&dir.join("config.json"))?;
             FluxTransformer::load(w, &config, range)
         });
-    }
+    });
 }
 
 #[test]
 fn sd3_in_int8_is_nearly_as_near_as_its_blocks() {
-    if multiplied_in_int8() {
+    in_int8(|| {
         check("sd3_transformer", |dir: &Path, w: &Weights, range: RangeOf| {
             let config: Sd3TransformerConfig = read_json(&dir.join("config.json"))?;
             Sd3Transformer::load(w, &config, range)
         });
-    }
+    });
 }
 
 #[test]
 fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_int8() {
-    if !multiplied_in_int8() {
-        return;
-    }
-    // Wide enough that an eighth of a row is whole blocks of inputs.
-    let config = synthetic::small_flux(2);
-    let tensors = synthetic::flux_transformer(&config, 3).unwrap();
-    let three = synthetic::flux_inputs(&config, 3, (4, 3), 5, 2).unwrap();
-    let first = |name: &str, tensor: &Tensor| {
-        let ids = name.ends_with("_ids");
-        (name.to_owned(), if ids { tensor.clone() } else { tensor.narrow(0, 0, 1).unwrap() })
-    };
-    let one: Tensors = three.iter().map(|(name, tensor)| first(name, tensor)).collect();
-    let run = |dir: &Path, inputs: &Tensors, layout: Layout| {
-        let ran = run_block_model(dir, layout, inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
-        ran.output("sample").unwrap().clone()
-    };
-    let whole = tempfile::tempdir().unwrap();
-    synthetic::write(whole.path(), &tensors).unwrap();
-    let exact = run(whole.path(), &three, Layout::SOLO);
-    for wanted in [GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
-        let (blocks, wide) = quantised(&tensors, wanted);
-        let expected = run(blocks.path(), &three, Layout::SOLO);
-        for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
-            let same = bits(&run(blocks.path(), &three, Layout::new(tp, ranges))) == bits(&expected);
-            assert!(same, "{wanted:?} at tp {tp} x {ranges} ranges");
-        }
-        let alone = run(blocks.path(), &one, Layout::SOLO);
-        assert!(bits(&alone) == bits(&expected.narrow(0, 0, 1).unwrap()), "{wanted:?} alone");
+    in_int8(|| {
+        // Wide enough that an eighth of a row is whole blocks of inputs.
+        let config = synthetic::small_flux(2);
+        let tensors = synthetic::flux_transformer(&config, 3).unwrap();
+        let three = synthetic::flux_inputs(&config, 3, (4, 3), 5, 2).unwrap();
+        let first = |name: &str, tensor: &Tensor| {
+            let ids = name.ends_with("_ids");
+            (name.to_owned(), if ids { tensor.clone() } else { tensor.narrow(0, 0, 1).unwrap() })
+        };
+        let one: Tensors = three.iter().map(|(name, tensor)| first(name, tensor)).collect();
+        let run = |dir: &Path, inputs: &Tensors, layout: Layout| {
+            let ran = run_block_model(dir, layout, inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
+            ran.output("sample").unwrap().clone()
+        };
+        let whole = tempfile::tempdir().unwrap();
+        synthetic::write(whole.path(), &tensors).unwrap();
+        let exact = run(whole.path(), &three, Layout::SOLO);
+        for wanted in [GgmlDType::Q8_0, GgmlDType::Q4K, GgmlDType::Q6K] {
+            let (blocks, wide) = quantised(&tensors, wanted);
+            let expected = run(blocks.path(), &three, Layout::SOLO);
+            for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
+                let same = bits(&run(blocks.path(), &three, Layout::new(tp, ranges))) == bits(&expected);
+                assert!(same, "{wanted:?} at tp {tp} x {ranges} ranges");
+            }
+            let alone = run(blocks.path(), &one, Layout::SOLO);
+            assert!(bits(&alone) == bits(&expected.narrow(0, 0, 1).unwrap()), "{wanted:?} alone");
 
-        let widened = tempfile::tempdir().unwrap();
-        synthetic::write(widened.path(), &wide).unwrap();
-        let in_f32 = run(widened.path(), &three, Layout::SOLO);
-        let [error, of_blocks, of_inputs] =
-            [(&exact, &expected), (&exact, &in_f32), (&in_f32, &expected)].map(|(a, b)| distance(a, b));
-        println!("{wanted:?}: {error:.5} from the exact weights, {of_blocks:.5} with the same blocks in f32");
-        assert!(of_inputs > 1e-4, "nothing of {wanted:?} was multiplied in 8 bits");
-        assert!(error <= 2.0 * of_blocks, "{wanted:?} is {error} from the exact weights, of which its blocks are {of_blocks}");
-    }
+            let widened = tempfile::tempdir().unwrap();
+            synthetic::write(widened.path(), &wide).unwrap();
+            let in_f32 = run(widened.path(), &three, Layout::SOLO);
+            let [error, of_blocks, of_inputs] =
+                [(&exact, &expected), (&exact, &in_f32), (&in_f32, &expected)].map(|(a, b)| distance(a, b));
+            println!("{wanted:?}: {error:.5} from the exact weights, {of_blocks:.5} with the same blocks in f32");
+            assert!(of_inputs > 1e-4, "nothing of {wanted:?} was multiplied in 8 bits");
+            assert!(
+                error <= 2.0 * of_blocks,
+                "{wanted:?} is {error} from the exact weights, of which its blocks are {of_blocks}"
+            );
+        }
+    });
 }

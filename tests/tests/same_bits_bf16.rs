@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::thread;
 
 use candle_core::quantized::GgmlDType;
 use models::blocks::Layout;
@@ -39,10 +40,7 @@ fn latents_and_pictures_have_the_same_bits_on_every_layout_in_bf16_amx_and_int8(
     }
     let eight = in_eight_bits(emoji().dir);
     let eight = Model { dir: eight.path(), ..emoji() };
-    let of = |products: Products, model: &Model<'_>, draw: fn(&Model<'_>) -> Vec<String>| {
-        products.use_here();
-        draw(model)
-    };
+    let of = |products: Products, model: &Model<'_>, draw: fn(&Model<'_>) -> Vec<String>| products.scope(|| draw(model));
     let alone = |model: &Model<'_>| draw(model, Layout::SOLO, 1)[0].clone();
     let [wide, of_blocks] = [of(Products::F32, &emoji(), alone), of(Products::Bf16, &eight, alone)];
     let [narrow, tiles] = [Products::Bf16, Products::Amx].map(|products| of(products, &emoji(), check_every_layout));
@@ -50,4 +48,18 @@ fn latents_and_pictures_have_the_same_bits_on_every_layout_in_bf16_amx_and_int8(
     // Each is another arithmetic, or it would show nothing.
     let all: BTreeSet<_> = [&wide, &narrow, &tiles, &of_blocks, &bytes].into_iter().map(|drawn| drawn.last()).collect();
     assert_eq!(all.len(), 5);
+}
+
+#[test]
+fn ranks_of_one_process_each_multiply_in_their_own_way() {
+    if !has_kernels(&Device::Cpu) {
+        return;
+    }
+    let drawn = |way: Products| way.scope(|| draw(&emoji(), Layout::new(2, 1), 1));
+    let one_by_one = Products::ALL.map(drawn);
+    let at_once =
+        thread::scope(|scope| Products::ALL.map(|way| scope.spawn(move || drawn(way))).map(|drawn| drawn.join().unwrap()));
+    assert_eq!(at_once, one_by_one);
+    // Nothing of the model is in 8 bits: then int8 is bf16.
+    assert_eq!(one_by_one.iter().collect::<BTreeSet<_>>().len(), 3);
 }

@@ -6,7 +6,7 @@ use futures::stream;
 use models::{Checkpoint, Payload};
 use proto::v1::checkpoint_service_client::CheckpointServiceClient;
 use proto::v1::get_checkpoint_response::Part;
-use proto::v1::{CheckpointKey, GetCheckpointRequest, GetCheckpointResponse, RunTask};
+use proto::v1::{CheckpointKey, GetCheckpointRequest, GetCheckpointResponse, Products, RunTask};
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 use tonic::transport::Channel;
@@ -23,15 +23,17 @@ pub(crate) struct Store {
     home: Arc<Home>,
     address: String,
     job_id: String,
+    /// What the group is multiplied in, whose task it is.
+    products: Products,
     /// Of the model and of the job's adapters.
     model_digest: String,
 }
 
 impl Store {
-    /// For the job of `run`.
-    pub(crate) fn of(run: &RunTask, job_id: &str, home: &Arc<Home>) -> Self {
-        let address = run.blob_address.clone();
-        Self { home: home.clone(), address, job_id: job_id.to_owned(), model_digest: weights_digest(run) }
+    /// For the job of `run`, on a group that multiplies in `products`.
+    pub(crate) fn of(run: &RunTask, job_id: &str, products: Products, home: &Arc<Home>) -> Self {
+        let (address, job_id, model_digest) = (run.blob_address.clone(), job_id.to_owned(), weights_digest(run));
+        Self { home: home.clone(), address, job_id, products, model_digest }
     }
 
     /// Stores what a denoiser has done. It is durable when this returns.
@@ -88,7 +90,7 @@ impl Store {
     }
 
     fn key(&self, stage: &str, step: u32) -> CheckpointKey {
-        CheckpointKey { job_id: self.job_id.clone(), stage: stage.to_owned(), step }
+        CheckpointKey { job_id: self.job_id.clone(), stage: stage.to_owned(), step, products: self.products.into() }
     }
 }
 

@@ -7,9 +7,7 @@ use std::time::Duration;
 use clap::ArgGroup;
 use identity::{EtcdTls, Identity, Role, TlsArgs};
 use models::lora::store::DEFAULT_CACHE_BYTES;
-use parallel::Device;
 use parallel::device::Place;
-use parallel::ops::Products;
 
 use crate::{Error, Result};
 
@@ -20,8 +18,11 @@ const MAX_LABELS: usize = 32;
 
 /// The label that says which workers share a machine.
 const HOST_LABEL: &str = "host";
-/// The label that says what a worker multiplies in: a group's ranks agree in it, and a model may ask for one.
-const PRODUCTS_LABEL: &str = "products";
+/// What was a flag and a label of workers before it was a setting of models.
+const PRODUCTS: &str = "products";
+/// Where it is said now.
+const PRODUCTS_INSTEAD: &str =
+    "what a model is multiplied in is a setting of the model: `products` under its [[model]] in models.toml";
 
 /// How long ranks and tasks go on without a coordinator. A restarted one reads its journal and is back within seconds, the next
 /// leader has the lease within six, and an etcd outage of a minute is to stop nothing, however long the next election takes;
@@ -63,12 +64,9 @@ pub struct Args {
     /// The device to compute on: `cpu`, or `cuda:N` in a build for GPUs. A worker has one.
     #[arg(long, env = "ATELIER_WORKER_DEVICE", default_value = "cpu")]
     pub device: String,
-    /// What layers with weights of bf16 multiply in (on a CPU also those with weights in blocks, and attention): `f32`; `bf16`, which rounds
-    /// what it is given and is several times as fast with AVX-512 BF16; on a CPU `amx`, which is `bf16` in the order of AMX's tiles (other
-    /// last bits; several times as fast again on a CPU with AMX, and no faster than `f32` on others), or `int8`: weights in Q8_0 multiply
-    /// with inputs rounded to 8 bits like them, all else as with `bf16`. A CPU needs AVX2 for any but `f32`.
-    #[arg(long, env = "ATELIER_WORKER_PRODUCTS", default_value = "f32")]
-    pub products: String,
+    /// No flag any more: whoever gives it is told where it is said now.
+    #[arg(long, env = "ATELIER_WORKER_PRODUCTS", hide = true)]
+    pub products: Option<String>,
     /// Threads to compute with; 0: one per core.
     #[arg(long, env = "ATELIER_WORKER_THREADS", default_value_t = 0)]
     pub threads: usize,
@@ -117,8 +115,6 @@ pub struct Config {
     pub worker_id: String,
     /// What to compute on.
     pub place: Place,
-    /// What its models are multiplied in.
-    pub products: Products,
     /// Threads to compute with; 0: one per core.
     pub threads: usize,
     /// Bytes of prompt embeddings kept.
@@ -161,11 +157,8 @@ impl TryFrom<Args> for Config {
 
     fn try_from(args: Args) -> Result<Self> {
         let place = args.device.parse().map_err(|error: parallel::Error| bad("device", error.to_string()))?;
-        let products: Products = args.products.parse().map_err(|error: parallel::Error| bad("products", error.to_string()))?;
-        match place {
-            Place::Cpu => products.check(&Device::Cpu).map_err(|error| bad("products", error.to_string()))?,
-            _ if matches!(products, Products::F32 | Products::Bf16) => {}
-            _ => return Err(bad("products", format!("`{products}` is for a CPU's kernels"))),
+        if let Some(given) = args.products {
+            return Err(bad(PRODUCTS, format!("`{given}`: {PRODUCTS_INSTEAD}")));
         }
         if args.load_timeout == 0 {
             return Err(bad("load-timeout", "must be at least one second"));
@@ -192,10 +185,9 @@ impl TryFrom<Args> for Config {
             advertise_host: args.advertise_host,
             membership: membership(args.coordinator, identity.is_some(), args.etcd, args.etcd_prefix, args.etcd_tls)?,
             identity,
-            labels: with_products(with_host(labels(&args.labels)?), products)?,
+            labels: with_host(labels(&args.labels)?),
             worker_id,
             place,
-            products,
             threads: args.threads,
             prompt_cache_bytes: args.prompt_cache_bytes,
             adapter_cache_bytes: args.adapter_cache_bytes,
@@ -250,6 +242,9 @@ fn labels(labels: &[String]) -> Result<HashMap<String, String>> {
             .split_once('=')
             .filter(|(key, _)| is_plain(key))
             .ok_or_else(|| bad("label", format!("`{label}` is not key=value")))?;
+        if key == PRODUCTS {
+            return Err(bad("label", format!("`{label}`: {PRODUCTS_INSTEAD}")));
+        }
         Ok((key.to_owned(), value.to_owned()))
     });
     pairs.collect()
@@ -262,13 +257,6 @@ fn with_host(mut labels: HashMap<String, String>) -> HashMap<String, String> {
         labels.entry(HOST_LABEL.to_owned()).or_insert_with(|| name.trim().to_owned());
     }
     labels
-}
-
-fn with_products(mut labels: HashMap<String, String>, products: Products) -> Result<HashMap<String, String>> {
-    match labels.insert(PRODUCTS_LABEL.to_owned(), products.to_string()) {
-        Some(given) => Err(bad("label", format!("`{PRODUCTS_LABEL}={given}`: is said by --products"))),
-        None => Ok(labels),
-    }
 }
 
 fn is_plain(word: &str) -> bool {
@@ -303,9 +291,7 @@ mod tests {
         assert_eq!(config.membership, Membership::Coordinator { url: "http://localhost:7700".into() });
         assert_eq!(
             config.labels,
-            HashMap::from(
-                [("role", "encoder"), ("host", "b"), ("products", "f32")].map(|(name, value)| (name.into(), value.into()))
-            )
+            HashMap::from([("role", "encoder"), ("host", "b")].map(|(name, value)| (name.into(), value.into())))
         );
         assert_eq!(config.place, Place::Cuda { ordinal: 1 });
         assert!(!config.worker_id.is_empty());
@@ -314,9 +300,15 @@ mod tests {
     #[test]
     fn the_host_is_a_label() {
         let labels = config("--coordinator http://a:1").unwrap().labels;
-        assert!(!labels[HOST_LABEL].is_empty() && labels.len() == 2, "{labels:?}");
-        let error = config("--coordinator http://a:1 --label products=bf16").unwrap_err();
-        assert!(error.contains("is said by --products"), "{error}");
+        assert!(!labels[HOST_LABEL].is_empty() && labels.len() == 1, "{labels:?}");
+    }
+
+    #[test]
+    fn who_says_what_to_multiply_in_here_is_told_where_it_is_said_now() {
+        for (flags, begins) in [("--products bf16", "--products: `bf16`"), ("--label products=amx", "--label: `products=amx`")] {
+            let error = config(&format!("--coordinator http://a:1 {flags}")).unwrap_err();
+            assert!(error.starts_with(begins) && error.ends_with("`products` under its [[model]] in models.toml"), "{error}");
+        }
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::meters::RankMeter;
 use crate::outbox::Reports;
 use crate::rank::{CONNECT_TIMEOUT, Command, End, Seat, Status, Stop};
 use crate::routes::{Routes, Seated};
-use crate::{Error, Result, adapter_wire};
+use crate::{Error, Result, adapter_wire, products};
 
 /// Tasks a worker has at once, over all its groups. The coordinator keeps within `max_jobs` of each group; this is for when
 /// it does not.
@@ -72,7 +72,7 @@ struct Table {
 }
 
 struct Held {
-    /// As it was told to join; the secret left out.
+    /// As it was told to join, with what it multiplies in even if that was left out; the secret left out.
     join: JoinGroup,
     ready: Arc<AtomicBool>,
     epoch: u64,
@@ -89,6 +89,8 @@ pub(crate) struct Leader {
     pub(crate) ended: CancellationToken,
     /// The model's directory.
     pub(crate) path: PathBuf,
+    /// What the group is multiplied in.
+    pub(crate) products: proto::v1::Products,
 }
 
 impl Groups {
@@ -188,6 +190,12 @@ impl Groups {
         if self.is_closed() {
             return Err(End::draining());
         }
+        let device = self.backend.device();
+        let products = products::of_join(join, &device).map_err(|error| End::load_failed(error.to_string()))?;
+        if device.is_cpu() && products.is_imitated() {
+            let group_id = &join.group_id;
+            tracing::warn!(group.id = group_id, %products, "this CPU has no such instructions: the same bits, no faster than f32");
+        }
         self.end_where(|group_id, held| *group_id == join.group_id && held.epoch < join.epoch);
 
         let seated = Seated { group_id: join.group_id.clone(), epoch: join.epoch, rank };
@@ -195,7 +203,8 @@ impl Groups {
         let (status, watched) = watch::channel(Status::Joining);
         let (ended, end) = oneshot::channel();
         let stop = Arc::new(Stop::default());
-        let leader = Leader { commands, ended: CancellationToken::new(), path: join.path.clone().into() };
+        let (path, said) = (join.path.clone().into(), products::to_wire(products));
+        let leader = Leader { commands, ended: CancellationToken::new(), path, products: said };
         let meter = RankMeter::new(&join.model, &join.component, &join.group_id, rank);
         let seat = Seat {
             rendezvous: Rendezvous { group_id: join.group_id.clone(), epoch: join.epoch, secret: join.secret.to_vec() },
@@ -204,6 +213,7 @@ impl Groups {
             data_addresses: join.data_addresses.clone(),
             path: leader.path.clone(),
             component: join.component.clone(),
+            products,
             limits: self.limits(join),
             adapters: adapter_wire::sources(join, self.caches.adapters),
             backend: self.backend.clone(),
@@ -224,7 +234,7 @@ impl Groups {
         }
         tracing::info!(group.id = join.group_id, group.epoch = join.epoch, rank, component = join.component, "joining a group");
         let ready = Arc::new(AtomicBool::new(false));
-        let shown = JoinGroup { secret: bytes::Bytes::new(), ..join.clone() };
+        let shown = JoinGroup { secret: bytes::Bytes::new(), products: said.into(), ..join.clone() };
         let held = Held { join: shown, ready: ready.clone(), epoch: join.epoch, leader, stop: stop.clone(), meter };
         {
             let mut table = self.table();

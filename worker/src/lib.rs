@@ -27,6 +27,7 @@ mod inbox;
 mod mail;
 mod outbox;
 
+mod products;
 mod provenance;
 
 pub mod backend;

@@ -131,7 +131,9 @@ impl Incoming {
     /// # Errors
     /// [`Error::Message`] with the field that cannot be.
     pub fn of_checkpoint(header: CheckpointHeader, key: &CheckpointKey, model_digest: &str) -> Result<Self> {
-        let found = header.key.as_ref().filter(|found| found.job_id == key.job_id && found.stage == key.stage);
+        let is_it =
+            |found: &&CheckpointKey| (&found.job_id, &found.stage, found.products) == (&key.job_id, &key.stage, key.products);
+        let found = header.key.as_ref().filter(is_it);
         let step = found.map(|found| found.step).filter(|step| *step == key.step || (key.step > 0 && *step > key.step));
         let Some(step) = step else {
             return Err(Error::message("header.key", "is another than was asked for"));

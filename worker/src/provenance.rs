@@ -1,10 +1,16 @@
 //! What a picture says of its own making. Nothing here differs between two runs of the same job on the same plan: no id,
 //! no time, no worker.
 
-use proto::v1::{JobSpec, NoiseGenerator, RunTask};
+use proto::v1::{JobSpec, NoiseGenerator, Products, RunTask};
 
-/// The text chunks of picture number `index` of the task's job.
-pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index: usize) -> Vec<(String, String)> {
+/// The text chunks of picture number `index` of the task's job, whose model is multiplied in `products`.
+pub(crate) fn text(
+    run: &RunTask,
+    spec: &JobSpec,
+    scheduler: Option<&str>,
+    products: Products,
+    index: usize,
+) -> Vec<(String, String)> {
     let mut text = Vec::new();
     let mut say = |key: &str, value: Option<String>| text.extend(value.map(|value| (format!("atelier:{key}"), value)));
     say("model", Some(spec.model.clone()));
@@ -24,6 +30,7 @@ pub(crate) fn text(run: &RunTask, spec: &JobSpec, scheduler: Option<&str>, index
     say("image", spec.num_images_per_prompt.filter(|n| *n > 1).map(|n| format!("{} of {n}", index + 1)));
     say("scheduler", scheduler.map(str::to_owned));
     say("layout", non_empty(&run.layout));
+    say("products", Some(products.to_string()));
     say("version", Some(env!("CARGO_PKG_VERSION").to_owned()));
     if spec.embed_prompt {
         text.push(("prompt".into(), spec.prompt.clone()));
@@ -71,18 +78,19 @@ mod tests {
     fn the_prompt_is_in_the_picture_only_when_asked_for() {
         let spec = JobSpec { prompt: "a secret garden".into(), seed: Some(7), ..JobSpec::default() };
         let run = RunTask { layout: "transformer=tp2x1".into(), ..RunTask::default() };
-        let kept = text(&run, &spec, Some("FlowMatchEulerDiscreteScheduler"), 0);
+        let kept = text(&run, &spec, Some("FlowMatchEulerDiscreteScheduler"), Products::Amx, 0);
         assert!(kept.contains(&("atelier:seed".into(), "7".into())), "{kept:?}");
         assert!(kept.contains(&("atelier:scheduler".into(), "FlowMatchEulerDiscreteScheduler".into())), "{kept:?}");
+        assert!(kept.contains(&("atelier:products".into(), "amx".into())), "{kept:?}");
         assert!(!format!("{kept:?}").contains("secret"), "{kept:?}");
         assert!(!format!("{kept:?}").contains("lora"), "{kept:?}");
         let lora = proto::v1::Lora { name: "pixel".into(), scale: Some(0.8) };
         let adapted = JobSpec { loras: vec![lora], ..spec.clone() };
         let with_adapter = RunTask { adapter_digests: vec!["ab".into()], ..run.clone() };
-        let kept = text(&with_adapter, &adapted, None, 0);
+        let kept = text(&with_adapter, &adapted, None, Products::F32, 0);
         assert!(kept.contains(&("atelier:loras".into(), "pixel:0.8".into())), "{kept:?}");
         assert!(kept.contains(&("atelier:loras_sha256".into(), "ab".into())), "{kept:?}");
-        let told = text(&run, &JobSpec { embed_prompt: true, ..spec }, None, 0);
+        let told = text(&run, &JobSpec { embed_prompt: true, ..spec }, None, Products::F32, 0);
         assert!(told.contains(&("prompt".into(), "a secret garden".into())), "{told:?}");
     }
 }

@@ -16,6 +16,7 @@ use models::lora::store::Sources;
 use models::registry::{Limits, LoadProgress, Rank};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Checkpoint, Payload, Request};
+use parallel::ops::Products;
 use parallel::tcp::{Hello, Rendezvous, Security, Tcp, Wire};
 use tokio::sync::{oneshot, watch};
 
@@ -150,6 +151,8 @@ pub(crate) struct Seat {
     pub(crate) data_addresses: Vec<String>,
     pub(crate) path: PathBuf,
     pub(crate) component: String,
+    /// What this rank multiplies in, whatever others of the process do.
+    pub(crate) products: Products,
     pub(crate) limits: Limits,
     pub(crate) adapters: Sources,
     pub(crate) backend: Arc<dyn Backend>,
@@ -166,8 +169,9 @@ pub(crate) struct Seat {
 impl Seat {
     /// The whole life of the thread. A panic ends the rank, not the process.
     pub(crate) fn run(self) -> End {
-        let stop = self.stop.clone();
-        let ended = catch_unwind(AssertUnwindSafe(|| self.connect_and_work()));
+        let (stop, products) = (self.stop.clone(), self.products);
+        // All that it loads and computes is on this thread: its weights, its forwards, the adapters that jobs name.
+        let ended = catch_unwind(AssertUnwindSafe(|| products.scope(|| self.connect_and_work())));
         // The peers must not wait for a rank that is gone.
         if let Some(link) = stop.take() {
             link.abort("a rank's thread ended");

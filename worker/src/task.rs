@@ -68,7 +68,7 @@ enum Computed {
 impl Task {
     pub(crate) async fn work(&self) -> Result<Ending, Failure> {
         let leader = self.means.groups.leader(&self.id).map_err(|error| Failure::new("STALE_EPOCH", error.to_string()))?;
-        let store = Store::of(&self.run, &self.id.job_id, &self.means.home);
+        let store = Store::of(&self.run, &self.id.job_id, leader.products, &self.means.home);
         let cancel = &self.ticket.cancel;
         let (request, inputs) = tokio::select! {
             prepared = self.prepare(&store) => prepared?,
@@ -254,9 +254,13 @@ impl Task {
     }
 
     async fn upload(&self, payload: Payload, leader: &Leader) -> Result<Vec<ImageResult>, Failure> {
-        let (run, path) = (self.run.clone(), leader.path.clone());
-        let encoded = tokio::task::spawn_blocking(move || pictures::encode(&run, &payload, scheduler_class(&path).as_deref()));
-        let encoded = encoded.await.map_err(|_| Error::Panicked).flatten().map_err(|error| Failure::internal(&error))?;
+        let (run, path, products) = (self.run.clone(), leader.path.clone(), leader.products);
+        let encode = move || pictures::encode(&run, &payload, scheduler_class(&path).as_deref(), products);
+        let encoded = tokio::task::spawn_blocking(encode)
+            .await
+            .map_err(|_| Error::Panicked)
+            .flatten()
+            .map_err(|error| Failure::internal(&error))?;
         let blobs = self.blobs();
         let uploads = encoded.into_iter().map(|(bytes, image)| {
             let blobs = &blobs;

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use identity::{Identity, Incoming, Port};
-use parallel::device::Place;
 use proto::v1::Registration;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -26,7 +25,7 @@ use crate::service::Service;
 use crate::session::{Leadership, Sessions};
 use crate::task::Means;
 use crate::tasks::Tasks;
-use crate::{Error, Result, embedded, etcd, health, mesh, signals};
+use crate::{Error, Result, embedded, etcd, health, mesh, products, signals};
 
 /// Longest time between the end of the drain and the end of [`Worker::run`].
 const CALLS_END: Duration = Duration::from_secs(2);
@@ -43,10 +42,6 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     // A second worker in one process computes on the first one's threads.
     if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(config.threads).build_global() {
         tracing::debug!(%error, "the threads to compute with are set already");
-    }
-    config.products.use_here();
-    if config.place == Place::Cpu && config.products.is_imitated() {
-        tracing::warn!(products = %config.products, "this CPU has no such instructions: the same bits, no faster than f32");
     }
     let device = config.place.open().map_err(|error| Error::Config { flag: "device", reason: error.to_string() })?;
     Worker::bind(config, Arc::new(RegistryBackend { device })).await?.run_until(shutdown, signals::stop()).await
@@ -97,6 +92,7 @@ impl Worker {
             data_address: advertised(data_bound, config.advertise_host.as_deref()),
             device: config.place.to_string(),
             labels: config.labels,
+            products: products::able(&backend.device()),
             metrics_address: metrics_bound.map(|bound| advertised(bound, config.advertise_host.as_deref())).unwrap_or_default(),
         };
         let routes = Routes::new(mesh::security(config.identity.as_ref()));

@@ -138,7 +138,7 @@ impl Cluster {
         for worker in 0..WORKERS {
             let listener = TcpListener::bind("127.0.0.1:0").await?;
             let registration = stand_in::registration(&format!("stand-in-{worker}"), &listener.local_addr()?.to_string());
-            let pace = Pace { load: Duration::ZERO, step: Duration::from_secs(1), checkpoints: false };
+            let pace = Pace { load: Duration::ZERO, step: Duration::from_secs(1), checkpoints: false, says_products: true };
             let worker = StandIn { registration, pace, dial: Dial::tcp(), drain: CancellationToken::new() };
             tokio::spawn(worker.run(Register::Coordinator(address.clone()), TcpListenerStream::new(listener), stop.clone()));
         }

@@ -119,7 +119,6 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
     if args.products == Products::Int8 && matches!(args.weights, Format::F32 | Format::Bf16) {
         return Err(products("int8 needs weights in blocks: see --weights".into()));
     }
-    args.products.use_here();
     match args.family {
         Family::Flux => {
             let blocks = [args.blocks.unwrap_or(flux::BLOCKS[0]), args.single_blocks.unwrap_or(flux::BLOCKS[1])];
@@ -173,7 +172,7 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
     let memory = Memory::watch();
     let before = memory.now();
     let threads = threads(args);
-    let ran = forwards(Work { layout, threads, steps: args.steps, jobs: args.jobs }, &checkpoint)?;
+    let ran = forwards(Work { layout, products: args.products, threads, steps: args.steps, jobs: args.jobs }, &checkpoint)?;
     let peak = memory.peak();
     let gflops = limit_before.max(most());
     let reached = checkpoint.network.flops() / ran.forward.as_secs_f64() / 1e9;

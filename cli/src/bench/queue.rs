@@ -32,6 +32,7 @@ impl Fleet {
             path: MODEL.into(),
             max_batch: 1,
             max_jobs: 1,
+            products: coordinator::models_file::DEFAULT_PRODUCTS,
             components: components.map(|(name, replicas)| (name.to_owned(), component(replicas))).into(),
             adapters: vec![],
         };

@@ -1,6 +1,6 @@
 //! What a checkpoint claims to be, checked before anything is stored: a header costs nothing and may claim what it likes.
 
-use proto::v1::{CheckpointHeader, CheckpointKey, TensorHeader};
+use proto::v1::{CheckpointHeader, CheckpointKey, Products, TensorHeader};
 use uuid::Uuid;
 
 use super::CheckpointError;
@@ -25,13 +25,15 @@ const DTYPES: [(&str, u64); 6] = [("f32", 4), ("bf16", 2), ("f16", 2), ("i64", 8
 pub(super) struct Key {
     pub(super) job_id: String,
     pub(super) stage: String,
+    /// [`Products::Unspecified`] of what an older program stored: it can be removed, and is what nobody asks for.
+    pub(super) products: Products,
     pub(super) step: u32,
 }
 
 impl Key {
     /// Names nothing outside its own folder, whatever was sent.
     pub(super) fn check(key: Option<CheckpointKey>) -> Result<Self, CheckpointError> {
-        let CheckpointKey { job_id, stage, step } = key.ok_or_else(|| refused("key", "is missing"))?;
+        let CheckpointKey { job_id, stage, step, products } = key.ok_or_else(|| refused("key", "is missing"))?;
         if !is_job_id(&job_id) {
             return Err(refused("key.job_id", "must be a UUID in lower case, with hyphens"));
         }
@@ -39,7 +41,9 @@ impl Key {
         if stage.is_empty() || stage.len() > MAX_STAGE_BYTES || !stage.chars().all(is_word) {
             return Err(refused("key.stage", "must be 1 to 64 of a to z, 0 to 9 and _"));
         }
-        Ok(Self { job_id, stage, step })
+        let products =
+            Products::try_from(products).map_err(|_| refused("key.products", format!("{products} is no known way")))?;
+        Ok(Self { job_id, stage, products, step })
     }
 }
 
@@ -51,6 +55,9 @@ fn is_job_id(id: &str) -> bool {
 /// Checks all that a header claims, and gives its key.
 pub(super) fn check(header: &mut CheckpointHeader, most: u64) -> Result<Key, CheckpointError> {
     let key = Key::check(header.key.clone())?;
+    if key.products == Products::Unspecified {
+        return Err(refused("key.products", "must say what it was multiplied in"));
+    }
     if !KINDS.contains(&header.kind.as_str()) {
         return Err(refused("kind", "must be conditioning, image_latents, latents or denoise_state"));
     }

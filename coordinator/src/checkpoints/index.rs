@@ -5,6 +5,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use proto::v1::Products;
+
 use super::{CheckpointError, header::Key, lock};
 
 #[derive(Debug, Default)]
@@ -48,7 +50,7 @@ impl Index {
     }
 
     pub(super) fn of_job(&self, job_id: &str) -> impl Iterator<Item = Key> + use<'_> {
-        let first = Key { job_id: job_id.to_owned(), stage: String::new(), step: 0 };
+        let first = Key { job_id: job_id.to_owned(), stage: String::new(), products: Products::Unspecified, step: 0 };
         let job_id = job_id.to_owned();
         self.known.range(first..).map(|(key, _)| key.clone()).take_while(move |key| key.job_id == job_id)
     }
@@ -63,7 +65,7 @@ impl Index {
         })
     }
 
-    /// States of the key's stage beyond the `kept` that were written last; a stage's output is none. By time and not by
+    /// States of the key's stage, in its way, beyond the `kept` that were written last; a stage's output is none. By time and not by
     /// step: a try that began anew must not lose its states to those of the try before.
     pub(super) fn superseded(&self, key: &Key, kept: usize) -> Vec<Key> {
         let first = Key { step: 1, ..key.clone() };
@@ -73,7 +75,7 @@ impl Index {
         states.into_iter().skip(kept).map(|(_, key)| key.clone()).collect()
     }
 
-    /// The state of the key's stage with the most steps, and no fewer than the key's; a stage's output is no state.
+    /// The state of the key's stage, in its way, with the most steps, and no fewer than the key's; a stage's output is no state.
     pub(super) fn latest_state(&self, key: &Key) -> Option<Key> {
         let last = Key { step: u32::MAX, ..key.clone() };
         let mut states = self.known.range(key.clone()..=last).filter(|_| key.step > 0);

@@ -102,10 +102,14 @@ fn bytes(length: usize, seed: u32) -> Vec<u8> {
     (0..length as u32).map(|i| (i.wrapping_mul(seed * 2 + 7) >> 3) as u8).collect()
 }
 
+fn key(job_id: &str, products: Products, step: u32) -> CheckpointKey {
+    CheckpointKey { job_id: job_id.into(), stage: "denoise".into(), step, products: products.into() }
+}
+
 fn header(job_id: &str, step: u32, bytes: &[u8]) -> CheckpointHeader {
     let kind = if step == 0 { "latents" } else { "denoise_state" };
     CheckpointHeader {
-        key: Some(CheckpointKey { job_id: job_id.into(), stage: "denoise".into(), step }),
+        key: Some(key(job_id, Products::F32, step)),
         kind: kind.into(),
         tensors: vec![TensorHeader { name: "latents".into(), dtype: "u8".into(), shape: vec![bytes.len() as u64] }],
         sha256: Bytes::copy_from_slice(&Sha256::digest(bytes)),
@@ -125,8 +129,7 @@ async fn put(store: &CheckpointStore, job_id: &str, step: u32, bytes: &[u8]) -> 
 }
 
 async fn get(store: &CheckpointStore, job_id: &str, step: u32) -> Result<(CheckpointHeader, Vec<u8>), CheckpointError> {
-    let key = CheckpointKey { job_id: job_id.into(), stage: "denoise".into(), step };
-    let parts: Vec<_> = store.get(Some(key)).await?.try_collect().await?;
+    let parts: Vec<_> = store.get(Some(key(job_id, Products::F32, step))).await?.try_collect().await?;
     let mut header = None;
     let mut bytes = Vec::new();
     for part in parts {
@@ -238,6 +241,47 @@ async fn checkpoints_in_s3() {
 }
 
 #[tokio::test]
+async fn what_was_multiplied_in_another_way_is_another_checkpoint() {
+    let home = Home::folder();
+    let store = home.open().await;
+    let put_in = async |products: Products, step: u32| {
+        let sent = bytes(50, step);
+        let header = CheckpointHeader { key: Some(key(JOB, products, step)), ..header(JOB, step, &sent) };
+        store.put(stream::iter(messages(header, &sent))).await.unwrap();
+    };
+    for step in [1, 2, 3] {
+        put_in(Products::Bf16, step).await;
+    }
+    // Stored late, by a worker that was given up and does not know it.
+    put_in(Products::F32, 7).await;
+    put_in(Products::F32, 0).await;
+    let way = |products: Products, step: u32| Saved { stage: "denoise".into(), step, products };
+    let expected = [way(Products::F32, 0), way(Products::F32, 7), way(Products::Bf16, 2), way(Products::Bf16, 3)];
+    assert_eq!(store.list(JOB), expected, "of each way the newest are kept");
+    let found = async |products: Products, step: u32| match store.get(Some(key(JOB, products, step))).await {
+        Ok(parts) => match parts.try_collect::<Vec<_>>().await.unwrap().swap_remove(0).part {
+            Some(get_checkpoint_response::Part::Header(header)) => header.key,
+            _ => None,
+        },
+        Err(error) => panic!("{error}"),
+    };
+    assert_eq!(found(Products::Bf16, 1).await, Some(key(JOB, Products::Bf16, 3)), "a later state serves, in the same way");
+    for (products, step) in [(Products::Bf16, 4), (Products::Bf16, 0), (Products::Amx, 1), (Products::Unspecified, 7)] {
+        let error = store.get(Some(key(JOB, products, step))).await.err().unwrap();
+        assert!(matches!(error, CheckpointError::NotFound(_)), "{products} {step}: {error:?}");
+    }
+
+    // As an older program named it: it is known as such, and goes with the others.
+    let older = home.folder.path().join("checkpoints").join(JOB).join("denoise").join("5");
+    std::fs::write(&older, b"older").unwrap();
+    let reopened = home.open().await;
+    assert_eq!(reopened.list(JOB)[0], way(Products::Unspecified, 5));
+    assert_eq!(reopened.list(JOB)[1..], expected);
+    reopened.forget(JOB).await;
+    assert_eq!(home.files(), Vec::<std::path::PathBuf>::new());
+}
+
+#[tokio::test]
 async fn a_server_that_is_away_is_an_error_in_time() {
     let client =
         || AmazonS3Builder::new().with_endpoint("http://127.0.0.1:1").with_access_key_id("k").with_secret_access_key("s");
@@ -270,13 +314,17 @@ async fn a_header_is_checked_before_anything_is_stored() {
         let status = Status::from(error);
         assert!(status.get_error_details().error_info().is_some());
     };
-    let key = |job_id: &str, stage: &str| Some(CheckpointKey { job_id: job_id.into(), stage: stage.into(), step: 1 });
+    let key = |job_id: &str, stage: &str| Some(CheckpointKey { stage: stage.into(), ..key(job_id, Products::F32, 1) });
+    let in_way = |products: i32| Some(CheckpointKey { products, ..key(JOB, "denoise").unwrap_or_default() });
     check(&|h| h.key = None, "key").await;
     for job_id in ["", "..", "../../etc", &JOB.to_uppercase(), &JOB.replace('-', "")] {
         check(&|h| h.key = key(job_id, "denoise"), "key.job_id").await;
     }
     for stage in ["", "..", "a/b", "Denoise", "a.b", &"a".repeat(65)] {
         check(&|h| h.key = key(JOB, stage), "key.stage").await;
+    }
+    for way in [Products::Unspecified as i32, -1, 99] {
+        check(&|h| h.key = in_way(way), "key.products").await;
     }
     check(&|h| h.kind = "image".into(), "kind").await;
     check(&|h| h.kind = "latents".into(), "key.step").await;

@@ -251,19 +251,20 @@ impl Fake {
         let Some(task) = run.task.clone() else {
             return;
         };
-        let running = Running::new(task.clone(), self.news.clone());
-        {
+        let running = {
             let mut held = lock(&self.held);
             let leads = held.ranks.get(&(task.group_id.clone(), 0)).and_then(|rank| rank.join.as_ref());
-            if leads.is_none_or(|join| join.epoch != task.epoch) {
+            let Some(products) = leads.filter(|join| join.epoch == task.epoch).map(JoinGroup::products) else {
                 drop(held);
                 return self.report_end(&task, super::task::failed(&task, "STALE_EPOCH", "the group is not held here"));
-            }
+            };
             if held.tasks.contains_key(&key(&task)) {
                 return;
             }
+            let running = Running::new(task.clone(), products, self.news.clone());
             held.tasks.insert(key(&task), running.clone());
-        }
+            running
+        };
         tokio::spawn(self.clone().run(run, running));
     }
 }

@@ -6,14 +6,13 @@ use std::sync::{
 };
 
 use proto::v1::{
-    CheckpointKey, HeldTask, ImageResult, JobSpec, RunTask, StageKind, TaskDone, TaskFailed, TaskParked, TaskProgress, TaskRef,
-    TaskStarted, control_response::Report,
+    CheckpointKey, HeldTask, ImageResult, JobSpec, Products, RunTask, StageKind, TaskDone, TaskFailed, TaskParked, TaskProgress,
+    TaskRef, TaskStarted, control_response::Report,
 };
-use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use super::{
-    POISON, embedding, first_latents, lock, next_latents,
+    POISON, decoded, embedding, first_latents, lock, next_latents,
     rpc::{get_checkpoint, put_checkpoint, put_payload, upload},
     service::{Fake, key},
 };
@@ -25,6 +24,8 @@ pub(super) struct Running(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     task: TaskRef,
+    /// What its group is multiplied in.
+    products: Products,
     news: Arc<Notify>,
     started: AtomicBool,
     cancelled: AtomicBool,
@@ -35,9 +36,10 @@ struct Inner {
 }
 
 impl Running {
-    pub(super) fn new(task: TaskRef, news: Arc<Notify>) -> Self {
+    pub(super) fn new(task: TaskRef, products: Products, news: Arc<Notify>) -> Self {
         let inner = Inner {
             task,
+            products,
             news,
             started: AtomicBool::default(),
             cancelled: AtomicBool::default(),
@@ -131,12 +133,11 @@ impl Fake {
             StageKind::Denoise => ("latents", self.denoise(run, running, &spec, input).await?),
             StageKind::Decode => {
                 tokio::time::sleep(self.pace.step).await;
-                let picture = Sha256::new().chain_update(b"picture").chain_update(input).finalize().into();
-                return Ok((vec![self.store(run, running, picture).await?], false));
+                return Ok((vec![self.store(run, running, decoded(&input, running.0.products)).await?], false));
             }
             _ => {
                 tokio::time::sleep(self.pace.step).await;
-                ("conditioning", embedding(&spec))
+                ("conditioning", embedding(&spec, running.0.products))
             }
         };
         let at = self.key(running, 0);
@@ -185,7 +186,7 @@ impl Fake {
                 self.life.cancel();
             }
             tokio::time::sleep(self.pace.step).await;
-            latents = next_latents(&latents);
+            latents = next_latents(&latents, running.0.products);
             running.0.step.store(step, Ordering::SeqCst);
             let at = self.key(running, step);
             if self.pace.checkpoints && put_checkpoint(&self.dial, &self.home(&run.blob_address), at, &latents).await.is_ok() {
@@ -228,6 +229,7 @@ impl Fake {
 
     fn key(&self, running: &Running, step: u32) -> CheckpointKey {
         let task = running.task();
-        CheckpointKey { job_id: task.job_id.clone(), stage: task.stage.clone(), step }
+        let products = if self.pace.says_products { running.0.products } else { Products::F32 };
+        CheckpointKey { job_id: task.job_id.clone(), stage: task.stage.clone(), step, products: products.into() }
     }
 }

@@ -128,6 +128,7 @@ impl State {
             max_batch: model.config.max_batch,
             max_jobs: model.config.max_jobs,
             adapters: model.adapter_files(),
+            products: group.wanted.products as i32,
         };
         let record = GroupRecord { group_id: group_id.to_owned(), epoch: join.epoch };
         self.effects.push(Effect::PersistGroup(record));

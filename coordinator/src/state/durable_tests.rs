@@ -1,12 +1,12 @@
 //! Stories of loss: workers die, drain and hang, coordinators change, urgent jobs come. No job is lost by it.
 
 use proto::v1::{
-    Draining, HeldRank, HeldTask, Holding, JobState, JoinGroup, ParkTask, RunTask, TaskDone, TaskParked, TaskProgress,
+    Draining, HeldRank, HeldTask, Holding, JobState, JoinGroup, ParkTask, Products, RunTask, TaskDone, TaskParked, TaskProgress,
     model_described::Outcome,
 };
 
 use super::{tests::*, *};
-use crate::{error::Error, testing};
+use crate::{checkpoints::Saved, error::Error, testing};
 
 fn progress(cluster: &mut Cluster, (worker, task): &(String, RunTask), step: u32, saved_step: u32) {
     cluster.report(worker, Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps: 4, saved_step }));
@@ -301,6 +301,12 @@ fn no_worker_is_asked_to_join_before_the_epoch_is_written_down() {
     assert!(joins > 0);
 }
 
+/// What the checkpoint store has of `job`: stages with the step of a state, or 0 for an output.
+pub(super) fn saved(job: &str, steps: &[(&str, u32)]) -> SavedSteps {
+    let saved = |(stage, step): &(&str, u32)| Saved { stage: (*stage).to_owned(), step: *step, products: Products::F32 };
+    SavedSteps::from([(job.to_owned(), steps.iter().map(saved).collect())])
+}
+
 /// What each worker of `cluster` would say it holds: all ranks ready, and the given tasks.
 pub(super) fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> BTreeMap<String, Holding> {
     let mut holdings: BTreeMap<String, Holding> = BTreeMap::new();
@@ -312,6 +318,7 @@ pub(super) fn holdings(cluster: &Cluster, tasks: &[(String, RunTask, bool)]) -> 
                 path: "/models/emoji".into(),
                 component: group.wanted.component.clone(),
                 layout: Some(group.wanted.layout),
+                products: group.wanted.products.into(),
                 rank,
                 ..JoinGroup::default()
             };
@@ -333,8 +340,7 @@ fn what_runs_goes_on_under_a_new_coordinator() {
     let held = [(denoise.0.clone(), denoise.1.clone(), true), (decode.0.clone(), decode.1.clone(), false)];
     let mut holdings = holdings(&cluster, &held);
     let epoch = cluster.epoch("emoji/transformer/0");
-    let saved = SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 2)])]);
-    cluster.restart(saved);
+    cluster.restart(saved(&job, &[("encode_text", 0), ("denoise", 2)]));
     for worker in ["w1", "w2", "w3"] {
         cluster.join_holding(worker, holdings.remove(worker).unwrap_or_default());
     }
@@ -403,8 +409,7 @@ fn a_job_whose_worker_did_not_come_back_begins_a_new_try_from_its_checkpoint() {
     let leader = stage(&tasks, "denoise").0.clone();
     let decode = stage(&tasks, "decode").clone();
     let mut holdings = holdings(&cluster, &[(decode.0.clone(), decode.1, false)]);
-    let saved = SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 2)])]);
-    cluster.restart(saved);
+    cluster.restart(saved(&job, &[("encode_text", 0), ("denoise", 2)]));
     let others: Vec<&str> = ["w1", "w2", "w3"].into_iter().filter(|worker| *worker != leader).collect();
     for worker in &others {
         cluster.join_holding(worker, holdings.remove(*worker).unwrap_or_default());

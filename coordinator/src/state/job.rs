@@ -6,7 +6,7 @@ use std::{
 };
 
 use proto::v1::{
-    ImageResult, Job as JobView, JobEvent, JobFailure, JobRequeued, JobSpec, JobState, StageFinished, StageProgress,
+    ImageResult, Job as JobView, JobEvent, JobFailure, JobRequeued, JobSpec, JobState, Products, StageFinished, StageProgress,
     StageStarted, TaskRef, job_event::Kind,
 };
 
@@ -35,6 +35,8 @@ pub(super) struct Job {
     /// sha256 of what the client asked for, before defaults.
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
+    /// What its pictures are multiplied in.
+    pub(super) products: Products,
     /// Shared by all jobs with the same stages.
     pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
@@ -86,6 +88,15 @@ pub(super) struct Saved {
     pub(super) outputs: BTreeSet<String>,
     /// The newest step of a denoising stage that is there.
     pub(super) steps: BTreeMap<String, u32>,
+    /// There is more, which was multiplied in another way and is no good.
+    pub(super) of_another_way: bool,
+}
+
+impl Saved {
+    /// The store has nothing at all of the job.
+    pub(super) fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// One stage of a placed job.
@@ -140,6 +151,7 @@ pub(super) struct NewJob {
     pub(super) tenant: Arc<str>,
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
+    pub(super) products: Products,
     /// Shared by all jobs with the same stages.
     pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
@@ -156,6 +168,7 @@ impl Job {
             tenant: new.tenant,
             fingerprint: new.fingerprint,
             spec: new.spec,
+            products: new.products,
             plan: new.plan,
             priority: new.priority,
             deadline: new.deadline,
@@ -362,6 +375,7 @@ impl Job {
             deadline: self.deadline.map(timestamp),
             attempt: self.attempt,
             trace_id: self.trace.map(|trace| trace.id()).unwrap_or_default(),
+            products: self.products as i32,
         }
     }
 
@@ -432,6 +446,7 @@ mod tests {
             tenant: "".into(),
             fingerprint: [0; 32],
             spec: JobSpec::default(),
+            products: Products::F32,
             plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 0,
             deadline: None,

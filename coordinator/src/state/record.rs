@@ -45,11 +45,13 @@ impl Job {
             end,
             stages: self.plan.stages.iter().map(stage).collect(),
             traceparent: self.trace.map(|trace| trace.to_string()).unwrap_or_default(),
+            products: self.products as i32,
         }
     }
 
     /// The job as it was written down, seen by the coordinator of `term`. One that is not over waits.
     pub(super) fn recovered(record: JobRecord, term: u64) -> Self {
+        let products = record.products();
         let stages = record.stages.into_iter().map(|stage| Stage {
             // Records of before this was written down: only that kind had pictures then.
             with_pictures: stage.with_pictures || stage.kind() == StageKind::EncodeImage,
@@ -64,6 +66,7 @@ impl Job {
             tenant: record.tenant.into(),
             fingerprint: <[u8; 32]>::try_from(&record.fingerprint[..]).unwrap_or_default(),
             spec: record.spec.unwrap_or_default(),
+            products,
             plan: Arc::new(Plan { stages: stages.collect() }),
             priority: record.priority,
             deadline: record.deadline.as_ref().map(millis),
@@ -94,7 +97,7 @@ fn millis(timestamp: &prost_types::Timestamp) -> Millis {
 
 #[cfg(test)]
 mod tests {
-    use proto::v1::{ImageResult, JobSpec, StageKind};
+    use proto::v1::{ImageResult, JobSpec, Products, StageKind};
 
     use super::*;
 
@@ -112,6 +115,7 @@ mod tests {
             tenant: "studio".into(),
             fingerprint: [7; 32],
             spec: JobSpec { prompt: "a car".into(), seed: Some(3), ..JobSpec::default() },
+            products: Products::Amx,
             plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 5,
             deadline: Some(9000),

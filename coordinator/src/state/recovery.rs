@@ -17,7 +17,7 @@ use super::{
     requeue::Why,
     tasks::End,
 };
-use crate::{placement::Members, plan::Plan};
+use crate::{checkpoints::Saved, placement::Members, plan::Plan};
 
 /// How long a new coordinator waits for the workers of the one before.
 pub const SETTLE: Millis = 2000;
@@ -34,8 +34,8 @@ pub(super) struct Settling {
     reports: Vec<(String, Report)>,
 }
 
-/// What the checkpoint store has: by job, stages with the step of a state, or 0 for an output.
-pub type SavedSteps = BTreeMap<String, Vec<(String, u32)>>;
+/// What the checkpoint store has, by job.
+pub type SavedSteps = BTreeMap<String, Vec<Saved>>;
 
 impl State {
     /// Takes over from an earlier coordinator: records of jobs and groups in any order, and what is saved of jobs that are not
@@ -48,8 +48,11 @@ impl State {
         jobs.sort_by_cached_key(|job| (job.finished, job.number));
         self.jobs.reserve(jobs.len());
         for mut job in jobs {
-            for (stage, step) in saved.remove(&job.id).unwrap_or_default() {
-                if step == 0 {
+            self.take_models_products(&mut job);
+            for Saved { stage, step, products } in saved.remove(&job.id).unwrap_or_default() {
+                if products != job.products {
+                    job.saved.of_another_way = true;
+                } else if step == 0 {
                     job.saved.outputs.insert(stage);
                 } else {
                     job.saw_saved(&stage, step, self.now);
@@ -66,6 +69,14 @@ impl State {
         }
         let until = self.now + SETTLE;
         self.settling = Some(Settling { until, holdings: BTreeMap::new(), reports: Vec::new() });
+    }
+
+    /// A job that is not over is computed as its model is multiplied now. What was computed of it in another way is no part of its
+    /// pictures: the same seed gives the same bits in each way, and others where two are mixed.
+    fn take_models_products(&self, job: &mut Job) {
+        if let Some(model) = self.model(&job.spec.model).filter(|_| !job.is_over()) {
+            job.products = model.config.products;
+        }
     }
 
     /// A report that must wait until it is known whose it is.
@@ -163,6 +174,7 @@ impl State {
                 && rank.join.as_ref().is_some_and(|join| {
                     join.layout.is_some_and(|layout| layout.is_same(&wanted.layout))
                         && join.component == wanted.component
+                        && join.products() == wanted.products
                         && join.path == path
                         && join.adapters == adapters
                 })
@@ -253,7 +265,7 @@ impl State {
             self.take_over(number, known);
             return;
         }
-        let begun = newest.is_some() || !job.saved.outputs.is_empty() || !job.saved.steps.is_empty();
+        let begun = newest.is_some() || !job.saved.is_nothing();
         for claim in current {
             self.give_up_task(&claim.worker, claim.task, false);
         }
@@ -261,7 +273,9 @@ impl State {
             self.end_job(number, End::Cancelled);
         } else if begun && let Some(job) = self.jobs.get_mut(number) {
             job.attempt = job.attempt.max(newest.unwrap_or_default());
-            job.wait_again(Why::Restarted, "a new coordinator leads".into(), self.now);
+            let unused = format!(", and what was done of it in another way than {} is not used", job.products);
+            let unused = if job.saved.of_another_way { unused.as_str() } else { "" };
+            job.wait_again(Why::Restarted, format!("a new coordinator leads{unused}"), self.now);
             self.job_changed(number);
         }
     }

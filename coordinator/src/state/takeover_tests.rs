@@ -16,8 +16,7 @@ fn taken_over(
     let held = [(denoise.0.clone(), denoise.1.clone(), true), (decode.0.clone(), decode.1, false)];
     let mut holdings = holdings(&cluster, &held);
     change(&mut holdings);
-    let saved = SavedSteps::from([(job.clone(), vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 2)])]);
-    cluster.restart(saved);
+    cluster.restart(saved(&job, &[("encode_text", 0), ("denoise", 2)]));
     for worker in ["w1", "w2", "w3"] {
         cluster.join_holding(worker, holdings.remove(worker).unwrap_or_default());
     }
@@ -82,7 +81,7 @@ fn a_task_whose_input_nobody_sends_any_more_is_not_taken_over() {
     let (mut cluster, job, tasks) = denoising();
     let (denoise, decode) = (stage(&tasks, "denoise").clone(), stage(&tasks, "decode").clone());
     let mut holdings = holdings(&cluster, &[(decode.0.clone(), decode.1, false)]);
-    cluster.restart(SavedSteps::from([(job, vec![("encode_text".to_owned(), 0), ("denoise".to_owned(), 0)])]));
+    cluster.restart(saved(&job, &[("encode_text", 0), ("denoise", 0)]));
     let others: Vec<&str> = ["w1", "w2", "w3"].into_iter().filter(|worker| *worker != denoise.0).collect();
     for worker in &others {
         cluster.join_holding(worker, holdings.remove(*worker).unwrap_or_default());

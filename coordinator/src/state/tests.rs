@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
 use proto::v1::{
-    CancelTask, ForgetJob, GroupLost, GroupReady, GroupState, ImageResult, Job, JobState, JoinGroup, ModelDescribed, RunTask,
-    TaskDone, TaskFailed, TaskProgress, TaskRef, TaskStarted, job_event::Kind, model_described::Outcome,
+    CancelTask, ForgetJob, GroupLost, GroupReady, GroupState, ImageResult, Job, JobState, JoinGroup, ModelDescribed, Products,
+    RunTask, TaskDone, TaskFailed, TaskProgress, TaskRef, TaskStarted, job_event::Kind, model_described::Outcome,
 };
 
 use super::*;
@@ -36,6 +36,7 @@ impl Cluster {
             path: PathBuf::from("/models/emoji"),
             max_batch: 4,
             max_jobs: 2,
+            products: Products::F32,
             components: BTreeMap::from([("transformer".to_owned(), transformer)]),
             adapters: vec![],
         };
@@ -313,7 +314,7 @@ fn a_lost_workers_jobs_wait_again_and_its_groups_form_in_the_next_epoch() {
 fn a_group_without_workers_enough_waits_for_a_new_one() {
     let mut cluster = Cluster::ready();
     cluster.leave("w2");
-    assert!(cluster.state.models()[0].problem.contains("needs 2 workers, 1 are free"));
+    assert!(cluster.state.models()[0].problem.contains("needs 2 workers that can multiply in f32, 1 are free"));
     cluster.join("w2-restarted");
     cluster.all_ready();
     assert!(cluster.state.models()[0].ready);

@@ -101,6 +101,7 @@ impl State {
                 problem: self.problem(model),
                 broken: !model.problem.is_empty(),
                 groups: self.groups_of(model).map(Group::status).collect(),
+                products: model.config.products as i32,
             })
             .collect()
     }
@@ -121,6 +122,7 @@ impl State {
                 device: worker.device.clone(),
                 labels: worker.labels.clone(),
                 ranks: ranks.remove(worker.worker_id.as_str()).unwrap_or_default(),
+                products: worker.products.clone(),
             })
             .collect()
     }
@@ -181,7 +183,8 @@ impl State {
             GroupState::Waiting if eligible < needed => {
                 let labels: Vec<String> = group.wanted.selector.iter().map(|(label, value)| format!("{label}={value}")).collect();
                 let matching = if labels.is_empty() { String::new() } else { format!(" with {}", labels.join(",")) };
-                format!("{id}: needs {needed} workers{matching}, {eligible} are free")
+                let products = group.wanted.products;
+                format!("{id}: needs {needed} workers{matching} that can multiply in {products}, {eligible} are free")
             }
             _ if !group.problem.is_empty() => format!("{id}: {}", group.problem),
             _ => format!("{id}: its ranks are loading"),

@@ -37,7 +37,7 @@ impl State {
             return if same { Ok(job.view()) } else { Err(Error::RequestIdReused(request_id)) };
         }
         let model = self.model(&spec.model).ok_or_else(|| Error::ModelNotFound(name(&spec.model)))?;
-        let card = model.card()?;
+        let (card, products) = (model.card()?, model.config.products);
         let context = Context { seed, max_pixels: self.settings.limits.pixels, missing_blobs: &missing_blobs };
         let request = Request::parse(spec, card, context)?;
         let limit = self.settings.limits.queued_jobs;
@@ -49,7 +49,7 @@ impl State {
         let deadline = timeout.map(|timeout| self.now.saturating_add(timeout));
         let spec = request.into_spec();
         let of = tenant.as_str().into();
-        let new = NewJob { id: job_id, request_id, tenant: of, fingerprint, spec, plan, priority, deadline, trace };
+        let new = NewJob { id: job_id, request_id, tenant: of, fingerprint, spec, products, plan, priority, deadline, trace };
         let job = Job::new(self.jobs.next_number(), new, self.now);
         if let Some(timeout) = timeout
             && let Some(predicted) = self.predicted_millis(&job.spec.model, estimate::work(&job), priority)

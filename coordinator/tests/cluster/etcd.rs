@@ -13,7 +13,7 @@ use coordinator::{
 };
 use etcd_client::{Client, PutOptions};
 use prost::Message;
-use proto::v1::{JobState, Registration};
+use proto::v1::{JobState, Products, Registration};
 use tempfile::TempDir;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -128,6 +128,7 @@ fn worker(id: &str) -> Registration {
         address: "127.0.0.1:1".into(),
         data_address: "127.0.0.1:2".into(),
         device: "cpu".into(),
+        products: vec![Products::F32.into()],
         ..Registration::default()
     }
 }

@@ -11,8 +11,8 @@ use std::{
 use futures::StreamExt;
 use proto::v1::{
     BlobHeader, Component, ControlRequest, ControlResponse, GroupReady, Heartbeat, Holding, ImageResult, ModelCard,
-    ModelDescribed, Parameter, PayloadHeader, PutPayloadRequest, PutPayloadResponse, RegisterRequest, Registration, RunTask,
-    StageKind, StageTemplate, TaskDone, TaskFailed, TaskProgress, TaskStarted, UploadBlobRequest,
+    ModelDescribed, Parameter, PayloadHeader, Products, PutPayloadRequest, PutPayloadResponse, RegisterRequest, Registration,
+    RunTask, StageKind, StageTemplate, TaskDone, TaskFailed, TaskProgress, TaskStarted, UploadBlobRequest,
     blob_service_client::BlobServiceClient,
     control_request::Command,
     control_response::Report,
@@ -62,6 +62,7 @@ impl FakeWorker {
             address: listener.local_addr().unwrap().to_string(),
             data_address: "127.0.0.1:1".into(),
             device: "cpu".into(),
+            products: Products::ALL.map(i32::from).to_vec(),
             ..Registration::default()
         };
         let fake = Fake { registration: registration.clone(), shared: Arc::new(Mutex::new(Shared::new(pace))) };

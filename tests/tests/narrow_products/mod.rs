@@ -20,10 +20,12 @@ use tests::golden::Case;
 use tests::ranks::run_block_model;
 use tests::{gguf, synthetic};
 
-/// Whether there is anything to show: candle's operations for the CPU multiply in f32 alone, which a worker says.
-fn multiplied_in_bf16() -> bool {
-    crate::PRODUCTS.use_here();
-    has_kernels(&Device::Cpu)
+/// Runs a test in the program's way, and in its ranks. Where candle's operations compute for the CPU there is nothing to show: they
+/// multiply in f32 alone, which a worker says.
+fn in_the_way(test: impl FnOnce()) {
+    if has_kernels(&Device::Cpu) {
+        crate::PRODUCTS.scope(test);
+    }
 }
 
 fn open(name: &str) -> Case {
@@ -74,94 +76,90 @@ fn check<M: BlockModel>(name: &str, load: impl Fn(&Path, &Weights, RangeOf) -> R
 
 #[test]
 fn t5_in_bf16_is_as_near_as_transformers_and_the_same_on_every_layout() {
-    if !multiplied_in_bf16() {
-        return;
-    }
-    let mut case = open("t5_encoder");
-    let (recorded, dir) = narrowed(&mut case);
-    let config: T5Config = read_json(&recorded.join("config.json")).unwrap();
-    let inputs = Tensors::new().with("input_ids", case.tensor("in.input_ids").unwrap().clone());
-    let mut first = None;
-    for layout in [Layout::SOLO, Layout::new(2, 1), Layout::new(2, 2)] {
-        let ran = run_block_model(dir.path(), layout, &inputs, |w, range| T5Encoder::load(w, &config, range)).unwrap();
-        let last = ran.output("last_hidden_state").unwrap().clone();
-        assert!(first.get_or_insert_with(|| bits(&last)) == &bits(&last), "tp {} x {}", layout.tp, layout.block_ranges);
-        compare(&case, "out.no_mask.last_hidden_state", &last);
-    }
+    in_the_way(|| {
+        let mut case = open("t5_encoder");
+        let (recorded, dir) = narrowed(&mut case);
+        let config: T5Config = read_json(&recorded.join("config.json")).unwrap();
+        let inputs = Tensors::new().with("input_ids", case.tensor("in.input_ids").unwrap().clone());
+        let mut first = None;
+        for layout in [Layout::SOLO, Layout::new(2, 1), Layout::new(2, 2)] {
+            let ran = run_block_model(dir.path(), layout, &inputs, |w, range| T5Encoder::load(w, &config, range)).unwrap();
+            let last = ran.output("last_hidden_state").unwrap().clone();
+            assert!(first.get_or_insert_with(|| bits(&last)) == &bits(&last), "tp {} x {}", layout.tp, layout.block_ranges);
+            compare(&case, "out.no_mask.last_hidden_state", &last);
+        }
+    });
 }
 
 #[test]
 fn autoencoders_in_bf16_are_as_near_as_diffusers() {
-    if !multiplied_in_bf16() {
-        return;
-    }
-    for name in ["vae_flux", "vae_sd15", "vae_sdxl"] {
-        let mut case = open(name);
-        let (recorded, dir) = narrowed(&mut case);
-        let config: AutoencoderKlConfig = read_json(&recorded.join("config.json")).unwrap();
-        let weights = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap();
-        let vae = AutoencoderKl::load(&weights, &config).unwrap();
-        compare(&case, "out.decode", &vae.decode(case.tensor("in.latent").unwrap()).unwrap());
-        compare(&case, "out.encode.mean", &vae.encode(case.tensor("in.image").unwrap()).unwrap().mean);
-    }
+    in_the_way(|| {
+        for name in ["vae_flux", "vae_sd15", "vae_sdxl"] {
+            let mut case = open(name);
+            let (recorded, dir) = narrowed(&mut case);
+            let config: AutoencoderKlConfig = read_json(&recorded.join("config.json")).unwrap();
+            let weights = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap();
+            let vae = AutoencoderKl::load(&weights, &config).unwrap();
+            compare(&case, "out.decode", &vae.decode(case.tensor("in.latent").unwrap()).unwrap());
+            compare(&case, "out.encode.mean", &vae.encode(case.tensor("in.image").unwrap()).unwrap().mean);
+        }
+    });
 }
 
 #[test]
 fn up_to_eight_ranks_three_ranges_and_any_batch_have_the_same_bits_in_bf16() {
-    if !multiplied_in_bf16() {
-        return;
-    }
-    let config = synthetic::small_flux(2);
-    let dir = tempfile::tempdir().unwrap();
-    let mut tensors = synthetic::flux_transformer(&config, 3).unwrap();
-    tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
-    synthetic::write(dir.path(), &tensors).unwrap();
-    let three = synthetic::flux_inputs(&config, 3, (4, 3), 5, 2).unwrap();
-    let first = |name: &str, tensor: &Tensor| {
-        let ids = name.ends_with("_ids");
-        (name.to_owned(), if ids { tensor.clone() } else { tensor.narrow(0, 0, 1).unwrap() })
-    };
-    let one: Tensors = three.iter().map(|(name, tensor)| first(name, tensor)).collect();
-    let run = |inputs: &Tensors, layout: Layout| {
-        let ran = run_block_model(dir.path(), layout, inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
-        ran.output("sample").unwrap().clone()
-    };
-    let expected = run(&three, Layout::SOLO);
-    for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
-        assert!(bits(&run(&three, Layout::new(tp, ranges))) == bits(&expected), "tp {tp} x {ranges} ranges");
-    }
-    assert!(bits(&run(&one, Layout::SOLO)) == bits(&expected.narrow(0, 0, 1).unwrap()), "alone");
+    in_the_way(|| {
+        let config = synthetic::small_flux(2);
+        let dir = tempfile::tempdir().unwrap();
+        let mut tensors = synthetic::flux_transformer(&config, 3).unwrap();
+        tensors.values_mut().for_each(|tensor| *tensor = tensor.to_dtype(DType::BF16).unwrap());
+        synthetic::write(dir.path(), &tensors).unwrap();
+        let three = synthetic::flux_inputs(&config, 3, (4, 3), 5, 2).unwrap();
+        let first = |name: &str, tensor: &Tensor| {
+            let ids = name.ends_with("_ids");
+            (name.to_owned(), if ids { tensor.clone() } else { tensor.narrow(0, 0, 1).unwrap() })
+        };
+        let one: Tensors = three.iter().map(|(name, tensor)| first(name, tensor)).collect();
+        let run = |inputs: &Tensors, layout: Layout| {
+            let ran = run_block_model(dir.path(), layout, inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
+            ran.output("sample").unwrap().clone()
+        };
+        let expected = run(&three, Layout::SOLO);
+        for (tp, ranges) in [(2, 1), (4, 1), (8, 1), (1, 3), (4, 2)] {
+            assert!(bits(&run(&three, Layout::new(tp, ranges))) == bits(&expected), "tp {tp} x {ranges} ranges");
+        }
+        assert!(bits(&run(&one, Layout::SOLO)) == bits(&expected.narrow(0, 0, 1).unwrap()), "alone");
+    });
 }
 
 #[test]
 fn blocks_in_bf16_are_their_values_rounded_on_every_layout() {
-    if !multiplied_in_bf16() {
-        return;
-    }
-    let config = synthetic::small_flux(1);
-    let tensors = synthetic::flux_transformer(&config, 3).unwrap();
-    let inputs = synthetic::flux_inputs(&config, 1, (4, 3), 5, 2).unwrap();
-    for wanted in [GgmlDType::Q4K, GgmlDType::Q8_0] {
-        let (blocks, mut wide) = gguf::quantised(&tensors, wanted).unwrap();
-        for (name, tensor) in &blocks {
-            // What is not in blocks is multiplied in f32 in both.
-            if tensor.dtype() != GgmlDType::F32 {
-                let rounded = wide[name].to_dtype(DType::BF16).unwrap();
-                wide.insert(name.clone(), rounded);
+    in_the_way(|| {
+        let config = synthetic::small_flux(1);
+        let tensors = synthetic::flux_transformer(&config, 3).unwrap();
+        let inputs = synthetic::flux_inputs(&config, 1, (4, 3), 5, 2).unwrap();
+        for wanted in [GgmlDType::Q4K, GgmlDType::Q8_0] {
+            let (blocks, mut wide) = gguf::quantised(&tensors, wanted).unwrap();
+            for (name, tensor) in &blocks {
+                // What is not in blocks is multiplied in f32 in both.
+                if tensor.dtype() != GgmlDType::F32 {
+                    let rounded = wide[name].to_dtype(DType::BF16).unwrap();
+                    wide.insert(name.clone(), rounded);
+                }
+            }
+            let [quantised, rounded] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            gguf::write(&quantised.path().join("network.gguf"), &blocks).unwrap();
+            synthetic::write(rounded.path(), &wide).unwrap();
+            let run = |dir: &Path, layout: Layout| {
+                let ran = run_block_model(dir, layout, &inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
+                bits(ran.output("sample").unwrap())
+            };
+            let expected = run(rounded.path(), Layout::SOLO);
+            for (tp, ranges) in [(1, 1), (2, 1), (8, 1), (2, 2)] {
+                assert!(run(quantised.path(), Layout::new(tp, ranges)) == expected, "{wanted:?} at tp {tp} x {ranges} ranges");
             }
         }
-        let [quantised, rounded] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-        gguf::write(&quantised.path().join("network.gguf"), &blocks).unwrap();
-        synthetic::write(rounded.path(), &wide).unwrap();
-        let run = |dir: &Path, layout: Layout| {
-            let ran = run_block_model(dir, layout, &inputs, |w, range| FluxTransformer::load(w, &config, range)).unwrap();
-            bits(ran.output("sample").unwrap())
-        };
-        let expected = run(rounded.path(), Layout::SOLO);
-        for (tp, ranges) in [(1, 1), (2, 1), (8, 1), (2, 2)] {
-            assert!(run(quantised.path(), Layout::new(tp, ranges)) == expected, "{wanted:?} at tp {tp} x {ranges} ranges");
-        }
-    }
+    });
 }
 
 #[test]
@@ -170,10 +168,10 @@ fn flux_in_bf16_is_as_near_as_diffusers_and_the_same_on_every_layout() {
         let config: FluxTransformerConfig = read_json(&dir.join("config.json"))?;
         FluxTransformer::load(w, &config, range)
     };
-    if multiplied_in_bf16() {
+    in_the_way(|| {
         check("flux_transformer_dev", load);
         check("flux_transformer_kontext_ids", load);
-    }
+    });
 }
 
 #[test]
@@ -182,10 +180,10 @@ fn sd3_in_bf16_is_as_near_as_diffusers_and_the_same_on_every_layout() {
         let config: Sd3TransformerConfig = read_json(&dir.join("config.json"))?;
         Sd3Transformer::load(w, &config, range)
     };
-    if multiplied_in_bf16() {
+    in_the_way(|| {
         check("sd3_transformer", load);
         check("sd35_transformer", load);
-    }
+    });
 }
 
 #[test]
@@ -194,7 +192,7 @@ fn qwen_image_in_bf16_is_as_near_as_diffusers_and_the_same_on_every_layout() {
         let config: QwenImageTransformerConfig = read_json(&dir.join("config.json"))?;
         QwenImageTransformer::load(w, &config, range)
     };
-    if multiplied_in_bf16() {
+    in_the_way(|| {
         check("qwen_transformer", load);
-    }
+    });
 }

@@ -94,17 +94,21 @@ pub(crate) enum Mutation {
     NoEpochs,
     /// etcd takes writes of leaders that lead no more.
     NoFence,
+    /// Checkpoints do not say what they were multiplied in.
+    NoProducts,
 }
 
 impl Mutation {
     /// All that break something.
-    pub(crate) const ALL: [Self; 5] = [Self::NoSync, Self::NoRecovery, Self::NoDedupe, Self::NoEpochs, Self::NoFence];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::NoSync, Self::NoRecovery, Self::NoDedupe, Self::NoEpochs, Self::NoFence, Self::NoProducts];
 
     /// What a violation says that is found for this reason; others may follow from how it was broken.
     pub(crate) fn is_found_by(self, violation: &str) -> bool {
         match self {
             Self::NoDedupe => violation.contains("was accepted as"),
             Self::NoEpochs => violation.contains("epoch"),
+            Self::NoProducts => violation.contains("its picture is"),
             _ => true,
         }
     }
@@ -174,7 +178,8 @@ pub(crate) fn run(seed: u64, mutation: Mutation) -> Outcome {
         });
     }
     for index in 0..WORKERS {
-        let pace = Pace { load: random.millis(50..1000), step: random.millis(20..250), checkpoints: true };
+        let says_products = mutation != Mutation::NoProducts;
+        let pace = Pace { load: random.millis(50..1000), step: random.millis(20..250), checkpoints: true, says_products };
         let machine = machine.clone();
         sim.host(worker(index), move || {
             let drain = CancellationToken::new();

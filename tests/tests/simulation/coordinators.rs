@@ -10,10 +10,11 @@ use coordinator::{
     context::Context,
     leadership::campaign,
     metrics::Meter,
-    models_file::{ComponentConfig, ModelConfig},
+    models_file::{ComponentConfig, DEFAULT_PRODUCTS, ModelConfig},
     run_in,
     store::{EtcdStore, Journal, Recovered, StoreError},
 };
+use proto::v1::Products;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -39,13 +40,24 @@ pub(crate) fn etcd() -> EtcdConfig {
     EtcdConfig { dial: dial(), ..EtcdConfig::new(vec![format!("http://{ETCD}:{PORT}")], "/atelier") }
 }
 
-fn config(etcd: Option<EtcdConfig>) -> Config {
+/// What models.toml says in this life that the model is multiplied in: in every third seed another way may be written there
+/// between two lives.
+fn products(machine: &Machine, life: u64) -> Products {
+    if !Random::of(machine.seed, 4).once_in(3) {
+        return DEFAULT_PRODUCTS;
+    }
+    let narrow = Random::of(machine.seed, 3000 + life).once_in(2);
+    if narrow { Products::Bf16 } else { DEFAULT_PRODUCTS }
+}
+
+fn config(etcd: Option<EtcdConfig>, products: Products) -> Config {
     let transformer = ComponentConfig { tp: 2, replicas: REPLICAS, ..ComponentConfig::default() };
     let model = ModelConfig {
         name: MODEL.into(),
         path: "/models/model".into(),
         max_batch: 4,
         max_jobs: 4,
+        products,
         components: [("transformer".to_owned(), transformer)].into(),
         adapters: vec![],
     };
@@ -77,7 +89,7 @@ fn remembered(mutation: Mutation, mut recovered: Recovered) -> Recovered {
         Mutation::NoRecovery => recovered.jobs.clear(),
         Mutation::NoDedupe => recovered.jobs.iter_mut().for_each(|job| job.request_id.clone_from(&job.id)),
         Mutation::NoEpochs => recovered.groups.clear(),
-        Mutation::None | Mutation::NoSync | Mutation::NoFence => {}
+        Mutation::None | Mutation::NoSync | Mutation::NoFence | Mutation::NoProducts => {}
     }
     recovered
 }
@@ -98,7 +110,7 @@ pub(crate) async fn alone(name: &'static str, machine: Rc<Machine>, history: Rc<
     };
     let mut failures = handle.durable();
     tokio::spawn(drive);
-    let config = config(None);
+    let config = config(None, products(&machine, life));
     let world = World {
         context: context(&machine, life),
         dial: dial(),
@@ -145,7 +157,7 @@ pub(crate) async fn one_of_several(name: &'static str, machine: Rc<Machine>, his
         Err(error) => return history.borrow_mut().violation(format!("the store cannot be opened: {error}")),
     };
     let mut failures = handle.durable();
-    let config = config(Some(etcd));
+    let config = config(Some(etcd), products(&machine, life));
     let place = Place::Memory(machine.objects.clone());
     let world = World {
         context: context(&machine, life),

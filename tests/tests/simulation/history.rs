@@ -293,7 +293,7 @@ fn wrong_end(known: &Known, job: &Job) -> Option<String> {
     match job.state() {
         JobState::Succeeded if known.spec.prompt.contains(POISON) => Some("a poisoned job has a picture".into()),
         JobState::Succeeded => {
-            let right = format!("{:x}", Sha256::digest(picture(&known.spec)));
+            let right = format!("{:x}", Sha256::digest(picture(&known.spec, job.products())));
             let given: Vec<_> = job.images.iter().map(|image| image.blob_id.clone()).collect();
             (given != [right.as_str()]).then(|| format!("its picture is {given:?} and should be {right}"))
         }

@@ -9,8 +9,8 @@
 //!
 //! A seed is one run: a coordinator with its journal on a disk in memory (even seeds) or two coordinators and an etcd (odd ones),
 //! five workers that stand in for real ones, and a client with a dozen jobs, some of them urgent, some with a deadline. Until
-//! [`faults::END`] machines crash and come back, clocks are wrong, workers are drained, links break, hold and slow down, and the
-//! disk fails; then all is repaired, and every job must be over within 60 simulated seconds.
+//! [`faults::END`] machines crash and come back, clocks are wrong, workers are drained, links break, hold and slow down, the
+//! disk fails, and models.toml changes; then all is repaired, and every job must be over within 60 simulated seconds.
 //!
 //! - `net.rs`: tonic over the simulated network
 //! - `cluster.rs`: the hosts, and the loop that lets time pass and things go wrong

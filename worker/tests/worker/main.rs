@@ -255,9 +255,14 @@ async fn a_component_that_cannot_be_loaded_is_told() {
     assert_eq!(control.lost("g", 1).await.reason, "LOAD_FAILED");
     control.send(Command::JoinGroup(join("g", 2, "panics", &[&worker]))).await;
     assert_eq!(control.lost("g", 2).await.reason, "INTERNAL");
-    control.send(Command::JoinGroup(join("g", 3, "transformer", &[&worker]))).await;
-    control.ready("g", 3).await;
-    let incomplete = task("denoise", "g", 3);
+    let unknown = proto::v1::JoinGroup { products: 99, ..join("g", 3, "transformer", &[&worker]) };
+    control.send(Command::JoinGroup(unknown)).await;
+    let lost = control.lost("g", 3).await;
+    let expected = ("LOAD_FAILED", "products: 99 is none that this worker knows");
+    assert_eq!((lost.reason.as_str(), lost.message.as_str()), expected, "not silently in another way");
+    control.send(Command::JoinGroup(join("g", 4, "transformer", &[&worker]))).await;
+    control.ready("g", 4).await;
+    let incomplete = task("denoise", "g", 4);
     let spec = JobSpec { seed: None, ..spec(1) };
     control.send(Command::RunTask(RunTask { spec: Some(spec), ..run(incomplete.clone(), 1) })).await;
     let failed = control.failed(&incomplete).await;

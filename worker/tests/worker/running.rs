@@ -73,7 +73,6 @@ impl Running {
             labels: HashMap::from([("role".into(), "any".into())]),
             worker_id: uuid::Uuid::new_v4().to_string(),
             place: Place::Cpu,
-            products: parallel::ops::Products::F32,
             threads: 1,
             prompt_cache_bytes: 0,
             adapter_cache_bytes: 0,

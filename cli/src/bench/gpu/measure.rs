@@ -50,10 +50,8 @@ pub(super) fn step(bench: &Bench, model: &Checkpoint<Flux>) -> models::Result<Ve
     let ways: &[Products] = if bench.on_cpu { &[Products::F32] } else { &[Products::F32, Products::Bf16] };
     let mut checks = Vec::new();
     for way in ways {
-        way.use_here();
-        checks.extend(step_in(bench, model, *way)?);
+        checks.extend(way.scope(|| step_in(bench, model, *way))?);
     }
-    Products::default().use_here();
     Ok(checks)
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 use models::blocks::{Layout, RankGroup, recv_tensors, send_tensors};
 use parallel::InProcess;
+use parallel::ops::Products;
 
 use super::super::synthetic::{Checkpoint, Network};
 use super::memory::{anonymous_bytes, page_faults};
@@ -17,6 +18,8 @@ use crate::error::Error;
 #[derive(Clone, Copy)]
 pub(super) struct Work {
     pub(super) layout: Layout,
+    /// What every rank multiplies in.
+    pub(super) products: Products,
     /// Of each rank.
     pub(super) threads: usize,
     /// Forwards of each job; the next begins when the one before it is done.
@@ -57,7 +60,7 @@ pub(super) fn forwards<N: Network>(work: Work, checkpoint: &Checkpoint<N>) -> Re
     let rank = move |link: InProcess| -> Result<OfRank, Error> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(work.threads).build();
         let pool = pool.map_err(|e| Error::Flag { flag: "--threads", reason: e.to_string() })?;
-        pool.install(|| {
+        let run = || {
             let group = RankGroup::new(Arc::new(link), work.layout)?;
             let loaded = checkpoint.load(&group);
             together.wait();
@@ -84,7 +87,8 @@ pub(super) fn forwards<N: Network>(work: Work, checkpoint: &Checkpoint<N>) -> Re
                 }
             }
             Ok(OfRank { started, outputs, loaded: held, faults: page_faults() - before, _group: group })
-        })
+        };
+        pool.install(|| work.products.scope(run))
     };
     let results: Vec<_> = thread::scope(|scope| {
         let ranks = InProcess::group(work.layout.ranks()).into_iter().map(|link| scope.spawn(move || rank(link)));

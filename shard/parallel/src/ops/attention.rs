@@ -94,6 +94,7 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
         });
     }
     let of = Attention { heads: n, queries, keys, width, scale, side_by_side: by_token };
+    let products = Products::here().order();
     let shape = if by_token { vec![b, queries, n * width] } else { vec![b, n, queries, width] };
     let run = |bias: Option<(&[f32], &[usize], usize)>| {
         let items = |q: &[f32], k: &[f32], v: &[f32]| {
@@ -104,7 +105,7 @@ fn streamed(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32, bias: Option<&Tensor
                     let [k, v] = [k, v].map(|x| order.heads(&x[of_k..], [n, keys, width]));
                     let bias =
                         bias.map(|(data, starts, query_stride)| Bias { data, starts: &starts[item * n..][..n], query_stride });
-                    of.run(Products::here().order(), q, k, v, bias, y)
+                    of.run(products, q, k, v, bias, y)
                 })
             })
         };

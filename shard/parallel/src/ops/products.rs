@@ -1,8 +1,8 @@
 //! What models are multiplied in.
 
+use std::cell::Cell;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicU8, Ordering};
 
 use candle_core::Device;
 use kernels::cpu;
@@ -13,7 +13,6 @@ use crate::{Error, Result};
 
 /// What layers whose weights are bf16 or blocks multiply in; on the CPU attention and convolutions too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u8)]
 pub enum Products {
     /// Weights are widened for each product: the reference's f32 numbers.
     #[default]
@@ -28,15 +27,27 @@ pub enum Products {
     Int8,
 }
 
-static HERE: AtomicU8 = AtomicU8::new(Products::F32 as u8);
+thread_local! {
+    static HERE: Cell<Products> = const { Cell::new(Products::F32) };
+}
 
 impl Products {
     /// All of them.
-    const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Amx, Self::Int8];
+    pub const ALL: [Self; 4] = [Self::F32, Self::Bf16, Self::Amx, Self::Int8];
 
-    /// Makes it this process's way from now on. A worker is a process with one device.
-    pub fn use_here(self) {
-        HERE.store(self as u8, Ordering::Relaxed);
+    /// Runs `f`, in which this thread loads and computes in this way. A rank is a thread, from its first weight to its last forward: so
+    /// ranks of several models in one process each have their own way. What `f` starts on other threads does not have it, unless they
+    /// are given it in the same manner; the threads that kernels compute with need not be, since they are told all there is.
+    pub fn scope<R>(self, f: impl FnOnce() -> R) -> R {
+        /// Puts back what was, however the scope ends.
+        struct Before(Products);
+        impl Drop for Before {
+            fn drop(&mut self) {
+                HERE.set(self.0);
+            }
+        }
+        let _before = Before(HERE.replace(self));
+        f()
     }
 
     /// Whether `device` has them. A CPU has those of fewer bits if it has AVX2 (or more) and computes by our kernels; a GPU those in bf16.
@@ -77,13 +88,12 @@ impl Products {
         }
     }
 
-    /// This process's way.
-    pub(crate) fn here() -> Self {
-        let here = HERE.load(Ordering::Relaxed);
-        Self::ALL.into_iter().find(|way| *way as u8 == here).unwrap_or_default()
+    /// This thread's way: f32 out of any [`Self::scope`].
+    pub fn here() -> Self {
+        HERE.get()
     }
 
-    /// As in a command.
+    /// As it is written.
     fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -106,5 +116,25 @@ impl FromStr for Products {
 impl fmt::Display for Products {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[test]
+    fn a_way_is_that_of_its_scope_and_its_thread() {
+        assert_eq!(Products::here(), Products::F32);
+        Products::Bf16.scope(|| {
+            Products::Amx.scope(|| assert_eq!(Products::here(), Products::Amx));
+            assert!(catch_unwind(AssertUnwindSafe(|| Products::Int8.scope(|| panic!("in a scope")))).is_err());
+            assert_eq!(Products::here(), Products::Bf16);
+            let beside = std::thread::scope(|scope| scope.spawn(Products::here).join().unwrap());
+            assert_eq!(beside, Products::F32);
+        });
+        assert_eq!(Products::here(), Products::F32);
     }
 }
