@@ -14,23 +14,25 @@ const GROUP: usize = 4;
 const LANES: usize = 32;
 
 pub(super) static KERNELS: [MicroKernel; 4] = [
-    kernel(Scales::Stored, |t| tile(t, Scales::Stored)),
-    kernel(Scales::Nibbles, |t| tile(t, Scales::Nibbles)),
-    kernel(Scales::Whole, |t| tile(t, Scales::Whole)),
-    kernel(Scales::Halves, |t| tile(t, Scales::Halves)),
+    kernel::<{ Scales::Stored as usize }>(),
+    kernel::<{ Scales::Nibbles as usize }>(),
+    kernel::<{ Scales::Whole as usize }>(),
+    kernel::<{ Scales::Halves as usize }>(),
 ];
 
-const fn kernel(scales: Scales, tile: unsafe fn(Tile)) -> MicroKernel {
-    let takes = Takes::Blocks(bytes(scales));
-    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes, tile, lines: None, spin, flops: 2 * LANES }
+const fn kernel<const SCALES: usize>() -> MicroKernel {
+    let takes = Takes::Blocks(bytes(Scales::ALL[SCALES]));
+    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes, tile: tile::<SCALES>, lines: None, spin, flops: 2 * LANES }
 }
 
 const fn bytes(scales: Scales) -> Bytes {
     Bytes { group: GROUP, excess: 128, scales }
 }
 
-/// The tile's pointers must be good for what its documentation says.
-fn tile(t: Tile, of: Scales) {
+/// # Safety
+/// The tile's pointers are good for what its documentation says.
+unsafe fn tile<const SCALES: usize>(t: Tile) {
+    let of = Scales::ALL[SCALES];
     let (inputs, weights, parts) = (bytes(of).input_words() * MR, bytes(of).weight_bytes(NR), of.parts());
     // SAFETY: `k` blocks of each panel, as the caller promises; any bits are numbers of either type.
     let (a, b) = unsafe {
