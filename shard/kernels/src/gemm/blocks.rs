@@ -99,53 +99,51 @@ impl BlockRows {
         self.data.len()
     }
 
-    /// Some K of a row: at most what [`MOST`] allows for.
-    pub(crate) fn line(&self, row: usize, k: Range<usize>, to: &mut [f32]) {
+    /// What of a row lies in `k`, run by run: the blocks that hold it, which of their values it is, and where in `k` it goes.
+    fn stretches(&self, row: usize, k: Range<usize>) -> impl Iterator<Item = (&[u8], Range<usize>, Range<usize>)> {
         let (values, bytes, row) = (self.kind.values(), self.kind.bytes(), self.blocks_of(row));
-        for run in &self.runs {
+        self.runs.iter().filter_map(move |run| {
             let part = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
             if part.is_empty() {
-                continue;
+                return None; // perhaps before `k`
             }
             let at = run.at + part.start - run.k.start;
             let (first, end) = (at / values, (at + part.len()).div_ceil(values));
-            let (blocks, to) = (&row[first * bytes..end * bytes], &mut to[part.start - k.start..][..part.len()]);
-            if at == first * values && at + part.len() == end * values {
+            let held = at - first * values..at - first * values + part.len();
+            Some((&row[first * bytes..end * bytes], held, part.start - k.start..part.end - k.start))
+        })
+    }
+
+    /// Some K of a row: at most what [`MOST`] allows for.
+    pub(crate) fn line(&self, row: usize, k: Range<usize>, to: &mut [f32]) {
+        for (blocks, held, of_k) in self.stretches(row, k) {
+            let (len, to) = (blocks.len() / self.kind.bytes() * self.kind.values(), &mut to[of_k]);
+            if held == (0..len) {
                 self.kind.widen(blocks, to);
             } else {
                 let mut wide = [0f32; MOST];
-                let wide = &mut wide[..(end - first) * values];
-                self.kind.widen(blocks, wide);
-                to.copy_from_slice(&wide[at - first * values..][..part.len()]);
+                self.kind.widen(blocks, &mut wide[..len]);
+                to.copy_from_slice(&wide[held]);
             }
         }
     }
 
     /// As [`Self::line`], in whole numbers: `k` and the runs are of whole parts.
     pub(crate) fn numbers(&self, row: usize, k: Range<usize>, values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let (of_block, bytes, part, row) = (self.kind.values(), self.kind.bytes(), self.kind.part(), self.blocks_of(row));
-        for run in &self.runs {
-            let of_run = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
-            if of_run.is_empty() {
-                continue;
-            }
-            let (at, to) = (run.at + of_run.start - run.k.start, of_run.start - k.start..of_run.end - k.start);
-            let (first, end) = (at / of_block, (at + of_run.len()).div_ceil(of_block));
-            let blocks = &row[first * bytes..end * bytes];
-            let (values, parts) = (&mut values[to.clone()], to.start / part..to.end / part);
-            let (scales, minima) = (&mut scales[parts.clone()], &mut minima[parts]);
-            if at == first * of_block && at + of_run.len() == end * of_block {
+        let part = self.kind.part();
+        for (blocks, held, of_k) in self.stretches(row, k) {
+            let (len, parts) = (blocks.len() / self.kind.bytes() * self.kind.values(), of_k.start / part..of_k.end / part);
+            let (values, scales, minima) = (&mut values[of_k], &mut scales[parts.clone()], &mut minima[parts]);
+            if held == (0..len) {
                 self.kind.numbers(blocks, values, scales, minima);
             } else {
-                let (mut all, mut of_parts, len) = ([0; MOST], [[0f32; MOST / 16]; 2], (end - first) * of_block);
-                let [all_scales, all_minima] = &mut of_parts;
-                let (all, all_scales, all_minima) =
-                    (&mut all[..len], &mut all_scales[..len / part], &mut all_minima[..len / part]);
-                self.kind.numbers(blocks, all, all_scales, all_minima);
-                let from = at - first * of_block;
-                values.copy_from_slice(&all[from..][..values.len()]);
-                scales.copy_from_slice(&all_scales[from / part..][..scales.len()]);
-                minima.copy_from_slice(&all_minima[from / part..][..minima.len()]);
+                let (mut all, mut all_scales, mut all_minima) = ([0; MOST], [0f32; MOST / 16], [0f32; MOST / 16]);
+                let of_all = len / part;
+                self.kind.numbers(blocks, &mut all[..len], &mut all_scales[..of_all], &mut all_minima[..of_all]);
+                let parts = held.start / part..held.end / part;
+                values.copy_from_slice(&all[held]);
+                scales.copy_from_slice(&all_scales[parts.clone()]);
+                minima.copy_from_slice(&all_minima[parts]);
             }
         }
     }
