@@ -1,5 +1,7 @@
 use proptest::prelude::*;
 
+use half::bf16;
+
 use super::*;
 use crate::guard::Guarded;
 
@@ -42,6 +44,13 @@ fn operands(of: &Attention) -> [Vec<f32>; 3] {
     [values(count(of.queries), 1), values(count(of.keys), 2), values(count(of.keys), 3)]
 }
 
+/// Queries as a kernel has them: in powers of two they are scaled by what bf16 does not have exactly, and then rounded to it.
+fn as_multiplied(of: &Attention, q: &[f32], kernel: &MicroKernel) -> Vec<f32> {
+    let unit = of.scale * std::f32::consts::LOG2_E;
+    let rounded = |q: &f32| bf16::from_f32(q * unit).to_f32() / unit;
+    if kernel.takes == Takes::Tiles { q.iter().map(rounded).collect() } else { q.to_vec() }
+}
+
 fn run(of: &Attention, kernel: &MicroKernel, [q, k, v]: [&[f32]; 3], bias: Option<Bias<'_>>) -> Vec<f32> {
     let mut y = vec![f32::NAN; q.len()];
     let dense = |data, rows| Heads::dense(data, rows, of.width);
@@ -60,8 +69,8 @@ proptest! {
     fn equals_the_formula([heads, queries, keys] in [0usize..4, 0usize..120, 0usize..300], width in prop::sample::select(vec![1, 7, 8, 64, 72, 88])) {
         let of = Attention { heads, queries, keys, width, scale: 0.125, side_by_side: false };
         let [q, k, v] = operands(&of);
-        let expected = reference(&of, [&q, &k, &v], |_, _, _| 0.0);
         for kernel in kernels() {
+            let expected = reference(&of, [&as_multiplied(&of, &q, kernel), &k, &v], |_, _, _| 0.0);
             close(&run(&of, kernel, [&q, &k, &v], None), &expected, kernel);
         }
     }
@@ -75,9 +84,10 @@ proptest! {
         let mask: Vec<f32> = (0..keys).map(|key| if key < masked { f32::NEG_INFINITY } else { 0.0 }).collect();
         for kernel in kernels() {
             let biased = run(&of, kernel, [&q, &k, &v], Some(Bias { data: &bias, starts: &starts, query_stride: keys }));
-            close(&biased, &reference(&of, [&q, &k, &v], |h, q, k| bias[(h * queries + q) * keys + k]), kernel);
+            let seen = as_multiplied(&of, &q, kernel);
+            close(&biased, &reference(&of, [&seen, &k, &v], |h, q, k| bias[(h * queries + q) * keys + k]), kernel);
             let one = Bias { data: &mask, starts: &vec![0; heads], query_stride: 0 };
-            close(&run(&of, kernel, [&q, &k, &v], Some(one)), &reference(&of, [&q, &k, &v], |_, _, k| mask[k]), kernel);
+            close(&run(&of, kernel, [&q, &k, &v], Some(one)), &reference(&of, [&seen, &k, &v], |_, _, k| mask[k]), kernel);
         }
     }
 
