@@ -194,7 +194,7 @@ impl Groups {
         let products = products::of_join(join, &device).map_err(|error| End::load_failed(error.to_string()))?;
         if device.is_cpu() && products.is_imitated() {
             let group_id = &join.group_id;
-            tracing::warn!(group.id = group_id, %products, "this CPU has no such instructions: the same bits, no faster than f32");
+            tracing::warn!(group.id = group_id, %products, "this CPU has no such instructions, or slow ones: the same bits, no faster than f32");
         }
         self.end_where(|group_id, held| *group_id == join.group_id && held.epoch < join.epoch);
 

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::gemm::micro::{MicroKernel, Takes};
+use crate::gemm::micro::{MicroKernel, Soon, Takes};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
 use crate::memory::{Output, seen};
 use crate::rows::{self, Base};
@@ -178,7 +178,12 @@ impl Job<'_> {
         let at_once = keys_of_block(self.kernel);
         let [depth, keys_deep, block_deep] = [width, keys, at_once].map(|k| self.kernel.depth(k));
         let rows = queries_of_block(self.kernel);
-        let packed = [keys.next_multiple_of(nr) * depth, width.next_multiple_of(nr) * keys_deep, rows * depth, rows * block_deep];
+        let packed = [
+            keys.next_multiple_of(nr) * depth,
+            width.next_multiple_of(nr) * keys_deep,
+            rows * self.kernel.input_len(depth),
+            rows * self.kernel.input_len(block_deep),
+        ];
         let [packed_k, packed_v, q, p] = packed;
         let lengths = [packed_k, packed_v, rows * width, q, rows * (at_once + GAP), p, rows, rows, rows * width];
         scratch::with(lengths, |[packed_k, packed_v, scaled, q, scores, p, max, sum, output]| {
@@ -236,11 +241,11 @@ impl Job<'_> {
     /// `c (+)= a b` for panels of `b` that are `panel` elements apart.
     fn products(&self, k: usize, a: &[f32], b: &[f32], panel: usize, c: &mut Plane<'_>, fresh: bool) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, n) = (c.rows(), c.columns());
+        let (m, n, of_row) = (c.rows(), c.columns(), self.kernel.input_len(k));
         for (i, column) in (0..n).step_by(nr).enumerate() {
             for row in (0..m).step_by(mr) {
                 let tile = c.part(row..m.min(row + mr), column..n.min(column + nr));
-                self.kernel.run(k, &a[row * k..], &b[i * panel..], tile, fresh, &[]);
+                self.kernel.run(k, &a[row * of_row..], &b[i * panel..], tile, fresh, Soon::default());
             }
         }
     }

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use crate::activation::Activation;
 use crate::conv::windows::{Panels, Windows};
-use crate::gemm::micro::{MicroKernel, Takes};
+use crate::gemm::micro::{MicroKernel, Soon, Takes};
 use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
 use crate::memory::{Output, seen};
 use crate::scratch::Buffer;
@@ -109,14 +109,14 @@ impl Conv2d {
         let (k, deep) = (c_in * size * size, channels(kernel, c_in) * size * size);
         assert_eq!(weight.len(), c_out * k);
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
-        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * deep);
+        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * kernel.input_len(deep));
         let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
         if kernel.pairs() && k > 0 {
             let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
             filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
         }
         let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
-        pack_tiles(packed.as_mut_slice(), rows, deep, kernel.mr);
+        pack_tiles(packed.as_mut_slice(), rows, deep, kernel);
         Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
 
@@ -138,7 +138,7 @@ impl Conv2d {
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
         match self.kernel.takes {
             Takes::Tiles => lines::convolve(self, x, geometry, finish, y),
-            Takes::Pairs => self.convolve_pairs(x, geometry, finish, y),
+            Takes::Pairs | Takes::PairsByFloats => self.convolve_pairs(x, geometry, finish, y),
             _ => self.convolve(x, geometry, finish, y),
         }
         #[allow(unsafe_code)] // floats from here on
@@ -205,16 +205,9 @@ impl Conv2d {
                         let (panel, columns) = (&panels[panel * Panels::stride(nr)..], column..n.min(column + nr));
                         for row in block.clone().step_by(mr) {
                             let rows = row..block.end.min(row + mr);
-                            let weight = &self.weight.as_slice()[row * k_all + first * mr..];
-                            sums.fetch_after(Place::Depth(0), rows.clone(), columns.clone());
-                            self.kernel.run(
-                                k.len(),
-                                weight,
-                                panel,
-                                sums.tile(Place::Depth(0), rows, columns.clone()),
-                                first == 0,
-                                &[],
-                            );
+                            let weight = &self.weight.as_slice()[self.kernel.input_len(row * k_all + first * mr)..];
+                            let (tile, sums) = sums.tile(Place::Depth(0), rows, columns.clone());
+                            self.kernel.run(k.len(), weight, panel, tile, first == 0, Soon { sums, ..Soon::default() });
                         }
                     }
                 }

@@ -98,34 +98,6 @@ pub(crate) fn has_halves() -> bool {
     std::arch::is_x86_feature_detected!("f16c")
 }
 
-/// A cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Level {
-    /// The nearest.
-    First,
-    /// The one that each core has for itself.
-    Second,
-}
-
-/// Asks for memory that is soon to be read; nothing waits for it.
-#[inline(always)]
-pub(crate) fn fetch(bytes: &[u8], to: Level) {
-    #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
-        #[allow(unsafe_code)] // an intrinsic on a pointer
-        // SAFETY: the instruction only hints, and is part of every x86-64.
-        unsafe {
-            match to {
-                Level::First => _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()),
-                Level::Second => _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()),
-            }
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (bytes, to);
-}
-
 /// Compiles a function of plain Rust three times, as it stands, for AVX2 and for AVX-512, and calls what the CPU has. Rust never fuses a
 /// multiplication with an addition by itself, so all give the same bits.
 macro_rules! vectorised {

@@ -11,9 +11,8 @@
 use std::ops::Range;
 
 use self::inputs::Product;
-use self::micro::Takes;
+use self::micro::{Soon, Takes};
 use crate::activation::Activation;
-use crate::cpu::{self, Level};
 use crate::memory::{Output, seen};
 use crate::{rows, scratch, threads};
 
@@ -264,19 +263,9 @@ impl Job<'_> {
             let mut ahead = self.weight.ahead(at + 1, step.k.clone()).chunks(kernel.share_of_panel(k, m));
             for row in (0..m).step_by(kernel.mr) {
                 let rows = row..m.min(row + kernel.mr);
-                let ahead = ahead.next().unwrap_or_default();
-                if kernel.takes != Takes::Tiles {
-                    cpu::fetch(ahead, Level::Second);
-                    sums.fetch_after(step.place(), rows.clone(), columns.clone());
-                }
-                kernel.run(
-                    k,
-                    &a[row * kernel.input_len(k)..],
-                    panel,
-                    sums.tile(step.place(), rows.clone(), columns.clone()),
-                    step.fresh,
-                    ahead,
-                );
+                let (tile, next) = sums.tile(step.place(), rows.clone(), columns.clone());
+                let soon = Soon { panel: ahead.next().unwrap_or_default(), sums: next };
+                kernel.run(k, &a[row * kernel.input_len(k)..], panel, tile, step.fresh, soon);
                 if step.merges > 0 {
                     sums.merge(step.place(), step.depth - 1, rows.clone(), columns.clone());
                 }

@@ -2,19 +2,25 @@
 #![allow(unsafe_code)] // pointers into packed panels, and code for more than the baseline CPU
 
 use std::fmt;
+#[cfg(target_arch = "x86_64")]
+use std::hint::black_box;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
 use crate::cpu::{self, Path};
 use crate::gemm::Plane;
 use crate::gemm::bytes::{BLOCK, Bytes, Scales};
+#[cfg(target_arch = "x86_64")]
+use crate::limit;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx2_bf16;
-#[cfg(target_arch = "x86_64")]
 mod avx2_int8;
+#[cfg(target_arch = "x86_64")]
+mod avx2_pairs;
 #[cfg(target_arch = "x86_64")]
 mod avx2_tiles;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +29,8 @@ mod avx512;
 mod avx512_bf16;
 #[cfg(target_arch = "x86_64")]
 mod avx512_int8;
+#[cfg(target_arch = "x86_64")]
+mod avx512_pairs;
 mod plain;
 mod plain_bf16;
 mod plain_int8;
@@ -31,11 +39,17 @@ mod plain_tiles;
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod vector_int8;
+#[cfg(target_arch = "x86_64")]
+mod vector_pairs;
 
 /// Largest tile of any kernel, for results at the edge.
 pub(crate) const MAX_TILE: usize = 1024;
 /// Pairs of K that a tile of bf16 covers.
 pub(crate) const TILE_PAIRS: usize = 16;
+/// How much of K is multiplied between two looks ahead.
+const BETWEEN_FETCHES: usize = 16;
+/// Bytes of the caches that are fetched together.
+const LINE: usize = 64;
 
 /// What panels are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +58,9 @@ pub(crate) enum Takes {
     Floats,
     /// Two of bf16, neighbours in K, in the bits of a float: the earlier one in the lower half.
     Pairs,
-    /// The same of weights; inputs are `[k / TILE_PAIRS][mr][TILE_PAIRS]`. Of whole tiles, filled up with zeros.
+    /// The same of weights; inputs are both of each pair as floats, `[k][2][mr]`, the later one first.
+    PairsByFloats,
+    /// Pairs of weights; inputs are `[k / TILE_PAIRS][mr][TILE_PAIRS]`. Of whole tiles, filled up with zeros.
     Tiles,
     /// Blocks of K in 8 bits.
     Blocks(Bytes),
@@ -97,9 +113,36 @@ struct Tile {
     stride: usize,
     /// Whether the sums start from zero, not from what is in `c`.
     fresh: bool,
-    /// What is read soon: as many lines of it from here on are fetched with every tile of bf16.
-    ahead: *const u8,
-    lines: usize,
+    /// What is read soon, for the second-level cache and for the first.
+    panel: Ahead,
+    sums: Ahead,
+}
+
+/// What is read after a tile: memory that is asked for in one go waits for itself, so it is fetched bit by bit, by kernels that fetch.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Soon<'a> {
+    /// Some of the next panel.
+    pub(crate) panel: &'a [u8],
+    /// The next tile's sums.
+    pub(crate) sums: &'a [f32],
+}
+
+/// Memory to fetch, so many bytes for each of `k`. It may be anywhere: nothing is read.
+#[derive(Clone, Copy)]
+struct Ahead {
+    from: *const u8,
+    of_each: usize,
+}
+
+impl Ahead {
+    fn of(bytes: &[u8], k: usize) -> Self {
+        Self { from: bytes.as_ptr(), of_each: bytes.len().div_ceil(k.max(1)) }
+    }
+
+    /// Lines to fetch for `k` of them.
+    fn lines(self, k: usize) -> usize {
+        (self.of_each * k).div_ceil(LINE)
+    }
 }
 
 /// Operands of a tile whose inputs lie in lines of [`TILE_PAIRS`], and where its results are.
@@ -125,7 +168,7 @@ impl MicroKernel {
     pub(crate) fn depth(&self, k: usize) -> usize {
         match self.takes {
             Takes::Floats => k,
-            Takes::Pairs => k.div_ceil(2),
+            Takes::Pairs | Takes::PairsByFloats => k.div_ceil(2),
             Takes::Tiles => self.whole(k.div_ceil(2)),
             Takes::Blocks(_) => k.div_ceil(BLOCK),
         }
@@ -143,13 +186,14 @@ impl MicroKernel {
 
     /// Whether it multiplies pairs of bf16.
     pub(crate) fn pairs(&self) -> bool {
-        matches!(self.takes, Takes::Pairs | Takes::Tiles)
+        matches!(self.takes, Takes::Pairs | Takes::PairsByFloats | Takes::Tiles)
     }
 
     /// Floats of one row of inputs, `depth` deep.
     pub(crate) fn input_len(&self, depth: usize) -> usize {
         match self.takes {
             Takes::Floats | Takes::Pairs | Takes::Tiles => depth,
+            Takes::PairsByFloats => 2 * depth,
             Takes::Blocks(bytes) => depth * bytes.input_words(),
         }
     }
@@ -157,7 +201,7 @@ impl MicroKernel {
     /// Floats of a panel of weights, `depth` deep.
     pub(crate) fn panel_len(&self, depth: usize) -> usize {
         match self.takes {
-            Takes::Floats | Takes::Pairs | Takes::Tiles => depth * self.nr,
+            Takes::Floats | Takes::Pairs | Takes::PairsByFloats | Takes::Tiles => depth * self.nr,
             Takes::Blocks(bytes) => depth * bytes.weight_bytes(self.nr) / size_of::<f32>(),
         }
     }
@@ -202,8 +246,9 @@ impl MicroKernel {
         #[cfg(target_arch = "x86_64")]
         if cpu::path() != Path::Plain {
             return match order {
-                Order::Pairs if cpu::has_bf16() => &avx512_bf16::KERNEL,
-                Order::Pairs => &avx2_bf16::KERNEL,
+                Order::Pairs if has_fast_pairs() => &avx512_bf16::KERNEL,
+                Order::Pairs if cpu::path() == Path::Avx512 => &avx512_pairs::KERNEL,
+                Order::Pairs => &avx2_pairs::KERNEL,
                 Order::Tiles if cpu::has_amx() => &amx::KERNEL,
                 Order::Tiles => &avx2_tiles::KERNEL,
             };
@@ -226,10 +271,14 @@ impl MicroKernel {
         let mut all = vec![if order == Order::Pairs { &plain_bf16::KERNEL } else { &plain_tiles::KERNEL }];
         #[cfg(target_arch = "x86_64")]
         if cpu::path() != Path::Plain {
-            all.push(if order == Order::Pairs { &avx2_bf16::KERNEL } else { &avx2_tiles::KERNEL });
-        }
-        if if order == Order::Pairs { cpu::has_bf16() } else { cpu::has_amx() } {
-            all.push(Self::bf16(order));
+            all.push(if order == Order::Pairs { &avx2_pairs::KERNEL } else { &avx2_tiles::KERNEL });
+            match order {
+                Order::Pairs => {
+                    all.extend((cpu::path() == Path::Avx512).then_some(&avx512_pairs::KERNEL));
+                    all.extend(cpu::has_bf16().then_some(&avx512_bf16::KERNEL));
+                }
+                Order::Tiles => all.extend(cpu::has_amx().then_some(&amx::KERNEL)),
+            }
         }
         all
     }
@@ -269,7 +318,7 @@ impl MicroKernel {
 
     /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`, or what
     /// [`Takes`] says; `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over.
-    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool, ahead: &[u8]) {
+    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool, soon: Soon<'_>) {
         let (rows, columns) = (c.rows(), c.columns());
         assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
         assert!(a.len() >= self.mr * self.input_len(k) && b.len() >= self.panel_len(k), "panels of {k}");
@@ -281,8 +330,8 @@ impl MicroKernel {
             c: c.as_mut_ptr(),
             stride: c.stride(),
             fresh,
-            ahead: ahead.as_ptr(),
-            lines: ahead.len().div_ceil(4 * k.max(1)),
+            panel: Ahead::of(soon.panel, k),
+            sums: Ahead::of(bytemuck::cast_slice(soon.sums), k),
         };
         if columns == self.nr {
             // SAFETY: the panels hold `k` columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
@@ -295,6 +344,29 @@ impl MicroKernel {
         // SAFETY: as above; `whole` takes `mr` by `nr` results (`every_kernel_fits_the_edge` shows it).
         unsafe { (self.tile)(Tile { c: whole.as_mut_ptr(), stride: self.nr, ..tile }) };
         (0..rows).for_each(|row| c.row_mut(row).copy_from_slice(&whole[row * self.nr..][..columns]));
+    }
+}
+
+/// Whether this CPU has an instruction for pairs of bf16 (AVX-512 BF16) that does more in a time than those for floats, which is tried once:
+/// some have one that is half as fast, and multiply pairs as floats. It makes no other bits.
+pub fn has_fast_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        static FAST: OnceLock<bool> = OnceLock::new();
+        *FAST.get_or_init(|| {
+            const ROUNDS: usize = 500;
+            let of_each = |kernel: &MicroKernel| {
+                let shortest = limit::best_of(9, || {
+                    black_box(kernel.spin(black_box(ROUNDS)));
+                });
+                shortest.as_secs_f64() / kernel.flops as f64
+            };
+            cpu::has_bf16() && of_each(&avx512_bf16::KERNEL) < of_each(&avx512::KERNEL)
+        })
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
     }
 }
 
@@ -326,7 +398,7 @@ impl MicroKernel {
                 line.copy_from_slice(&a[step + row * apart..][..TILE_PAIRS]);
             }
         }
-        self.run(k, gathered, b, c, true, &[]);
+        self.run(k, gathered, b, c, true, Soon::default());
     }
 }
 

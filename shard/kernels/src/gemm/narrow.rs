@@ -77,6 +77,19 @@ vectorised! {
     }
 }
 
+vectorised! {
+    /// Rows of `width` pairs as two rows of floats each: of the later ones, and of the earlier ones.
+    pub(crate) fn widen_pairs(pairs: &[f32], width: usize, to: &mut [f32]) {
+        for (pairs, to) in pairs.chunks_exact(width).zip(to.chunks_exact_mut(2 * width)) {
+            let (later, earlier) = to.split_at_mut(width);
+            for ((pair, later), earlier) in pairs.iter().zip(later).zip(earlier) {
+                *later = f32::from_bits(pair.to_bits() & 0xffff_0000);
+                *earlier = f32::from_bits(pair.to_bits() << 16);
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{__m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_storeu_si512};

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::bytes::{BLOCK, Scales, whole_blocks};
 use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
-use crate::gemm::narrow::{narrow, narrow_lines, widen};
+use crate::gemm::narrow::{narrow, narrow_lines, widen, widen_pairs};
 use crate::gemm::turn::turn;
 use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows, TILES_STEP};
 use crate::scratch::Buffer;
@@ -351,17 +351,26 @@ pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: 
         match kernel.takes {
             Takes::Floats => pack_floats(a, x, rows, pieces, k, mr),
             Takes::Pairs => pack_pairs(a, x, rows, pieces, k, mr, narrow),
+            Takes::PairsByFloats => pack_wide_pairs(a, x, rows, pieces, k, mr),
             Takes::Tiles => narrow_tiles(a, x, rows, pieces, k, mr),
             Takes::Blocks(bytes) => bytes.pack_inputs(a, x, rows, pieces, k, mr),
         }
     }
 }
 
-/// Rows of `x`, `len` long, as `[rows / width][len][width]`; what they hold stays as it is.
-pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, width: usize) {
-    for (tile, first) in (0..x.count()).step_by(width).enumerate() {
-        let rows = first..x.count().min(first + width);
-        turn(&mut packed[tile * width * len..], x, rows, (0, len), width);
+/// Rows of `x`, `len` long, of floats or pairs, as the `a` of a kernel that takes those: `[rows / mr][len][mr]`.
+pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, kernel: &MicroKernel) {
+    let (mr, wide) = (kernel.mr, kernel.takes == Takes::PairsByFloats);
+    let mut pairs = vec![0.0; if wide { mr * len } else { 0 }];
+    for (tile, first) in (0..x.count()).step_by(mr).enumerate() {
+        let rows = first..x.count().min(first + mr);
+        let packed = &mut packed[tile * mr * kernel.input_len(len)..];
+        if wide {
+            turn(&mut pairs, x, rows, (0, len), mr);
+            widen_pairs(&pairs, mr, packed);
+        } else {
+            turn(packed, x, rows, (0, len), mr);
+        }
     }
 }
 
@@ -417,6 +426,17 @@ fn pack_pairs<T: Copy>(
             values[filled..2 * k.len()].fill(bf16::ZERO);
         }
         turn(packed, Rows::new(&memory, rows.len(), PAIRS), 0..rows.len(), (0, k.len()), width);
+    }
+}
+
+/// As [`pack_pairs`], but both of each pair as floats: `[k][2][width]`.
+fn pack_wide_pairs(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
+    let mut memory = [0f32; MOST_ROWS * PAIRS];
+    for first in k.clone().step_by(PAIRS) {
+        let (packed, k) = (&mut packed[2 * (first - k.start) * width..], first..k.end.min(first + PAIRS));
+        let pairs = &mut memory[..k.len() * width];
+        pack_pairs(pairs, x, rows.clone(), pieces, k, width, narrow);
+        widen_pairs(pairs, width, packed);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::cpu::{self, Level, vectorised};
+use crate::cpu::vectorised;
 use crate::gemm::Plane;
 use crate::gemm::micro::{MAX_TILE, MicroKernel};
 use crate::rows;
@@ -37,17 +37,11 @@ impl<'a> Sums<'a> {
         Self { rows, memory, level, kernel }
     }
 
-    /// At most `mr` rows and `nr` columns, from multiples of these on.
-    pub(crate) fn tile(&mut self, place: Place, rows: Range<usize>, columns: Range<usize>) -> Plane<'_> {
+    /// At most `mr` rows and `nr` columns, from multiples of these on, and what lies behind them: the next tile down.
+    pub(crate) fn tile(&mut self, place: Place, rows: Range<usize>, columns: Range<usize>) -> (Plane<'_>, &[f32]) {
         let at = self.start(place, &rows, &columns);
-        aside(&mut self.memory[at..], rows.len(), columns.len(), self.kernel.nr)
-    }
-
-    /// Has the tile after this one in the first-level cache, if it is not to be started anew.
-    pub(crate) fn fetch_after(&self, place: Place, rows: Range<usize>, columns: Range<usize>) {
-        let at = self.start(place, &rows, &columns) + rows.len() * self.kernel.nr;
-        let until = self.memory.len().min(at + self.kernel.mr * self.kernel.nr);
-        cpu::fetch(bytemuck::cast_slice(self.memory.get(at..until).unwrap_or_default()), Level::First);
+        let (tile, next) = self.memory[at..].split_at_mut(rows.len() * self.kernel.nr);
+        (Plane::of(tile, self.kernel.nr).narrow(columns.len()), &next[..next.len().min(self.kernel.mr * self.kernel.nr)])
     }
 
     /// Adds a tile to the one at a depth below it: earlier chunks on the left.
@@ -76,11 +70,6 @@ impl<'a> Sums<'a> {
             + rows.start * self.kernel.nr
             + columns.start * self.rows.next_multiple_of(self.kernel.mr)
     }
-}
-
-/// A tile that begins where `memory` does.
-fn aside(memory: &mut [f32], rows: usize, columns: usize, nr: usize) -> Plane<'_> {
-    Plane::of(&mut memory[..rows * nr], nr).narrow(columns)
 }
 
 vectorised! {

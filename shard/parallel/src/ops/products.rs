@@ -7,6 +7,7 @@ use std::str::FromStr;
 use candle_core::Device;
 use kernels::cpu;
 use kernels::gemm::Order;
+use kernels::gemm::micro::has_fast_pairs;
 
 use super::host::has_kernels;
 use crate::{Error, Result};
@@ -69,7 +70,7 @@ impl Products {
     pub fn is_imitated(self) -> bool {
         match self {
             Self::F32 | Self::Int8 => false,
-            Self::Bf16 => !cpu::has_bf16(),
+            Self::Bf16 => !has_fast_pairs(),
             Self::Amx => !cpu::has_amx(),
         }
     }

@@ -82,7 +82,7 @@ unsafe fn tile(t: Tile) {
             };
         }
         if t.rows == MR {
-            return match (t.lines, t.k <= KEPT) {
+            return match (t.panel.lines(TILE_PAIRS), t.k <= KEPT) {
                 (0, true) => four::<0>(&t),
                 (0, false) => four_passing::<0>(&t),
                 (1..4, true) => four::<3>(&t),
@@ -165,7 +165,7 @@ macro_rules! four {
                     sb = in(reg) WEIGHT_STRIDE,
                     k = inout(reg) t.k / TILE_PAIRS => _,
                     fresh = in(reg) u32::from(t.fresh),
-                    ahead = inout(reg) t.ahead => _,
+                    ahead = inout(reg) t.panel.from => _,
                     lines = const LINES,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

@@ -1,10 +1,13 @@
 //! AVX2 with fused multiply-add: 6 rows by two vectors of 8, twelve chains in registers.
 #![allow(unsafe_code)] // intrinsics on pointers
 
-use std::arch::x86_64::{__m256, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps};
+use std::arch::x86_64::{
+    __m256, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps,
+    _mm256_storeu_ps,
+};
 
 use super::vector::vector_kernel;
-use super::{MicroKernel, Takes, Tile};
+use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};
 
 pub(super) const LANES: usize = 8;
 const CHAINS: usize = 12;

@@ -1,11 +1,11 @@
-//! Tiles of bf16 on AVX2: the bits of AMX where there is none. As in [`super::avx2_bf16`], in assembler, because numbers too small to be
+//! Tiles of bf16 on AVX2: the bits of AMX where there is none. As in [`super::vector_pairs`], in assembler, because numbers too small to be
 //! normal count as zero here, which is a mode of the CPU that compiled code must not see.
 #![allow(unsafe_code)] // assembler and intrinsics on pointers
 
 use std::arch::asm;
 
 use super::avx2::{self, LANES};
-use super::avx2_bf16::FLUSHING;
+use super::vector_pairs::FLUSHING;
 use super::{MicroKernel, TILE_PAIRS, Takes, Tile};
 
 const MR: usize = 6;

@@ -38,15 +38,28 @@ macro_rules! vector_kernel {
                         *sum = [load(c), load(c.add(LANES))];
                     }
                 }
-                let (mut a, mut b) = (t.a, t.b);
-                for _ in 0..t.k {
-                    let (b0, b1) = (factors(b), factors(b.add(LANES)));
-                    for (row, sum) in sums.iter_mut().enumerate() {
-                        let x = broadcast(a.add(row));
-                        sum[0] = add_products(sum[0], x, b0);
-                        sum[1] = add_products(sum[1], x, b1);
+                let (mut a, mut b, mut panel, mut next, mut left) = (t.a, t.b, t.panel.from, t.sums.from, t.k);
+                let [of_panel, of_next] = [t.panel, t.sums].map(|ahead| ahead.lines(BETWEEN_FETCHES));
+                while left > 0 {
+                    let some = left.min(BETWEEN_FETCHES);
+                    for _ in 0..some {
+                        let (b0, b1) = (factors(b), factors(b.add(LANES)));
+                        for (row, sum) in sums.iter_mut().enumerate() {
+                            let x = broadcast(a.add(row));
+                            sum[0] = add_products(sum[0], x, b0);
+                            sum[1] = add_products(sum[1], x, b1);
+                        }
+                        (a, b) = (a.add(MR), b.add(NR));
                     }
-                    (a, b) = (a.add(MR), b.add(NR));
+                    for _ in 0..of_panel {
+                        _mm_prefetch::<_MM_HINT_T1>(panel.cast());
+                        panel = panel.wrapping_add(LINE);
+                    }
+                    for _ in 0..of_next {
+                        _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                        next = next.wrapping_add(LINE);
+                    }
+                    left -= some;
                 }
                 for (row, sum) in sums.iter().enumerate() {
                     let c = t.c.add(row * t.stride);

@@ -55,7 +55,17 @@ macro_rules! vector_int8_kernel {
             // SAFETY: every pointer stays in `k` blocks of `a` and `b` and in `[R][NR]` of `c`.
             unsafe {
                 let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<u8>());
+                let (mut panel, mut next) = (t.panel.from, t.sums.from);
+                let [of_panel, of_next] = [t.panel, t.sums].map(|ahead| ahead.lines(1));
                 for block in 0..t.k {
+                    for _ in 0..of_panel {
+                        _mm_prefetch::<_MM_HINT_T1>(panel.cast());
+                        panel = panel.wrapping_add(LINE);
+                    }
+                    for _ in 0..of_next {
+                        _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                        next = next.wrapping_add(LINE);
+                    }
                     // Below the groups: scales, what the excess of weights adds, taken off, and the sums of inputs.
                     let (of_rows, of_columns) = (a.add(groups * mr), b.add(BLOCK * NR));
                     for part in 0..parts {
