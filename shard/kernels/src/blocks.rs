@@ -4,6 +4,8 @@
 //! multiplied by the f32 kernels: a quantised model gives the same bits as one whose f32 weights are the widened values. Or
 //! its whole numbers are multiplied in 8 bits, scales apart.
 
+use std::hint::black_box;
+
 use crate::cpu::vectorised;
 
 mod k;
@@ -129,6 +131,8 @@ fn widen_all<F: Format>(blocks: &[u8], out: &mut [f32]) {
         F::read(block, Numbers { values, scales, minima });
         let parts = out.chunks_exact_mut(F::PART).zip(values.chunks_exact(F::PART));
         for ((out, values), (scale, minimum)) in parts.zip(scales.iter().zip(minima.iter())) {
+            // Seen as others each time, or vectors are made across parts, and their values scattered.
+            let [scale, minimum] = black_box([*scale, *minimum]);
             for (out, value) in out.iter_mut().zip(values) {
                 *out = f32::from(*value) * scale - minimum;
             }

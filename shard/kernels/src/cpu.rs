@@ -98,6 +98,22 @@ pub(crate) fn has_halves() -> bool {
     std::arch::is_x86_feature_detected!("f16c")
 }
 
+/// Asks for memory that is soon to be read, in the second-level cache; nothing waits for it.
+#[inline(always)]
+pub(crate) fn fetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        #[allow(unsafe_code)] // an intrinsic on a pointer
+        // SAFETY: the instruction only hints, and is part of every x86-64.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
+}
+
 /// Compiles a function of plain Rust three times, as it stands, for AVX2 and for AVX-512, and calls what the CPU has. Rust never fuses a
 /// multiplication with an addition by itself, so all give the same bits.
 macro_rules! vectorised {

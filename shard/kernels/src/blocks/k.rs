@@ -14,11 +14,12 @@ impl Format for Q2 {
     fn read(block: &[u8], to: Numbers<'_>) {
         let (scales, rest) = block.split_at(16);
         let (d, min) = (half(block, 80), half(block, 82));
-        for part in 0..Self::VALUES / Self::PART {
-            let values = &mut to.values[part * Self::PART..][..Self::PART];
-            (to.scales[part], to.minima[part]) = (d * f32::from(scales[part] & 15), min * f32::from(scales[part] >> 4));
-            let q = shifted::<16>(&rest[part / 8 * 32 + part % 2 * 16..], part % 8 / 2 * 2);
-            values.iter_mut().zip(q).for_each(|(to, q)| *to = (q & 3) as i8);
+        let parts = to.scales[..16].iter_mut().zip(&mut to.minima[..16]);
+        for ((scale, minimum), of_part) in parts.zip(scales) {
+            (*scale, *minimum) = (d * f32::from(of_part & 15), min * f32::from(of_part >> 4));
+        }
+        for (q, values) in lines(&rest[..64]).zip(to.values.as_chunks_mut::<128>().0) {
+            each_quarter(values, |quarter, i| ((q[i] >> (2 * quarter)) & 3) as i8);
         }
     }
 }
@@ -36,17 +37,18 @@ impl Format for Q3 {
         let (third, rest) = block.split_at(32);
         let (q, scales) = rest.split_at(64);
         let d = half(block, 108);
-        for part in 0..Self::VALUES / Self::PART {
-            let values = &mut to.values[part * Self::PART..][..Self::PART];
+        for (part, scale) in to.scales[..16].iter_mut().enumerate() {
             let low = if part < 8 { scales[part] & 15 } else { scales[part - 8] >> 4 };
             let high = scales[8 + part % 4] >> (part / 4 * 2) & 3;
-            to.scales[part] = d * (f32::from(low | high << 4) - 32.0);
-            let q = shifted::<16>(&q[part / 8 * 32 + part % 2 * 16..], part % 8 / 2 * 2);
-            let (third, bit) = (&third[part % 2 * 16..][..16], 1u8 << (part / 2));
-            for ((to, q), third) in values.iter_mut().zip(q).zip(third) {
-                *to = (q & 3) as i8 - if third & bit == 0 { 4 } else { 0 };
-            }
+            *scale = d * (f32::from(low | high << 4) - 32.0);
         }
+        let third: [u8; LINE] = std::array::from_fn(|i| third[i]);
+        let [first, second] = halves(to.values);
+        let [q_first, q_second] = [&q[..LINE], &q[LINE..]];
+        each_quarter(first, |quarter, i| ((q_first[i] >> (2 * quarter)) & 3) as i8 - (!third[i] >> quarter << 2 & 4) as i8);
+        each_quarter(second, |quarter, i| {
+            ((q_second[i] >> (2 * quarter)) & 3) as i8 - (!third[i] >> (4 + quarter) << 2 & 4) as i8
+        });
     }
 }
 
@@ -62,12 +64,11 @@ impl Format for Q4 {
     fn read(block: &[u8], to: Numbers<'_>) {
         let scales: &[u8] = &block[4..16];
         let (d, min) = (half(block, 0), half(block, 2));
-        for part in 0..Self::VALUES / Self::PART {
-            let values = &mut to.values[part * Self::PART..][..Self::PART];
-            let (scale, minimum) = scale_and_minimum(scales, part);
-            (to.scales[part], to.minima[part]) = (d * scale, min * minimum);
-            let q = shifted::<32>(&block[16 + part / 2 * 32..], part % 2 * 4);
-            values.iter_mut().zip(q).for_each(|(to, q)| *to = (q & 15) as i8);
+        scales_and_minima(scales, [d, min], to.scales, to.minima);
+        for (q, values) in lines(&block[16..]).zip(to.values.as_chunks_mut::<{ 2 * LINE }>().0) {
+            let (low, high) = values.split_at_mut(LINE);
+            low.iter_mut().zip(q).for_each(|(to, q)| *to = (q & 15) as i8);
+            high.iter_mut().zip(q).for_each(|(to, q)| *to = (q >> 4) as i8);
         }
     }
 }
@@ -84,15 +85,13 @@ impl Format for Q5 {
     fn read(block: &[u8], to: Numbers<'_>) {
         let scales: &[u8] = &block[4..16];
         let (d, min) = (half(block, 0), half(block, 2));
-        for part in 0..Self::VALUES / Self::PART {
-            let values = &mut to.values[part * Self::PART..][..Self::PART];
-            let (scale, minimum) = scale_and_minimum(scales, part);
-            (to.scales[part], to.minima[part]) = (d * scale, min * minimum);
-            let q = shifted::<32>(&block[48 + part / 2 * 32..], part % 2 * 4);
-            let (fifth, bit) = (&block[16..48], 1u8 << part);
-            for ((to, q), fifth) in values.iter_mut().zip(q).zip(fifth) {
-                *to = (q & 15 | if fifth & bit == 0 { 0 } else { 16 }) as i8;
-            }
+        scales_and_minima(scales, [d, min], to.scales, to.minima);
+        let mut fifth: [u8; LINE] = std::array::from_fn(|i| block[16 + i]);
+        for (q, values) in lines(&block[48..]).zip(to.values.as_chunks_mut::<{ 2 * LINE }>().0) {
+            let (low, high) = values.split_at_mut(LINE);
+            low.iter_mut().zip(q).zip(&fifth).for_each(|((to, q), fifth)| *to = (q & 15 | fifth << 4 & 16) as i8);
+            high.iter_mut().zip(q).zip(&fifth).for_each(|((to, q), fifth)| *to = (q >> 4 | fifth << 3 & 16) as i8);
+            fifth.iter_mut().for_each(|fifth| *fifth >>= 2);
         }
     }
 }
@@ -110,31 +109,52 @@ impl Format for Q6 {
         let (low, rest) = block.split_at(128);
         let (high, scales) = rest.split_at(64);
         let d = half(block, 208);
-        for (part, scale) in scales[..16].iter().enumerate() {
-            let values = &mut to.values[part * Self::PART..][..Self::PART];
-            to.scales[part] = d * f32::from(*scale as i8);
-            // Eight parts of 16 share 64 bytes of four bits and 32 of two.
-            let (group, within) = (part / 8, part % 8);
-            let low = shifted::<16>(&low[group * 64 + within % 4 * 16..], within / 4 * 4);
-            let high = shifted::<16>(&high[group * 32 + within % 2 * 16..], within / 2 * 2);
-            for ((to, low), high) in values.iter_mut().zip(low).zip(high) {
-                *to = (low & 15 | (high & 3) << 4) as i8 - 32;
-            }
+        to.scales[..16].iter_mut().zip(scales).for_each(|(to, scale)| *to = d * f32::from(*scale as i8));
+        for (at, values) in to.values.as_chunks_mut::<128>().0.iter_mut().enumerate() {
+            let (low, high) = (&low[at * 2 * LINE..][..2 * LINE], &high[at * LINE..][..LINE]);
+            each_quarter(values, |quarter, i| {
+                let low = low[quarter % 2 * LINE + i] >> (quarter / 2 * 4) & 15;
+                (low | (high[i] >> (2 * quarter) & 3) << 4) as i8 - 32
+            });
         }
     }
 }
 
-/// The first bytes, shifted by 0, 2, 4 or 6: vectors have no shift of bytes by a number that is not known.
+/// Bytes whose bits belong to values a quarter of 128 apart.
+const LINE: usize = 32;
+
 #[inline(always)]
-fn shifted<const N: usize>(q: &[u8], shift: usize) -> [u8; N] {
-    let (q, mut to) = (&q[..N], [0; N]);
-    match shift {
-        0 => to.copy_from_slice(q),
-        2 => to.iter_mut().zip(q).for_each(|(to, q)| *to = q >> 2),
-        4 => to.iter_mut().zip(q).for_each(|(to, q)| *to = q >> 4),
-        _ => to.iter_mut().zip(q).for_each(|(to, q)| *to = q >> 6),
+fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8; LINE]> {
+    bytes.as_chunks::<LINE>().0.iter()
+}
+
+#[inline(always)]
+fn halves(values: &mut [i8]) -> [&mut [i8; 128]; 2] {
+    match values.as_chunks_mut::<128>().0 {
+        [first, second] => [first, second],
+        _ => unreachable!("a block of 256"),
     }
-    to
+}
+
+/// Value `i` of each quarter. By quarters that are written out: vectors have no shift of bytes by a number that is not known.
+#[inline(always)]
+fn each_quarter(values: &mut [i8; 128], value: impl Fn(usize, usize) -> i8) {
+    let (first, rest) = values.split_at_mut(LINE);
+    let (second, rest) = rest.split_at_mut(LINE);
+    let (third, fourth) = rest.split_at_mut(LINE);
+    first.iter_mut().enumerate().for_each(|(i, to)| *to = value(0, i));
+    second.iter_mut().enumerate().for_each(|(i, to)| *to = value(1, i));
+    third.iter_mut().enumerate().for_each(|(i, to)| *to = value(2, i));
+    fourth.iter_mut().enumerate().for_each(|(i, to)| *to = value(3, i));
+}
+
+/// Eight of each, times those of the block.
+#[inline(always)]
+fn scales_and_minima(of: &[u8], [d, min]: [f32; 2], scales: &mut [f32], minima: &mut [f32]) {
+    for (part, (to, to_minimum)) in scales[..8].iter_mut().zip(&mut minima[..8]).enumerate() {
+        let (scale, minimum) = scale_and_minimum(of, part);
+        (*to, *to_minimum) = (d * scale, min * minimum);
+    }
 }
 
 /// The scale and the minimum of one of eight parts, of 6 bits each.

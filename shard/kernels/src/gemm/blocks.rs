@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::blocks::{BlockType, MAX_BLOCK};
+use crate::cpu;
 use crate::gemm::narrow::narrow;
 use crate::gemm::turn::turn;
 use crate::gemm::{K_STEP, Rows, bf16};
@@ -99,9 +100,9 @@ impl BlockRows {
         self.data.len()
     }
 
-    /// What of a row lies in `k`, run by run: the blocks that hold it, which of their values it is, and where in `k` it goes.
-    fn stretches(&self, row: usize, k: Range<usize>) -> impl Iterator<Item = (&[u8], Range<usize>, Range<usize>)> {
-        let (values, bytes, row) = (self.kind.values(), self.kind.bytes(), self.blocks_of(row));
+    /// What of each row lies in `k`, run by run: which of its bytes hold it, which of their values it is, and where in `k` it goes.
+    fn stretches(&self, k: Range<usize>) -> impl Iterator<Item = [Range<usize>; 3]> {
+        let (values, bytes) = (self.kind.values(), self.kind.bytes());
         self.runs.iter().filter_map(move |run| {
             let part = k.start.clamp(run.k.start, run.k.end)..k.end.clamp(run.k.start, run.k.end);
             if part.is_empty() {
@@ -110,40 +111,20 @@ impl BlockRows {
             let at = run.at + part.start - run.k.start;
             let (first, end) = (at / values, (at + part.len()).div_ceil(values));
             let held = at - first * values..at - first * values + part.len();
-            Some((&row[first * bytes..end * bytes], held, part.start - k.start..part.end - k.start))
+            Some([first * bytes..end * bytes, held, part.start - k.start..part.end - k.start])
         })
     }
 
-    /// Some K of a row: at most what [`MOST`] allows for.
-    pub(crate) fn line(&self, row: usize, k: Range<usize>, to: &mut [f32]) {
-        for (blocks, held, of_k) in self.stretches(row, k) {
-            let (len, to) = (blocks.len() / self.kind.bytes() * self.kind.values(), &mut to[of_k]);
-            if held == (0..len) {
-                self.kind.widen(blocks, to);
-            } else {
-                let mut wide = [0f32; MOST];
-                self.kind.widen(blocks, &mut wide[..len]);
-                to.copy_from_slice(&wide[held]);
-            }
-        }
-    }
-
-    /// As [`Self::line`], in whole numbers: `k` and the runs are of whole parts.
-    pub(crate) fn numbers(&self, row: usize, k: Range<usize>, values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
-        let part = self.kind.part();
-        for (blocks, held, of_k) in self.stretches(row, k) {
-            let (len, parts) = (blocks.len() / self.kind.bytes() * self.kind.values(), of_k.start / part..of_k.end / part);
-            let (values, scales, minima) = (&mut values[of_k], &mut scales[parts.clone()], &mut minima[parts]);
-            if held == (0..len) {
-                self.kind.numbers(blocks, values, scales, minima);
-            } else {
-                let (mut all, mut all_scales, mut all_minima) = ([0; MOST], [0f32; MOST / 16], [0f32; MOST / 16]);
-                let of_all = len / part;
-                self.kind.numbers(blocks, &mut all[..len], &mut all_scales[..of_all], &mut all_minima[..of_all]);
-                let parts = held.start / part..held.end / part;
-                values.copy_from_slice(&all[held]);
-                scales.copy_from_slice(&all_scales[parts.clone()]);
-                minima.copy_from_slice(&all_minima[parts]);
+    /// Calls `f` with what of each of `rows` lies in `k` (at most what [`MOST`] allows for), and which of them it is. Has that of the row
+    /// `ahead` of it near: rows are far from each other, and nothing else foresees them.
+    pub(crate) fn each(&self, rows: Range<usize>, k: Range<usize>, ahead: usize, mut f: impl FnMut(usize, Stretch<'_>)) {
+        for [bytes, held, of_k] in self.stretches(k) {
+            for (at, row) in rows.clone().enumerate() {
+                if row + ahead < self.n {
+                    cpu::fetch(&self.blocks_of(row + ahead)[bytes.clone()]);
+                }
+                let blocks = &self.blocks_of(row)[bytes.clone()];
+                f(at, Stretch { kind: self.kind, blocks, held: held.clone(), of_k: of_k.clone() });
             }
         }
     }
@@ -151,10 +132,9 @@ impl BlockRows {
     /// Some K of some rows side by side, as `[k][width]`; what stands in the places of absent rows is zero, or left as it is. `aside` has
     /// place for `width` rows of them.
     pub(crate) fn widen(&self, rows: Range<usize>, k: Range<usize>, width: usize, to: &mut [f32], aside: &mut [f32]) {
-        for (row, line) in rows.clone().zip(aside.chunks_exact_mut(k.len().max(1))) {
-            self.line(row, k.clone(), line);
-        }
-        turn(to, Rows::new(aside, rows.len(), k.len()), 0..rows.len(), (0, k.len()), width);
+        let len = k.len();
+        self.each(rows.clone(), k, width, |at, stretch| stretch.widen(&mut aside[at * len..][..len]));
+        turn(to, Rows::new(aside, rows.len(), len), 0..rows.len(), (0, len), width);
     }
 
     /// As [`Self::widen`], of the nearest pairs of bf16: `k` is one chunk's, and `to` is filled up with zeros.
@@ -162,11 +142,59 @@ impl BlockRows {
         let (mut wide, len) = ([0f32; 2 * K_STEP], to.len() / width.max(1));
         for (row, line) in rows.clone().zip(aside.chunks_exact_mut(len.max(1))) {
             let (wide, pairs) = (&mut wide[..k.len()], bytemuck::cast_slice_mut(line));
-            self.line(row, k.clone(), wide);
+            self.each(row..row + 1, k.clone(), width, |_, stretch| stretch.widen(wide));
             narrow(wide, &mut pairs[..k.len()]);
             pairs[k.len()..].fill(bf16::ZERO);
         }
         turn(to, Rows::new(aside, rows.len(), len), 0..rows.len(), (0, len), width);
+    }
+}
+
+/// Blocks of one row that lie one after the other, of which some values are meant.
+pub(crate) struct Stretch<'a> {
+    kind: BlockType,
+    blocks: &'a [u8],
+    /// Which of their values.
+    held: Range<usize>,
+    /// Where they go.
+    of_k: Range<usize>,
+}
+
+impl Stretch<'_> {
+    /// The values, into those of all K.
+    fn widen(&self, to: &mut [f32]) {
+        let (len, to) = (self.values(), &mut to[self.of_k.clone()]);
+        if self.held == (0..len) {
+            self.kind.widen(self.blocks, to);
+        } else {
+            let mut wide = [0f32; MOST];
+            self.kind.widen(self.blocks, &mut wide[..len]);
+            to.copy_from_slice(&wide[self.held.clone()]);
+        }
+    }
+
+    /// The same in whole numbers: of whole parts.
+    pub(crate) fn numbers(&self, values: &mut [i8], scales: &mut [f32], minima: &mut [f32]) {
+        let (part, len) = (self.kind.part(), self.values());
+        let parts_of = |values: &Range<usize>| values.start / part..values.end / part;
+        let (values, parts) = (&mut values[self.of_k.clone()], parts_of(&self.of_k));
+        let (scales, minima) = (&mut scales[parts.clone()], &mut minima[parts]);
+        if self.held == (0..len) {
+            self.kind.numbers(self.blocks, values, scales, minima);
+        } else {
+            let (mut all, mut all_scales, mut all_minima) = ([0; MOST], [0f32; MOST / 16], [0f32; MOST / 16]);
+            let of_all = len / part;
+            self.kind.numbers(self.blocks, &mut all[..len], &mut all_scales[..of_all], &mut all_minima[..of_all]);
+            let parts = parts_of(&self.held);
+            values.copy_from_slice(&all[self.held.clone()]);
+            scales.copy_from_slice(&all_scales[parts.clone()]);
+            minima.copy_from_slice(&all_minima[parts]);
+        }
+    }
+
+    /// How many values the blocks hold.
+    fn values(&self) -> usize {
+        self.blocks.len() / self.kind.bytes() * self.kind.values()
     }
 }
 

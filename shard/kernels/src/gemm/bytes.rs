@@ -95,13 +95,15 @@ impl Bytes {
         let (parts, words) = (self.scales.parts(), k.len() * BLOCK / 4);
         let (block, line) = (self.weight_bytes(nr) / size_of::<f32>(), words + 2 * k.len() * parts);
         let (scales, lines) = aside.split_at_mut(2 * k.len() * parts * nr);
-        for (row, line) in of.clone().zip(lines.chunks_exact_mut(line.max(1))) {
-            let (bytes, scales) = line.split_at_mut(words);
-            let bytes: &mut [i8] = bytemuck::cast_slice_mut(bytes);
+        rows.each(of.clone(), k.start * BLOCK..k.end * BLOCK, nr, |at, stretch| {
+            let (bytes, scales) = lines[at * line..][..line].split_at_mut(words);
             let (scales, minima) = scales.split_at_mut(k.len() * parts);
-            rows.numbers(row, k.start * BLOCK..k.end * BLOCK, bytes, scales, minima);
-            if self.excess > 0 {
-                bytes.iter_mut().for_each(|byte| *byte = byte.wrapping_add_unsigned(self.excess));
+            stretch.numbers(bytemuck::cast_slice_mut(bytes), scales, minima);
+        });
+        if self.excess > 0 {
+            for line in lines.chunks_exact_mut(line.max(1)).take(of.len()) {
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut line[..words]);
+                bytes.iter_mut().for_each(|byte| *byte = byte.wrapping_add(self.excess));
             }
         }
         let lines = Rows::new(lines, of.len(), line);

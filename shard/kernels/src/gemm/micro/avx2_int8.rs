@@ -15,6 +15,7 @@ use super::{LINE, MicroKernel, Takes, Tile};
 use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
 const CHAINS: usize = 12;
+const KEPT: bool = false;
 const ONES: i32 = 0x1_0001;
 /// Groups of four whose products fit in 16 bits together.
 const SPAN: usize = 2;

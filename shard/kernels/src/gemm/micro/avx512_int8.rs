@@ -2,6 +2,7 @@
 //! weights are stored 128 too large, and sums begin with what that adds, taken off.
 #![allow(unsafe_code)] // intrinsics on pointers
 
+use std::arch::asm;
 use std::arch::x86_64::{
     __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_loadu_si256, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
     _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
@@ -13,14 +14,15 @@ use super::{LINE, MicroKernel, Takes, Tile};
 use crate::gemm::bytes::{BLOCK, Bytes, Scales};
 
 const CHAINS: usize = 16;
+const KEPT: bool = true;
 const ONES: i32 = 0x101_0101;
 type Ints = __m512i;
 type Floats = __m512;
 
-vector_int8_kernel!("avx512_int8", "avx512f,avx512vnni", rows: [1 2 3 4 5 6 7 8 9 10 11 12 13], 14);
+vector_int8_kernel!("avx512_int8", "avx512f,avx512vnni", rows: [1 2 3 4 5 6], 7);
 
 const fn mr(_: u8) -> usize {
-    14
+    7
 }
 
 const fn bytes(scales: u8) -> Bytes {
@@ -32,6 +34,9 @@ const fn bytes(scales: u8) -> Bytes {
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn products<const R: usize, const SCALES: u8>(a: *const i32, b: *const u8, groups: usize, sums: &mut [[Ints; 2]; R]) {
+    let mut groups = groups;
+    // SAFETY: nothing is done. How many there are is hidden, or groups would be unrolled and torn apart, and nothing stay in registers.
+    unsafe { asm!("/* {} */", inout(reg) groups, options(pure, nomem, nostack, preserves_flags)) };
     // SAFETY: as promised by the caller.
     unsafe {
         for group in 0..groups {

@@ -1,7 +1,7 @@
 //! Tiles of a few rows by two vectors in 8 bits: whole numbers for each block, then floats. One loop for all instruction sets.
 
 /// Defines `KERNELS`, one for each kind of [`Scales`](crate::gemm::bytes::Scales), and what they are made of. Beside it stand `LANES` of a
-/// vector, `Ints` and `Floats` (vectors), `CHAINS` and `ONES` for the limit (as many sums as fill the units, and a word of ones), for each
+/// vector, `Ints` and `Floats` (vectors), `KEPT` (whether results stay in registers beside the whole numbers), `CHAINS` and `ONES` for the limit (as many sums as fill the units, and a word of ones), for each
 /// kind `mr` (rows of a tile), `bytes` (see [`Bytes`](crate::gemm::bytes::Bytes)), `products`, which adds those of some groups to the sums of
 /// `R` rows, and `step`, which multiplies at that speed, and the instructions: `ints` and `floats` of one number, `halves`, which reads,
 /// `times`, `load`, `store`, `add_times`, which adds a product of floats, and `add_scaled`, which adds whole numbers times a scale to floats.
@@ -54,6 +54,13 @@ macro_rules! vector_int8_kernel {
             let groups = BLOCK / bytes(SCALES).group;
             // SAFETY: every pointer stays in `k` blocks of `a` and `b` and in `[R][NR]` of `c`.
             unsafe {
+                let mut held = [[floats(0.0); 2]; R];
+                if KEPT && !t.fresh {
+                    for (row, held) in held.iter_mut().enumerate() {
+                        let c = t.c.add(row * t.stride);
+                        *held = [load(c), load(c.add(LANES))];
+                    }
+                }
                 let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<u8>());
                 let (mut panel, mut next) = (t.panel.from, t.sums.from);
                 let [of_panel, of_next] = [t.panel, t.sums].map(|ahead| ahead.lines(1));
@@ -84,22 +91,30 @@ macro_rules! vector_int8_kernel {
                             for (row, sum) in sums.iter().enumerate() {
                                 let of_row = floats(*of_rows.add(row).cast::<f32>());
                                 let c = t.c.add(row * t.stride + at);
-                                let before = if t.fresh && block + part == 0 { floats(0.0) } else { load(c) };
+                                let before = match (KEPT, t.fresh && block + part == 0) {
+                                    (true, _) => held[row][side],
+                                    (false, true) => floats(0.0),
+                                    (false, false) => load(c),
+                                };
                                 let mut after = add_scaled(before, sum[side], times(scale, of_row));
                                 if !stored {
                                     let of_inputs = floats(*of_rows.add((1 + parts + part) * mr + row).cast::<f32>());
                                     after = add_times(after, minimum, of_inputs);
                                 }
-                                store(c, after);
+                                if KEPT {
+                                    held[row][side] = after;
+                                } else {
+                                    store(c, after);
+                                }
                             }
                         }
                     }
                     a = of_rows.add(if stored { 2 } else { 1 + 2 * parts } * mr);
                     b = of_columns.add(if stored { 2 } else { 8 * parts } * NR);
                 }
-                if t.fresh && t.k == 0 {
+                if KEPT || t.fresh && t.k == 0 {
                     for at in 0..2 * R {
-                        store(t.c.add(at / 2 * t.stride + at % 2 * LANES), floats(0.0));
+                        store(t.c.add(at / 2 * t.stride + at % 2 * LANES), held[at / 2][at % 2]);
                     }
                 }
             }
