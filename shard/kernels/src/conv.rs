@@ -1,6 +1,9 @@
 //! Convolution in two dimensions, as a product whose right side is read from the picture while it is packed (implicit
 //! im2col): weights are the rows, pixels the columns, so pictures stay `[C, H, W]`.
 //!
+//! Where windows lie side by side and in whole tiles, the right side is not even copied: it is read from the lines that a job's windows look at
+//! (`conv/bands.rs`).
+//!
 //! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
 //! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window. In tiles of
 //! bf16 32 channels go together (`conv/lines.rs`).
@@ -9,6 +12,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::activation::Activation;
+use crate::conv::bands::Bands;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::{MicroKernel, Soon, Takes};
 use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
@@ -16,6 +20,7 @@ use crate::memory::{Output, seen};
 use crate::scratch::Buffer;
 use crate::{rows, scratch, threads};
 
+mod bands;
 mod lines;
 mod windows;
 
@@ -178,36 +183,55 @@ impl Conv2d {
         let blocks = pixels.div_ceil(per_job);
         let small = y.len() * self.c_in * self.size * self.size < SMALL;
         let y = SharedPlane::of(y, pixels);
+        let bands = Bands::of(geometry, self.size, self.kernel, per_job);
         threads::over_jobs(batch * blocks, small, |job| {
             let (item, block) = (job / blocks, job % blocks);
             let columns = block * per_job..pixels.min((block + 1) * per_job);
             #[allow(unsafe_code)] // threads write rectangles, which are not slices
             // SAFETY: every job has its own pixels of its own picture.
             let y = unsafe { y.part(item * self.c_out..(item + 1) * self.c_out, columns.clone()) };
-            let window = Windows { x: &x[item * input..][..input], geometry, size: self.size };
+            let windows = Windows { x: &x[item * input..][..input], geometry, size: self.size };
             let first = item * self.c_out * pixels + columns.start;
-            self.job(&window, columns, |channel, row| finish.apply(row, first + channel * pixels), y);
+            self.job(&windows, bands.as_ref(), columns, |channel, row| finish.apply(row, first + channel * pixels), y);
         });
     }
 
-    fn job(&self, windows: &Windows<'_>, pixels: Range<usize>, finish: impl Fn(usize, &mut [f32]), mut y: Plane<'_>) {
+    fn job(
+        &self,
+        windows: &Windows<'_>,
+        bands: Option<&Bands>,
+        pixels: Range<usize>,
+        finish: impl Fn(usize, &mut [f32]),
+        mut y: Plane<'_>,
+    ) {
         let (mr, nr) = (self.kernel.mr, self.kernel.nr);
         let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
-        scratch::with([n.div_ceil(nr) * Panels::stride(nr), Sums::PASSING + level], |[panels, memory]| {
+        let right = bands.map_or(n.div_ceil(nr) * Panels::stride(nr), Bands::len);
+        scratch::with([right, Sums::PASSING + level], |[right, memory]| {
             let mut sums = Sums::new(memory, m, level, self.kernel);
-            for first in (0..k_all).step_by(K_STEP) {
-                let k = first..k_all.min(first + K_STEP);
-                windows.pack(&mut Panels { memory: panels, nr }, k.clone(), pixels.clone());
+            for first in (0..k_all).step_by(bands.map_or(K_STEP, Bands::step)) {
+                let k = first..k_all.min(first + bands.map_or(K_STEP, Bands::step));
+                match bands {
+                    Some(bands) => bands.fill(right, windows, k.clone(), pixels.clone()),
+                    None => windows::pack(windows, &mut Panels { memory: right, nr }, k.clone(), pixels.clone()),
+                }
                 for block in (0..m).step_by(ROWS / mr * mr) {
                     let block = block..m.min(block + ROWS / mr * mr);
                     for (panel, column) in (0..n).step_by(nr).enumerate() {
-                        let (panel, columns) = (&panels[panel * Panels::stride(nr)..], column..n.min(column + nr));
+                        let columns = column..n.min(column + nr);
                         for row in block.clone().step_by(mr) {
                             let rows = row..block.end.min(row + mr);
                             let weight = &self.weight.as_slice()[self.kernel.input_len(row * k_all + first * mr)..];
                             let (tile, sums) = sums.tile(Place::Depth(0), rows, columns.clone());
-                            self.kernel.run(k.len(), weight, panel, tile, first == 0, Soon { sums, ..Soon::default() });
+                            let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
+                            match bands {
+                                Some(bands) => {
+                                    let right = (&right[bands.start(pixels.start, column)..], bands.places());
+                                    self.kernel.run_at(k.len(), weight, right, tile, fresh, soon);
+                                }
+                                None => self.kernel.run(k.len(), weight, &right[panel * Panels::stride(nr)..], tile, fresh, soon),
+                            }
                         }
                     }
                 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::conv::Geometry;
+use crate::cpu::vectorised;
 use crate::gemm::K_STEP;
 
 /// One picture, seen through the windows of its output pixels.
@@ -29,26 +30,31 @@ impl Panels<'_> {
     /// Calls `f` with each run of the columns `to` of row `k` that lies in one panel, and where it begins among them.
     #[inline(always)]
     fn each(&mut self, k: usize, to: Range<usize>, mut f: impl FnMut(&mut [f32], usize)) {
+        if to.is_empty() {
+            return;
+        }
         let (nr, mut at) = (self.nr, to.start);
+        // One division for all panels: it takes as long as copying one.
+        let (panel, mut inside) = (at / nr, at % nr);
+        let mut row = panel * Self::stride(nr) + k * nr;
         while at < to.end {
-            let (panel, inside) = (at / nr, at % nr);
             let len = (nr - inside).min(to.end - at);
-            f(&mut self.memory[panel * Self::stride(nr) + k * nr + inside..][..len], at - to.start);
-            at += len;
+            f(&mut self.memory[row + inside..][..len], at - to.start);
+            (at, inside, row) = (at + len, 0, row + Self::stride(nr));
         }
     }
 }
 
-impl Windows<'_> {
+vectorised! {
     /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there. A line of the picture is read as a whole, since
     /// those of other channels are in its way in the caches.
-    pub(super) fn pack(&self, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
-        let Geometry { input: [h, w], stride, before, doubled, .. } = self.geometry;
-        let [_, width] = self.geometry.output(self.size);
-        let shown = self.geometry.shown();
+    pub(super) fn pack(windows: &Windows<'_>, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
+        let Geometry { input: [h, w], stride, before, doubled, .. } = windows.geometry;
+        let [_, width] = windows.geometry.output(windows.size);
+        let shown = windows.geometry.shown();
         let whole = pixels.len().next_multiple_of(panels.nr);
         for (row_of_panel, k) in k.enumerate() {
-            let (channel, ky, kx) = (k / (self.size * self.size), k / self.size % self.size, k % self.size);
+            let (channel, ky, kx) = (k / (windows.size * windows.size), k / windows.size % windows.size, k % windows.size);
             let mut pixel = pixels.start;
             while pixel < pixels.end {
                 // The pixels of one output row.
@@ -61,7 +67,7 @@ impl Windows<'_> {
                     panels.each(row_of_panel, to, |out, _| out.fill(0.0));
                     continue;
                 }
-                let line = &self.x[(channel * h + (y >> u32::from(doubled))) * w..][..w];
+                let line = &windows.x[(channel * h + (y >> u32::from(doubled))) * w..][..w];
                 let first = column * stride + kx;
                 if stride != 1 {
                     panels.each(row_of_panel, to, |out, at| {
@@ -92,7 +98,7 @@ impl Windows<'_> {
 
 /// The beginning of `from`, without a call where it is long.
 #[inline(always)]
-fn copy(to: &mut [f32], from: &[f32]) {
+pub(super) fn copy(to: &mut [f32], from: &[f32]) {
     let from = &from[..to.len()];
     let (whole, rest) = to.as_chunks_mut::<16>();
     let (from, from_rest) = from.as_chunks::<16>();
@@ -101,7 +107,8 @@ fn copy(to: &mut [f32], from: &[f32]) {
 }
 
 /// `to` from place `from` on of a line of which each value counts twice.
-fn double(to: &mut [f32], line: &[f32], from: usize) {
+#[inline(always)]
+pub(super) fn double(to: &mut [f32], line: &[f32], from: usize) {
     let (half, whole) = to.split_at_mut(from % 2);
     half.fill(line[from / 2]);
     for (two, x) in whole.chunks_mut(2).zip(&line[from.div_ceil(2)..]) {

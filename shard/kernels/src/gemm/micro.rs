@@ -4,6 +4,7 @@
 use std::fmt;
 #[cfg(target_arch = "x86_64")]
 use std::hint::black_box;
+use std::ptr::NonNull;
 #[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
@@ -92,6 +93,8 @@ pub struct MicroKernel {
     tile: unsafe fn(Tile),
     /// Of tiles, the same of inputs that are read from where they lie, if there is a way.
     lines: Option<unsafe fn(Lines)>,
+    /// Whether rows of `b` may lie anywhere.
+    places: bool,
     /// As many rounds of multiply-adds as it is told, in registers alone: what the CPU can do at most.
     spin: unsafe fn(usize) -> f32,
     /// Multiplications and additions of a round.
@@ -108,6 +111,8 @@ struct Tile {
     a: *const f32,
     /// `[k][nr]`.
     b: *const f32,
+    /// Where in `b` each of its rows begins, if they do not lie one after the other.
+    places: Option<NonNull<usize>>,
     /// `[rows][nr]`, rows `stride` apart.
     c: *mut f32,
     stride: usize,
@@ -125,6 +130,17 @@ pub(crate) struct Soon<'a> {
     pub(crate) panel: &'a [u8],
     /// The next tile's sums.
     pub(crate) sums: &'a [f32],
+}
+
+/// Where the rows of a panel begin that do not lie one after the other, counted from the first: each behind the one before it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Places(Vec<usize>);
+
+impl Places {
+    pub(crate) fn new(places: Vec<usize>) -> Self {
+        assert!(places.is_sorted(), "rows one behind the other");
+        Self(places)
+    }
 }
 
 /// Memory to fetch, so many bytes for each of `k`. It may be anywhere: nothing is read.
@@ -327,6 +343,7 @@ impl MicroKernel {
             k,
             a: a.as_ptr(),
             b: b.as_ptr(),
+            places: None,
             c: c.as_mut_ptr(),
             stride: c.stride(),
             fresh,
@@ -344,6 +361,45 @@ impl MicroKernel {
         // SAFETY: as above; `whole` takes `mr` by `nr` results (`every_kernel_fits_the_edge` shows it).
         unsafe { (self.tile)(Tile { c: whole.as_mut_ptr(), stride: self.nr, ..tile }) };
         (0..rows).for_each(|row| c.row_mut(row).copy_from_slice(&whole[row * self.nr..][..columns]));
+    }
+}
+
+impl MicroKernel {
+    /// Whether [`Self::run_at`] is for it.
+    pub(crate) fn reads_places(&self) -> bool {
+        self.places
+    }
+
+    /// As [`Self::run`], of whole columns, where row `i` of `b: [k][nr]` begins at place `i`.
+    pub(crate) fn run_at(
+        &self,
+        k: usize,
+        a: &[f32],
+        (b, places): (&[f32], &Places),
+        mut c: Plane<'_>,
+        fresh: bool,
+        soon: Soon<'_>,
+    ) {
+        let rows = c.rows();
+        assert!(self.places && (1..=self.mr).contains(&rows) && c.columns() == self.nr, "a tile of {rows} whole rows");
+        let places = &places.0[..k];
+        let reach = places.last().map_or(0, |last| last + self.nr);
+        assert!(a.len() >= self.mr * self.input_len(k) && b.len() >= reach, "{k} rows in {reach}");
+        let tile = Tile {
+            rows,
+            k,
+            a: a.as_ptr(),
+            b: b.as_ptr(),
+            places: Some(NonNull::from(places).cast()),
+            c: c.as_mut_ptr(),
+            stride: c.stride(),
+            fresh,
+            panel: Ahead::of(soon.panel, k),
+            sums: Ahead::of(bytemuck::cast_slice(soon.sums), k),
+        };
+        // SAFETY: `a` holds `k` columns and `b` a row from each place on, since the last is the furthest; `c` is a whole tile, and `best` chose
+        // what the CPU runs.
+        unsafe { (self.tile)(tile) }
     }
 }
 

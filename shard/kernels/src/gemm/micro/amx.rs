@@ -26,6 +26,7 @@ pub(super) static KERNEL: MicroKernel = MicroKernel {
     takes: Takes::Tiles,
     tile,
     lines: Some(lines),
+    places: false,
     spin,
     flops: SPUN * 4 * SIDE * SIDE * TILE_PAIRS,
 };

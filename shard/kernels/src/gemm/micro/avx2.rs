@@ -5,6 +5,7 @@ use std::arch::x86_64::{
     __m256, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps,
     _mm256_storeu_ps,
 };
+use std::ptr;
 
 use super::vector::vector_kernel;
 use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};

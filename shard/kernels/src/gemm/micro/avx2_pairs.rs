@@ -3,6 +3,7 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{__m256, _mm256_castsi256_ps, _mm256_set1_epi32};
+use std::ptr::NonNull;
 
 use super::avx2::{self, LANES, load, store, zero};
 use super::vector_pairs::{FLUSHING, pairs_kernel};
@@ -15,18 +16,18 @@ type Sums = __m256;
 
 pairs_kernel! {
     "avx2_pairs", "avx2,fma", ymm_reg,
-    "vandps {b0}, {upper}, ymmword ptr [{b}]
-     vandps {b1}, {upper}, ymmword ptr [{b} + 32]",
-    "vmovdqu {b0}, ymmword ptr [{b}]
-     vmovdqu {b1}, ymmword ptr [{b} + 32]
+    "vandps {b0}, {upper}, ymmword ptr [{b} + 4 * {place}]
+     vandps {b1}, {upper}, ymmword ptr [{b} + 4 * {place} + 32]",
+    "vmovdqu {b0}, ymmword ptr [{b} + 4 * {place}]
+     vmovdqu {b1}, ymmword ptr [{b} + 4 * {place} + 32]
      vpslld {b0}, {b0}, 16
      vpslld {b1}, {b1}, 16",
-    1 rows_1 0 l0 r0;
-    2 rows_2 1 l1 r1;
-    3 rows_3 2 l2 r2;
-    4 rows_4 3 l3 r3;
-    5 rows_5 4 l4 r4;
-    6 rows_6 5 l5 r5;
+    1 rows_1 rows_1_at 0 l0 r0;
+    2 rows_2 rows_2_at 1 l1 r1;
+    3 rows_3 rows_3_at 2 l2 r2;
+    4 rows_4 rows_4_at 3 l3 r3;
+    5 rows_5 rows_5_at 4 l4 r4;
+    6 rows_6 rows_6_at 5 l5 r5;
 }
 
 #[inline]

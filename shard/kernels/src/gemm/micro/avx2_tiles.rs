@@ -18,6 +18,7 @@ pub(super) static KERNEL: MicroKernel = MicroKernel {
     takes: Takes::Tiles,
     tile,
     lines: None,
+    places: false,
     spin: avx2::spin,
     flops: avx2::KERNEL.flops,
 };

@@ -6,6 +6,7 @@ use std::arch::x86_64::{
     __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
     _mm512_storeu_ps,
 };
+use std::ptr;
 
 use super::vector::vector_kernel;
 use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};

@@ -9,8 +9,17 @@ const MR: usize = 4;
 const NR: usize = 16;
 const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "plain_bf16", mr: MR, nr: NR, takes: Takes::Pairs, tile, lines: None, spin, flops: 4 * LANES };
+pub(super) static KERNEL: MicroKernel = MicroKernel {
+    name: "plain_bf16",
+    mr: MR,
+    nr: NR,
+    takes: Takes::Pairs,
+    tile,
+    lines: None,
+    places: false,
+    spin,
+    flops: 4 * LANES,
+};
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

@@ -22,7 +22,17 @@ pub(super) static KERNELS: [MicroKernel; 4] = [
 
 const fn kernel<const SCALES: usize>() -> MicroKernel {
     let takes = Takes::Blocks(bytes(Scales::ALL[SCALES]));
-    MicroKernel { name: "plain_int8", mr: MR, nr: NR, takes, tile: tile::<SCALES>, lines: None, spin, flops: 2 * LANES }
+    MicroKernel {
+        name: "plain_int8",
+        mr: MR,
+        nr: NR,
+        takes,
+        tile: tile::<SCALES>,
+        lines: None,
+        places: false,
+        spin,
+        flops: 2 * LANES,
+    }
 }
 
 const fn bytes(scales: Scales) -> Bytes {

@@ -9,8 +9,17 @@ use super::{MicroKernel, TILE_PAIRS, Takes, Tile};
 const MR: usize = 2;
 const NR: usize = 16;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "plain_tiles", mr: MR, nr: NR, takes: Takes::Tiles, tile, lines: None, spin, flops: 4 * TILE_PAIRS };
+pub(super) static KERNEL: MicroKernel = MicroKernel {
+    name: "plain_tiles",
+    mr: MR,
+    nr: NR,
+    takes: Takes::Tiles,
+    tile,
+    lines: None,
+    places: false,
+    spin,
+    flops: 4 * TILE_PAIRS,
+};
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

@@ -11,26 +11,29 @@ macro_rules! vector_kernel {
         const FLOPS: usize = if matches!(Takes::$takes, Takes::Pairs) { 4 } else { 2 } * CHAINS * LANES;
 
         pub(super) static KERNEL: MicroKernel =
-            MicroKernel { name: $name, mr: MR, nr: NR, takes: Takes::$takes, tile, lines: None, spin, flops: FLOPS };
+            MicroKernel { name: $name, mr: MR, nr: NR, takes: Takes::$takes, tile, lines: None, places: true, spin, flops: FLOPS };
 
         /// # Safety
         /// The CPU has what the kernel is for; the tile's pointers are good for what its documentation says.
         unsafe fn tile(t: Tile) {
             // SAFETY: as promised by the caller.
             unsafe {
-                match t.rows {
-                    $($fewer => rows::<$fewer>(t),)*
-                    _ => rows::<MR>(t),
+                match (t.rows, t.places.is_some()) {
+                    $(($fewer, false) => rows::<$fewer, false>(t),)*
+                    (_, false) => rows::<MR, false>(t),
+                    $(($fewer, true) => rows::<$fewer, true>(t),)*
+                    (_, true) => rows::<MR, true>(t),
                 }
             }
         }
 
         /// # Safety
-        /// As [`tile`], and `R` is the tile's number of rows.
+        /// As [`tile`], and `R` is the tile's number of rows, `AT` whether it has places.
         #[target_feature(enable = $features)]
-        unsafe fn rows<const R: usize>(t: Tile) {
+        unsafe fn rows<const R: usize, const AT: bool>(t: Tile) {
             let mut sums: [[Sums; 2]; R] = [[zero(); 2]; R];
-            // SAFETY: every pointer stays in `[k][MR]` of `a`, `[k][NR]` of `b` and `[R][NR]` of `c`.
+            let mut place = t.places.map_or(ptr::null(), |places| places.as_ptr().cast_const());
+            // SAFETY: every pointer stays in `[k][MR]` of `a`, `[k][NR]` of `b`, or such rows at `k` places, and `[R][NR]` of `c`.
             unsafe {
                 if !t.fresh {
                     for (row, sum) in sums.iter_mut().enumerate() {
@@ -43,13 +46,19 @@ macro_rules! vector_kernel {
                 while left > 0 {
                     let some = left.min(BETWEEN_FETCHES);
                     for _ in 0..some {
-                        let (b0, b1) = (factors(b), factors(b.add(LANES)));
+                        let from = if AT { b.add(*place) } else { b };
+                        let (b0, b1) = (factors(from), factors(from.add(LANES)));
                         for (row, sum) in sums.iter_mut().enumerate() {
                             let x = broadcast(a.add(row));
                             sum[0] = add_products(sum[0], x, b0);
                             sum[1] = add_products(sum[1], x, b1);
                         }
-                        (a, b) = (a.add(MR), b.add(NR));
+                        a = a.add(MR);
+                        if AT {
+                            place = place.add(1);
+                        } else {
+                            b = b.add(NR);
+                        }
                     }
                     for _ in 0..of_panel {
                         _mm_prefetch::<_MM_HINT_T1>(panel.cast());

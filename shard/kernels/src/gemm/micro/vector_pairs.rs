@@ -5,12 +5,13 @@
 /// The default, and inputs and results that are too small are zero.
 pub(super) const FLUSHING: u32 = 0x1f80 | 0x8040;
 
-/// Defines `KERNEL` and what it is made of: a function for each number of rows, each of which adds a row to those before it. `$upper` and
+/// Defines `KERNEL` and what it is made of: two functions for each number of rows, each of which adds a row to those before it; the second
+/// is for rows of weights that lie at places. `$upper` and
 /// `$lower` load the later and the earlier ones of a vector of pairs. Beside it stand `MR`, `LANES` of a vector, `Sums`, `upper`, which is a
 /// mask of the later ones, `zero`, `load` and `store` of sums, and `SPIN` and `FLOPS` for the limit.
 macro_rules! pairs_kernel {
     ($name:literal, $features:literal, $class:ident, $upper:expr, $lower:expr,
-        $($count:literal $rows:ident $row:literal $left:ident $right:ident;)*) => {
+        $($count:literal $rows:ident $at:ident $row:literal $left:ident $right:ident;)*) => {
         const NR: usize = 2 * LANES;
 
         pub(super) static KERNEL: MicroKernel = MicroKernel {
@@ -19,7 +20,7 @@ macro_rules! pairs_kernel {
             nr: NR,
             takes: Takes::PairsByFloats,
             tile,
-            lines: None,
+            lines: None, places: true,
             spin: SPIN,
             flops: FLOPS,
         };
@@ -29,26 +30,31 @@ macro_rules! pairs_kernel {
         unsafe fn tile(t: Tile) {
             // SAFETY: as promised by the caller.
             unsafe {
-                match t.rows {
-                    $($count => $rows(t),)*
-                    rows => unreachable!("{rows} rows"),
+                match (t.rows, t.places) {
+                    $(($count, None) => $rows(t, NonNull::dangling()),)*
+                    $(($count, Some(places)) => $at(t, places),)*
+                    (rows, _) => unreachable!("{rows} rows"),
                 }
             }
         }
 
-        pairs_kernel!(@each $features, $class, [$upper, $lower], [] $($count $rows $row $left $right;)*);
+        pairs_kernel!(@each $features, $class, [$upper, $lower], [] $($count $rows $at $row $left $right;)*);
     };
     (@each $features:literal, $class:ident, $loads:tt, [$($before:tt)*]) => {};
-    (@each $features:literal, $class:ident, $loads:tt, [$($before:tt)*] $count:literal $rows:ident $row:literal $left:ident $right:ident; $($more:tt)*) => {
-        pairs_kernel!(@rows $features, $class, $loads, $count $rows $($before)* $row $left $right;);
+    (@each $features:literal, $class:ident, $loads:tt, [$($before:tt)*] $count:literal $rows:ident $at:ident $row:literal $left:ident $right:ident; $($more:tt)*) => {
+        pairs_kernel!(@rows $features, $class, $loads, "", "add {b}, 4 * {nr}", $count $rows $($before)* $row $left $right;);
+        pairs_kernel!(
+            @rows $features, $class, $loads, "mov {place}, qword ptr [{places}]\nadd {places}, 8", "",
+            $count $at $($before)* $row $left $right;
+        );
         pairs_kernel!(@each $features, $class, $loads, [$($before)* $row $left $right;] $($more)*);
     };
-    (@rows $features:literal, $class:ident, [$upper:expr, $lower:expr], $count:literal $rows:ident $($row:literal $left:ident $right:ident;)*) => {
+    (@rows $features:literal, $class:ident, [$upper:expr, $lower:expr], $place:literal, $passed:literal, $count:literal $rows:ident $($row:literal $left:ident $right:ident;)*) => {
         /// # Safety
-        /// As [`tile`], for a tile of as many rows.
+        /// As [`tile`], for a tile of as many rows, with its places or without.
         #[target_feature(enable = $features)]
-        unsafe fn $rows(t: Tile) {
-            // SAFETY: every pointer stays in `[k][2][MR]` of `a`, `[k][NR]` of `b` and `[rows][NR]` of `c`; fetching does nothing but fetch. The
+        unsafe fn $rows(t: Tile, places: NonNull<usize>) {
+            // SAFETY: every pointer stays in `[k][2][MR]` of `a`, `[k][NR]` of `b`, or such rows at `k` places, and `[rows][NR]` of `c`; fetching does nothing but fetch. The
             // mode is as it was at the end.
             unsafe {
                 let mut sums: [[Sums; 2]; $count] = [[zero(); 2]; $count];
@@ -61,10 +67,12 @@ macro_rules! pairs_kernel {
                 if t.k > 0 {
                     let mut mode = [0u32, FLUSHING];
                     asm!(
+                        "/* {places} {nr}: of one of the two */",
                         "stmxcsr dword ptr [{mode}]",
                         "ldmxcsr dword ptr [{mode} + 4]",
                         ".p2align 5",
                         "2:",
+                        $place,
                         "prefetcht1 [{panel}]",
                         "prefetcht0 [{next}]",
                         $upper,
@@ -74,12 +82,14 @@ macro_rules! pairs_kernel {
                         $lower,
                         $(pairs_kernel!(@row $row 1 $left $right),)*
                         "add {a}, 8 * {mr}",
-                        "add {b}, 4 * {nr}",
+                        $passed,
                         "dec {k}",
                         "jnz 2b",
                         "ldmxcsr dword ptr [{mode}]",
                         mr = const MR,
                         nr = const NR,
+                        places = inout(reg) places.as_ptr() => _,
+                        place = inout(reg) 0usize => _,
                         mode = in(reg) mode.as_mut_ptr(),
                         a = inout(reg) t.a => _,
                         b = inout(reg) t.b => _,
