@@ -10,7 +10,8 @@ use proto::v1::cluster_service_client::ClusterServiceClient;
 use proto::v1::job_event::Kind;
 use proto::v1::job_service_client::JobServiceClient;
 use proto::v1::{
-    CreateJobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ListWorkersRequest, ModelStatus, WatchJobRequest, WorkerStatus,
+    CreateJobRequest, Job, JobEvent, JobSpec, JobState, ListModelsRequest, ListWorkersRequest, ModelStatus, WatchJobRequest,
+    WorkerStatus,
 };
 use serde_json::Value;
 use tonic::transport::{Channel, Endpoint};
@@ -310,6 +311,23 @@ impl Client {
     pub async fn run(&mut self, spec: JobSpec) -> Job {
         let job = self.create(spec).await.expect("the job is accepted");
         self.finish(&job.id).await
+    }
+}
+
+/// The SHA-256 of the first picture of a job that is done.
+///
+/// # Panics
+/// When the job ended otherwise.
+pub fn sha256(job: &Job) -> String {
+    assert_eq!(job.state(), JobState::Succeeded, "{:?}", job.failure);
+    job.images[0].sha256.clone()
+}
+
+/// The denoising step that an event tells of.
+pub fn denoise_step(event: &JobEvent) -> Option<u32> {
+    match &event.kind {
+        Some(Kind::StageProgress(progress)) if progress.stage == "denoise" => Some(progress.step),
+        _ => None,
     }
 }
 

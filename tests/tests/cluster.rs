@@ -5,8 +5,8 @@
 use std::time::{Duration, Instant};
 
 use proto::v1::job_event::Kind;
-use proto::v1::{CancelJobRequest, Job, JobEvent, JobSpec, JobState};
-use tests::cluster::{Client, Cluster, eventually, tiny_flux};
+use proto::v1::{CancelJobRequest, JobEvent, JobSpec, JobState};
+use tests::cluster::{Client, Cluster, denoise_step, eventually, sha256, tiny_flux};
 use tests::etcd::Etcd;
 use tonic::Code;
 use tonic_types::StatusExt;
@@ -33,11 +33,6 @@ fn job(steps: u32) -> JobSpec {
     }
 }
 
-fn sha256(job: &Job) -> String {
-    assert_eq!(job.state(), JobState::Succeeded, "{:?}", job.failure);
-    job.images[0].sha256.clone()
-}
-
 /// A run long enough to be disturbed in the middle: some seconds.
 const STEPS: u32 = 400;
 
@@ -60,13 +55,6 @@ fn requeue_reason(event: JobEvent) -> Option<String> {
 fn requeue_message(event: &JobEvent) -> Option<String> {
     match &event.kind {
         Some(Kind::Requeued(requeued)) => Some(requeued.message.clone()),
-        _ => None,
-    }
-}
-
-fn denoise_step(event: &JobEvent) -> Option<u32> {
-    match &event.kind {
-        Some(Kind::StageProgress(p)) if p.stage == "denoise" => Some(p.step),
         _ => None,
     }
 }

@@ -7,8 +7,8 @@ use parallel::Device;
 use parallel::ops::Products;
 use proto::v1::download_blob_response::Part;
 use proto::v1::job_event::Kind;
-use proto::v1::{DownloadBlobRequest, Job, JobEvent, JobSpec, JobState};
-use tests::cluster::{Client, Cluster};
+use proto::v1::{DownloadBlobRequest, JobEvent, JobSpec};
+use tests::cluster::{Client, Cluster, denoise_step, sha256};
 
 /// Long enough to be disturbed in the middle: some seconds.
 const STEPS: u32 = 120;
@@ -30,18 +30,6 @@ fn job(model: Products, steps: u32) -> JobSpec {
         num_inference_steps: Some(steps),
         seed: Some(7),
         ..JobSpec::default()
-    }
-}
-
-fn sha256(job: &Job) -> String {
-    assert_eq!(job.state(), JobState::Succeeded, "{:?}", job.failure);
-    job.images[0].sha256.clone()
-}
-
-fn denoise_step(event: &JobEvent) -> Option<u32> {
-    match &event.kind {
-        Some(Kind::StageProgress(progress)) if progress.stage == "denoise" => Some(progress.step),
-        _ => None,
     }
 }
 

@@ -6,9 +6,8 @@ use std::path::Path;
 
 use models::flux_transformer::FluxTransformerConfig;
 use models::model_dir::ModelDir;
-use proto::v1::job_event::Kind;
-use proto::v1::{Job, JobEvent, JobSpec, JobState, Lora};
-use tests::cluster::{Cluster, tiny_flux};
+use proto::v1::{JobSpec, Lora};
+use tests::cluster::{Cluster, denoise_step, sha256, tiny_flux};
 use tests::synthetic;
 use tonic_types::StatusExt;
 
@@ -45,18 +44,6 @@ fn job(steps: u32, loras: &[(&str, Option<f64>)]) -> JobSpec {
         max_sequence_length: Some(16),
         loras: loras.iter().map(|(name, scale)| Lora { name: (*name).into(), scale: *scale }).collect(),
         ..Default::default()
-    }
-}
-
-fn sha256(job: &Job) -> String {
-    assert_eq!(job.state(), JobState::Succeeded, "{:?}", job.failure);
-    job.images[0].sha256.clone()
-}
-
-fn denoise_step(event: &JobEvent) -> Option<u32> {
-    match &event.kind {
-        Some(Kind::StageProgress(p)) if p.stage == "denoise" => Some(p.step),
-        _ => None,
     }
 }
 

@@ -19,8 +19,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use proto::v1::job_event::Kind;
-use proto::v1::{CreateJobRequest, GetJobRequest, Job, JobEvent, JobSpec, JobState};
-use tests::cluster::{Client, Cluster, eventually};
+use proto::v1::{CreateJobRequest, GetJobRequest, Job, JobEvent, JobSpec};
+use tests::cluster::{Client, Cluster, denoise_step, eventually, sha256};
 use tonic::Code;
 
 fn long() -> bool {
@@ -43,18 +43,6 @@ fn models() -> String {
 fn spec(steps: u32) -> JobSpec {
     let (prompt, num_inference_steps) = ("red heart".to_owned(), Some(steps));
     JobSpec { model: "emoji".into(), prompt, num_inference_steps, seed: Some(3), ..JobSpec::default() }
-}
-
-fn sha256(job: &Job) -> String {
-    assert_eq!(job.state(), JobState::Succeeded, "{:?}", job.failure);
-    job.images[0].sha256.clone()
-}
-
-fn denoise_step(event: &JobEvent) -> Option<u32> {
-    match &event.kind {
-        Some(Kind::StageProgress(progress)) if progress.stage == "denoise" => Some(progress.step),
-        _ => None,
-    }
 }
 
 /// Milliseconds between two events.
