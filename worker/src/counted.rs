@@ -46,6 +46,19 @@ impl Link for Counted {
         received
     }
 
+    fn recv_floats(&self, from: usize, len: usize, f: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let began = Instant::now();
+        let received = self.link.recv_floats(from, len, &mut |floats| {
+            add_nanos(&self.traffic.receive_nanos, began);
+            self.traffic.received_bytes.fetch_add(size_of_val(floats) as u64, Ordering::Relaxed);
+            f(floats);
+        });
+        if received.is_err() {
+            add_nanos(&self.traffic.receive_nanos, began);
+        }
+        received
+    }
+
     fn exchange(&self, x: &Tensor, to: &[usize], from: &[usize]) -> Result<Vec<Tensor>> {
         let began = Instant::now();
         let received = self.link.exchange(x, to, from);
@@ -74,20 +87,29 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_sum_over_two_ranks_is_counted_once_each_way() {
+    /// What each of two ranks counts of a sum of `len` floats.
+    fn counts_of_sum(len: usize) -> [Arc<Traffic>; 2] {
         let traffic = [Arc::<Traffic>::default(), Arc::default()];
         thread::scope(|s| {
             for (link, traffic) in InProcess::group(2).into_iter().zip(&traffic) {
                 let counted = Counted { link: Arc::new(link), traffic: traffic.clone() };
                 s.spawn(move || {
-                    Mesh::whole(Arc::new(counted)).all_reduce(&Tensor::new(&[1f32; 3], &Device::Cpu).unwrap()).unwrap()
+                    Mesh::whole(Arc::new(counted)).all_reduce(&Tensor::full(1f32, len, &Device::Cpu).unwrap()).unwrap()
                 });
             }
         });
-        for traffic in traffic {
-            assert_eq!((traffic.sent_bytes.load(Ordering::Relaxed), traffic.received_bytes.load(Ordering::Relaxed)), (12, 12));
-            assert_eq!(traffic.receive_nanos.load(Ordering::Relaxed), 0);
+        traffic
+    }
+
+    #[test]
+    fn a_sum_over_two_ranks_is_counted_once_each_way() {
+        // A large one goes in pieces.
+        for len in [3, 3 << 20] {
+            for traffic in counts_of_sum(len) {
+                let [sent, received] = [&traffic.sent_bytes, &traffic.received_bytes].map(|bytes| bytes.load(Ordering::Relaxed));
+                assert_eq!([sent, received], [4 * len as u64; 2]);
+            }
         }
+        assert!(counts_of_sum(3).iter().all(|traffic| traffic.receive_nanos.load(Ordering::Relaxed) == 0));
     }
 }

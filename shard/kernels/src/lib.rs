@@ -24,6 +24,7 @@ pub mod limit;
 
 pub mod rope;
 pub mod rows;
+pub mod streaming;
 
 mod scratch;
 mod threads;

@@ -8,14 +8,15 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::collective::Collective;
 use crate::ops::host::read;
+use crate::ops::kernels::streaming::append_sum;
 use crate::{Error, Result};
 
-/// Floats of a piece of a large sum: 512 KiB, which is in the caches still when it is added.
-const PIECE: usize = 1 << 17;
+/// Floats of a piece of a large sum: 1 MiB, which is in the caches still when it is added, and worth waking for.
+const PIECE: usize = 1 << 18;
 /// Of a sum that goes in pieces, at least.
-const LARGE: usize = 8 * PIECE;
-/// Pieces that are on their way at once.
-const AHEAD: usize = 4;
+const LARGE: usize = 4 * PIECE;
+/// Pieces that a rank sends before it has taken the first: twice as many, and one, are unread at most, for which a ring has room.
+const AHEAD: usize = 2;
 
 /// Ordered, reliable delivery between any two ranks. A send never waits for the receiver.
 pub trait Link: Send + Sync {
@@ -27,12 +28,32 @@ pub trait Link: Send + Sync {
     fn send(&self, x: &Tensor, to: usize) -> Result<()>;
     /// Takes the next tensor from `from`; fails when that rank is lost.
     fn recv(&self, from: usize) -> Result<Tensor>;
+    /// Takes the next tensor from `from`, of `len` floats, and lends them to `f`, where they lie if they can be read there: for what is read once.
+    ///
+    /// # Errors
+    /// As [`Self::recv`], and when it is another tensor.
+    fn recv_floats(&self, from: usize, len: usize, f: &mut dyn FnMut(&[f32])) -> Result<()> {
+        lend_floats(&self.recv(from)?, len, f)
+    }
     /// Hands `x` to each of `to` and takes a tensor of `x`'s shape and type from each of `from`, who do the same at the same
     /// time. What only ranks that meet in one call can do at a device's speed.
     fn exchange(&self, x: &Tensor, to: &[usize], from: &[usize]) -> Result<Vec<Tensor>> {
         to.iter().try_for_each(|to| self.send(x, *to))?;
         from.iter().map(|from| self.recv(*from)).collect()
     }
+}
+
+/// Lends the `len` floats that a tensor is to have.
+pub(crate) fn lend_floats(x: &Tensor, len: usize, f: &mut dyn FnMut(&[f32])) -> Result<()> {
+    if x.dtype() != DType::F32 || x.elem_count() != len {
+        return Err(not_floats(x.dtype(), x.dims(), len));
+    }
+    read(x, f)
+}
+
+/// A tensor that is not `len` floats.
+pub(crate) fn not_floats(dtype: DType, dims: &[usize], len: usize) -> Error {
+    Error::Frame(format!("{dims:?} of {dtype:?}, not {len} of {:?}", DType::F32))
 }
 
 /// Some of the ranks of a link, in an order of their own: a whole group, or the tensor-parallel ranks of one block range.
@@ -72,13 +93,14 @@ impl Mesh {
         (0..AHEAD).try_for_each(|piece| send(piece * PIECE))?;
         let mut sum = Vec::with_capacity(len);
         for first in (0..len).step_by(PIECE) {
-            let (theirs, mine) = (self.link.recv(member)?, flat.narrow(0, first, PIECE.min(len - first))?);
+            let mine = flat.narrow(0, first, PIECE.min(len - first))?;
+            read(&mine, |mine| {
+                self.link.recv_floats(member, mine.len(), &mut |theirs| {
+                    let [lower, upper] = if mine_first { [mine, theirs] } else { [theirs, mine] };
+                    append_sum(&mut sum, lower, upper);
+                })
+            })??;
             send(first + AHEAD * PIECE)?;
-            if theirs.dtype() != DType::F32 || theirs.dims() != mine.dims() {
-                return Err(Error::Frame(format!("{:?} of {:?} to add to {:?}", theirs.dims(), theirs.dtype(), mine.dims())));
-            }
-            let [lower, upper] = if mine_first { [&mine, &theirs] } else { [&theirs, &mine] };
-            read(lower, |lower| read(upper, |upper| sum.extend(lower.iter().zip(upper).map(|(lower, upper)| lower + upper))))??;
         }
         Ok(Tensor::from_vec(sum, x.shape(), &Device::Cpu)?)
     }

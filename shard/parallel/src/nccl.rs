@@ -105,6 +105,10 @@ impl Link for NcclLink {
         self.tcp.recv(from)
     }
 
+    fn recv_floats(&self, from: usize, len: usize, f: &mut dyn FnMut(&[f32])) -> Result<()> {
+        self.tcp.recv_floats(from, len, f)
+    }
+
     fn exchange(&self, x: &Tensor, to: &[usize], from: &[usize]) -> Result<Vec<Tensor>> {
         if self.comm.memory().takes(x) { self.comm.exchange(x, to, from) } else { self.tcp.exchange(x, to, from) }
     }

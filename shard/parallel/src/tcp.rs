@@ -13,9 +13,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
-use crate::mesh::Link;
+use crate::mesh::{Link, lend_floats, not_floats};
 use crate::{Error, Result, bytes};
 
 mod frame;
@@ -134,9 +134,33 @@ const NOT_YET: u8 = 0;
 const TAKEN: u8 = 1;
 const DECLINED: u8 = 2;
 
+/// A tensor that has arrived.
+#[derive(Debug)]
+enum Arrived {
+    Whole(Tensor),
+    /// It lies in the sender's memory, at a place that was looked at, until it is read.
+    Shared {
+        memory: Arc<Incoming>,
+        head: Head,
+        at: u64,
+    },
+}
+
+impl Arrived {
+    fn tensor(self) -> Result<Tensor> {
+        match self {
+            Self::Whole(x) => Ok(x),
+            Self::Shared { memory, head, at } => {
+                let read = memory.read(at, head.bytes(), |data| head.tensor(data)).flatten();
+                read.map_err(|error| Error::Frame(error.to_string()))
+            }
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Inbox {
-    frames: VecDeque<Tensor>,
+    frames: VecDeque<Arrived>,
     lost: Option<String>,
 }
 
@@ -193,6 +217,17 @@ impl Tcp {
         Ok(())
     }
 
+    /// Waits for what comes next from a peer.
+    fn next(&self, from: usize) -> Result<Arrived> {
+        let peer = self.peer(from)?;
+        let inbox = peer.arrived.wait_while(peer.inbox(), |i| i.frames.is_empty() && i.lost.is_none());
+        let mut inbox = inbox.unwrap_or_else(PoisonError::into_inner);
+        match (inbox.frames.pop_front(), &inbox.lost) {
+            (Some(arrived), _) => Ok(arrived),
+            (None, lost) => Err(Error::PeerLost { rank: from, reason: lost.clone().unwrap_or_default() }),
+        }
+    }
+
     fn peer(&self, rank: usize) -> Result<&Peer> {
         self.peers.get(rank).and_then(Option::as_deref).ok_or_else(|| Error::Frame(format!("there is no peer {rank}")))
     }
@@ -229,13 +264,25 @@ impl Link for Tcp {
     }
 
     fn recv(&self, from: usize) -> Result<Tensor> {
-        let peer = self.peer(from)?;
-        let inbox = peer.arrived.wait_while(peer.inbox(), |i| i.frames.is_empty() && i.lost.is_none());
-        let mut inbox = inbox.unwrap_or_else(PoisonError::into_inner);
-        match (inbox.frames.pop_front(), &inbox.lost) {
-            (Some(x), _) => Ok(x),
-            (None, lost) => Err(Error::PeerLost { rank: from, reason: lost.clone().unwrap_or_default() }),
+        self.next(from)?.tensor()
+    }
+
+    fn recv_floats(&self, from: usize, len: usize, f: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let (memory, head, at) = match self.next(from)? {
+            Arrived::Whole(x) => return lend_floats(&x, len, f),
+            Arrived::Shared { memory, head, at } => (memory, head, at),
+        };
+        if head.dtype != DType::F32 || head.bytes() != len * size_of::<f32>() {
+            return Err(not_floats(head.dtype, &head.shape, len));
         }
+        let read = memory.read(at, head.bytes(), |data| match bytemuck::try_cast_slice(data) {
+            Ok(floats) => {
+                f(floats);
+                Ok(())
+            }
+            Err(error) => Err(Error::Frame(format!("floats at {at} of shared memory: {error}"))),
+        });
+        read.map_err(|error| Error::Frame(error.to_string()))?
     }
 }
 
@@ -302,18 +349,19 @@ impl Peer {
     }
 
     /// A frame's tensor, if it is for one.
-    fn heard(self: &Arc<Self>, frame: Frame, incoming: &mut Option<Incoming>) -> io::Result<Option<Tensor>> {
+    fn heard(self: &Arc<Self>, frame: Frame, incoming: &mut Option<Arc<Incoming>>) -> io::Result<Option<Arrived>> {
         match frame {
             Frame::Beat => {}
-            Frame::Tensor(x) => return Ok(Some(x)),
+            Frame::Tensor(x) => return Ok(Some(Arrived::Whole(x))),
             Frame::Shared { head, at } => {
-                let shared = incoming.as_ref().ok_or_else(|| frame::invalid("a place in memory that is not shared".into()))?;
-                return shared.read(at, head.bytes(), |data| head.tensor(data))?.map(Some);
+                let memory = incoming.clone().ok_or_else(|| frame::invalid("a place in memory that is not shared".into()))?;
+                memory.check(at, head.bytes())?;
+                return Ok(Some(Arrived::Shared { memory, head, at }));
             }
             Frame::Offer(offer) => {
                 let opened =
                     Incoming::open(&offer).inspect_err(|error| tracing::debug!(%error, "tensors go over the connection"));
-                *incoming = opened.ok();
+                *incoming = opened.ok().map(Arc::new);
                 let (peer, answer) = (self.clone(), frame::encode_answer(incoming.is_some()));
                 // In a thread of its own: two readers that wait for two writers would wait for each other.
                 thread::spawn(move || {
@@ -350,7 +398,7 @@ impl Peer {
             }
             (None, _) => {}
         }
-        // The peer has read all of the ring before this one when it hears of the next.
+        // What the peer has not read of the ring before this one stays there for it.
         self.answer.store(NOT_YET, Ordering::Release);
         writer.outgoing = Outgoing::new(data.len());
         writer.outgoing.as_ref().map_or(Shared::Not, |outgoing| Shared::Offered(outgoing.offer()))
@@ -397,7 +445,7 @@ mod tests {
     use std::net::TcpListener;
     use std::sync::mpsc;
 
-    use candle_core::{DType, Device};
+    use candle_core::Device;
 
     use super::*;
     use crate::Collective;

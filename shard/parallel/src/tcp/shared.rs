@@ -1,5 +1,6 @@
 //! Memory of one host that two ranks share: the sender writes large tensors into a ring, the receiver copies them out, and the
-//! connection says where they lie. So a tensor is copied twice on its way, and neither through the kernel nor a cipher.
+//! connection says where they lie. So a tensor is copied twice on its way, and neither through the kernel nor a cipher; pieces of a sum are
+//! added from where they lie, and copied once.
 //!
 //! The memory is a file without a name (memfd) of the sender's, sealed so that it cannot shrink under the receiver, which finds it
 //! below `/proc` by the sender's process and number of the file and believes it when it holds the token that the connection
@@ -95,6 +96,8 @@ pub(super) struct Outgoing {
     file: File,
     /// Bytes ever written, what was skipped at the end of the ring among them.
     written: u64,
+    /// All before this was read: it was the next place when the ring was last begun anew.
+    begun: u64,
     token: [u8; 16],
     /// Whether the peer has it too.
     taken: bool,
@@ -131,7 +134,7 @@ impl Outgoing {
             }
             ring.start.as_ptr().cast::<[u8; 16]>().write(token);
         }
-        Ok(Self { ring, file, written: 0, token, taken: false })
+        Ok(Self { ring, file, written: 0, begun: 0, token, taken: false })
     }
 
     pub(super) fn offer(&self) -> Offer {
@@ -152,18 +155,20 @@ impl Outgoing {
     pub(super) fn write(&mut self, data: &[u8]) -> Option<u64> {
         let size = self.ring.bytes as u64;
         let (mut at, read) = (self.written.next_multiple_of(ALIGNMENT), self.ring.read().load(Ordering::Acquire));
+        let all_read = read.max(self.begun) >= self.written;
         // From the beginning if it does not fit before the end, or all was read: the same memory each time is in the caches.
-        if at % size + data.len() as u64 > size || read >= self.written {
+        if at % size + data.len() as u64 > size || all_read {
             at = at.next_multiple_of(size);
         }
-        let (end, unread) = (at + data.len() as u64, if read >= self.written { at } else { read });
+        let begun = if all_read { at } else { self.begun };
+        let (end, unread) = (at + data.len() as u64, read.max(begun));
         if !self.taken || end - unread > size {
             return None;
         }
         let place = self.ring.place(at, data.len())?;
         // SAFETY: inside the ring, where the reader has read and does not look until it is told.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), place, data.len()) };
-        self.written = end;
+        (self.written, self.begun) = (end, begun);
         Some(at)
     }
 }
@@ -202,10 +207,22 @@ impl Incoming {
         Ok(Self { ring })
     }
 
+    /// Whether there may be `len` bytes at `at`.
+    ///
+    /// # Errors
+    /// When that is outside.
+    pub(super) fn check(&self, at: u64, len: usize) -> io::Result<()> {
+        self.place(at, len).map(drop)
+    }
+
+    fn place(&self, at: u64, len: usize) -> io::Result<*mut u8> {
+        let outside = || io::Error::new(io::ErrorKind::InvalidData, "a place outside the shared memory");
+        self.ring.place(at, len).ok_or_else(outside)
+    }
+
     /// Lends the `len` bytes that were written at `at`; when `f` is done, they may be written over.
     pub(super) fn read<R>(&self, at: u64, len: usize, f: impl FnOnce(&[u8]) -> R) -> io::Result<R> {
-        let place = self.ring.place(at, len);
-        let place = place.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a place outside the shared memory"))?;
+        let place = self.place(at, len)?;
         // SAFETY: inside the ring; the writer leaves it alone until `read` says otherwise. A peer that does not keep to that is one
         // that was believed with its certificate, and gives wrong numbers: bytes are valid whatever they are.
         let got = f(unsafe { std::slice::from_raw_parts(place, len) });
@@ -248,6 +265,23 @@ mod tests {
         let at = places[2] + data.len() as u64;
         incoming.read(at.next_multiple_of(1 << 17), data.len(), |_| ()).unwrap();
         assert_eq!(outgoing.write(&data), Some(2 << 17));
+    }
+
+    #[test]
+    fn what_is_skipped_takes_no_room() {
+        let (mut outgoing, incoming) = pair(1 << 17);
+        let data = vec![1; 40_000];
+        for round in 0..3 {
+            // Begun anew each time, with room for three.
+            let places: Vec<u64> = (0..3).map(|_| outgoing.write(&data).unwrap()).collect();
+            assert_eq!(places[0], round << 17);
+            places.iter().for_each(|at| incoming.read(*at, data.len(), |_| ()).unwrap());
+        }
+        // Also where not all is read: the first of three is, and the next one goes where it lay.
+        let places: Vec<u64> = (0..3).map(|_| outgoing.write(&data).unwrap()).collect();
+        incoming.read(places[0], data.len(), |_| ()).unwrap();
+        assert_eq!(outgoing.write(&data), Some(4 << 17));
+        assert_eq!(outgoing.write(&data), None);
     }
 
     #[test]
