@@ -1,6 +1,13 @@
 //! What a safetensors file claims, checked before anything is allocated for it: its header is JSON, of any length and with any number of
 //! entries, and a parser pays for each.
 
+use std::collections::HashMap;
+use std::ops::Range;
+
+use candle_core::DType;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+
 /// Longest header that is read. The full FLUX.1 transformer's is 0.1 MB; a hostile one costs memory.
 pub const MAX_HEADER_BYTES: u64 = 8 << 20;
 /// Most tensors of one file, and of one component; the full FLUX.1 transformer has 1,446.
@@ -9,6 +16,55 @@ pub const MAX_TENSORS: usize = 20_000;
 pub const MAX_DIMS: usize = 8;
 /// Bytes of the header's length, with which a file begins.
 pub const LENGTH_BYTES: usize = 8;
+
+/// A tensor of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// As the file calls it.
+    pub name: String,
+    /// What it is made of.
+    pub dtype: DType,
+    /// Its dimensions.
+    pub shape: Vec<usize>,
+    /// Where in the file its bytes are.
+    pub bytes: Range<usize>,
+}
+
+/// Every tensor of a `file`, and what it says of itself beside them.
+///
+/// # Errors
+/// What is wrong with it, for people: it is not whole, claims too much, or holds types that are not numbers.
+pub fn entries(file: &[u8]) -> Result<(Vec<Entry>, HashMap<String, String>), String> {
+    let length = length(file, file.len() as u64)?;
+    check(&file[LENGTH_BYTES..LENGTH_BYTES + length])?;
+    let broken = |error: SafeTensorError| format!("{error}; it may be truncated");
+    let (_, metadata) = SafeTensors::read_metadata(file).map_err(broken)?;
+    let tensors = SafeTensors::deserialize(file).map_err(broken)?;
+    if tensors.len() > MAX_TENSORS {
+        return Err(format!("it holds more than {MAX_TENSORS} tensors"));
+    }
+    let base = file.as_ptr().addr();
+    let entry = |(name, view): (&str, TensorView<'_>)| {
+        let dtype = dtype(view.dtype()).ok_or_else(|| format!("tensor `{name}` has the unsupported type {:?}", view.dtype()))?;
+        let start = view.data().as_ptr().addr() - base;
+        Ok(Entry { name: name.to_owned(), dtype, shape: view.shape().to_vec(), bytes: start..start + view.data().len() })
+    };
+    let entries = tensors.iter().map(entry).collect::<Result<_, String>>()?;
+    Ok((entries, metadata.metadata().clone().unwrap_or_default()))
+}
+
+fn dtype(dtype: Dtype) -> Option<DType> {
+    Some(match dtype {
+        Dtype::F64 => DType::F64,
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
+        Dtype::I64 => DType::I64,
+        Dtype::U32 => DType::U32,
+        Dtype::U8 => DType::U8,
+        _ => return None,
+    })
+}
 
 /// Bytes of the header of a file of `file_bytes` bytes that begins with `first`.
 ///
