@@ -80,14 +80,44 @@ vectorised! {
 vectorised! {
     /// Rows of `width` pairs as two rows of floats each: of the later ones, and of the earlier ones.
     pub(crate) fn widen_pairs(pairs: &[f32], width: usize, to: &mut [f32]) {
-        for (pairs, to) in pairs.chunks_exact(width).zip(to.chunks_exact_mut(2 * width)) {
+        // By whole vectors as long as there is room for one: what they have too much is written over by what comes next.
+        let done = match width {
+            6..8 => widen_vectors::<8>(pairs, width, to),
+            12..16 => widen_vectors::<16>(pairs, width, to),
+            _ => 0,
+        };
+        let rows = pairs.chunks_exact(width).zip(to.chunks_exact_mut(2 * width));
+        for (pairs, to) in rows.skip(done) {
             let (later, earlier) = to.split_at_mut(width);
-            for ((pair, later), earlier) in pairs.iter().zip(later).zip(earlier) {
-                *later = f32::from_bits(pair.to_bits() & 0xffff_0000);
-                *earlier = f32::from_bits(pair.to_bits() << 16);
-            }
+            later.iter_mut().zip(pairs).for_each(|(to, pair)| *to = later_of(*pair));
+            earlier.iter_mut().zip(pairs).for_each(|(to, pair)| *to = earlier_of(*pair));
         }
     }
+}
+
+/// How many rows it has widened.
+#[inline(always)]
+fn widen_vectors<const LANES: usize>(pairs: &[f32], width: usize, to: &mut [f32]) -> usize {
+    let mut row = 0;
+    while let (Some(from), Some(to)) = (pairs.get(row * width..), to.get_mut(2 * row * width..))
+        && let Some(from) = from.first_chunk::<LANES>()
+        && to.len() >= width + LANES
+    {
+        to[..LANES].copy_from_slice(&from.map(later_of));
+        to[width..][..LANES].copy_from_slice(&from.map(earlier_of));
+        row += 1;
+    }
+    row
+}
+
+#[inline(always)]
+fn later_of(pair: f32) -> f32 {
+    f32::from_bits(pair.to_bits() & 0xffff_0000)
+}
+
+#[inline(always)]
+fn earlier_of(pair: f32) -> f32 {
+    f32::from_bits(pair.to_bits() << 16)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -141,6 +171,17 @@ mod tests {
     use crate::guard::Guarded;
 
     proptest! {
+        #[test]
+        fn pairs_become_two_rows(width in 1usize..20, rows in 0usize..9) {
+            let pairs: Vec<f32> = (0..width * rows).map(|i| f32::from_bits((i as u32 * 7919) << 16 | (i as u32 * 31 + 1) & 0xffff)).collect();
+            let mut to = vec![f32::NAN; 2 * width * rows];
+            widen_pairs(&pairs, width, &mut to);
+            for (i, pair) in pairs.iter().enumerate() {
+                let (at, halves) = (i / width * 2 * width + i % width, [pair.to_bits() >> 16, pair.to_bits() & 0xffff]);
+                prop_assert_eq!([to[at], to[at + width]].map(f32::to_bits), halves.map(|half| half << 16));
+            }
+        }
+
         #[test]
         fn every_float_becomes_the_nearest(bits in prop::collection::vec(any::<u32>(), 0..100), before in any::<bool>()) {
             let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
