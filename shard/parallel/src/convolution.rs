@@ -63,8 +63,8 @@ impl Conv2d {
         let kernel = if packs {
             let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);
             let packed = match Products::here().order() {
-                Some(order) if weight.dtype() == DType::BF16 => {
-                    read_as(&weight, |w| conv::Conv2d::pack_pairs(order, w, dims, Some(&bias)))?
+                Some(order) if weight.dtype() != DType::F32 => {
+                    read_as(&weight.to_dtype(DType::BF16)?, |w| conv::Conv2d::pack_pairs(order, w, dims, Some(&bias)))?
                 }
                 _ => read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?,
             };

@@ -44,7 +44,12 @@ impl<'a> Values<'a> {
             (Self::F32(data), _) => packed(data, [n, k], chunks),
             (Self::Bf16(data), Some(order)) => PackedWeight::pack_pairs(order, Rows::new(data, n, k), chunks),
             (Self::Bf16(data), None) => packed(data, [n, k], chunks),
-            (Self::F16(data), _) => packed(data, [n, k], chunks),
+            // As diffusers loads them in bf16.
+            (Self::F16(data), Some(order)) => {
+                let rounded: Vec<bf16> = data.iter().map(|w| bf16::from_f32(w.to_f32())).collect();
+                PackedWeight::pack_pairs(order, Rows::new(&rounded, n, k), chunks)
+            }
+            (Self::F16(data), None) => packed(data, [n, k], chunks),
         }
     }
 }
@@ -59,7 +64,7 @@ pub(crate) struct Matrix {
 
 #[derive(Clone)]
 enum Weight {
-    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or bf16 or blocks, multiplied in bf16 or 8 bits.
+    /// For our kernels: f32, 16 bits or blocks, multiplied in f32; or 16 bits or blocks, multiplied in bf16 or 8 bits.
     Packed(Arc<PackedWeight>),
     /// For candle's: one for each chunk.
     Whole(Vec<Tensor>),
@@ -261,6 +266,21 @@ mod tests {
                 assert!(largest((narrow - wide.product(&x, None, None).unwrap()).unwrap()) > 1e-4);
             }
         }
+    }
+
+    #[test]
+    fn weights_of_f16_are_rounded_for_products_in_bf16() {
+        let x = Tensor::randn(0f32, 1.0, (3, 40), &Device::Cpu).unwrap();
+        let weight = Tensor::randn(0f32, 1.0, (17, 40), &Device::Cpu).unwrap().to_dtype(DType::F16).unwrap();
+        let rounded = weight.to_dtype(DType::BF16).unwrap();
+        let product = |products, weight: &Tensor| {
+            let matrix = Matrix::multiplied_in(products, weight, vec![vec![(0, 40)]]).unwrap();
+            matrix.product(&x, None, None).unwrap().to_vec2::<f32>().unwrap()
+        };
+        for products in [Products::Bf16, Products::Amx, Products::Int8] {
+            assert_eq!(product(products, &weight), product(products, &rounded));
+        }
+        assert_ne!(product(Products::F32, &weight), product(Products::F32, &rounded));
     }
 
     #[test]

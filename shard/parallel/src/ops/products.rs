@@ -12,7 +12,7 @@ use kernels::gemm::micro::has_fast_pairs;
 use super::host::has_kernels;
 use crate::{Error, Result};
 
-/// What layers whose weights are bf16 or blocks multiply in; on the CPU attention and convolutions too.
+/// What layers whose weights are of 16 bits or blocks multiply in; on the CPU attention and convolutions too. f16 is rounded to bf16 for it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Products {
     /// Weights are widened for each product: the reference's f32 numbers.

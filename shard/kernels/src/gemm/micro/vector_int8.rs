@@ -28,7 +28,8 @@ macro_rules! vector_int8_kernel {
                 nr: NR,
                 takes: Takes::Blocks(bytes),
                 tile: tile::<SCALES>,
-                lines: None, places: false,
+                lines: None,
+                places: false,
                 spin: spin::<SCALES>,
                 flops: 2 * bytes.group * LANES * CHAINS,
             }

@@ -20,7 +20,8 @@ macro_rules! pairs_kernel {
             nr: NR,
             takes: Takes::PairsByFloats,
             tile,
-            lines: None, places: true,
+            lines: None,
+            places: true,
             spin: SPIN,
             flops: FLOPS,
         };
@@ -41,21 +42,23 @@ macro_rules! pairs_kernel {
         pairs_kernel!(@each $features, $class, [$upper, $lower], [] $($count $rows $at $row $left $right;)*);
     };
     (@each $features:literal, $class:ident, $loads:tt, [$($before:tt)*]) => {};
-    (@each $features:literal, $class:ident, $loads:tt, [$($before:tt)*] $count:literal $rows:ident $at:ident $row:literal $left:ident $right:ident; $($more:tt)*) => {
-        pairs_kernel!(@rows $features, $class, $loads, "", "add {b}, 4 * {nr}", $count $rows $($before)* $row $left $right;);
+    (@each $features:literal, $class:ident, $loads:tt, [$($before:tt)*]
+        $count:literal $rows:ident $at:ident $row:literal $left:ident $right:ident; $($more:tt)*) => {
+        pairs_kernel!(@rows $features, $class, $loads, ["", "add {b}, 4 * {nr}"], $count $rows $($before)* $row $left $right;);
         pairs_kernel!(
-            @rows $features, $class, $loads, "mov {place}, qword ptr [{places}]\nadd {places}, 8", "",
+            @rows $features, $class, $loads, ["mov {place}, qword ptr [{places}]\nadd {places}, 8", ""],
             $count $at $($before)* $row $left $right;
         );
         pairs_kernel!(@each $features, $class, $loads, [$($before)* $row $left $right;] $($more)*);
     };
-    (@rows $features:literal, $class:ident, [$upper:expr, $lower:expr], $place:literal, $passed:literal, $count:literal $rows:ident $($row:literal $left:ident $right:ident;)*) => {
+    (@rows $features:literal, $class:ident, [$upper:expr, $lower:expr], [$place:literal, $passed:literal],
+        $count:literal $rows:ident $($row:literal $left:ident $right:ident;)*) => {
         /// # Safety
         /// As [`tile`], for a tile of as many rows, with its places or without.
         #[target_feature(enable = $features)]
         unsafe fn $rows(t: Tile, places: NonNull<usize>) {
-            // SAFETY: every pointer stays in `[k][2][MR]` of `a`, `[k][NR]` of `b`, or such rows at `k` places, and `[rows][NR]` of `c`; fetching does nothing but fetch. The
-            // mode is as it was at the end.
+            // SAFETY: every pointer stays in `[k][2][MR]` of `a`, `[k][NR]` of `b`, or such rows at `k` places, and `[rows][NR]` of `c`; fetching
+            // does nothing but fetch. The mode is as it was at the end.
             unsafe {
                 let mut sums: [[Sums; 2]; $count] = [[zero(); 2]; $count];
                 if !t.fresh {
