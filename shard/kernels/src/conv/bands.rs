@@ -17,8 +17,8 @@ pub(super) struct Bands {
     /// For each element of `[channels, size, size]`.
     places: Places,
     channels: usize,
-    /// Lines of a band, and columns of the picture that are seen in them.
-    seen: [usize; 2],
+    /// Columns of the output that a job has of each of its lines.
+    columns: usize,
     /// Floats from a line to the next, and from a channel to the next.
     strides: [usize; 2],
     /// Width of the output.
@@ -43,14 +43,13 @@ impl Bands {
         } else {
             ((pixels - 1).div_ceil(width) + 1, width)
         };
-        let seen = [lines, columns].map(|n| n + size - 1);
         // Odd multiples of a line of the caches, so that neither lines nor channels are in one another's way there.
         let odd = |floats: usize| floats.div_ceil(LINE) / 2 * 2 * LINE + LINE;
-        let line = odd(seen[1]);
-        let channel = odd(seen[0] * line);
+        let line = odd(columns + size - 1);
+        let channel = odd((lines + size - 1) * line);
         let of_channel = |channel_at: usize| (0..size).flat_map(move |ky| (0..size).map(move |kx| channel_at + ky * line + kx));
         let places = Places::new((0..channels).flat_map(|at| of_channel(at * channel)).collect());
-        Some(Self { places, channels, seen, strides: [line, channel], width, size })
+        Some(Self { places, channels, columns, strides: [line, channel], width, size })
     }
 
     /// Floats of all bands of a step.
@@ -77,7 +76,7 @@ impl Bands {
 
     /// The row and the column of the output at which the bands of a job begin.
     fn corner(&self, first: usize) -> [usize; 2] {
-        let whole_lines = self.seen[1] + 1 - self.size == self.width;
+        let whole_lines = self.columns == self.width;
         [first / self.width, if whole_lines { 0 } else { first % self.width }]
     }
 
@@ -85,10 +84,10 @@ impl Bands {
     pub(super) fn fill(&self, memory: &mut [f32], windows: &Windows<'_>, k: Range<usize>, pixels: Range<usize>) {
         let area = self.size * self.size;
         let [top, left] = self.corner(pixels.start);
-        let lines = (pixels.end - 1) / self.width - top + self.size;
+        let (lines, seen) = ((pixels.end - 1) / self.width - top + self.size, self.columns + self.size - 1);
         for (channel, band) in (k.start / area..k.end / area).zip(memory.chunks_exact_mut(self.strides[1])) {
             for (line, to) in band.chunks_exact_mut(self.strides[0]).take(lines).enumerate() {
-                fill_line(windows, [channel, top + line, left], &mut to[..self.seen[1]]);
+                fill_line(windows, [channel, top + line, left], &mut to[..seen]);
             }
         }
     }
