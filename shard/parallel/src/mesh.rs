@@ -35,6 +35,7 @@ pub trait Link: Send + Sync {
     fn recv_floats(&self, from: usize, len: usize, f: &mut dyn FnMut(&[f32])) -> Result<()> {
         lend_floats(&self.recv(from)?, len, f)
     }
+
     /// Hands `x` to each of `to` and takes a tensor of `x`'s shape and type from each of `from`, who do the same at the same
     /// time. What only ranks that meet in one call can do at a device's speed.
     fn exchange(&self, x: &Tensor, to: &[usize], from: &[usize]) -> Result<Vec<Tensor>> {

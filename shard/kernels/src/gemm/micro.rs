@@ -1,6 +1,8 @@
 //! The innermost products. One file for each instruction set; whatever is not a [`MicroKernel`] is the same for all.
 #![allow(unsafe_code)] // pointers into packed panels, and code for more than the baseline CPU
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::_mm_prefetch;
 use std::fmt;
 #[cfg(target_arch = "x86_64")]
 use std::hint::black_box;
@@ -158,6 +160,17 @@ impl Ahead {
     /// Lines to fetch for `k` of them.
     fn lines(self, k: usize) -> usize {
         (self.of_each * k).div_ceil(LINE)
+    }
+
+    /// Fetches some lines into the caches that `HINT` says, and goes on behind them.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn fetch<const HINT: i32>(&mut self, lines: usize) {
+        for _ in 0..lines {
+            // SAFETY: the instruction only hints, whatever is there.
+            unsafe { _mm_prefetch::<HINT>(self.from.cast()) };
+            self.from = self.from.wrapping_add(LINE);
+        }
     }
 }
 

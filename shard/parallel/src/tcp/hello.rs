@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use super::{Reading, SILENCE, Security, Wire};
 use crate::{Error, Result};
 
-const MAGIC: [u8; 4] = *b"ATL1";
+/// Of a way to sum that all ranks of a group must share.
+const MAGIC: [u8; 4] = *b"ATL2";
 
 /// Which incarnation of which group a connection belongs to. Both ends must name the same.
 #[derive(Clone, PartialEq, Eq)]

@@ -2,13 +2,12 @@
 #![allow(unsafe_code)] // intrinsics on pointers
 
 use std::arch::x86_64::{
-    __m256, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps,
-    _mm256_storeu_ps,
+    __m256, _MM_HINT_T0, _MM_HINT_T1, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
 };
 use std::ptr;
 
 use super::vector::vector_kernel;
-use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};
+use super::{BETWEEN_FETCHES, MicroKernel, Takes, Tile};
 
 pub(super) const LANES: usize = 8;
 const CHAINS: usize = 12;

@@ -3,13 +3,12 @@
 #![allow(unsafe_code)] // intrinsics on pointers
 
 use std::arch::x86_64::{
-    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm_prefetch, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_storeu_ps,
+    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 use std::ptr;
 
 use super::vector::vector_kernel;
-use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};
+use super::{BETWEEN_FETCHES, MicroKernel, Takes, Tile};
 
 pub(super) const LANES: usize = 16;
 const CHAINS: usize = 16;

@@ -41,7 +41,7 @@ macro_rules! vector_kernel {
                         *sum = [load(c), load(c.add(LANES))];
                     }
                 }
-                let (mut a, mut b, mut panel, mut next, mut left) = (t.a, t.b, t.panel.from, t.sums.from, t.k);
+                let (mut a, mut b, mut panel, mut next, mut left) = (t.a, t.b, t.panel, t.sums, t.k);
                 let [of_panel, of_next] = [t.panel, t.sums].map(|ahead| ahead.lines(BETWEEN_FETCHES));
                 while left > 0 {
                     let some = left.min(BETWEEN_FETCHES);
@@ -60,14 +60,8 @@ macro_rules! vector_kernel {
                             b = b.add(NR);
                         }
                     }
-                    for _ in 0..of_panel {
-                        _mm_prefetch::<_MM_HINT_T1>(panel.cast());
-                        panel = panel.wrapping_add(LINE);
-                    }
-                    for _ in 0..of_next {
-                        _mm_prefetch::<_MM_HINT_T0>(next.cast());
-                        next = next.wrapping_add(LINE);
-                    }
+                    panel.fetch::<_MM_HINT_T1>(of_panel);
+                    next.fetch::<_MM_HINT_T0>(of_next);
                     left -= some;
                 }
                 for (row, sum) in sums.iter().enumerate() {

@@ -63,17 +63,11 @@ macro_rules! vector_int8_kernel {
                     }
                 }
                 let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<u8>());
-                let (mut panel, mut next) = (t.panel.from, t.sums.from);
+                let (mut panel, mut next) = (t.panel, t.sums);
                 let [of_panel, of_next] = [t.panel, t.sums].map(|ahead| ahead.lines(1));
                 for block in 0..t.k {
-                    for _ in 0..of_panel {
-                        _mm_prefetch::<_MM_HINT_T1>(panel.cast());
-                        panel = panel.wrapping_add(LINE);
-                    }
-                    for _ in 0..of_next {
-                        _mm_prefetch::<_MM_HINT_T0>(next.cast());
-                        next = next.wrapping_add(LINE);
-                    }
+                    panel.fetch::<_MM_HINT_T1>(of_panel);
+                    next.fetch::<_MM_HINT_T0>(of_next);
                     // Below the groups: scales, what the excess of weights adds, taken off, and the sums of inputs.
                     let (of_rows, of_columns) = (a.add(groups * mr), b.add(BLOCK * NR));
                     for part in 0..parts {
