@@ -220,17 +220,15 @@ impl Conv2d {
                     let block = block..m.min(block + ROWS / mr * mr);
                     for (panel, column) in (0..n).step_by(nr).enumerate() {
                         let columns = column..n.min(column + nr);
+                        let right = &right[bands.map_or(panel * Panels::stride(nr), |bands| bands.start(pixels.start, column))..];
                         for row in block.clone().step_by(mr) {
                             let rows = row..block.end.min(row + mr);
                             let weight = &self.weight.as_slice()[self.kernel.input_len(row * k_all + first * mr)..];
                             let (tile, sums) = sums.tile(Place::Depth(0), rows, columns.clone());
                             let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
                             match bands {
-                                Some(bands) => {
-                                    let right = (&right[bands.start(pixels.start, column)..], bands.places());
-                                    self.kernel.run_at(k.len(), weight, right, tile, fresh, soon);
-                                }
-                                None => self.kernel.run(k.len(), weight, &right[panel * Panels::stride(nr)..], tile, fresh, soon),
+                                Some(bands) => self.kernel.run_at(k.len(), weight, (right, bands.places()), tile, fresh, soon),
+                                None => self.kernel.run(k.len(), weight, right, tile, fresh, soon),
                             }
                         }
                     }

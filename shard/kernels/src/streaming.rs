@@ -3,8 +3,6 @@
 
 use std::mem::MaybeUninit;
 
-use crate::memory::seen;
-
 /// Puts `lower + upper` behind what `sum` holds, which has room for it.
 pub fn append_sum(sum: &mut Vec<f32>, lower: &[f32], upper: &[f32]) {
     assert_eq!(lower.len(), upper.len(), "as many of both");
@@ -16,7 +14,8 @@ pub fn append_sum(sum: &mut Vec<f32>, lower: &[f32], upper: &[f32]) {
     unsafe { sum.set_len(before + len) };
 }
 
-fn add<'a>(lower: &[f32], upper: &[f32], to: &'a mut [MaybeUninit<f32>]) -> &'a mut [f32] {
+/// Writes all of `to`.
+fn add(lower: &[f32], upper: &[f32], to: &mut [MaybeUninit<f32>]) {
     #[cfg(target_arch = "x86_64")]
     if crate::cpu::path() != crate::cpu::Path::Plain {
         let outside = to.as_ptr().align_offset(avx2::ALIGNMENT).min(to.len());
@@ -24,13 +23,9 @@ fn add<'a>(lower: &[f32], upper: &[f32], to: &'a mut [MaybeUninit<f32>]) -> &'a 
         add_plainly(lower, upper, 0..outside, to);
         // SAFETY: the CPU has AVX2; as many of each, from an aligned place on.
         unsafe { avx2::add(&lower[outside..][..whole], &upper[outside..][..whole], &mut to[outside..][..whole]) };
-        add_plainly(lower, upper, outside + whole..to.len(), to);
-        // SAFETY: before, in and behind the aligned part, all are written.
-        return unsafe { seen(to) };
+        return add_plainly(lower, upper, outside + whole..to.len(), to);
     }
     add_plainly(lower, upper, 0..to.len(), to);
-    // SAFETY: all are written.
-    unsafe { seen(to) }
 }
 
 fn add_plainly(lower: &[f32], upper: &[f32], of: std::ops::Range<usize>, to: &mut [MaybeUninit<f32>]) {

@@ -42,13 +42,10 @@ impl Format for Q3 {
             let high = scales[8 + part % 4] >> (part / 4 * 2) & 3;
             *scale = d * (f32::from(low | high << 4) - 32.0);
         }
-        let third: [u8; LINE] = std::array::from_fn(|i| third[i]);
-        let [first, second] = halves(to.values);
-        let [q_first, q_second] = [&q[..LINE], &q[LINE..]];
-        each_quarter(first, |quarter, i| ((q_first[i] >> (2 * quarter)) & 3) as i8 - (!third[i] >> quarter << 2 & 4) as i8);
-        each_quarter(second, |quarter, i| {
-            ((q_second[i] >> (2 * quarter)) & 3) as i8 - (!third[i] >> (4 + quarter) << 2 & 4) as i8
-        });
+        for (at, (q, values)) in lines(q).zip(to.values.as_chunks_mut::<128>().0).enumerate() {
+            let missing: [u8; LINE] = std::array::from_fn(|i| !third[i] >> (4 * at));
+            each_quarter(values, |quarter, i| (q[i] >> (2 * quarter) & 3) as i8 - (missing[i] >> quarter << 2 & 4) as i8);
+        }
     }
 }
 
@@ -126,14 +123,6 @@ const LINE: usize = 32;
 #[inline(always)]
 fn lines(bytes: &[u8]) -> impl Iterator<Item = &[u8; LINE]> {
     bytes.as_chunks::<LINE>().0.iter()
-}
-
-#[inline(always)]
-fn halves(values: &mut [i8]) -> [&mut [i8; 128]; 2] {
-    match values.as_chunks_mut::<128>().0 {
-        [first, second] => [first, second],
-        _ => unreachable!("a block of 256"),
-    }
 }
 
 /// Value `i` of each quarter. By quarters that are written out: vectors have no shift of bytes by a number that is not known.
