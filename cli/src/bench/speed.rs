@@ -301,7 +301,7 @@ fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
 fn convolutions(table: &Table) -> io::Result<()> {
     for (channels, side) in [(128, 128), (512, 64)] {
         let conv = Conv2d::pack(&values(channels * channels * 9), [channels, channels, 3], None);
-        let geometry = Geometry { input: [side, side], stride: 1, before: 1, after: 1, doubled: false };
+        let geometry = Geometry::same([side, side], 3);
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
         table.flops("conv 3x3", shape.clone(), flops, || {

@@ -7,12 +7,15 @@
 //! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
 //! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window. In tiles of
 //! bf16 32 channels go together (`conv/lines.rs`).
+//!
+//! A kernel for pictures of twice the size is four smaller ones (`conv/doubling.rs`).
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::activation::Activation;
 use crate::conv::bands::Bands;
+use crate::conv::laid::Laid;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::{MicroKernel, Soon, Takes};
 use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
@@ -21,6 +24,8 @@ use crate::scratch::Buffer;
 use crate::{rows, scratch, threads};
 
 mod bands;
+mod doubling;
+mod laid;
 mod lines;
 mod windows;
 
@@ -34,8 +39,9 @@ const SMALL: usize = 1 << 19;
 /// A kernel, packed once. `weight: [C_out, C_in, k, k]`, `bias: [C_out]`.
 #[derive(Clone)]
 pub struct Conv2d {
-    /// The `a` of the kernel's tiles: rows of `C k k`, of [`Self::deep`] channels C; in tiles of bf16 what [`lines::pack`] says.
-    weight: Buffer,
+    /// One, or those of [`doubling`]. Each is the `a` of the kernel's tiles: rows of `C k k`, of [`Self::deep`] channels C; in tiles of bf16
+    /// what [`lines::pack`] says.
+    phases: Vec<Buffer>,
     bias: Option<Vec<f32>>,
     c_in: usize,
     c_out: usize,
@@ -75,19 +81,17 @@ pub struct Geometry {
     pub before: usize,
     /// Zeros below and to the right.
     pub after: usize,
-    /// Whether the input is first enlarged to twice its size, each pixel repeated.
-    pub doubled: bool,
 }
 
 impl Geometry {
-    /// Height and width of what windows are laid on, without the zeros around it.
-    fn shown(&self) -> [usize; 2] {
-        self.input.map(|n| if self.doubled { 2 * n } else { n })
+    /// Windows of `size` by `size` side by side, with as many zeros around as keep the size of a picture. `size` is odd.
+    pub fn same(input: [usize; 2], size: usize) -> Self {
+        Self { input, stride: 1, before: size / 2, after: size / 2 }
     }
 
     /// Height and width of the output of a kernel of `size` by `size`.
-    pub fn output(&self, size: usize) -> [usize; 2] {
-        self.shown().map(|n| {
+    fn output(&self, size: usize) -> [usize; 2] {
+        self.input.map(|n| {
             let n = n + self.before + self.after;
             if n < size { 0 } else { (n - size) / self.stride + 1 }
         })
@@ -96,33 +100,39 @@ impl Geometry {
 
 impl Conv2d {
     /// Packs `weight: [c_out, c_in, size, size]`.
-    pub fn pack(weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
-        Self::pack_for(MicroKernel::best(), weight, [c_out, c_in, size], bias)
+    pub fn pack(weight: &[f32], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
+        Self::pack_for(MicroKernel::best(), weight, dims, bias)
     }
 
     /// As [`Self::pack`], for products in bf16: pictures are rounded to it, sums are in f32.
     pub fn pack_pairs(order: Order, weight: &[bf16], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
-        let weight: Vec<f32> = weight.iter().map(|w| w.to_f32()).collect();
-        Self::pack_for(MicroKernel::bf16(order), &weight, dims, bias)
+        Self::pack_for(MicroKernel::bf16(order), &widened(weight), dims, bias)
+    }
+
+    /// As [`Self::pack`], of a kernel that is laid on pictures of twice the size, each pixel repeated, so as to keep that size.
+    pub fn pack_doubling(weight: &[f32], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
+        Self::pack_doubling_for(MicroKernel::best(), weight, dims, bias)
+    }
+
+    /// As [`Self::pack_doubling`], for products in bf16: sums of weights are rounded to it.
+    pub fn pack_doubling_pairs(order: Order, weight: &[bf16], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
+        Self::pack_doubling_for(MicroKernel::bf16(order), &widened(weight), dims, bias)
     }
 
     fn pack_for(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
-        if kernel.takes == Takes::Tiles {
-            let packed = lines::pack(kernel, weight, [c_out, c_in, size]);
-            return Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel };
-        }
-        let (k, deep) = (c_in * size * size, channels(kernel, c_in) * size * size);
-        assert_eq!(weight.len(), c_out * k);
+        let phases = vec![pack_phase(kernel, weight, [c_out, c_in, size])];
+        Self::of(kernel, phases, [c_out, c_in, size], bias)
+    }
+
+    fn pack_doubling_for(kernel: &'static MicroKernel, weight: &[f32], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
+        let [c_out, c_in, size] = dims;
+        let pack = |weight: &Vec<f32>| pack_phase(kernel, weight, [c_out, c_in, doubling::window(size)]);
+        Self::of(kernel, doubling::kernels(weight, size).iter().map(pack).collect(), dims, bias)
+    }
+
+    fn of(kernel: &'static MicroKernel, phases: Vec<Buffer>, [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {
         assert!(bias.is_none_or(|b| b.len() == c_out), "one bias for each of {c_out} channels");
-        let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * kernel.input_len(deep));
-        let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
-        if kernel.pairs() && k > 0 {
-            let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
-            filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
-        }
-        let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
-        pack_tiles(packed.as_mut_slice(), rows, deep, kernel);
-        Self { weight: packed, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
+        Self { phases, bias: bias.map(<[f32]>::to_vec), c_in, c_out, size, kernel }
     }
 
     /// Output and input channels, and the kernel's size.
@@ -130,21 +140,28 @@ impl Conv2d {
         [self.c_out, self.c_in, self.size]
     }
 
-    /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Geometry::output`].
+    /// Height and width of the output.
+    pub fn output(&self, geometry: Geometry) -> [usize; 2] {
+        if self.doubles() { geometry.input.map(|n| 2 * n) } else { geometry.output(self.size) }
+    }
+
+    /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Self::output`]. A doubling kernel takes only
+    /// [`Geometry::same`].
     pub fn run<'a>(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &'a mut (impl Output + ?Sized)) -> &'a mut [f32] {
         let y = y.unread();
         assert!(finish.residual.is_none_or(|residual| residual.len() == y.len()), "one to add to each result");
-        let (pixels, area) = (geometry.output(self.size).iter().product::<usize>(), geometry.input.iter().product::<usize>());
+        let (pixels, area) = (self.output(geometry).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
             return &mut [];
         }
         assert!(self.c_in > 0 && self.size > 0, "a kernel that looks at something");
         let batch = y.len() / (self.c_out * pixels);
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
+        let laid = if self.doubles() { doubling::laid(geometry, self.size) } else { Laid::once(geometry, self.size) };
         match self.kernel.takes {
-            Takes::Tiles => lines::convolve(self, x, geometry, finish, y),
-            Takes::Pairs | Takes::PairsByFloats => self.convolve_pairs(x, geometry, finish, y),
-            _ => self.convolve(x, geometry, finish, y),
+            Takes::Tiles => lines::convolve(self, x, laid, finish, y),
+            Takes::Pairs | Takes::PairsByFloats => self.convolve_pairs(x, laid, finish, y),
+            _ => self.convolve(x, laid, finish, y),
         }
         #[allow(unsafe_code)] // floats from here on
         // SAFETY: every pixel of every channel is written, whichever way it is made.
@@ -154,8 +171,8 @@ impl Conv2d {
     }
 
     /// As [`Self::convolve`], of channels that are paired first.
-    fn convolve_pairs(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
-        let area = geometry.input.iter().product::<usize>();
+    fn convolve_pairs(&self, x: &[f32], laid: Laid, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
+        let area = laid.input.iter().product::<usize>();
         let batch = x.len() / (self.c_in * area);
         scratch::lend(batch * self.deep() * area, |pairs| {
             threads::over_rows(pairs, area, |first, pairs| {
@@ -165,8 +182,13 @@ impl Conv2d {
                     pair_channels(two, [two.len() / area, area], pairs);
                 }
             });
-            self.convolve(pairs, geometry, finish, y);
+            self.convolve(pairs, laid, finish, y);
         });
+    }
+
+    /// Whether it is for pictures of twice the size.
+    pub fn doubles(&self) -> bool {
+        self.phases.len() > 1
     }
 
     /// Channels, or pairs of them.
@@ -174,74 +196,119 @@ impl Conv2d {
         channels(self.kernel, self.c_in)
     }
 
+    /// Whether one thread is as fast as several, where they have to be woken.
+    fn is_small(&self, results: usize) -> bool {
+        results * self.c_in * self.size * self.size < SMALL
+    }
+
     /// `x: [B, C, H, W]`, of [`Self::deep`] channels C.
-    fn convolve(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
-        let pixels = geometry.output(self.size).iter().product::<usize>();
-        let input = self.deep() * geometry.input.iter().product::<usize>();
-        let batch = y.len() / (self.c_out * pixels);
-        let per_job = jobs_of(pixels, batch, self.kernel.nr);
+    fn convolve(&self, x: &[f32], laid: Laid, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
+        let (pixels, all) = (laid.pixels(), laid.pixels() * self.phases.len());
+        let input = self.deep() * laid.input.iter().product::<usize>();
+        let (batch, small) = (y.len() / (self.c_out * all), self.is_small(y.len()));
+        let per_job = jobs_of(pixels, batch, self.kernel.nr, PIXELS / self.phases.len());
         let blocks = pixels.div_ceil(per_job);
-        let small = y.len() * self.c_in * self.size * self.size < SMALL;
-        let y = SharedPlane::of(y, pixels);
-        let bands = Bands::of(geometry, self.size, self.kernel, per_job);
+        let y = SharedPlane::of(y, all);
+        let bands = Bands::of(&laid, self.kernel, per_job);
         threads::over_jobs(batch * blocks, small, |job| {
             let (item, block) = (job / blocks, job % blocks);
             let columns = block * per_job..pixels.min((block + 1) * per_job);
-            #[allow(unsafe_code)] // threads write rectangles, which are not slices
-            // SAFETY: every job has its own pixels of its own picture.
-            let y = unsafe { y.part(item * self.c_out..(item + 1) * self.c_out, columns.clone()) };
-            let windows = Windows { x: &x[item * input..][..input], geometry, size: self.size };
-            let first = item * self.c_out * pixels + columns.start;
-            self.job(&windows, bands.as_ref(), columns, |channel, row| finish.apply(row, first + channel * pixels), y);
+            let windows = Windows { x: &x[item * input..][..input], laid };
+            let finish = |channel, pixel, row: &mut [f32]| finish.apply(row, (item * self.c_out + channel) * all + pixel);
+            self.job(&windows, bands.as_ref(), columns, finish, |pixels| {
+                #[allow(unsafe_code)] // threads write rectangles, which are not slices
+                // SAFETY: every job has its own pixels of its own picture, and asks for those of one run at a time.
+                unsafe {
+                    y.part(item * self.c_out..(item + 1) * self.c_out, pixels)
+                }
+            });
         });
     }
 
-    fn job(
+    /// `y` lends all channels of the given pixels of the output; `finish` gets a channel, a pixel, and the results from there on.
+    fn job<'y>(
         &self,
         windows: &Windows<'_>,
         bands: Option<&Bands>,
         pixels: Range<usize>,
-        finish: impl Fn(usize, &mut [f32]),
-        mut y: Plane<'_>,
+        finish: impl Fn(usize, usize, &mut [f32]),
+        y: impl Fn(Range<usize>) -> Plane<'y>,
     ) {
-        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * self.size * self.size);
+        let (mr, nr, laid) = (self.kernel.mr, self.kernel.nr, windows.laid);
+        let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * laid.size * laid.size);
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
         let right = bands.map_or(n.div_ceil(nr) * Panels::stride(nr), Bands::len);
-        scratch::with([right, Sums::PASSING + level], |[right, memory]| {
+        scratch::with([right, Sums::PASSING + self.phases.len() * level], |[right, memory]| {
             let mut sums = Sums::new(memory, m, level, self.kernel);
-            for first in (0..k_all).step_by(bands.map_or(K_STEP, Bands::step)) {
-                let k = first..k_all.min(first + bands.map_or(K_STEP, Bands::step));
-                match bands {
-                    Some(bands) => bands.fill(right, windows, k.clone(), pixels.clone()),
-                    None => windows::pack(windows, &mut Panels { memory: right, nr }, k.clone(), pixels.clone()),
+            let step = bands.map_or(K_STEP, Bands::step);
+            for first in (0..k_all).step_by(step) {
+                let k = first..k_all.min(first + step);
+                if let Some(bands) = bands {
+                    bands.fill(right, windows, k.clone(), pixels.clone());
                 }
-                for block in (0..m).step_by(ROWS / mr * mr) {
-                    let block = block..m.min(block + ROWS / mr * mr);
-                    for (panel, column) in (0..n).step_by(nr).enumerate() {
-                        let columns = column..n.min(column + nr);
-                        let right = &right[bands.map_or(panel * Panels::stride(nr), |bands| bands.start(pixels.start, column))..];
-                        for row in block.clone().step_by(mr) {
-                            let rows = row..block.end.min(row + mr);
-                            let weight = &self.weight.as_slice()[self.kernel.input_len(row * k_all + first * mr)..];
-                            let (tile, sums) = sums.tile(Place::Depth(0), rows, columns.clone());
-                            let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
-                            match bands {
-                                Some(bands) => self.kernel.run_at(k.len(), weight, (right, bands.places()), tile, fresh, soon),
-                                None => self.kernel.run(k.len(), weight, right, tile, fresh, soon),
+                for (phase, weight) in self.phases.iter().enumerate() {
+                    if bands.is_none() {
+                        windows::pack(&windows.of_phase(phase), &mut Panels { memory: right, nr }, k.clone(), pixels.clone());
+                    }
+                    for block in (0..m).step_by(ROWS / mr * mr) {
+                        let block = block..m.min(block + ROWS / mr * mr);
+                        for (panel, column) in (0..n).step_by(nr).enumerate() {
+                            let columns = column..n.min(column + nr);
+                            let start = |bands: &Bands| bands.start(phase, pixels.start, column);
+                            let right = &right[bands.map_or(panel * Panels::stride(nr), start)..];
+                            for row in block.clone().step_by(mr) {
+                                let rows = row..block.end.min(row + mr);
+                                let weight = &weight.as_slice()[self.kernel.input_len(row * k_all + first * mr)..];
+                                let (tile, sums) = sums.tile(Place::Depth(phase), rows, columns.clone());
+                                let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
+                                match bands {
+                                    Some(bands) => self.kernel.run_at(k.len(), weight, (right, bands.places()), tile, fresh, soon),
+                                    None => self.kernel.run(k.len(), weight, right, tile, fresh, soon),
+                                }
                             }
                         }
                     }
                 }
             }
-            sums.write(&mut y, |channel, row| {
-                if let Some(bias) = &self.bias {
-                    row.iter_mut().for_each(|y| *y += bias[channel]);
-                }
-                finish(channel, row);
+            let bias = self.bias.as_deref().unwrap_or_default();
+            if !self.doubles() {
+                return sums.write(&mut y(pixels.clone()), |channel, row| {
+                    if let Some(bias) = bias.get(channel) {
+                        row.iter_mut().for_each(|y| *y += bias);
+                    }
+                    finish(channel, pixels.start, row);
+                });
+            }
+            doubling::each_run(&sums, &pixels, [laid.output[1], nr], |run, odd, by_turns, from| {
+                let pixels = doubling::pixels_of(&run, laid.output[1], odd);
+                let mut y = y(pixels.clone());
+                y.interleave_rows_plus(by_turns, from, bias);
+                (0..m).for_each(|channel| finish(channel, pixels.start, y.row_mut(channel)));
             });
         });
     }
+}
+
+fn widened(weight: &[bf16]) -> Vec<f32> {
+    weight.iter().map(|w| w.to_f32()).collect()
+}
+
+/// `weight: [c_out, c_in, size, size]` as [`Conv2d::phases`] says.
+fn pack_phase(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]: [usize; 3]) -> Buffer {
+    if kernel.takes == Takes::Tiles {
+        return lines::pack(kernel, weight, [c_out, c_in, size]);
+    }
+    let (k, deep) = (c_in * size * size, channels(kernel, c_in) * size * size);
+    assert_eq!(weight.len(), c_out * k);
+    let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * kernel.input_len(deep));
+    let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
+    if kernel.pairs() && k > 0 {
+        let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
+        filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
+    }
+    let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
+    pack_tiles(packed.as_mut_slice(), rows, deep, kernel);
+    packed
 }
 
 /// Channels, or pairs of them.
@@ -258,16 +325,17 @@ fn pair_channels(x: &[f32], [channels, area]: [usize; 2], pairs: &mut [f32]) {
     }
 }
 
-/// Pixels of each job: whole panels, and enough jobs for every thread.
-fn jobs_of(pixels: usize, batch: usize, nr: usize) -> usize {
+/// Pixels of each job, `most` at most: whole panels, and enough jobs for every thread.
+fn jobs_of(pixels: usize, batch: usize, nr: usize, most: usize) -> usize {
     let threads = rayon::current_num_threads();
     let even = (pixels * batch).div_ceil(2 * threads).next_multiple_of(nr);
-    even.min(PIXELS)
+    even.min(most)
 }
 
 impl std::fmt::Debug for Conv2d {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Conv2d([{}, {}, {size}, {size}], {:?})", self.c_out, self.c_in, self.kernel, size = self.size)
+        let name = if self.doubles() { "doubling Conv2d" } else { "Conv2d" };
+        write!(f, "{name}([{}, {}, {size}, {size}], {:?})", self.c_out, self.c_in, self.kernel, size = self.size)
     }
 }
 

@@ -20,8 +20,13 @@ pub struct Placement {
     pub before: usize,
     /// Zeros below and to the right.
     pub after: usize,
-    /// Whether the picture is first enlarged to twice its size, each pixel repeated.
-    pub doubled: bool,
+}
+
+impl Placement {
+    /// Windows side by side that keep the size of a picture.
+    pub fn same(size: usize) -> Self {
+        Self { stride: 1, before: size / 2, after: size / 2 }
+    }
 }
 
 /// A square convolution with bias, whole on every rank.
@@ -35,15 +40,22 @@ pub struct Conv2d {
 enum Kernel {
     /// For ours: products in f32, or in bf16.
     Packed(Arc<conv::Conv2d>),
-    /// For candle's.
-    Whole { weight: Tensor, bias: Tensor },
+    /// For candle's; whether the picture is first enlarged.
+    Whole { weight: Tensor, bias: Tensor, doubles: bool },
 }
 
 impl Conv2d {
     /// Reads `weight: [c_out, c_in, size, size]` and `bias: [c_out]`.
     pub fn load(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
         let weight = stored(w, &[c_out, c_in, size, size], Shard::Replicated)?;
-        Self::of(w, weight)
+        Self::of(w, weight, false)
+    }
+
+    /// As [`Self::load`], of a kernel that is laid on pictures enlarged to twice their size, each pixel repeated: they are not enlarged, but
+    /// convolved with its sums. It takes only [`Placement::same`].
+    pub fn load_doubling(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
+        let weight = stored(w, &[c_out, c_in, size, size], Shard::Replicated)?;
+        Self::of(w, weight, true)
     }
 
     /// Reads the last frame of `weight: [c_out, c_in, size, size, size]` and `bias: [c_out]`: what a causal convolution in time
@@ -51,11 +63,11 @@ impl Conv2d {
     pub fn load_last_frame(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
         let last = Shard::part(2, size.saturating_sub(1)..size);
         let weight = stored(w, &[c_out, c_in, size, size, size], last)?;
-        Self::of(w, weight.squeeze(2)?)
+        Self::of(w, weight.squeeze(2)?, false)
     }
 
     /// `weight: [c_out, c_in, size, size]`
-    fn of(w: &Weights, weight: Tensor) -> Result<Self> {
+    fn of(w: &Weights, weight: Tensor, doubles: bool) -> Result<Self> {
         let (c_out, c_in, size, _) = weight.dims4()?;
         let bias = w.get("bias", &[c_out], Shard::Replicated)?;
         let dtype = w.dtype();
@@ -64,13 +76,17 @@ impl Conv2d {
             let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);
             let packed = match Products::here().order() {
                 Some(order) if weight.dtype() != DType::F32 => {
-                    read_as(&weight.to_dtype(DType::BF16)?, |w| conv::Conv2d::pack_pairs(order, w, dims, Some(&bias)))?
+                    let pack = if doubles { conv::Conv2d::pack_doubling_pairs } else { conv::Conv2d::pack_pairs };
+                    read_as(&weight.to_dtype(DType::BF16)?, |w| pack(order, w, dims, Some(&bias)))?
                 }
-                _ => read(&weight.to_dtype(DType::F32)?, |w| conv::Conv2d::pack(w, dims, Some(&bias)))?,
+                _ => {
+                    let pack = if doubles { conv::Conv2d::pack_doubling } else { conv::Conv2d::pack };
+                    read(&weight.to_dtype(DType::F32)?, |w| pack(w, dims, Some(&bias)))?
+                }
             };
             Kernel::Packed(Arc::new(packed))
         } else {
-            Kernel::Whole { weight, bias }
+            Kernel::Whole { weight, bias, doubles }
         };
         Ok(Self { kernel, dtype })
     }
@@ -80,7 +96,10 @@ impl Conv2d {
         self.dtype
     }
 
-    /// `[B, C_in, H, W]` gives `[B, C_out, H', W']`.
+    /// `[B, C_in, H, W]` gives `[B, C_out, H', W']`; of a doubling one, `H'` is `2 H`.
+    ///
+    /// # Errors
+    /// Channels or a placement that are not this convolution's.
     pub fn forward(&self, x: &Tensor, at: Placement) -> Result<Tensor> {
         self.convolve(x, at, None)
     }
@@ -98,9 +117,12 @@ impl Conv2d {
                 if c != c_in {
                     return Err(Error::Operands { reason: format!("{c} channels into a convolution of {c_in}") });
                 }
-                let Placement { stride, before, after, doubled } = at;
-                let geometry = Geometry { input: [h, w], stride, before, after, doubled };
-                let [out_h, out_w] = geometry.output(size);
+                let Placement { stride, before, after } = at;
+                let geometry = Geometry { input: [h, w], stride, before, after };
+                if conv.doubles() && geometry != Geometry::same([h, w], size) {
+                    return Err(Error::Operands { reason: format!("{at:?} of a kernel that doubles a picture") });
+                }
+                let [out_h, out_w] = conv.output(geometry);
                 let shape = (b, c_out, out_h, out_w);
                 if let Some(residual) = residual.filter(|residual| residual.dims() != [b, c_out, out_h, out_w]) {
                     return Err(Error::Operands { reason: format!("{:?} to add to {shape:?}", residual.dims()) });
@@ -115,8 +137,8 @@ impl Conv2d {
                 };
                 Ok(y?.to_dtype(x.dtype())?)
             }
-            Kernel::Whole { weight, bias } => {
-                let x = if at.doubled { ops::upsample_nearest2x(x)? } else { x.clone() };
+            Kernel::Whole { weight, bias, doubles } => {
+                let x = if *doubles { ops::upsample_nearest2x(x)? } else { x.clone() };
                 let x = x.pad_with_zeros(3, at.before, at.after)?.pad_with_zeros(2, at.before, at.after)?;
                 let y = x.conv2d(weight, 0, at.stride, 1, 1)?;
                 let y = y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?;
@@ -175,7 +197,7 @@ mod tests {
             .map(|(t, x)| x.conv2d(&weight.narrow(2, t, 1).unwrap().squeeze(2).unwrap(), 1, 1, 1, 1).unwrap());
         let sum = by_frame.reduce(|a, b| (a + b).unwrap()).unwrap();
         let expected = sum.broadcast_add(&bias.reshape((1, 4, 1, 1)).unwrap()).unwrap();
-        let got = got.forward(&x, Placement { stride: 1, before: 1, after: 1, doubled: false }).unwrap();
+        let got = got.forward(&x, Placement::same(3)).unwrap();
         let difference = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
         assert!(difference < 1e-4, "differs by {difference}");
     }
@@ -185,14 +207,26 @@ mod tests {
         let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
         let (x, weight, bias) = (random(&[2, 5, 7, 19]), random(&[6, 5, 3, 3]), random(&[6]));
         let values = ops::vector(&bias).unwrap();
-        let packed = read(&weight, |w| conv::Conv2d::pack(w, [6, 5, 3], Some(&values))).unwrap();
-        let ours = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
-        let theirs = Conv2d { kernel: Kernel::Whole { weight, bias }, dtype: DType::F32 };
-        for (stride, before, after, doubled) in [(1, 1, 1, false), (2, 0, 1, false), (1, 1, 1, true)] {
-            let at = Placement { stride, before, after, doubled };
+        for (stride, before, after, doubles) in [(1, 1, 1, false), (2, 0, 1, false), (1, 1, 1, true)] {
+            let pack = if doubles { conv::Conv2d::pack_doubling } else { conv::Conv2d::pack };
+            let packed = read(&weight, |w| pack(w, [6, 5, 3], Some(&values))).unwrap();
+            let ours = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
+            let theirs = Kernel::Whole { weight: weight.clone(), bias: bias.clone(), doubles };
+            let theirs = Conv2d { kernel: theirs, dtype: DType::F32 };
+            let at = Placement { stride, before, after };
             let (ours, theirs) = (ours.forward(&x, at).unwrap(), theirs.forward(&x, at).unwrap());
             let difference = (ours - theirs).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(difference < 1e-4, "{at:?} differs by {difference}");
         }
+    }
+
+    #[test]
+    fn a_doubling_kernel_takes_no_other_placement() {
+        let packed = conv::Conv2d::pack_doubling(&[1.0; 9], [1, 1, 3], None);
+        let conv = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
+        let x = Tensor::zeros((1, 1, 4, 4), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(conv.forward(&x, Placement::same(3)).unwrap().dims(), [1, 1, 8, 8]);
+        let error = conv.forward(&x, Placement { stride: 2, before: 0, after: 1 }).unwrap_err();
+        assert!(error.to_string().contains("doubles"), "{error}");
     }
 }

@@ -4,7 +4,8 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::conv::{Conv2d, Finish, Geometry, SMALL};
+use crate::conv::laid::Laid;
+use crate::conv::{Conv2d, Finish, doubling};
 use crate::gemm::micro::{MAX_TILE, MicroKernel, TILE_PAIRS};
 use crate::gemm::{Plane, Rows, SharedPlane, bf16, narrow_rows, turn};
 use crate::scratch::Buffer;
@@ -46,8 +47,8 @@ struct Lined {
 }
 
 impl Lined {
-    fn of(geometry: Geometry, c_in: usize) -> Self {
-        let [height, width] = geometry.shown().map(|n| n + geometry.before + geometry.after);
+    fn of(laid: &Laid, c_in: usize) -> Self {
+        let [height, width] = [0, 1].map(|side| laid.before[side] + laid.input[side] + laid.after);
         Self { groups: c_in.div_ceil(CHANNELS), height, width }
     }
 
@@ -63,34 +64,33 @@ impl Lined {
 }
 
 /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`.
-pub(super) fn convolve(conv: &Conv2d, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
-    let [c_out, c_in, size] = conv.dims();
-    let (kernel, [out_height, out_width]) = (conv.kernel, geometry.output(size));
-    let (pixels, lined, picture) =
-        (out_height * out_width, Lined::of(geometry, c_in), c_in * geometry.input.iter().product::<usize>());
+pub(super) fn convolve(conv: &Conv2d, x: &[f32], laid: Laid, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
+    let ([c_out, c_in, _], kernel, [out_height, out_width]) = (conv.dims(), conv.kernel, laid.output);
+    let (lined, picture) = (Lined::of(&laid, c_in), c_in * laid.input.iter().product::<usize>());
+    let pixels = laid.pixels() * conv.phases.len();
     let batch = y.len() / (c_out * pixels);
     // The last tile may look at as many lines as it has no pixels for.
-    let beyond = kernel.mr * geometry.stride * TILE_PAIRS;
+    let beyond = kernel.mr * laid.stride * TILE_PAIRS;
     scratch::lend(batch * lined.len() + beyond, |lines| {
         let (pictures, beyond) = lines.split_at_mut(batch * lined.len());
         beyond.fill(0.0);
         threads::over_rows(pictures, lined.row(), |first, rows| {
-            scratch::with([TILE_PAIRS * RUN; 2], |mut memory| {
+            scratch::with([TILE_PAIRS * RUN], |[pairs]| {
                 for (at, row) in (first..).zip(rows.chunks_exact_mut(lined.row())) {
                     let (item, group) = (at / (lined.groups * lined.height), at / lined.height % lined.groups);
-                    fill(row, &x[item * picture..][..picture], geometry, [group, at % lined.height], &mut memory);
+                    fill(row, &x[item * picture..][..picture], &laid, [group, at % lined.height], pairs);
                 }
             });
         });
-        let steps = Steps::of(&lined, size);
-        let (across, small) = (out_width.div_ceil(kernel.mr), y.len() * c_in * size * size < SMALL);
+        let steps = Steps::of(&lined, laid.size);
+        let (across, small) = (out_width.div_ceil(kernel.mr), conv.is_small(y.len()));
         let tiles = out_height * across;
         let per_job = (batch * tiles).div_ceil(2 * rayon::current_num_threads()).clamp(1, TILES);
         let jobs = tiles.div_ceil(per_job);
         let y = SharedPlane::of(y, pixels);
         threads::over_jobs(batch * jobs, small, |job| {
             let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
-            let job = Job { conv, geometry, lined: &lined, steps: &steps, across, finish, first: item * c_out * pixels };
+            let job = Job { conv, laid, lined: &lined, steps: &steps, across, finish, first: item * c_out * pixels };
             job.run(&lines[item * lined.len()..], tiles, |channels, pixels| {
                 #[allow(unsafe_code)] // threads write rectangles, which are not slices
                 // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.
@@ -115,7 +115,7 @@ impl Steps {
 /// Some tiles of pixels of one picture.
 struct Job<'a> {
     conv: &'a Conv2d,
-    geometry: Geometry,
+    laid: Laid,
     lined: &'a Lined,
     steps: &'a Steps,
     /// Tiles of a row of the output.
@@ -128,67 +128,81 @@ struct Job<'a> {
 impl Job<'_> {
     /// `y` lends the given channels of the given pixels.
     fn run<'y>(&self, lines: &[f32], tiles: Range<usize>, y: impl Fn(Range<usize>, Range<usize>) -> Plane<'y>) {
-        let (conv, kernel, stride) = (self.conv, self.conv.kernel, self.geometry.stride);
-        let [c_out, _, size] = conv.dims();
-        let [height, width] = self.geometry.output(size);
+        let (conv, kernel, [_, width]) = (self.conv, self.conv.kernel, self.laid.output);
         let panel_len = self.steps.0.len() * TILE_PAIRS * kernel.nr;
         let gathered = kernel.gathered(self.steps.0.len());
-        scratch::with([gathered, MAX_TILE, MAX_TILE], |[gathered, tile, turned]| {
-            for (panel, weight) in (0..c_out).step_by(kernel.nr).zip(conv.weight.as_slice().chunks_exact(panel_len.max(1))) {
-                let channels = panel..c_out.min(panel + kernel.nr);
+        scratch::with([gathered, MAX_TILE, MAX_TILE, MAX_TILE], |[gathered, tile, turned, beside]| {
+            for panel in (0..conv.c_out).step_by(kernel.nr) {
+                let channels = panel..conv.c_out.min(panel + kernel.nr);
+                let bias = conv.bias.as_ref().map_or(&[][..], |bias| &bias[channels.clone()]);
+                let weight = |phase: usize| &conv.phases[phase].as_slice()[panel / kernel.nr * panel_len..][..panel_len];
                 for at in tiles.clone() {
                     let (row, column) = (at / self.across, at % self.across * kernel.mr);
-                    let count = kernel.mr.min(width - column);
-                    let first = (row * self.lined.width + column) * stride * TILE_PAIRS;
-                    let c = Plane::of(&mut tile[..count * kernel.nr], kernel.nr);
-                    kernel.run_lines(&lines[first..], &self.steps.0, stride * TILE_PAIRS, weight, c, gathered);
-                    turn(turned, Rows::new(tile, count, kernel.nr), 0..count, (0, channels.len()), kernel.mr);
-                    let pixel = row * width + column;
-                    let mut y = y(channels.clone(), pixel..pixel + count);
-                    let bias = conv.bias.as_ref().map_or(&[][..], |bias| &bias[channels.clone()]);
-                    y.copy_rows_plus(&Plane::of(&mut turned[..channels.len() * kernel.mr], kernel.mr).narrow(count), bias);
-                    for channel in 0..channels.len() {
-                        self.finish.apply(y.row_mut(channel), self.first + (panel + channel) * height * width + pixel);
+                    let run = row * width + column..row * width + width.min(column + kernel.mr);
+                    let mut product = |phase: usize, turned: &mut [f32]| {
+                        let c = Plane::of(&mut tile[..run.len() * kernel.nr], kernel.nr);
+                        let lines = &lines[self.first_line(phase, [row, column])..];
+                        kernel.run_lines(lines, &self.steps.0, self.laid.stride * TILE_PAIRS, weight(phase), c, gathered);
+                        turn(turned, Rows::new(tile, run.len(), kernel.nr), 0..run.len(), (0, channels.len()), kernel.mr);
+                    };
+                    if !conv.doubles() {
+                        product(0, turned);
+                        let mut y = y(channels.clone(), run.clone());
+                        y.copy_rows_plus(&Plane::of(&mut turned[..channels.len() * kernel.mr], kernel.mr).narrow(run.len()), bias);
+                        self.finish(&mut y, panel, run.start);
+                        continue;
+                    }
+                    for odd in 0..2 {
+                        product(2 * odd, turned);
+                        product(2 * odd + 1, beside);
+                        let pixels = doubling::pixels_of(&run, width, odd);
+                        let mut y = y(channels.clone(), pixels.clone());
+                        let by_turns = [&*turned, &*beside].map(|turned| Rows::new(turned, channels.len(), kernel.mr));
+                        y.interleave_rows_plus(by_turns, 0, bias);
+                        self.finish(&mut y, panel, pixels.start);
                     }
                 }
             }
         });
     }
+
+    /// Where the lines of a kernel's first window of a tile begin.
+    fn first_line(&self, phase: usize, at: [usize; 2]) -> usize {
+        let [down, right] = self.laid.shift(phase);
+        ((at[0] * self.laid.stride + down) * self.lined.width + at[1] * self.laid.stride + right) * TILE_PAIRS
+    }
+
+    /// Of the channels from `panel` on, results from `pixel` on.
+    fn finish(&self, y: &mut Plane<'_>, panel: usize, pixel: usize) {
+        let pixels = self.laid.pixels() * self.conv.phases.len();
+        for channel in 0..y.rows() {
+            self.finish.apply(y.row_mut(channel), self.first + (panel + channel) * pixels + pixel);
+        }
+    }
 }
 
 /// One row of a picture in lines: 32 channels of each of its pixels, those that are not there as zeros.
-fn fill(row: &mut [f32], x: &[f32], geometry: Geometry, [group, line]: [usize; 2], [pairs, turned]: &mut [&mut [f32]; 2]) {
-    let Geometry { input: [height, width], before, doubled, .. } = geometry;
-    let [shown_height, shown_width] = geometry.shown();
+fn fill(row: &mut [f32], x: &[f32], laid: &Laid, [group, line]: [usize; 2], pairs: &mut [f32]) {
+    let Laid { input: [height, width], before: [above, before], .. } = *laid;
     let (zeros, rest) = row.split_at_mut(before * TILE_PAIRS);
-    let (inside, more) = rest.split_at_mut(shown_width * TILE_PAIRS);
+    let (inside, more) = rest.split_at_mut(width * TILE_PAIRS);
     zeros.fill(0.0);
     more.fill(0.0);
-    let Some(line) = line.checked_sub(before).filter(|line| *line < shown_height) else {
+    let Some(line) = line.checked_sub(above).filter(|line| *line < height) else {
         return inside.fill(0.0);
     };
-    let line = line >> u32::from(doubled);
     let channels = x.chunks_exact((height * width).max(1)).skip(group * CHANNELS).take(CHANNELS);
     let (mut lines, mut count) = ([&x[..0]; CHANNELS], 0usize);
     for (to, channel) in lines.iter_mut().zip(channels) {
         (*to, count) = (&channel[line * width..][..width], count + 1);
     }
     pairs[count.div_ceil(2) * RUN..TILE_PAIRS * RUN].fill(0.0);
-    let scale = if doubled { 2 } else { 1 };
     for first in (0..width).step_by(RUN) {
         let run = first..width.min(first + RUN);
         for (two, pairs) in lines[..count].chunks(2).zip(pairs.chunks_exact_mut(RUN)) {
             narrow_rows(&two[0][run.clone()], two.get(1).map(|second| &second[run.clone()]), &mut pairs[..run.len()]);
         }
-        let to = &mut inside[scale * first * TILE_PAIRS..scale * run.end * TILE_PAIRS];
-        let rows = Rows::new(pairs, TILE_PAIRS, RUN);
-        if doubled {
-            turn(turned, rows, 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
-            for (to, line) in to.as_chunks_mut::<{ 2 * TILE_PAIRS }>().0.iter_mut().zip(turned.as_chunks::<TILE_PAIRS>().0) {
-                to.as_chunks_mut::<TILE_PAIRS>().0.fill(*line);
-            }
-        } else {
-            turn(to, rows, 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
-        }
+        let to = &mut inside[first * TILE_PAIRS..run.end * TILE_PAIRS];
+        turn(to, Rows::new(pairs, TILE_PAIRS, RUN), 0..TILE_PAIRS, (0, run.len()), TILE_PAIRS);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::conv::Geometry;
+use crate::conv::laid::Laid;
 use crate::cpu::vectorised;
 use crate::gemm::K_STEP;
 
@@ -10,9 +10,14 @@ use crate::gemm::K_STEP;
 pub(super) struct Windows<'a> {
     /// `[C, H, W]`.
     pub(super) x: &'a [f32],
-    pub(super) geometry: Geometry,
-    /// Height and width of a window.
-    pub(super) size: usize,
+    pub(super) laid: Laid,
+}
+
+impl Windows<'_> {
+    /// Those of one kernel alone.
+    pub(super) fn of_phase(&self, phase: usize) -> Self {
+        Self { x: self.x, laid: self.laid.of_phase(phase) }
+    }
 }
 
 /// `[columns / nr][k][nr]`, for at most [`K_STEP`] k.
@@ -49,12 +54,10 @@ vectorised! {
     /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there. A line of the picture is read as a whole, since
     /// those of other channels are in its way in the caches.
     pub(super) fn pack(windows: &Windows<'_>, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
-        let Geometry { input: [h, w], stride, before, doubled, .. } = windows.geometry;
-        let [_, width] = windows.geometry.output(windows.size);
-        let shown = windows.geometry.shown();
+        let Laid { input: [h, w], stride, before: [above, before], size, output: [_, width], .. } = windows.laid;
         let whole = pixels.len().next_multiple_of(panels.nr);
         for (row_of_panel, k) in k.enumerate() {
-            let (channel, ky, kx) = (k / (windows.size * windows.size), k / windows.size % windows.size, k % windows.size);
+            let (channel, ky, kx) = (k / (size * size), k / size % size, k % size);
             let mut pixel = pixels.start;
             while pixel < pixels.end {
                 // The pixels of one output row.
@@ -62,34 +65,30 @@ vectorised! {
                 let run = (width - column).min(pixels.end - pixel);
                 let to = pixel - pixels.start..pixel - pixels.start + run;
                 pixel += run;
-                let y = (row * stride + ky).wrapping_sub(before);
-                if y >= shown[0] {
+                let y = (row * stride + ky).wrapping_sub(above);
+                if y >= h {
                     panels.each(row_of_panel, to, |out, _| out.fill(0.0));
                     continue;
                 }
-                let line = &windows.x[(channel * h + (y >> u32::from(doubled))) * w..][..w];
+                let line = &windows.x[(channel * h + y) * w..][..w];
                 let first = column * stride + kx;
                 if stride != 1 {
                     panels.each(row_of_panel, to, |out, at| {
                         for (i, out) in (at..).zip(out) {
                             let x = (first + i * stride).wrapping_sub(before);
-                            *out = if x < shown[1] { line[x >> u32::from(doubled)] } else { 0.0 };
+                            *out = line.get(x).copied().unwrap_or(0.0);
                         }
                     });
                     continue;
                 }
                 // Zeros on either side of what the line has.
                 let skipped = before.saturating_sub(first).min(run);
-                let end = (shown[1] + before).saturating_sub(first).clamp(skipped, run);
+                let end = (w + before).saturating_sub(first).clamp(skipped, run);
                 let from = (first + skipped).wrapping_sub(before);
                 let (inside, zeros) =
                     (to.start + skipped..to.start + end, [to.start..to.start + skipped, to.start + end..to.end]);
                 zeros.into_iter().for_each(|zeros| panels.each(row_of_panel, zeros, |out, _| out.fill(0.0)));
-                if doubled {
-                    panels.each(row_of_panel, inside, |out, at| double(out, line, from + at));
-                } else {
-                    panels.each(row_of_panel, inside, |out, at| copy(out, &line[from + at..]));
-                }
+                panels.each(row_of_panel, inside, |out, at| copy(out, &line[from + at..]));
             }
             panels.each(row_of_panel, pixels.len()..whole, |out, _| out.fill(0.0));
         }
@@ -104,14 +103,4 @@ pub(super) fn copy(to: &mut [f32], from: &[f32]) {
     let (from, from_rest) = from.as_chunks::<16>();
     whole.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = *from);
-}
-
-/// `to` from place `from` on of a line of which each value counts twice.
-#[inline(always)]
-pub(super) fn double(to: &mut [f32], line: &[f32], from: usize) {
-    let (half, whole) = to.split_at_mut(from % 2);
-    half.fill(line[from / 2]);
-    for (two, x) in whole.chunks_mut(2).zip(&line[from.div_ceil(2)..]) {
-        two.fill(*x);
-    }
 }

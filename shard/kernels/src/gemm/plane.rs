@@ -8,6 +8,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::cpu::vectorised;
+use crate::gemm::Rows;
 
 /// A rectangle that is written by one owner.
 pub(crate) struct Plane<'a> {
@@ -93,6 +94,12 @@ impl<'a> Plane<'a> {
         assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
         copy_rows_plus(self, other, bias);
     }
+
+    /// Values of `even` and of `odd` by turns, from column `from` of theirs on, and to each row its `bias`, if there are any.
+    pub(crate) fn interleave_rows_plus(&mut self, [even, odd]: [Rows<'_>; 2], from: usize, bias: &[f32]) {
+        assert!(self.columns.is_multiple_of(2) && even.count() >= self.rows && odd.count() >= self.rows, "as many of both");
+        interleave_rows_plus(self, [even, odd], from, bias);
+    }
 }
 
 vectorised! {
@@ -113,6 +120,18 @@ vectorised! {
             let bias = bias.get(row).copied().unwrap_or(-0.0);
             for (to, from) in to.unread_row(row).iter_mut().zip(from.row(row)) {
                 *to = MaybeUninit::new(*from + bias);
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn interleave_rows_plus(to: &mut Plane<'_>, by_turns: [Rows<'_>; 2], from: usize, bias: &[f32]) {
+        for row in 0..to.rows {
+            let bias = bias.get(row).copied().unwrap_or(-0.0);
+            let [even, odd] = by_turns.map(|values| values.part(row, (from, to.columns / 2)));
+            for ((to, even), odd) in to.unread_row(row).as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
+                *to = [even + bias, odd + bias].map(MaybeUninit::new);
             }
         }
     }

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::cpu::vectorised;
-use crate::gemm::Plane;
+use crate::gemm::{Plane, Rows};
 use crate::gemm::micro::{MAX_TILE, MicroKernel};
 use crate::rows;
 
@@ -61,6 +61,12 @@ impl<'a> Sums<'a> {
             join(&self.memory[Self::PASSING + row * nr..], [nr, panel], y.unread_row(row));
             done(row, y.row_mut(row));
         }
+    }
+
+    /// The complete sums of all rows at a depth, of the columns of one panel from `column` on.
+    pub(crate) fn panel(&self, depth: usize, column: usize) -> Rows<'_> {
+        let at = self.start(Place::Depth(depth), &(0..0), &(column..column));
+        Rows::new(&self.memory[at..], self.rows, self.kernel.nr)
     }
 
     fn start(&self, place: Place, rows: &Range<usize>, columns: &Range<usize>) -> usize {

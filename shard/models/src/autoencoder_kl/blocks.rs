@@ -13,17 +13,22 @@ const NORM_EPS: f64 = 1e-6;
 #[derive(Clone, Debug)]
 pub(crate) struct Conv2d {
     conv: parallel::Conv2d,
-    padding: usize,
+    size: usize,
 }
 
 impl Conv2d {
-    pub(crate) fn load(w: &Weights, channels: [usize; 2], kernel: usize) -> Result<Self> {
-        Ok(Self { conv: parallel::Conv2d::load(w, channels, kernel)?, padding: kernel / 2 })
+    pub(crate) fn load(w: &Weights, channels: [usize; 2], size: usize) -> Result<Self> {
+        Ok(Self { conv: parallel::Conv2d::load(w, channels, size)?, size })
+    }
+
+    /// Doubles the size, by repeating pixels before they are convolved: `[B, C_in, H, W]` gives `[B, C_out, 2 H, 2 W]`.
+    pub(crate) fn load_upsampling(w: &Weights, channels: [usize; 2], size: usize) -> Result<Self> {
+        Ok(Self { conv: parallel::Conv2d::load_doubling(w, channels, size)?, size })
     }
 
     /// What a cubic kernel, causal in time, does to a single frame.
-    pub(crate) fn load_last_frame(w: &Weights, channels: [usize; 2], kernel: usize) -> Result<Self> {
-        Ok(Self { conv: parallel::Conv2d::load_last_frame(w, channels, kernel)?, padding: kernel / 2 })
+    pub(crate) fn load_last_frame(w: &Weights, channels: [usize; 2], size: usize) -> Result<Self> {
+        Ok(Self { conv: parallel::Conv2d::load_last_frame(w, channels, size)?, size })
     }
 
     pub(crate) fn dtype(&self) -> DType {
@@ -31,23 +36,17 @@ impl Conv2d {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: false })?)
+        Ok(self.conv.forward(x, Placement::same(self.size))?)
     }
 
     /// As [`Self::forward`], plus `residual: [B, C_out, H, W]`.
     pub(crate) fn forward_plus(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let at = Placement { stride: 1, before: self.padding, after: self.padding, doubled: false };
-        Ok(self.conv.forward_plus(x, at, residual)?)
+        Ok(self.conv.forward_plus(x, Placement::same(self.size), residual)?)
     }
 
     /// Halves the size: stride 2, padded on the right and below only.
     pub(crate) fn downsample(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.conv.forward(x, Placement { stride: 2, before: 0, after: 1, doubled: false })?)
-    }
-
-    /// Doubles the size by repeating pixels, before it is convolved.
-    pub(crate) fn upsample(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.conv.forward(x, Placement { stride: 1, before: self.padding, after: self.padding, doubled: true })?)
+        Ok(self.conv.forward(x, Placement { stride: 2, before: 0, after: 1 })?)
     }
 }
 
@@ -205,7 +204,7 @@ impl SizeBlock {
 
     /// The same, followed by twice the size.
     pub(super) fn then_up(mut self, w: &Weights, channels: usize) -> Result<Self> {
-        self.resize = Some(Resize::Up(Conv2d::load(&w.pp("upsamplers.0.conv"), [channels, channels], 3)?));
+        self.resize = Some(Resize::Up(Conv2d::load_upsampling(&w.pp("upsamplers.0.conv"), [channels, channels], 3)?));
         Ok(self)
     }
 
@@ -217,7 +216,7 @@ impl SizeBlock {
         match &self.resize {
             None => Ok(x),
             Some(Resize::Down(conv)) => conv.downsample(&x),
-            Some(Resize::Up(conv)) => conv.upsample(&x),
+            Some(Resize::Up(conv)) => conv.forward(&x),
         }
     }
 }

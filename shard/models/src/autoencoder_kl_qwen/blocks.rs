@@ -133,13 +133,13 @@ impl Resample {
 
     pub(super) fn up(w: &Weights, channels: usize, in_time: bool) -> Result<Self> {
         skip_time(w, in_time);
-        Ok(Self::Up(Conv2d::load(&w.pp("resample.1"), [channels, channels / 2], 3)?))
+        Ok(Self::Up(Conv2d::load_upsampling(&w.pp("resample.1"), [channels, channels / 2], 3)?))
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Down(conv) => conv.downsample(x),
-            Self::Up(conv) => conv.upsample(x),
+            Self::Up(conv) => conv.forward(x),
         }
     }
 }

@@ -1,0 +1,78 @@
+//! A kernel laid on a picture of twice the size, each pixel repeated: a window sees some pixels twice, whose weights are added before anything is
+//! multiplied.
+//!
+//! Which ones depends on whether a row and a column of the output are even: four kernels, each for a quarter of the output, of 2 x 2 pixels
+//! where there were 3 x 3, and so with four ninths of the products (the "sub-pixel" form of Shi et al., 2016, read backwards).
+
+use std::ops::Range;
+
+use crate::conv::Geometry;
+use crate::conv::laid::Laid;
+use crate::gemm::{Rows, Sums};
+
+/// Kernels of a doubling one: for even rows and even columns of the output, for even rows and odd columns, and so on.
+pub(super) const PHASES: usize = 4;
+
+/// Height and width of the window of each, if the doubling one's is `size`, which is odd.
+pub(super) fn window(size: usize) -> usize {
+    size / 2 + 1
+}
+
+/// `weight: [filters, size, size]` as [`PHASES`] kernels `[filters, window, window]`. Weights are added from the upper left on.
+pub(super) fn kernels(weight: &[f32], size: usize) -> [Vec<f32>; PHASES] {
+    assert!(size % 2 == 1, "a kernel that has a middle");
+    let (window, padding) = (window(size), size / 2);
+    // Row `at` of the window of an even or an odd output row sees a row of the picture, counted from the first that the window sees.
+    let seen = |odd: usize, at: usize| (odd + at + padding % 2) / 2 - (odd + padding % 2) / 2;
+    std::array::from_fn(|phase| {
+        let mut sums = vec![0.0; weight.len() / (size * size) * window * window];
+        for (filter, sums) in weight.chunks_exact(size * size).zip(sums.chunks_exact_mut(window * window)) {
+            for (at, weight) in filter.iter().enumerate() {
+                sums[seen(phase / 2, at / size) * window + seen(phase % 2, at % size)] += weight;
+            }
+        }
+        sums
+    })
+}
+
+/// The windows of all of them on the picture before it is doubled.
+pub(super) fn laid(geometry: Geometry, size: usize) -> Laid {
+    assert_eq!(geometry, Geometry::same(geometry.input, size), "windows that keep the size of the doubled picture");
+    let padding = size / 2;
+    Laid {
+        input: geometry.input,
+        stride: 1,
+        before: [padding.div_ceil(2); 2],
+        after: padding.div_ceil(2),
+        size: window(size),
+        spread: padding % 2,
+        output: geometry.input,
+    }
+}
+
+/// Where the results lie of a run of a line's pixels, and those of one kernel for even rows or of one for odd rows.
+pub(super) fn pixels_of(run: &Range<usize>, width: usize, odd: usize) -> Range<usize> {
+    let (row, column) = (run.start / width, run.start % width);
+    let first = (2 * row + odd) * 2 * width + 2 * column;
+    first..first + 2 * run.len()
+}
+
+/// Hands out the complete sums of `pixels`, the depth of a phase being its number: `f` gets pixels of one line, whether they are for odd rows,
+/// the sums for even and for odd columns, and where in their rows they begin.
+pub(super) fn each_run(
+    sums: &Sums<'_>,
+    pixels: &Range<usize>,
+    [width, nr]: [usize; 2],
+    mut f: impl FnMut(Range<usize>, usize, [Rows<'_>; 2], usize),
+) {
+    let mut first = pixels.start;
+    while first < pixels.end {
+        let inside = (first - pixels.start) % nr;
+        let len = (nr - inside).min(width - first % width).min(pixels.end - first);
+        for odd in 0..2 {
+            let of = |column: usize| sums.panel(2 * odd + column, first - pixels.start - inside);
+            f(first..first + len, odd, [of(0), of(1)], inside);
+        }
+        first += len;
+    }
+}
