@@ -8,7 +8,7 @@ use clap::Args;
 use parallel::ops::kernels::activation::Activation;
 use parallel::ops::kernels::attention::{Attention, Heads};
 use parallel::ops::kernels::blocks::BlockType;
-use parallel::ops::kernels::conv::{Conv2d, Finish, Geometry};
+use parallel::ops::kernels::conv::{Conv2d, Geometry};
 use parallel::ops::kernels::cpu::{self, Path};
 use parallel::ops::kernels::gemm::{BlockRows, Epilogue, Order, PackedWeight, Piece, Rows, bf16, linear, linear_tree};
 use parallel::ops::kernels::{limit, rows};
@@ -305,13 +305,13 @@ fn convolutions(table: &Table) -> io::Result<()> {
         let (x, mut y) = (values(channels * side * side), vec![0.0; channels * side * side]);
         let (shape, flops) = (format!("{channels} x {side} x {side}"), 2 * channels * channels * 9 * side * side);
         table.flops("conv 3x3", shape.clone(), flops, || {
-            conv.run(&x, geometry, Finish::default(), &mut y);
+            conv.run(&x, geometry, None, &mut y);
         })?;
         let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
         for &Narrow { order, conv: op, .. } in narrow() {
             let conv = Conv2d::pack_pairs(order, &weight, [channels, channels, 3], None);
             table.row(op, shape.clone(), flops, Bound::Bf16(order), || {
-                conv.run(&x, geometry, Finish::default(), &mut y);
+                conv.run(&x, geometry, None, &mut y);
             })?;
         }
     }

@@ -13,8 +13,8 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use crate::activation::Activation;
 use crate::conv::bands::Bands;
+use crate::conv::jobs::{Area, Jobs};
 use crate::conv::laid::Laid;
 use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::{MicroKernel, Soon, Takes};
@@ -25,14 +25,13 @@ use crate::{rows, scratch, threads};
 
 mod bands;
 mod doubling;
+mod jobs;
 mod laid;
 mod lines;
 mod windows;
 
-/// Pixels of a job: with `K_STEP`, 256 KiB of the second-level cache.
-const PIXELS: usize = 256;
-/// Channels that go past all of a job's pixels together at most: 128 KiB of weights.
-const ROWS: usize = 128;
+/// Channels that go past all of a job's pixels together at most: 210 KiB of weights.
+const ROWS: usize = 140;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
@@ -47,27 +46,6 @@ pub struct Conv2d {
     c_out: usize,
     size: usize,
     kernel: &'static MicroKernel,
-}
-
-/// What is done with each result.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Finish<'a> {
-    /// Added after the bias: `[B, C_out, H', W']`, as the results are.
-    pub residual: Option<&'a [f32]>,
-    /// Then applied.
-    pub activation: Option<Activation>,
-}
-
-impl Finish<'_> {
-    /// Of results that lie one after the other, from `at` on.
-    fn apply(&self, y: &mut [f32], at: usize) {
-        if let Some(residual) = self.residual {
-            rows::shift(y, &residual[at..][..y.len()]);
-        }
-        if let Some(activation) = self.activation {
-            activation.apply(y);
-        }
-    }
 }
 
 /// Where a kernel is laid on a picture.
@@ -146,10 +124,10 @@ impl Conv2d {
     }
 
     /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Self::output`]. A doubling kernel takes only
-    /// [`Geometry::same`].
-    pub fn run<'a>(&self, x: &[f32], geometry: Geometry, finish: Finish<'_>, y: &'a mut (impl Output + ?Sized)) -> &'a mut [f32] {
+    /// [`Geometry::same`]. If there is a `residual`, of the size of `y`, it is added after the bias.
+    pub fn run<'a>(&self, x: &[f32], geometry: Geometry, residual: Option<&[f32]>, y: &'a mut (impl Output + ?Sized)) -> &'a mut [f32] {
         let y = y.unread();
-        assert!(finish.residual.is_none_or(|residual| residual.len() == y.len()), "one to add to each result");
+        assert!(residual.is_none_or(|residual| residual.len() == y.len()), "one to add to each result");
         let (pixels, area) = (self.output(geometry).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
             return &mut [];
@@ -159,9 +137,9 @@ impl Conv2d {
         assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
         let laid = if self.doubles() { doubling::laid(geometry, self.size) } else { Laid::once(geometry, self.size) };
         match self.kernel.takes {
-            Takes::Tiles => lines::convolve(self, x, laid, finish, y),
-            Takes::Pairs | Takes::PairsByFloats => self.convolve_pairs(x, laid, finish, y),
-            _ => self.convolve(x, laid, finish, y),
+            Takes::Tiles => lines::convolve(self, x, laid, residual, y),
+            Takes::Pairs | Takes::PairsByFloats if !bands::fit(&laid, self.kernel) => self.convolve_pairs(x, laid, residual, y),
+            _ => self.convolve(x, laid, residual, y),
         }
         #[allow(unsafe_code)] // floats from here on
         // SAFETY: every pixel of every channel is written, whichever way it is made.
@@ -171,7 +149,7 @@ impl Conv2d {
     }
 
     /// As [`Self::convolve`], of channels that are paired first.
-    fn convolve_pairs(&self, x: &[f32], laid: Laid, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
+    fn convolve_pairs(&self, x: &[f32], laid: Laid, residual: Option<&[f32]>, y: &mut [MaybeUninit<f32>]) {
         let area = laid.input.iter().product::<usize>();
         let batch = x.len() / (self.c_in * area);
         scratch::lend(batch * self.deep() * area, |pairs| {
@@ -182,7 +160,7 @@ impl Conv2d {
                     pair_channels(two, [two.len() / area, area], pairs);
                 }
             });
-            self.convolve(pairs, laid, finish, y);
+            self.convolve(pairs, laid, residual, y);
         });
     }
 
@@ -201,21 +179,19 @@ impl Conv2d {
         results * self.c_in * self.size * self.size < SMALL
     }
 
-    /// `x: [B, C, H, W]`, of [`Self::deep`] channels C.
-    fn convolve(&self, x: &[f32], laid: Laid, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
-        let (pixels, all) = (laid.pixels(), laid.pixels() * self.phases.len());
-        let input = self.deep() * laid.input.iter().product::<usize>();
+    /// `x: [B, C, H, W]`, of [`Self::deep`] channels C, or of all of them where it is read in place.
+    fn convolve(&self, x: &[f32], laid: Laid, residual: Option<&[f32]>, y: &mut [MaybeUninit<f32>]) {
+        let all = laid.pixels() * self.phases.len();
         let (batch, small) = (y.len() / (self.c_out * all), self.is_small(y.len()));
-        let per_job = jobs_of(pixels, batch, self.kernel.nr, PIXELS / self.phases.len());
-        let blocks = pixels.div_ceil(per_job);
+        let (in_place, input) = (bands::fit(&laid, self.kernel), x.len() / batch);
+        let jobs = Jobs::of(&laid, self, batch, in_place);
+        let bands = in_place.then(|| Bands::of(&laid, self.kernel, jobs.size()));
         let y = SharedPlane::of(y, all);
-        let bands = Bands::of(&laid, self.kernel, per_job);
-        threads::over_jobs(batch * blocks, small, |job| {
-            let (item, block) = (job / blocks, job % blocks);
-            let columns = block * per_job..pixels.min((block + 1) * per_job);
+        threads::over_jobs(batch * jobs.count(), small, |job| {
+            let (item, area) = (job / jobs.count(), jobs.area(job % jobs.count()));
             let windows = Windows { x: &x[item * input..][..input], laid };
-            let finish = |channel, pixel, row: &mut [f32]| finish.apply(row, (item * self.c_out + channel) * all + pixel);
-            self.job(&windows, bands.as_ref(), columns, finish, |pixels| {
+            let residual = residual.map(|residual| &residual[item * self.c_out * all..][..self.c_out * all]);
+            self.job(&windows, bands.as_ref(), area, residual, |pixels| {
                 #[allow(unsafe_code)] // threads write rectangles, which are not slices
                 // SAFETY: every job has its own pixels of its own picture, and asks for those of one run at a time.
                 unsafe {
@@ -225,17 +201,20 @@ impl Conv2d {
         });
     }
 
-    /// `y` lends all channels of the given pixels of the output; `finish` gets a channel, a pixel, and the results from there on.
+    /// `y` lends all channels of the given pixels of the output; `residual` is of the whole picture.
     fn job<'y>(
         &self,
         windows: &Windows<'_>,
         bands: Option<&Bands>,
-        pixels: Range<usize>,
-        finish: impl Fn(usize, usize, &mut [f32]),
+        area: Area,
+        residual: Option<&[f32]>,
         y: impl Fn(Range<usize>) -> Plane<'y>,
     ) {
         let (mr, nr, laid) = (self.kernel.mr, self.kernel.nr, windows.laid);
-        let (m, n, k_all) = (self.c_out, pixels.len(), self.deep() * laid.size * laid.size);
+        let (m, n, k_all) = (self.c_out, area.pixels(), self.deep() * laid.size * laid.size);
+        // Blocks of about as many tiles.
+        let height = tile_height(self.kernel, m);
+        let at_once = m.div_ceil(height).div_ceil(m.div_ceil(ROWS)) * height;
         let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
         let right = bands.map_or(n.div_ceil(nr) * Panels::stride(nr), Bands::len);
         scratch::with([right, Sums::PASSING + self.phases.len() * level], |[right, memory]| {
@@ -244,21 +223,22 @@ impl Conv2d {
             for first in (0..k_all).step_by(step) {
                 let k = first..k_all.min(first + step);
                 if let Some(bands) = bands {
-                    bands.fill(right, windows, k.clone(), pixels.clone());
+                    bands.fill(right, windows, k.clone(), &area);
                 }
                 for (phase, weight) in self.phases.iter().enumerate() {
                     if bands.is_none() {
-                        windows::pack(&windows.of_phase(phase), &mut Panels { memory: right, nr }, k.clone(), pixels.clone());
+                        let pixels = area.first..area.first + n;
+                        windows::pack(&windows.of_phase(phase), &mut Panels { memory: right, nr }, k.clone(), pixels);
                     }
-                    for block in (0..m).step_by(ROWS / mr * mr) {
-                        let block = block..m.min(block + ROWS / mr * mr);
+                    for block in (0..m).step_by(at_once) {
+                        let block = block..m.min(block + at_once);
                         for (panel, column) in (0..n).step_by(nr).enumerate() {
                             let columns = column..n.min(column + nr);
-                            let start = |bands: &Bands| bands.start(phase, pixels.start, column);
+                            let start = |bands: &Bands| bands.start(phase, &area, column);
                             let right = &right[bands.map_or(panel * Panels::stride(nr), start)..];
-                            for row in block.clone().step_by(mr) {
-                                let rows = row..block.end.min(row + mr);
-                                let weight = &weight.as_slice()[self.kernel.input_len(row * k_all + first * mr)..];
+                            for row in block.clone().step_by(height) {
+                                let rows = row..block.end.min(row + height);
+                                let weight = &weight.as_slice()[self.kernel.input_len((row / height * k_all + first) * mr)..];
                                 let (tile, sums) = sums.tile(Place::Depth(phase), rows, columns.clone());
                                 let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
                                 match bands {
@@ -270,23 +250,48 @@ impl Conv2d {
                     }
                 }
             }
-            let bias = self.bias.as_deref().unwrap_or_default();
-            if !self.doubles() {
-                return sums.write(&mut y(pixels.clone()), |channel, row| {
-                    if let Some(bias) = bias.get(channel) {
-                        row.iter_mut().for_each(|y| *y += bias);
-                    }
-                    finish(channel, pixels.start, row);
-                });
-            }
-            doubling::each_run(&sums, &pixels, [laid.output[1], nr], |run, odd, by_turns, from| {
-                let pixels = doubling::pixels_of(&run, laid.output[1], odd);
-                let mut y = y(pixels.clone());
-                y.interleave_rows_plus(by_turns, from, bias);
-                (0..m).for_each(|channel| finish(channel, pixels.start, y.row_mut(channel)));
-            });
+            self.write(&sums, area, laid.output, residual, y);
         });
     }
+
+    /// Puts a job's sums where they belong.
+    fn write<'y>(
+        &self,
+        sums: &Sums<'_>,
+        area: Area,
+        [height, width]: [usize; 2],
+        residual: Option<&[f32]>,
+        y: impl Fn(Range<usize>) -> Plane<'y>,
+    ) {
+        let (bias, all) = (self.bias.as_deref().unwrap_or_default(), height * width * self.phases.len());
+        let more = |channel: usize, pixels: &Range<usize>| residual.map(|of| &of[channel * all..][..all][pixels.clone()]);
+        if !self.doubles() {
+            for (at, pixels) in area.runs() {
+                sums.write_plus(at, &mut y(pixels.clone()), bias, |channel| more(channel, &pixels));
+            }
+            return;
+        }
+        doubling::each_run(sums, area, [width, self.kernel.nr], |run, odd, by_turns, from| {
+            let pixels = doubling::pixels_of(&run, width, odd);
+            let mut y = y(pixels.clone());
+            y.interleave_rows_plus(by_turns, from, bias);
+            add_rows(&mut y, |channel| more(channel, &pixels));
+        });
+    }
+}
+
+/// Adds to each row of results what there is for it.
+fn add_rows<'r>(y: &mut Plane<'_>, more: impl Fn(usize) -> Option<&'r [f32]>) {
+    for row in 0..y.rows() {
+        if let Some(more) = more(row) {
+            rows::shift(y.row_mut(row), more);
+        }
+    }
+}
+
+/// Channels of a tile: of all as many as of the next, or a last one of two would take as long as of six.
+fn tile_height(kernel: &MicroKernel, c_out: usize) -> usize {
+    c_out.div_ceil(c_out.div_ceil(kernel.mr).max(1)).max(1)
 }
 
 fn widened(weight: &[bf16]) -> Vec<f32> {
@@ -300,14 +305,15 @@ fn pack_phase(kernel: &'static MicroKernel, weight: &[f32], [c_out, c_in, size]:
     }
     let (k, deep) = (c_in * size * size, channels(kernel, c_in) * size * size);
     assert_eq!(weight.len(), c_out * k);
-    let mut packed = Buffer::zeros(c_out.next_multiple_of(kernel.mr) * kernel.input_len(deep));
+    let height = tile_height(kernel, c_out);
+    let mut packed = Buffer::zeros(c_out.div_ceil(height) * kernel.input_len(kernel.mr * deep));
     let mut pairs = vec![0.0; if kernel.pairs() { c_out * deep } else { 0 }];
     if kernel.pairs() && k > 0 {
         let filters = weight.chunks_exact(k).zip(pairs.chunks_exact_mut(deep));
         filters.for_each(|(filter, pairs)| pair_channels(filter, [c_in, size * size], pairs));
     }
     let rows = Rows::new(if kernel.pairs() { &pairs } else { weight }, c_out, deep);
-    pack_tiles(packed.as_mut_slice(), rows, deep, kernel);
+    pack_tiles(packed.as_mut_slice(), rows, deep, height, kernel);
     packed
 }
 
@@ -323,13 +329,6 @@ fn pair_channels(x: &[f32], [channels, area]: [usize; 2], pairs: &mut [f32]) {
         let next = 2 * at + 1;
         narrow_rows(channel(2 * at), (next < channels).then(|| channel(next)), pairs);
     }
-}
-
-/// Pixels of each job, `most` at most: whole panels, and enough jobs for every thread.
-fn jobs_of(pixels: usize, batch: usize, nr: usize, most: usize) -> usize {
-    let threads = rayon::current_num_threads();
-    let even = (pixels * batch).div_ceil(2 * threads).next_multiple_of(nr);
-    even.min(most)
 }
 
 impl std::fmt::Debug for Conv2d {

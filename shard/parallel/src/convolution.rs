@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use kernels::conv::{self, Finish, Geometry};
+use kernels::conv::{self, Geometry};
 
 use crate::ops::Products;
 use crate::ops::host::{has_kernels, read, read_as, write};
@@ -128,7 +128,7 @@ impl Conv2d {
                     return Err(Error::Operands { reason: format!("{:?} to add to {shape:?}", residual.dims()) });
                 }
                 let run = |x: &[f32], residual: Option<&[f32]>| {
-                    write(shape, |y| conv.run(x, geometry, Finish { residual, activation: None }, y))
+                    write(shape, |y| conv.run(x, geometry, residual, y))
                 };
                 let wide = x.to_dtype(DType::F32)?;
                 let y = match residual {

@@ -4,22 +4,33 @@
 use std::ops::Range;
 
 use crate::conv::doubling::PHASES;
+use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
-use crate::conv::windows::{Windows, copy};
-use crate::cpu::vectorised;
-use crate::gemm::K_STEP;
+use crate::conv::windows::Windows;
+use crate::cpu::{self, vectorised};
+use crate::gemm::{K_STEP, narrow_rows};
 use crate::gemm::micro::{MicroKernel, Places};
 
 /// Floats of a line of the caches.
 const LINE: usize = 16;
 
-/// How bands lie: `[channel][line][column]`, of the channels of one step of K.
+/// How many channels ahead of the one that is copied are fetched: they are too far apart for the CPU to foresee.
+const AHEAD: usize = 6;
+
+/// Whether pictures can be read in place: where windows are side by side, of more than one element (which is copied once in any case), and
+/// come in whole tiles.
+pub(super) fn fit(laid: &Laid, kernel: &MicroKernel) -> bool {
+    let size = laid.size;
+    kernel.reads_places() && laid.stride == 1 && size > 1 && size * size <= K_STEP && laid.output[1].is_multiple_of(kernel.nr)
+}
+
+/// How bands lie: `[channel][line][column]`, of the channels of one step of K, or of pairs of them.
 pub(super) struct Bands {
+    /// Whether two channels of the picture are one of the bands.
+    pairs: bool,
     /// For each element of `[channels, size, size]`.
     places: Places,
     channels: usize,
-    /// Columns of the output that a job has of each of its lines.
-    columns: usize,
     /// Floats from a line to the next, and from a channel to the next.
     strides: [usize; 2],
     /// From the first kernel's windows to each one's.
@@ -33,22 +44,10 @@ pub(super) struct Bands {
 }
 
 impl Bands {
-    /// For jobs of `pixels`, from multiples of them on. None where windows are not side by side, are of one element (which is copied once
-    /// in any case), or do not come in whole tiles.
-    pub(super) fn of(laid: &Laid, kernel: &MicroKernel, pixels: usize) -> Option<Self> {
-        let (size, [_, width]) = (laid.size, laid.output);
-        let (channels, seen) = (K_STEP / (size * size), size + laid.spread);
-        let fits = laid.stride == 1 && size > 1 && channels > 0 && width.is_multiple_of(kernel.nr);
-        if !fits || !kernel.reads_places() {
-            return None;
-        }
-        let (lines, columns) = if width.is_multiple_of(pixels) {
-            (1, pixels)
-        } else if pixels.is_multiple_of(width) {
-            (pixels / width, width)
-        } else {
-            ((pixels - 1).div_ceil(width) + 1, width)
-        };
+    /// For jobs of so many lines and columns at most, where they [`fit`].
+    pub(super) fn of(laid: &Laid, kernel: &MicroKernel, [lines, columns]: [usize; 2]) -> Self {
+        let (size, seen) = (laid.size, laid.size + laid.spread);
+        let channels = K_STEP / (size * size);
         // Odd multiples of a line of the caches, so that neither lines nor channels are in one another's way there.
         let odd = |floats: usize| floats.div_ceil(LINE) / 2 * 2 * LINE + LINE;
         let line = odd(columns + seen - 1);
@@ -59,7 +58,7 @@ impl Bands {
             let [down, right] = laid.shift(phase);
             down * line + right
         });
-        Some(Self { places, channels, columns, strides: [line, channel], shifts, width, size, seen })
+        Self { pairs: kernel.pairs(), places, channels, strides: [line, channel], shifts, width: laid.output[1], size, seen }
     }
 
     /// Floats of all bands of a step.
@@ -77,48 +76,41 @@ impl Bands {
         &self.places
     }
 
-    /// Where the window of a kernel begins of the pixel that is `at` after the `first` one of a job.
-    pub(super) fn start(&self, phase: usize, first: usize, at: usize) -> usize {
-        let [top, left] = self.corner(first);
-        let (row, column) = ((first + at) / self.width, (first + at) % self.width);
-        (row - top) * self.strides[0] + column - left + self.shifts[phase]
+    /// Where the window of a kernel begins of a job's pixel `at`.
+    pub(super) fn start(&self, phase: usize, area: &Area, at: usize) -> usize {
+        at / area.columns * self.strides[0] + at % area.columns + self.shifts[phase]
     }
 
-    /// The row and the column of the output at which the bands of a job begin.
-    fn corner(&self, first: usize) -> [usize; 2] {
-        let whole_lines = self.columns == self.width;
-        [first / self.width, if whole_lines { 0 } else { first % self.width }]
-    }
-
-    /// The bands of the channels of `k` (whole ones) that the windows of a job's `pixels` look at.
-    pub(super) fn fill(&self, memory: &mut [f32], windows: &Windows<'_>, k: Range<usize>, pixels: Range<usize>) {
-        let area = self.size * self.size;
-        let [top, left] = self.corner(pixels.start);
-        let (lines, seen) = ((pixels.end - 1) / self.width - top + self.seen, self.columns + self.seen - 1);
-        for (channel, band) in (k.start / area..k.end / area).zip(memory.chunks_exact_mut(self.strides[1])) {
+    /// The bands of the channels of `k` (whole ones) that the windows of a job look at.
+    pub(super) fn fill(&self, memory: &mut [f32], windows: &Windows<'_>, k: Range<usize>, area: &Area) {
+        let (top, left) = (area.first / self.width, area.first % self.width);
+        let (lines, seen) = (area.lines + self.seen - 1, area.columns + self.seen - 1);
+        let channels = k.start / (self.size * self.size)..k.end / (self.size * self.size);
+        let of_each = if self.pairs { 2 } else { 1 };
+        for (channel, band) in channels.zip(memory.chunks_exact_mut(self.strides[1])) {
             for (line, to) in band.chunks_exact_mut(self.strides[0]).take(lines).enumerate() {
-                fill_line(windows, [channel, top + line, left], &mut to[..seen]);
+                let piece = |channel: usize| windows.seen([channel, top + line, left], seen);
+                for soon in of_each * (channel + AHEAD)..of_each * (channel + AHEAD + 1) {
+                    cpu::fetch(bytemuck::cast_slice(piece(soon).1));
+                }
+                let (zeros, from) = piece(of_each * channel);
+                let (before, rest) = to[..seen].split_at_mut(zeros);
+                let (inside, after) = rest.split_at_mut(from.len());
+                before.fill(0.0);
+                after.fill(0.0);
+                if self.pairs {
+                    let (_, upper) = piece(2 * channel + 1);
+                    narrow_rows(from, (!upper.is_empty()).then_some(upper), inside);
+                } else {
+                    copy(inside, from);
+                }
             }
         }
     }
 }
 
 vectorised! {
-    /// A piece of a line that windows are laid on, from a column on.
-    fn fill_line(windows: &Windows<'_>, at: [usize; 3], to: &mut [f32]) {
-        let ([channel, line, column], Laid { input: [h, w], before: [above, before], .. }) = (at, windows.laid);
-        let line = line.wrapping_sub(above);
-        if line >= h {
-            return to.fill(0.0);
-        }
-        let from = &windows.x[(channel * h + line) * w..][..w];
-        let zeros = before.saturating_sub(column).min(to.len());
-        let end = (w + before).saturating_sub(column).clamp(zeros, to.len());
-        to[..zeros].fill(0.0);
-        to[end..].fill(0.0);
-        let (to, first) = (&mut to[zeros..end], (column + zeros).wrapping_sub(before));
-        if !to.is_empty() {
-            copy(to, &from[first..]);
-        }
+    fn copy(to: &mut [f32], from: &[f32]) {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 }

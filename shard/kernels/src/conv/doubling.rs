@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use crate::conv::Geometry;
+use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
 use crate::gemm::{Rows, Sums};
 
@@ -57,22 +58,24 @@ pub(super) fn pixels_of(run: &Range<usize>, width: usize, odd: usize) -> Range<u
     first..first + 2 * run.len()
 }
 
-/// Hands out the complete sums of `pixels`, the depth of a phase being its number: `f` gets pixels of one line, whether they are for odd rows,
+/// Hands out the complete sums of an area, the depth of a phase being its number: `f` gets pixels of one line, whether they are for odd rows,
 /// the sums for even and for odd columns, and where in their rows they begin.
 pub(super) fn each_run(
     sums: &Sums<'_>,
-    pixels: &Range<usize>,
+    area: Area,
     [width, nr]: [usize; 2],
     mut f: impl FnMut(Range<usize>, usize, [Rows<'_>; 2], usize),
 ) {
-    let mut first = pixels.start;
-    while first < pixels.end {
-        let inside = (first - pixels.start) % nr;
-        let len = (nr - inside).min(width - first % width).min(pixels.end - first);
-        for odd in 0..2 {
-            let of = |column: usize| sums.panel(2 * odd + column, first - pixels.start - inside);
-            f(first..first + len, odd, [of(0), of(1)], inside);
+    for (before, run) in area.runs() {
+        let mut first = run.start;
+        while first < run.end {
+            let at = before + first - run.start;
+            let len = (nr - at % nr).min(width - first % width).min(run.end - first);
+            for odd in 0..2 {
+                let of = |column: usize| sums.panel(2 * odd + column, at / nr * nr);
+                f(first..first + len, odd, [of(0), of(1)], at % nr);
+            }
+            first += len;
         }
-        first += len;
     }
 }

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::conv::laid::Laid;
-use crate::conv::{Conv2d, Finish, doubling};
+use crate::conv::{Conv2d, add_rows, doubling};
 use crate::gemm::micro::{MAX_TILE, MicroKernel, TILE_PAIRS};
 use crate::gemm::{Plane, Rows, SharedPlane, bf16, narrow_rows, turn};
 use crate::scratch::Buffer;
@@ -64,7 +64,7 @@ impl Lined {
 }
 
 /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`.
-pub(super) fn convolve(conv: &Conv2d, x: &[f32], laid: Laid, finish: Finish<'_>, y: &mut [MaybeUninit<f32>]) {
+pub(super) fn convolve(conv: &Conv2d, x: &[f32], laid: Laid, residual: Option<&[f32]>, y: &mut [MaybeUninit<f32>]) {
     let ([c_out, c_in, _], kernel, [out_height, out_width]) = (conv.dims(), conv.kernel, laid.output);
     let (lined, picture) = (Lined::of(&laid, c_in), c_in * laid.input.iter().product::<usize>());
     let pixels = laid.pixels() * conv.phases.len();
@@ -90,7 +90,7 @@ pub(super) fn convolve(conv: &Conv2d, x: &[f32], laid: Laid, finish: Finish<'_>,
         let y = SharedPlane::of(y, pixels);
         threads::over_jobs(batch * jobs, small, |job| {
             let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
-            let job = Job { conv, laid, lined: &lined, steps: &steps, across, finish, first: item * c_out * pixels };
+            let job = Job { conv, laid, lined: &lined, steps: &steps, across, residual: residual.map(|of| &of[item * c_out * pixels..]) };
             job.run(&lines[item * lined.len()..], tiles, |channels, pixels| {
                 #[allow(unsafe_code)] // threads write rectangles, which are not slices
                 // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.
@@ -120,9 +120,8 @@ struct Job<'a> {
     steps: &'a Steps,
     /// Tiles of a row of the output.
     across: usize,
-    finish: Finish<'a>,
-    /// Results of the pictures before this one.
-    first: usize,
+    /// Of this picture.
+    residual: Option<&'a [f32]>,
 }
 
 impl Job<'_> {
@@ -149,7 +148,7 @@ impl Job<'_> {
                         product(0, turned);
                         let mut y = y(channels.clone(), run.clone());
                         y.copy_rows_plus(&Plane::of(&mut turned[..channels.len() * kernel.mr], kernel.mr).narrow(run.len()), bias);
-                        self.finish(&mut y, panel, run.start);
+                        self.add_residual(&mut y, panel, &run);
                         continue;
                     }
                     for odd in 0..2 {
@@ -159,7 +158,7 @@ impl Job<'_> {
                         let mut y = y(channels.clone(), pixels.clone());
                         let by_turns = [&*turned, &*beside].map(|turned| Rows::new(turned, channels.len(), kernel.mr));
                         y.interleave_rows_plus(by_turns, 0, bias);
-                        self.finish(&mut y, panel, pixels.start);
+                        self.add_residual(&mut y, panel, &pixels);
                     }
                 }
             }
@@ -172,12 +171,10 @@ impl Job<'_> {
         ((at[0] * self.laid.stride + down) * self.lined.width + at[1] * self.laid.stride + right) * TILE_PAIRS
     }
 
-    /// Of the channels from `panel` on, results from `pixel` on.
-    fn finish(&self, y: &mut Plane<'_>, panel: usize, pixel: usize) {
-        let pixels = self.laid.pixels() * self.conv.phases.len();
-        for channel in 0..y.rows() {
-            self.finish.apply(y.row_mut(channel), self.first + (panel + channel) * pixels + pixel);
-        }
+    /// To channels from `panel` on.
+    fn add_residual(&self, y: &mut Plane<'_>, panel: usize, pixels: &Range<usize>) {
+        let all = self.laid.pixels() * self.conv.phases.len();
+        add_rows(y, |channel| self.residual.map(|of| &of[(panel + channel) * all..][pixels.clone()]));
     }
 }
 

@@ -40,7 +40,7 @@ fn doubled(x: &[f32], width: usize) -> Vec<f32> {
 fn run(conv: &Conv2d, x: &[f32], g: Geometry) -> Vec<f32> {
     let batch = x.len() / (conv.c_in * g.input.iter().product::<usize>());
     let mut y = vec![f32::NAN; batch * conv.c_out * conv.output(g).iter().product::<usize>()];
-    conv.run(x, g, Finish::default(), &mut y);
+    conv.run(x, g, None, &mut y);
     y
 }
 
@@ -48,7 +48,7 @@ fn kernels() -> Vec<&'static MicroKernel> {
     MicroKernel::all().into_iter().chain(MicroKernel::all_bf16()).collect()
 }
 
-/// What a kernel makes is `expected`, the same alone as in a batch, and finished as it is told.
+/// What a kernel makes is `expected`, the same alone as in a batch, and with a residual as it is told.
 fn agrees(conv: &Conv2d, x: &[f32], batch: usize, g: Geometry, expected: &[f32]) -> Result<(), TestCaseError> {
     let y = run(conv, x, g);
     prop_assert_eq!(y.len(), expected.len());
@@ -58,12 +58,10 @@ fn agrees(conv: &Conv2d, x: &[f32], batch: usize, g: Geometry, expected: &[f32])
     let item = x.len() / batch;
     let alone: Vec<f32> = x.chunks(item).flat_map(|x| run(conv, x, g)).collect();
     prop_assert_eq!(&alone, &y);
-    let (residual, mut finished) = (values(y.len(), 5), vec![f32::NAN; y.len()]);
-    let finish = Finish { residual: Some(&residual), activation: Some(Activation::Silu) };
-    conv.run(x, g, finish, &mut finished);
-    let mut expected: Vec<f32> = y.iter().zip(&residual).map(|(y, residual)| y + residual).collect();
-    Activation::Silu.apply(&mut expected);
-    prop_assert_eq!(finished, expected);
+    let (residual, mut with) = (values(y.len(), 5), vec![f32::NAN; y.len()]);
+    conv.run(x, g, Some(&residual), &mut with);
+    let expected: Vec<f32> = y.iter().zip(&residual).map(|(y, residual)| y + residual).collect();
+    prop_assert_eq!(with, expected);
     Ok(())
 }
 
@@ -148,8 +146,8 @@ fn in_place_as_in_panels(
     let ([height, width], kernel) = (narrow.input, conv.kernel);
     let wide = Geometry { input: [height, width + 1], ..narrow };
     let reads = matches!(kernel.takes, Takes::Floats | Takes::Pairs | Takes::PairsByFloats) && kernel.reads_places();
-    prop_assert_eq!(Bands::of(&laid(narrow), kernel, 256).is_some(), reads);
-    prop_assert!(Bands::of(&laid(wide), kernel, 256).is_none());
+    prop_assert_eq!(bands::fit(&laid(narrow), kernel), reads);
+    prop_assert!(!bands::fit(&laid(wide), kernel));
     let x = values(batch * c_in * height * width, 1);
     let more: Vec<f32> = x.chunks_exact(width).flat_map(|line| line.iter().copied().chain([0.0])).collect();
     let (y, expected) = (run(conv, &x, narrow), run(conv, &more, wide));
@@ -196,7 +194,7 @@ fn nothing_outside_the_operands_is_touched() {
                     let mut y = Guarded::new(&vec![0.0; 7 * conv.output(g).iter().product::<usize>()], before);
                     let residual = values(y.slice().len(), 3);
                     for residual in [None, Some(&*residual)] {
-                        conv.run(x.slice(), g, Finish { residual, activation: None }, y.slice_mut());
+                        conv.run(x.slice(), g, residual, y.slice_mut());
                     }
                 }
             }

@@ -14,6 +14,21 @@ pub(super) struct Windows<'a> {
 }
 
 impl Windows<'_> {
+    /// What is seen of a piece of a line, from a channel's line and column on: how many zeros, and then what of the picture; the rest is zeros,
+    /// and all of it of a channel that is not there.
+    #[inline(always)]
+    pub(super) fn seen(&self, [channel, line, column]: [usize; 3], len: usize) -> (usize, &[f32]) {
+        let Laid { input: [h, w], before: [above, before], .. } = self.laid;
+        let line = line.wrapping_sub(above);
+        let zeros = before.saturating_sub(column).min(len);
+        let end = (w + before).saturating_sub(column).clamp(zeros, len);
+        if line >= h || zeros == end {
+            return (zeros, &[]);
+        }
+        let first = (channel * h + line) * w + column + zeros - before;
+        (zeros, self.x.get(first..first + end - zeros).unwrap_or_default())
+    }
+
     /// Those of one kernel alone.
     pub(super) fn of_phase(&self, phase: usize) -> Self {
         Self { x: self.x, laid: self.laid.of_phase(phase) }
@@ -97,7 +112,7 @@ vectorised! {
 
 /// The beginning of `from`, without a call where it is long.
 #[inline(always)]
-pub(super) fn copy(to: &mut [f32], from: &[f32]) {
+fn copy(to: &mut [f32], from: &[f32]) {
     let from = &from[..to.len()];
     let (whole, rest) = to.as_chunks_mut::<16>();
     let (from, from_rest) = from.as_chunks::<16>();

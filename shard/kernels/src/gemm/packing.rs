@@ -358,12 +358,13 @@ pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: 
     }
 }
 
-/// Rows of `x`, `len` long, of floats or pairs, as the `a` of a kernel that takes those: `[rows / mr][len][mr]`.
-pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, kernel: &MicroKernel) {
+/// Rows of `x`, `len` long, of floats or pairs, as the `a` of a kernel that takes those, in tiles of `height` rows, `mr` at most:
+/// `[rows / height][len][mr]`.
+pub(crate) fn pack_tiles(packed: &mut [f32], x: Rows<'_>, len: usize, height: usize, kernel: &MicroKernel) {
     let (mr, wide) = (kernel.mr, kernel.takes == Takes::PairsByFloats);
     let mut pairs = vec![0.0; if wide { mr * len } else { 0 }];
-    for (tile, first) in (0..x.count()).step_by(mr).enumerate() {
-        let rows = first..x.count().min(first + mr);
+    for (tile, first) in (0..x.count()).step_by(height).enumerate() {
+        let rows = first..x.count().min(first + height);
         let packed = &mut packed[tile * mr * kernel.input_len(len)..];
         if wide {
             turn(&mut pairs, x, rows, (0, len), mr);

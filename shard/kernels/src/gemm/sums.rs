@@ -63,6 +63,21 @@ impl<'a> Sums<'a> {
         }
     }
 
+    /// Puts the complete sums of columns from `column` on where they belong, to each row its `bias`, if there are any, and then `more`.
+    pub(crate) fn write_plus<'r>(&self, column: usize, y: &mut Plane<'_>, bias: &[f32], more: impl Fn(usize) -> Option<&'r [f32]>) {
+        let (nr, panel) = (self.kernel.nr, self.kernel.nr * self.rows.next_multiple_of(self.kernel.mr));
+        let first = self.start(Place::Depth(0), &(0..0), &(column..column));
+        for row in 0..self.rows {
+            // What nothing is added to keeps its sign, where it is zero.
+            let bias = bias.get(row).copied().unwrap_or(-0.0);
+            let (from, to) = (&self.memory[first + row * nr..], y.unread_row(row));
+            match more(row) {
+                Some(more) => join_plus_more(from, [nr, panel], bias, more, to),
+                None => join_plus(from, [nr, panel], bias, to),
+            }
+        }
+    }
+
     /// The complete sums of all rows at a depth, of the columns of one panel from `column` on.
     pub(crate) fn panel(&self, depth: usize, column: usize) -> Rows<'_> {
         let at = self.start(Place::Depth(depth), &(0..0), &(column..column));
@@ -88,6 +103,29 @@ vectorised! {
             let ((to, to_rest), (from, from_rest)) = (to.as_chunks_mut::<16>(), from.as_chunks::<16>());
             to.iter_mut().zip(from).for_each(|(to, from)| *to = from.map(MaybeUninit::new));
             to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = MaybeUninit::new(*from));
+        }
+    }
+}
+
+vectorised! {
+    /// As [`join`], to which a number is added.
+    fn join_plus(from: &[f32], len_apart: [usize; 2], bias: f32, to: &mut [MaybeUninit<f32>]) {
+        let [len, apart] = len_apart;
+        for (at, to) in to.chunks_mut(len).enumerate() {
+            let from = &from[at * apart..][..to.len()];
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = MaybeUninit::new(from + bias));
+        }
+    }
+}
+
+vectorised! {
+    /// As [`join_plus`], and then as many more.
+    fn join_plus_more(from: &[f32], len_apart: [usize; 2], bias: f32, more: &[f32], to: &mut [MaybeUninit<f32>]) {
+        let [len, apart] = len_apart;
+        let more = &more[..to.len()];
+        for (at, (to, more)) in to.chunks_mut(len).zip(more.chunks(len)).enumerate() {
+            let from = &from[at * apart..][..to.len()];
+            to.iter_mut().zip(from).zip(more).for_each(|((to, from), more)| *to = MaybeUninit::new(from + bias + more));
         }
     }
 }
