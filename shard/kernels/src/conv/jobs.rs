@@ -11,8 +11,8 @@ const SUMS: usize = 1 << 17;
 /// Pixels that a job has at most and at least, where there are so many.
 const MOST: usize = 512;
 const FEWEST: usize = 64;
-/// Columns of a rectangle at most: a line of 64 is read with one cache line on either side.
-const COLUMNS: usize = 64;
+/// Columns of a rectangle at most: results of a line are written in one go, and what windows see beside it is little.
+const COLUMNS: usize = 128;
 
 /// The jobs of one picture.
 pub(super) struct Jobs {

@@ -8,15 +8,16 @@ use crate::cpu::{self, vectorised};
 /// Floats that are narrowed at once.
 const LINE: usize = 32;
 
-/// The bits of the nearest of bf16, of two the even one: `bf16::from_f32`, without its branches.
+/// The bits of the nearest of bf16, of two the even one, as the CPU's instruction has it: what is too small to be normal is zero.
 #[inline(always)]
 fn nearest(x: f32) -> u32 {
     let bits = x.to_bits();
     let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    if x.is_nan() { bits >> 16 | 0x40 } else { nearest }
+    let nearest = if x.is_nan() { bits >> 16 | 0x40 } else { nearest };
+    if bits & 0x7f80_0000 == 0 { bits >> 16 & 0x8000 } else { nearest }
 }
 
-/// The nearest of bf16. Of what is too small to be normal, perhaps zero: products take it for that.
+/// The nearest of bf16; zero for what is too small to be normal, as products take it.
 pub(crate) fn narrow(from: &[f32], to: &mut [bf16]) {
     assert_eq!(from.len(), to.len(), "as many of both");
     let mut done = 0;
@@ -51,9 +52,19 @@ vectorised! {
     }
 }
 
+/// Pairs of what lies in two rows; of zeros where there is no second.
+pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+    assert!(lower.len() == to.len() && upper.is_none_or(|upper| upper.len() == to.len()), "as many of both");
+    #[cfg(target_arch = "x86_64")]
+    if cpu::has_bf16() && cpu::has_wide_vectors() && to.len() >= LINE / 2 {
+        // SAFETY: the CPU has it; as many of all, a vector at least.
+        return unsafe { avx512::narrow_rows(lower, upper, to) };
+    }
+    narrow_short_rows(lower, upper, to);
+}
+
 vectorised! {
-    /// Pairs of what lies in two rows; of zeros where there is no second.
-    pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+    fn narrow_short_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
         match upper {
             Some(upper) => {
                 for ((to, lower), upper) in to.iter_mut().zip(lower).zip(upper) {
@@ -122,7 +133,10 @@ fn earlier_of(pair: f32) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use std::arch::x86_64::{__m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_storeu_si512};
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_setzero_ps,
+        _mm512_storeu_si512,
+    };
     use std::mem::transmute;
 
     use half::bf16;
@@ -146,6 +160,26 @@ mod avx512 {
         for (at, from) in from.iter().enumerate() {
             // SAFETY: as promised by the caller.
             unsafe { line(from, to.as_mut_ptr().add(at * apart).cast()) };
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX-512 BF16 and BW; all have as many floats, a vector of them at least.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) unsafe fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+        const LANES: usize = LINE / 2;
+        // Of both, the first, then the second, and so on.
+        let by_turns: [u16; LINE] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
+        // SAFETY: a vector of each, the last of which may begin in the one before it; any bits are a vector of whole numbers.
+        unsafe {
+            let by_turns = _mm512_loadu_si512(by_turns.as_ptr().cast());
+            let last = to.len() - LANES;
+            for at in (0..to.len()).step_by(LANES).map(|at| at.min(last)) {
+                let upper = upper.map_or(_mm512_setzero_ps(), |upper| _mm512_loadu_ps(upper.as_ptr().add(at)));
+                let both = _mm512_cvtne2ps_pbh(upper, _mm512_loadu_ps(lower.as_ptr().add(at)));
+                let pairs = _mm512_permutexvar_epi16(by_turns, transmute::<__m512bh, __m512i>(both));
+                _mm512_storeu_si512(to.as_mut_ptr().add(at).cast(), pairs);
+            }
         }
     }
 
@@ -188,9 +222,25 @@ mod tests {
             let from = Guarded::new(&x, before);
             let mut to = vec![bf16::ONE; x.len()];
             narrow(from.slice(), &mut to);
+            let mut in_plain = vec![bf16::ONE; x.len()];
+            narrow_rest(&x, &mut in_plain);
+            let bits = |x: &[bf16]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&to), bits(&in_plain));
             for (x, to) in x.into_iter().zip(to) {
-                let expected = bf16::from_f32(x);
-                prop_assert!(to.to_bits() == expected.to_bits() || x.is_subnormal() && to.to_f32() == 0.0, "{} is {}", x, to);
+                let expected = if x.is_subnormal() { bf16::from_f32(0f32.copysign(x)) } else { bf16::from_f32(x) };
+                prop_assert_eq!(to.to_bits(), expected.to_bits(), "{} is {}", x, to);
+            }
+        }
+
+        #[test]
+        fn two_rows_become_pairs(bits in prop::collection::vec(any::<[u32; 2]>(), 0..100), alone: bool, before: bool) {
+            let row = |at: usize| Guarded::new(&bits.iter().map(|two| f32::from_bits(two[at])).collect::<Vec<_>>(), before);
+            let (lower, upper) = (row(0), row(1));
+            let mut to = Guarded::new(&vec![f32::NAN; bits.len()], before);
+            narrow_rows(lower.slice(), (!alone).then_some(upper.slice()), to.slice_mut());
+            for (to, [lower, upper]) in to.slice().iter().zip(bits) {
+                let upper = if alone { 0 } else { upper };
+                prop_assert_eq!(to.to_bits(), nearest(f32::from_bits(lower)) | nearest(f32::from_bits(upper)) << 16);
             }
         }
     }

@@ -129,9 +129,10 @@ vectorised! {
     fn interleave_rows_plus(to: &mut Plane<'_>, by_turns: [Rows<'_>; 2], from: usize, bias: &[f32]) {
         for row in 0..to.rows {
             let bias = bias.get(row).copied().unwrap_or(-0.0);
-            let [even, odd] = by_turns.map(|values| values.part(row, (from, to.columns / 2)));
+            let [even, odd] = by_turns;
+            let (even, odd) = (even.part(row, (from, to.columns / 2)), odd.part(row, (from, to.columns / 2)));
             for ((to, even), odd) in to.unread_row(row).as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
-                *to = [even + bias, odd + bias].map(MaybeUninit::new);
+                *to = [MaybeUninit::new(even + bias), MaybeUninit::new(odd + bias)];
             }
         }
     }
