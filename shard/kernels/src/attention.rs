@@ -232,10 +232,9 @@ impl Job<'_> {
         if self.of.keys == 0 {
             block.output[..m * width].fill(0.0);
         }
-        for (output, sum) in block.output[..m * width].chunks_exact_mut(width).zip(&*block.sum) {
-            rows::multiply(output, if *sum > 0.0 || sum.is_nan() { 1.0 / sum } else { 0.0 });
-        }
-        y.copy(&Plane::of(&mut block.output[..m * width], width));
+        let factors = block.sum[..m].iter_mut();
+        factors.for_each(|sum| *sum = if *sum > 0.0 || sum.is_nan() { 1.0 / *sum } else { 0.0 });
+        y.copy_rows_times(Rows::new(block.output, m, width), &block.sum[..m]);
     }
 
     /// `c (+)= a b` for panels of `b` that are `panel` elements apart.

@@ -98,10 +98,9 @@ pub fn layer_norm_modulate<'a>(
     assert_eq!(shift.len(), scale.len());
     assert_eq!(scale.len() * rows, y.len(), "one scale and shift for each item");
     threads::over_rows(&mut *y, width, |first, y| {
-        for (i, y) in y.chunks_exact_mut(width).enumerate() {
-            let (row, item) = (first + i, (first + i) / rows);
-            let y = normalized(&x[row * width..][..width], y, eps);
-            modulate(y, &scale[item * width..][..width], &shift[item * width..][..width]);
+        for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
+            let item = row / rows;
+            modulate(&x[row * width..][..width], &scale[item * width..][..width], &shift[item * width..][..width], eps, y);
         }
     });
     #[allow(unsafe_code)] // floats from here on
@@ -334,9 +333,10 @@ vectorised! {
 }
 
 vectorised! {
-    fn modulate(y: &mut [f32], scale: &[f32], shift: &[f32]) {
-        for ((y, scale), shift) in y.iter_mut().zip(scale).zip(shift) {
-            *y = *y * (1.0 + *scale) + *shift;
+    fn modulate(x: &[f32], scale: &[f32], shift: &[f32], eps: f32, y: &mut [MaybeUninit<f32>]) {
+        let (mean, factor) = moments(x, eps);
+        for (((y, x), scale), shift) in y.iter_mut().zip(x).zip(scale).zip(shift) {
+            y.write((*x - mean) * factor * (1.0 + *scale) + *shift);
         }
     }
 }

@@ -83,10 +83,10 @@ impl<'a> Plane<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride).cast(), self.columns) }
     }
 
-    /// `self = other`, of the same size.
-    pub(crate) fn copy(&mut self, other: &Plane<'_>) {
-        assert!(self.rows == other.rows && self.columns == other.columns, "rectangles of the same size");
-        copy(self, other);
+    /// Rows of `from`, each times its factor.
+    pub(crate) fn copy_rows_times(&mut self, from: Rows<'_>, factors: &[f32]) {
+        assert!(from.count() == self.rows && factors.len() == self.rows, "a factor for each row");
+        copy_rows_times(self, from, factors);
     }
 
     /// `self = other`, of the same size, and to each row its `bias`, if there are any.
@@ -103,12 +103,10 @@ impl<'a> Plane<'a> {
 }
 
 vectorised! {
-    fn copy(to: &mut Plane<'_>, from: &Plane<'_>) {
-        for row in 0..to.rows {
-            // In pieces whose length is known, without a call.
-            let ((to, to_rest), (from, from_rest)) = (to.unread_row(row).as_chunks_mut::<16>(), from.row(row).as_chunks::<16>());
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.map(MaybeUninit::new));
-            to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = MaybeUninit::new(*from));
+    fn copy_rows_times(to: &mut Plane<'_>, from: Rows<'_>, factors: &[f32]) {
+        for (row, factor) in factors.iter().enumerate() {
+            let from = from.part(row, (0, to.columns));
+            to.unread_row(row).iter_mut().zip(from).for_each(|(to, from)| *to = MaybeUninit::new(from * factor));
         }
     }
 }
