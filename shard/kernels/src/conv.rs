@@ -267,7 +267,7 @@ impl Conv2d {
         let more = |channel: usize, pixels: &Range<usize>| residual.map(|of| &of[channel * all..][..all][pixels.clone()]);
         if !self.doubles() {
             for (at, pixels) in area.runs() {
-                sums.write_plus(at, &mut y(pixels.clone()), bias, |channel| more(channel, &pixels));
+                sums.write(at, &mut y(pixels.clone()), bias, |channel| more(channel, &pixels), |_| {});
             }
             return;
         }

@@ -14,7 +14,7 @@ use self::inputs::Product;
 use self::micro::{Soon, Takes};
 use crate::activation::Activation;
 use crate::memory::{Output, seen};
-use crate::{rows, scratch, threads};
+use crate::{scratch, threads};
 
 mod blocks;
 pub(crate) mod bytes;
@@ -91,17 +91,6 @@ pub struct Epilogue<'a> {
     pub bias: Option<&'a [f32]>,
     /// Then applied.
     pub activation: Option<Activation>,
-}
-
-impl Epilogue<'_> {
-    fn apply(&self, y: &mut [f32], columns: Range<usize>) {
-        if let Some(bias) = self.bias {
-            rows::shift(y, &bias[columns]);
-        }
-        if let Some(activation) = self.activation {
-            activation.apply(y);
-        }
-    }
 }
 
 /// `y = epilogue(x W^T)`. `x: [M, K]`, `W: [N, K]` give `y: [M, N]`.
@@ -225,7 +214,9 @@ impl Job<'_> {
                     }
                     self.step(&step, a, [b, aside], &mut sums);
                 }
-                sums.write(&mut y, |_, row| epilogue.apply(row, self.columns.clone()));
+                let bias = epilogue.bias.map(|bias| &bias[self.columns.clone()]);
+                let activate = |y: &mut [f32]| epilogue.activation.iter().for_each(|activation| activation.apply(y));
+                sums.write(0, &mut y, &[], |_| bias, activate);
             });
         });
     }

@@ -54,27 +54,23 @@ impl<'a> Sums<'a> {
         rows::shift(&mut below[..len], &own[..len]);
     }
 
-    /// Puts the sums that are complete where they belong, and hands each row to `done` while it is near.
-    pub(crate) fn write(&self, y: &mut Plane<'_>, mut done: impl FnMut(usize, &mut [f32])) {
-        let (nr, panel) = (self.kernel.nr, self.kernel.nr * self.rows.next_multiple_of(self.kernel.mr));
-        for row in 0..self.rows {
-            join(&self.memory[Self::PASSING + row * nr..], [nr, panel], y.unread_row(row));
-            done(row, y.row_mut(row));
-        }
-    }
-
-    /// Puts the complete sums of columns from `column` on where they belong, to each row its `bias`, if there are any, and then `more`.
-    pub(crate) fn write_plus<'r>(&self, column: usize, y: &mut Plane<'_>, bias: &[f32], more: impl Fn(usize) -> Option<&'r [f32]>) {
+    /// Puts the complete sums of columns from `column` on where they belong: to each row its `bias` is added, if there are any, and then what
+    /// `more` has for it; `done` gets it while it is near.
+    pub(crate) fn write<'r>(
+        &self,
+        column: usize,
+        y: &mut Plane<'_>,
+        bias: &[f32],
+        more: impl Fn(usize) -> Option<&'r [f32]>,
+        done: impl Fn(&mut [f32]),
+    ) {
         let (nr, panel) = (self.kernel.nr, self.kernel.nr * self.rows.next_multiple_of(self.kernel.mr));
         let first = self.start(Place::Depth(0), &(0..0), &(column..column));
         for row in 0..self.rows {
             // What nothing is added to keeps its sign, where it is zero.
             let bias = bias.get(row).copied().unwrap_or(-0.0);
-            let (from, to) = (&self.memory[first + row * nr..], y.unread_row(row));
-            match more(row) {
-                Some(more) => join_plus_more(from, [nr, panel], bias, more, to),
-                None => join_plus(from, [nr, panel], bias, to),
-            }
+            join_plus(&self.memory[first + row * nr..], [nr, panel], bias, more(row), y.unread_row(row));
+            done(y.row_mut(row));
         }
     }
 
@@ -94,38 +90,18 @@ impl<'a> Sums<'a> {
 }
 
 vectorised! {
-    /// Pieces of `len`, `apart` from each other, one after the other.
-    fn join(from: &[f32], len_apart: [usize; 2], to: &mut [MaybeUninit<f32>]) {
+    /// Pieces of `len`, `apart` from each other, one after the other; to all of them `bias` is added, and then `more`.
+    fn join_plus(from: &[f32], len_apart: [usize; 2], bias: f32, more: Option<&[f32]>, to: &mut [MaybeUninit<f32>]) {
         let [len, apart] = len_apart;
-        for (at, to) in to.chunks_mut(len).enumerate() {
-            // In parts whose length is known, without a call.
-            let from = &from[at * apart..][..to.len()];
-            let ((to, to_rest), (from, from_rest)) = (to.as_chunks_mut::<16>(), from.as_chunks::<16>());
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = from.map(MaybeUninit::new));
-            to_rest.iter_mut().zip(from_rest).for_each(|(to, from)| *to = MaybeUninit::new(*from));
-        }
-    }
-}
-
-vectorised! {
-    /// As [`join`], to which a number is added.
-    fn join_plus(from: &[f32], len_apart: [usize; 2], bias: f32, to: &mut [MaybeUninit<f32>]) {
-        let [len, apart] = len_apart;
-        for (at, to) in to.chunks_mut(len).enumerate() {
-            let from = &from[at * apart..][..to.len()];
-            to.iter_mut().zip(from).for_each(|(to, from)| *to = MaybeUninit::new(from + bias));
-        }
-    }
-}
-
-vectorised! {
-    /// As [`join_plus`], and then as many more.
-    fn join_plus_more(from: &[f32], len_apart: [usize; 2], bias: f32, more: &[f32], to: &mut [MaybeUninit<f32>]) {
-        let [len, apart] = len_apart;
-        let more = &more[..to.len()];
-        for (at, (to, more)) in to.chunks_mut(len).zip(more.chunks(len)).enumerate() {
-            let from = &from[at * apart..][..to.len()];
-            to.iter_mut().zip(from).zip(more).for_each(|((to, from), more)| *to = MaybeUninit::new(from + bias + more));
+        assert!(more.is_none_or(|more| more.len() == to.len()), "as many more");
+        let pieces = (0..).step_by(apart).zip(to.chunks_mut(len));
+        let Some(more) = more else {
+            return pieces.for_each(|(at, to)| {
+                to.iter_mut().zip(&from[at..]).for_each(|(to, from)| *to = MaybeUninit::new(from + bias));
+            });
+        };
+        for ((at, to), more) in pieces.zip(more.chunks(len)) {
+            to.iter_mut().zip(&from[at..]).zip(more).for_each(|((to, from), more)| *to = MaybeUninit::new(from + bias + more));
         }
     }
 }
