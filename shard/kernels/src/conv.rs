@@ -30,8 +30,8 @@ mod laid;
 mod lines;
 mod windows;
 
-/// Channels that go past all of a job's pixels together at most: 210 KiB of weights.
-const ROWS: usize = 140;
+/// Channels that go past all of a job's pixels together at most: 108 KiB of weights.
+const ROWS: usize = 72;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 

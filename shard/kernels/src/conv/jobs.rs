@@ -9,7 +9,7 @@ use crate::conv::laid::Laid;
 /// Sums of a job at most, while it has more than [`FEWEST`] pixels: 512 KiB of the second-level cache.
 const SUMS: usize = 1 << 17;
 /// Pixels that a job has at most and at least, where there are so many.
-const MOST: usize = 512;
+const MOST: usize = 256;
 const FEWEST: usize = 64;
 /// Columns of a rectangle at most: results of a line are written in one go, and what windows see beside it is little.
 const COLUMNS: usize = 128;
