@@ -142,7 +142,11 @@ fn keys_of_block(kernel: &MicroKernel) -> usize {
 
 /// What exponentials are of, and how much one of scores is in them. Again a matter of the order.
 fn base(kernel: &MicroKernel) -> (Base, f32) {
-    if kernel.takes == Takes::Tiles { (Base::Two, std::f32::consts::LOG2_E) } else { (Base::E, 1.0) }
+    match kernel.takes {
+        Takes::Tiles => (Base::Two, std::f32::consts::LOG2_E),
+        _ if kernel.pairs() => (Base::RoughE, 1.0),
+        _ => (Base::E, 1.0),
+    }
 }
 
 /// Some queries of one head.

@@ -125,7 +125,13 @@ impl Conv2d {
 
     /// `x: [B, C_in, H, W]` gives `y: [B, C_out, H', W']`, `H'` and `W'` from [`Self::output`]. A doubling kernel takes only
     /// [`Geometry::same`]. If there is a `residual`, of the size of `y`, it is added after the bias.
-    pub fn run<'a>(&self, x: &[f32], geometry: Geometry, residual: Option<&[f32]>, y: &'a mut (impl Output + ?Sized)) -> &'a mut [f32] {
+    pub fn run<'a>(
+        &self,
+        x: &[f32],
+        geometry: Geometry,
+        residual: Option<&[f32]>,
+        y: &'a mut (impl Output + ?Sized),
+    ) -> &'a mut [f32] {
         let y = y.unread();
         assert!(residual.is_none_or(|residual| residual.len() == y.len()), "one to add to each result");
         let (pixels, area) = (self.output(geometry).iter().product::<usize>(), geometry.input.iter().product::<usize>());
@@ -242,7 +248,9 @@ impl Conv2d {
                                 let (tile, sums) = sums.tile(Place::Depth(phase), rows, columns.clone());
                                 let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
                                 match bands {
-                                    Some(bands) => self.kernel.run_at(k.len(), weight, (right, bands.places()), tile, fresh, soon),
+                                    Some(bands) => {
+                                        self.kernel.run_at(k.len(), weight, (right, bands.places()), tile, fresh, soon)
+                                    }
                                     None => self.kernel.run(k.len(), weight, right, tile, fresh, soon),
                                 }
                             }

@@ -38,7 +38,13 @@ pub(crate) fn exp2_below(x: f32) -> f32 {
     exp2_of(x, |r| OF_R.iter().fold(0.009_570_101f32, |sum, c| sum.mul_add(r, *c)))
 }
 
-/// The same, by a function that gives `2^r` for an `r` in -0.5..0.5.
+/// `e^x` for an `x` that is not positive, within 2e-5 of itself, down to `e^-87`; for the rest see [`exp2_below`].
+#[inline(always)]
+pub(crate) fn rough_exp_below(x: f32) -> f32 {
+    exp2_below(x * core::f32::consts::LOG2_E)
+}
+
+/// `2^x`, by a function that gives `2^r` for an `r` in -0.5..0.5.
 #[inline(always)]
 fn exp2_of(x: f32, of_r: impl Fn(f32) -> f32) -> f32 {
     const LOW: f32 = -126.0;
@@ -111,6 +117,17 @@ mod tests {
         }
         assert_eq!([exp2_below(f32::NEG_INFINITY), exp2_below(-126.5)], [0.0, 0.0]);
         assert!(exp2_below(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rough_exp_below_is_within_2e_5() {
+        for x in range(-87.0, 0.0) {
+            let expected = f64::from(x).exp();
+            let error = (f64::from(rough_exp_below(x)) - expected).abs() / expected;
+            assert!(error < 2e-5, "e^{x} is off by {error:e}");
+        }
+        assert_eq!([rough_exp_below(0.0) > 0.999_99, rough_exp_below(f32::NEG_INFINITY) == 0.0], [true; 2]);
+        assert!(rough_exp_below(f32::NAN).is_nan());
     }
 
     #[test]

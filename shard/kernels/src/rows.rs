@@ -380,6 +380,8 @@ vectorised! {
 pub(crate) enum Base {
     /// `e^x`, as exact as f32 is.
     E,
+    /// The same, as exact as bf16 needs it.
+    RoughE,
     /// `2^x`, as exact as bf16 needs it.
     Two,
 }
@@ -397,11 +399,13 @@ vectorised! {
         let less = match base {
             _ if *max == new || *max == f32::NEG_INFINITY => 1.0,
             Base::E => math::exp(*max - new),
+            Base::RoughE => math::rough_exp_below(*max - new),
             Base::Two => math::exp2_below(*max - new),
         };
         *max = new;
         let more = match base {
             Base::E => exponentials(scores, new),
+            Base::RoughE => rough_exponentials(scores, new),
             Base::Two => exponentials_of_two(scores, new),
         };
         *sum = *sum * less + more;
@@ -410,23 +414,37 @@ vectorised! {
 }
 
 vectorised! {
-    /// As [`exponentials`], of two, in twice as many lanes.
+    /// As [`exponentials`], as exact as bf16 needs it.
+    fn rough_exponentials(x: &mut [f32], max: f32) -> f32 {
+        replace_and_add(x, |v| math::rough_exp_below(v - max))
+    }
+}
+
+vectorised! {
+    /// The same, of two.
     fn exponentials_of_two(x: &mut [f32], max: f32) -> f32 {
-        let mut lanes = [0f32; 2 * LANES];
-        let (chunks, tail) = x.as_chunks_mut::<{ 2 * LANES }>();
-        for chunk in chunks {
-            for (lane, v) in lanes.iter_mut().zip(chunk) {
-                *v = math::exp2_below(*v - max);
-                *lane += *v;
-            }
-        }
-        for (lane, v) in lanes.iter_mut().zip(tail) {
-            *v = math::exp2_below(*v - max);
+        replace_and_add(x, |v| math::exp2_below(v - max))
+    }
+}
+
+/// Replaces each `x` by `f(x)` and gives their sum, in twice as many lanes as [`lane_sum`].
+#[inline(always)]
+fn replace_and_add(x: &mut [f32], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; 2 * LANES];
+    let (chunks, tail) = x.as_chunks_mut::<{ 2 * LANES }>();
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *v = f(*v);
             *lane += *v;
         }
-        let (lower, upper) = lanes.split_at(LANES);
-        sum_of_lanes(std::array::from_fn(|lane| lower[lane] + upper[lane]))
     }
+    for (lane, v) in lanes.iter_mut().zip(tail) {
+        *v = f(*v);
+        *lane += *v;
+    }
+    let [mut sums, upper] = *lanes.as_chunks::<LANES>().0 else { unreachable!("two times {LANES}") };
+    sums.iter_mut().zip(upper).for_each(|(sum, upper)| *sum += upper);
+    sum_of_lanes(sums)
 }
 
 vectorised! {

@@ -8,8 +8,8 @@ use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
 use crate::conv::windows::Windows;
 use crate::cpu::{self, vectorised};
-use crate::gemm::{K_STEP, narrow_rows};
 use crate::gemm::micro::{MicroKernel, Places};
+use crate::gemm::{K_STEP, narrow_rows};
 
 /// Floats of a line of the caches.
 const LINE: usize = 16;

@@ -143,6 +143,17 @@ mod avx512 {
 
     use super::LINE;
 
+    /// The first of each half of a line, then the second of each, and so on.
+    static BY_TURNS: [u16; LINE] = {
+        let mut places = [0; LINE];
+        let mut i = 0;
+        while i < LINE {
+            places[i] = (i / 2 + i % 2 * (LINE / 2)) as u16;
+            i += 1;
+        }
+        places
+    };
+
     /// # Safety
     /// The CPU has AVX-512 BF16.
     #[target_feature(enable = "avx512f,avx512bf16")]
@@ -168,11 +179,9 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) unsafe fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
         const LANES: usize = LINE / 2;
-        // Of both, the first, then the second, and so on.
-        let by_turns: [u16; LINE] = std::array::from_fn(|i| (i / 2 + i % 2 * LANES) as u16);
         // SAFETY: a vector of each, the last of which may begin in the one before it; any bits are a vector of whole numbers.
         unsafe {
-            let by_turns = _mm512_loadu_si512(by_turns.as_ptr().cast());
+            let by_turns = _mm512_loadu_si512(BY_TURNS.as_ptr().cast());
             let last = to.len() - LANES;
             for at in (0..to.len()).step_by(LANES).map(|at| at.min(last)) {
                 let upper = upper.map_or(_mm512_setzero_ps(), |upper| _mm512_loadu_ps(upper.as_ptr().add(at)));

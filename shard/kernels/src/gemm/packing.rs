@@ -1,5 +1,6 @@
 //! Operands in the order in which a micro-kernel reads them.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::ops::Range;
 
@@ -402,6 +403,12 @@ const PAIRS: usize = 64;
 /// Most rows that lie side by side.
 const MOST_ROWS: usize = 32;
 
+thread_local! {
+    /// Rows that are narrowed before they are turned, and pairs before they are widened.
+    static NARROWED: RefCell<[f32; MOST_ROWS * PAIRS]> = const { RefCell::new([0.0; MOST_ROWS * PAIRS]) };
+    static PAIRED: RefCell<[f32; MOST_ROWS * PAIRS]> = const { RefCell::new([0.0; MOST_ROWS * PAIRS]) };
+}
+
 /// As [`pack_transposed`], of pairs: `k` counts them. A last one without a neighbour gets a zero.
 fn pack_pairs<T: Copy>(
     packed: &mut [f32],
@@ -412,33 +419,35 @@ fn pack_pairs<T: Copy>(
     width: usize,
     narrowed: impl Fn(&[T], &mut [bf16]),
 ) {
-    // Neighbours in memory are a pair: the earlier one is the lower half of a float's bits.
-    let mut memory = [0f32; MOST_ROWS * PAIRS];
-    for first in k.clone().step_by(PAIRS) {
-        let packed = &mut packed[(first - k.start) * width..];
-        let k = first..k.end.min(first + PAIRS);
-        let values: &mut [bf16] = bytemuck::cast_slice_mut(&mut memory);
-        for (values, row) in values.chunks_exact_mut(2 * PAIRS).zip(rows.clone()) {
-            let mut filled = 0;
-            for part in parts(pieces, 2 * k.start..2 * k.end) {
-                narrowed(x.part(row, part), &mut values[filled..][..part.1]);
-                filled += part.1;
+    NARROWED.with_borrow_mut(|memory| {
+        for first in k.clone().step_by(PAIRS) {
+            let packed = &mut packed[(first - k.start) * width..];
+            let k = first..k.end.min(first + PAIRS);
+            // Neighbours in memory are a pair: the earlier one is the lower half of a float's bits.
+            let values: &mut [bf16] = bytemuck::cast_slice_mut(memory);
+            for (values, row) in values.chunks_exact_mut(2 * PAIRS).zip(rows.clone()) {
+                let mut filled = 0;
+                for part in parts(pieces, 2 * k.start..2 * k.end) {
+                    narrowed(x.part(row, part), &mut values[filled..][..part.1]);
+                    filled += part.1;
+                }
+                values[filled..2 * k.len()].fill(bf16::ZERO);
             }
-            values[filled..2 * k.len()].fill(bf16::ZERO);
+            turn(packed, Rows::new(memory, rows.len(), PAIRS), 0..rows.len(), (0, k.len()), width);
         }
-        turn(packed, Rows::new(&memory, rows.len(), PAIRS), 0..rows.len(), (0, k.len()), width);
-    }
+    });
 }
 
 /// As [`pack_pairs`], but both of each pair as floats: `[k][2][width]`.
 fn pack_wide_pairs(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
-    let mut memory = [0f32; MOST_ROWS * PAIRS];
-    for first in k.clone().step_by(PAIRS) {
-        let (packed, k) = (&mut packed[2 * (first - k.start) * width..], first..k.end.min(first + PAIRS));
-        let pairs = &mut memory[..k.len() * width];
-        pack_pairs(pairs, x, rows.clone(), pieces, k, width, narrow);
-        widen_pairs(pairs, width, packed);
-    }
+    PAIRED.with_borrow_mut(|memory| {
+        for first in k.clone().step_by(PAIRS) {
+            let (packed, k) = (&mut packed[2 * (first - k.start) * width..], first..k.end.min(first + PAIRS));
+            let pairs = &mut memory[..k.len() * width];
+            pack_pairs(pairs, x, rows.clone(), pieces, k, width, narrow);
+            widen_pairs(pairs, width, packed);
+        }
+    });
 }
 
 /// As [`pack_pairs`], but `[k / TILE_PAIRS][width][TILE_PAIRS]`.

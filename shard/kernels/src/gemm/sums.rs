@@ -4,8 +4,8 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::cpu::vectorised;
-use crate::gemm::{Plane, Rows};
 use crate::gemm::micro::{MAX_TILE, MicroKernel};
+use crate::gemm::{Plane, Rows};
 use crate::rows;
 
 /// The sums of one job that are not complete: for each depth of its tree tile by tile, and a tile in one piece. In the result, rows of a
