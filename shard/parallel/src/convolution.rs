@@ -127,9 +127,7 @@ impl Conv2d {
                 if let Some(residual) = residual.filter(|residual| residual.dims() != [b, c_out, out_h, out_w]) {
                     return Err(Error::Operands { reason: format!("{:?} to add to {shape:?}", residual.dims()) });
                 }
-                let run = |x: &[f32], residual: Option<&[f32]>| {
-                    write(shape, |y| conv.run(x, geometry, residual, y))
-                };
+                let run = |x: &[f32], residual: Option<&[f32]>| write(shape, |y| conv.run(x, geometry, residual, y));
                 let wide = x.to_dtype(DType::F32)?;
                 let y = match residual {
                     Some(residual) => read(&residual.to_dtype(DType::F32)?, |residual| read(&wide, |x| run(x, Some(residual))))??,
