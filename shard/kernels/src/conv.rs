@@ -92,7 +92,7 @@ impl Conv2d {
         Self::pack_doubling_for(MicroKernel::best(), weight, dims, bias)
     }
 
-    /// As [`Self::pack_doubling`], for products in bf16: sums of weights are rounded to it.
+    /// As [`Self::pack_doubling`], for products in bf16: sums of weights are rounded to it, those of a filter together.
     pub fn pack_doubling_pairs(order: Order, weight: &[bf16], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
         Self::pack_doubling_for(MicroKernel::bf16(order), &widened(weight), dims, bias)
     }
@@ -103,9 +103,12 @@ impl Conv2d {
     }
 
     fn pack_doubling_for(kernel: &'static MicroKernel, weight: &[f32], dims: [usize; 3], bias: Option<&[f32]>) -> Self {
-        let [c_out, c_in, size] = dims;
-        let pack = |weight: &Vec<f32>| pack_phase(kernel, weight, [c_out, c_in, doubling::window(size)]);
-        Self::of(kernel, doubling::kernels(weight, size).iter().map(pack).collect(), dims, bias)
+        let ([c_out, c_in, size], window) = (dims, doubling::window(dims[2]));
+        let mut kernels = doubling::kernels(weight, size);
+        if kernel.pairs() {
+            kernels.iter_mut().for_each(|weight| doubling::round_together(weight, window));
+        }
+        Self::of(kernel, kernels.iter().map(|weight| pack_phase(kernel, weight, [c_out, c_in, window])).collect(), dims, bias)
     }
 
     fn of(kernel: &'static MicroKernel, phases: Vec<Buffer>, [c_out, c_in, size]: [usize; 3], bias: Option<&[f32]>) -> Self {

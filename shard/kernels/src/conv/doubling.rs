@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::conv::Geometry;
 use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
-use crate::gemm::{Rows, Sums};
+use crate::gemm::{Rows, Sums, bf16};
 
 /// Kernels of a doubling one: for even rows and even columns of the output, for even rows and odd columns, and so on.
 pub(super) const PHASES: usize = 4;
@@ -34,6 +34,21 @@ pub(super) fn kernels(weight: &[f32], size: usize) -> [Vec<f32>; PHASES] {
         }
         sums
     })
+}
+
+/// Rounds `weight: [filters, size, size]` to bf16, so that each filter's sum is as exact as its smallest weight: what pixels beside each other have in
+/// common, which is most of them, meets no error but that. The largest come first, and what is lost of one is added to the next.
+pub(super) fn round_together(weight: &mut [f32], size: usize) {
+    let mut order: Vec<usize> = (0..size * size).collect();
+    for filter in weight.chunks_exact_mut(size * size) {
+        order.sort_by(|a, b| filter[*b].abs().total_cmp(&filter[*a].abs()).then(a.cmp(b)));
+        let mut lost = 0.0;
+        for at in &order {
+            let wanted = filter[*at] + lost;
+            filter[*at] = bf16::from_f32(wanted).to_f32();
+            lost = wanted - filter[*at];
+        }
+    }
 }
 
 /// The windows of all of them on the picture before it is doubled.
@@ -76,6 +91,29 @@ pub(super) fn each_run(
                 f(first..first + len, odd, [of(0), of(1)], at % nr);
             }
             first += len;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn rounded_together_a_filter_keeps_its_sum(weight in prop::collection::vec(-1f32..1.0, 4)) {
+            let mut rounded = weight.clone();
+            round_together(&mut rounded, 2);
+            // Half of the last place of the smallest, and what f32 loses on the way.
+            let smallest = weight.iter().map(|w| f64::from(w.abs())).fold(1.0, f64::min);
+            let lost = weight.iter().zip(&rounded).map(|(w, r)| f64::from(*w) - f64::from(*r)).sum::<f64>();
+            prop_assert!(lost.abs() <= (smallest + 1.0 / 256.0) / 256.0, "{:?} loses {}", weight, lost);
+            for (w, r) in weight.iter().zip(&rounded) {
+                prop_assert_eq!(bf16::from_f32(*r).to_f32(), *r);
+                prop_assert!((w - r).abs() <= 1.0 / 128.0);
+            }
         }
     }
 }
