@@ -15,7 +15,7 @@ use crate::blocks::BlockType;
 use crate::cpu::vectorised;
 use crate::gemm::blocks::BlockRows;
 use crate::gemm::packing::parts;
-use crate::gemm::turn::turn;
+use crate::gemm::turn::{turn, turn_blocks};
 use crate::gemm::{Piece, Rows};
 
 /// Values of K that share a scale.
@@ -108,12 +108,11 @@ impl Bytes {
         }
         let lines = Rows::new(lines, of.len(), line);
         turn(scales, lines, 0..of.len(), (words, line - words), nr);
+        turn_blocks(to, lines, 0..of.len(), (0, words), nr, block);
         let (scales, minima) = scales.split_at(k.len() * parts * nr);
-        let of_blocks = scales.chunks_exact(parts * nr).zip(minima.chunks_exact(parts * nr)).enumerate();
-        for ((at, (scales, minima)), to) in of_blocks.zip(to.chunks_exact_mut(block)) {
-            let (values, of_parts) = to.split_at_mut(BLOCK / 4 * nr);
-            turn(values, lines, 0..of.len(), (at * BLOCK / 4, BLOCK / 4), nr);
-            let (of_scales, of_minima) = of_parts.split_at_mut(parts * nr);
+        let of_blocks = scales.chunks_exact(parts * nr).zip(minima.chunks_exact(parts * nr));
+        for ((scales, minima), to) in of_blocks.zip(to.chunks_exact_mut(block)) {
+            let (of_scales, of_minima) = to[BLOCK / 4 * nr..].split_at_mut(parts * nr);
             of_scales.copy_from_slice(scales);
             of_minima.iter_mut().zip(minima).for_each(|(to, minimum)| *to = -minimum);
         }

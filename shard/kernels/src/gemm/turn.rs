@@ -10,27 +10,40 @@ use crate::gemm::{Piece, Rows};
 const SIDE: usize = 8;
 
 /// A piece of at most `width` rows of `x` as `to: [len][width]`. What stands in the places of absent rows is zero, or left as it is.
-pub(crate) fn turn(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (_, len): Piece, width: usize) {
-    if rows.is_empty() || len == 0 {
-        return;
-    }
-    let to = &mut to[..len * width];
-    let whole = if cpu::path() == Path::Plain { 0 } else { len - len % SIDE };
-    #[cfg(target_arch = "x86_64")]
-    for first in (0..if whole > 0 { width } else { 0 }).step_by(SIDE) {
-        let mut from = [None; SIDE];
-        for (from, row) in from.iter_mut().zip(rows.start + first..rows.end) {
-            *from = Some(&x.part(row, piece)[..whole]);
-        }
-        // SAFETY: the CPU has AVX2; each row has `whole` floats, and `to` as many columns.
-        unsafe { avx2::turn(&mut to[first..whole * width], from, whole, width, SIDE.min(width - first)) };
-    }
-    if whole == len {
+pub(crate) fn turn(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (start, len): Piece, width: usize) {
+    let whole = len - len % SIDE;
+    turn_blocks(to, x, rows.clone(), (start, whole), width, SIDE * width);
+    if rows.is_empty() || whole == len {
         return;
     }
     for (at, row) in rows.enumerate() {
-        for (to, x) in to[whole * width..].chunks_exact_mut(width).zip(&x.part(row, piece)[whole..]) {
+        for (to, x) in to[whole * width..len * width].chunks_exact_mut(width).zip(&x.part(row, piece)[whole..]) {
             to[at] = *x;
+        }
+    }
+}
+
+/// As [`turn`], of `len` whole blocks of eight columns, `to: [len / 8][8][width]`, where a block begins `apart` from the one before it.
+pub(crate) fn turn_blocks(to: &mut [f32], x: Rows<'_>, rows: Range<usize>, piece @ (_, len): Piece, width: usize, apart: usize) {
+    if rows.is_empty() || len == 0 {
+        return;
+    }
+    assert!(len.is_multiple_of(SIDE) && apart >= SIDE * width, "whole blocks beside each other");
+    #[cfg(target_arch = "x86_64")]
+    if cpu::path() != Path::Plain {
+        for first in (0..width).step_by(SIDE) {
+            let mut from = [None; SIDE];
+            for (from, row) in from.iter_mut().zip(rows.start + first..rows.end) {
+                *from = Some(x.part(row, piece));
+            }
+            // SAFETY: the CPU has AVX2; each row has `len` floats, and each block of `to` as many columns.
+            unsafe { avx2::turn(&mut to[first..], from, len, [width, apart], SIDE.min(width - first)) };
+        }
+        return;
+    }
+    for (at, row) in rows.enumerate() {
+        for (to, x) in to.chunks_mut(apart).zip(x.part(row, piece).as_chunks::<SIDE>().0) {
+            to.chunks_mut(width).zip(x).for_each(|(to, x)| to[at] = *x);
         }
     }
 }
@@ -45,13 +58,13 @@ mod avx2 {
 
     use super::SIDE;
 
-    /// The first `count` of eight rows, absent ones as zeros, as columns of `to`, `width` apart.
+    /// The first `count` of eight rows, absent ones as zeros, as columns of `to`, `width` apart, and `apart` after each eight.
     ///
     /// # Safety
-    /// The CPU has AVX2; each row has `len` floats, a multiple of eight; `to` has `count` more than `(len - 1) * width`.
+    /// The CPU has AVX2; each row has `len` floats, a multiple of eight.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn turn(to: &mut [f32], rows: [Option<&[f32]>; SIDE], len: usize, width: usize, count: usize) {
-        assert!(to.len() >= (len - 1) * width + count, "{len} columns of {width}");
+    pub(super) unsafe fn turn(to: &mut [f32], rows: [Option<&[f32]>; SIDE], len: usize, [width, apart]: [usize; 2], count: usize) {
+        assert!(to.len() >= (len / SIDE - 1) * apart + (SIDE - 1) * width + count, "{len} columns of {width}");
         for first in (0..len).step_by(SIDE) {
             let load = |row: Option<&[f32]>| match row {
                 // SAFETY: eight floats of the row.
@@ -60,7 +73,7 @@ mod avx2 {
             };
             for (column, values) in transposed(rows.map(load)).into_iter().enumerate() {
                 // SAFETY: `count` floats of that column.
-                unsafe { store(to.as_mut_ptr().add((first + column) * width), values, count) };
+                unsafe { store(to.as_mut_ptr().add(first / SIDE * apart + column * width), values, count) };
             }
         }
     }
@@ -133,6 +146,20 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn blocks_of_columns_may_be_apart() {
+        let (rows, blocks, width, apart) = (13, 3, 16, 8 * 16 + 5);
+        let data: Vec<f32> = (0..rows * 8 * blocks).map(|i| i as f32 + 1.0).collect();
+        let mut to = Guarded::new(&vec![f32::NAN; (blocks - 1) * apart + 8 * width], false);
+        turn_blocks(to.slice_mut(), Rows::new(&data, rows, 8 * blocks), 0..rows, (0, 8 * blocks), width, apart);
+        for (block, to) in to.slice().chunks(apart).enumerate() {
+            for (column, to) in to[..8 * width].chunks_exact(width).enumerate() {
+                (0..rows).for_each(|row| assert_eq!(to[row], data[row * 8 * blocks + block * 8 + column]));
+            }
+            assert!(to[8 * width..].iter().all(|x| x.is_nan()), "between blocks nothing is written");
         }
     }
 
