@@ -63,7 +63,13 @@ mod avx2 {
     /// # Safety
     /// The CPU has AVX2; each row has `len` floats, a multiple of eight.
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn turn(to: &mut [f32], rows: [Option<&[f32]>; SIDE], len: usize, [width, apart]: [usize; 2], count: usize) {
+    pub(super) unsafe fn turn(
+        to: &mut [f32],
+        rows: [Option<&[f32]>; SIDE],
+        len: usize,
+        [width, apart]: [usize; 2],
+        count: usize,
+    ) {
         assert!(to.len() >= (len / SIDE - 1) * apart + (SIDE - 1) * width + count, "{len} columns of {width}");
         for first in (0..len).step_by(SIDE) {
             let load = |row: Option<&[f32]>| match row {
