@@ -7,7 +7,7 @@ use crate::conv::doubling::PHASES;
 use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
 use crate::conv::windows::Windows;
-use crate::cpu::{self, vectorised};
+use crate::cpu;
 use crate::gemm::micro::{MicroKernel, Places};
 use crate::gemm::{K_STEP, narrow_rows};
 
@@ -102,15 +102,9 @@ impl Bands {
                     let (_, upper) = piece(2 * channel + 1);
                     narrow_rows(from, (!upper.is_empty()).then_some(upper), inside);
                 } else {
-                    copy(inside, from);
+                    inside.copy_from_slice(from);
                 }
             }
         }
-    }
-}
-
-vectorised! {
-    fn copy(to: &mut [f32], from: &[f32]) {
-        to.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
     }
 }

@@ -36,8 +36,8 @@ pub(super) fn kernels(weight: &[f32], size: usize) -> [Vec<f32>; PHASES] {
     })
 }
 
-/// Rounds `weight: [filters, size, size]` to bf16, so that each filter's sum is as exact as its smallest weight: what pixels beside each other have in
-/// common, which is most of them, meets no error but that. The largest come first, and what is lost of one is added to the next.
+/// Rounds `weight: [filters, size, size]` to bf16, so that each filter's sum is as exact as its smallest weight: what pixels beside each other
+/// have in common, which is most of what they are, meets no other error. The largest come first, and what is lost of one is added to the next.
 pub(super) fn round_together(weight: &mut [f32], size: usize) {
     let mut order: Vec<usize> = (0..size * size).collect();
     for filter in weight.chunks_exact_mut(size * size) {
@@ -66,7 +66,7 @@ pub(super) fn laid(geometry: Geometry, size: usize) -> Laid {
     }
 }
 
-/// Where the results lie of a run of a line's pixels, and those of one kernel for even rows or of one for odd rows.
+/// The pixels of the output that `run`, of one line of the picture, becomes: in the even row of both that the line becomes (0), or in the odd one.
 pub(super) fn pixels_of(run: &Range<usize>, width: usize, odd: usize) -> Range<usize> {
     let (row, column) = (run.start / width, run.start % width);
     let first = (2 * row + odd) * 2 * width + 2 * column;

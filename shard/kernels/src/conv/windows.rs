@@ -69,7 +69,7 @@ vectorised! {
     /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there. A line of the picture is read as a whole, since
     /// those of other channels are in its way in the caches.
     pub(super) fn pack(windows: &Windows<'_>, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
-        let Laid { input: [h, w], stride, before: [above, before], size, output: [_, width], .. } = windows.laid;
+        let Laid { stride, size, output: [_, width], .. } = windows.laid;
         let whole = pixels.len().next_multiple_of(panels.nr);
         for (row_of_panel, k) in k.enumerate() {
             let (channel, ky, kx) = (k / (size * size), k / size % size, k % size);
@@ -80,30 +80,21 @@ vectorised! {
                 let run = (width - column).min(pixels.end - pixel);
                 let to = pixel - pixels.start..pixel - pixels.start + run;
                 pixel += run;
-                let y = (row * stride + ky).wrapping_sub(above);
-                if y >= h {
-                    panels.each(row_of_panel, to, |out, _| out.fill(0.0));
-                    continue;
-                }
-                let line = &windows.x[(channel * h + y) * w..][..w];
-                let first = column * stride + kx;
+                let (line, first) = (row * stride + ky, column * stride + kx);
+                let seen = (run - 1) * stride + 1;
+                let (zeros, line) = windows.seen([channel, line, first], seen);
                 if stride != 1 {
                     panels.each(row_of_panel, to, |out, at| {
                         for (i, out) in (at..).zip(out) {
-                            let x = (first + i * stride).wrapping_sub(before);
-                            *out = line.get(x).copied().unwrap_or(0.0);
+                            *out = (i * stride).checked_sub(zeros).and_then(|x| line.get(x)).copied().unwrap_or(0.0);
                         }
                     });
                     continue;
                 }
-                // Zeros on either side of what the line has.
-                let skipped = before.saturating_sub(first).min(run);
-                let end = (w + before).saturating_sub(first).clamp(skipped, run);
-                let from = (first + skipped).wrapping_sub(before);
-                let (inside, zeros) =
-                    (to.start + skipped..to.start + end, [to.start..to.start + skipped, to.start + end..to.end]);
-                zeros.into_iter().for_each(|zeros| panels.each(row_of_panel, zeros, |out, _| out.fill(0.0)));
-                panels.each(row_of_panel, inside, |out, at| copy(out, &line[from + at..]));
+                let inside = to.start + zeros..to.start + zeros + line.len();
+                let outside = [to.start..inside.start, inside.end..to.end];
+                outside.into_iter().for_each(|zeros| panels.each(row_of_panel, zeros, |out, _| out.fill(0.0)));
+                panels.each(row_of_panel, inside, |out, at| copy(out, &line[at..]));
             }
             panels.each(row_of_panel, pixels.len()..whole, |out, _| out.fill(0.0));
         }

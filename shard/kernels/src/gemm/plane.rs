@@ -114,8 +114,7 @@ vectorised! {
 vectorised! {
     fn copy_rows_plus(to: &mut Plane<'_>, from: &Plane<'_>, bias: &[f32]) {
         for row in 0..to.rows {
-            // What nothing is added to keeps its sign, where it is zero.
-            let bias = bias.get(row).copied().unwrap_or(-0.0);
+            let bias = bias_of(bias, row);
             for (to, from) in to.unread_row(row).iter_mut().zip(from.row(row)) {
                 *to = MaybeUninit::new(*from + bias);
             }
@@ -126,7 +125,7 @@ vectorised! {
 vectorised! {
     fn interleave_rows_plus(to: &mut Plane<'_>, by_turns: [Rows<'_>; 2], from: usize, bias: &[f32]) {
         for row in 0..to.rows {
-            let bias = bias.get(row).copied().unwrap_or(-0.0);
+            let bias = bias_of(bias, row);
             let [even, odd] = by_turns;
             let (even, odd) = (even.part(row, (from, to.columns / 2)), odd.part(row, (from, to.columns / 2)));
             for ((to, even), odd) in to.unread_row(row).as_chunks_mut::<2>().0.iter_mut().zip(even).zip(odd) {
@@ -134,6 +133,12 @@ vectorised! {
             }
         }
     }
+}
+
+/// What is added to a row. If that is nothing, a zero keeps its sign.
+#[inline(always)]
+pub(crate) fn bias_of(bias: &[f32], row: usize) -> f32 {
+    bias.get(row).copied().unwrap_or(-0.0)
 }
 
 /// A rectangle whose parts go to several threads.

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::cpu::vectorised;
 use crate::gemm::micro::{MAX_TILE, MicroKernel};
+use crate::gemm::plane::bias_of;
 use crate::gemm::{Plane, Rows};
 use crate::rows;
 
@@ -67,9 +68,7 @@ impl<'a> Sums<'a> {
         let (nr, panel) = (self.kernel.nr, self.kernel.nr * self.rows.next_multiple_of(self.kernel.mr));
         let first = self.start(Place::Depth(0), &(0..0), &(column..column));
         for row in 0..self.rows {
-            // What nothing is added to keeps its sign, where it is zero.
-            let bias = bias.get(row).copied().unwrap_or(-0.0);
-            join_plus(&self.memory[first + row * nr..], [nr, panel], bias, more(row), y.unread_row(row));
+            join_plus(&self.memory[first + row * nr..], [nr, panel], bias_of(bias, row), more(row), y.unread_row(row));
             done(y.row_mut(row));
         }
     }
