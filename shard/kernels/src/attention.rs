@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::gemm::micro::{MicroKernel, Soon, Takes};
+use crate::gemm::micro::{MicroKernel, Takes};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, narrow_rows, pack_columns, pack_rows};
 use crate::memory::{Output, seen};
 use crate::rows::{self, Base};
@@ -211,17 +211,18 @@ impl Job<'_> {
         for (row, scaled) in queries.clone().zip(scaled.chunks_exact_mut(width)) {
             rows::scaled(self.q.part(row, (0, width)), self.of.scale * unit, scaled);
         }
-        pack_rows(block.q, Rows::new(scaled, m, width), 0..m, &[(0, width)], 0..depth, kernel);
+        let apart = |depth| kernel.mr * kernel.input_len(depth);
+        pack_rows(block.q, apart(depth), Rows::new(scaled, m, width), 0..m, &[(0, width)], 0..depth, kernel);
         block.max[..m].fill(f32::NEG_INFINITY);
         block.sum[..m].fill(0.0);
         let (at_once, mut output) = (keys_of_block(kernel), Plane::of(&mut block.output[..m * width], width));
         for first in (0..self.of.keys).step_by(at_once) {
             let keys = first..self.of.keys.min(first + at_once);
-            let (n, apart) = (keys.len(), at_once + GAP);
-            let mut scores = Plane::of(&mut block.scores[..m * apart], apart).narrow(n);
+            let (n, row_len) = (keys.len(), at_once + GAP);
+            let mut scores = Plane::of(&mut block.scores[..m * row_len], row_len).narrow(n);
             self.products(depth, block.q, &k[first * depth..], nr * depth, &mut scores, true);
             for row in 0..m {
-                let scores = &mut block.scores[row * apart..][..n];
+                let scores = &mut block.scores[row * row_len..][..n];
                 self.add_bias(scores, queries.start + row, keys.clone(), unit);
                 let less = rows::carry(scores, &mut block.max[row], &mut block.sum[row], base);
                 if less != 1.0 && first > 0 {
@@ -229,7 +230,8 @@ impl Job<'_> {
                 }
             }
             let deep = kernel.depth(n);
-            pack_rows(block.p, Rows::new(&block.scores[..m * apart], m, apart), 0..m, &[(0, n)], 0..deep, kernel);
+            let scores = Rows::new(&block.scores[..m * row_len], m, row_len);
+            pack_rows(block.p, apart(deep), scores, 0..m, &[(0, n)], 0..deep, kernel);
             let v = &v[kernel.depth(first) * nr..];
             self.products(deep, block.p, v, nr * kernel.depth(self.of.keys), &mut output, first == 0);
         }
@@ -248,7 +250,7 @@ impl Job<'_> {
         for (i, column) in (0..n).step_by(nr).enumerate() {
             for row in (0..m).step_by(mr) {
                 let tile = c.part(row..m.min(row + mr), column..n.min(column + nr));
-                self.kernel.run(k, &a[row * of_row..], &b[i * panel..], tile, fresh, Soon::default());
+                self.kernel.run(k, &a[row * of_row..], &b[i * panel..], tile, fresh, &[]);
             }
         }
     }

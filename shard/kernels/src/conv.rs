@@ -2,7 +2,7 @@
 //! im2col): weights are the rows, pixels the columns, so pictures stay `[C, H, W]`.
 //!
 //! Where windows lie side by side and in whole tiles, the right side is not even copied: it is read from the lines that a job's windows look at
-//! (`conv/bands.rs`).
+//! (`conv/bands.rs`). A tile of channels by pixels is made in one go, in registers: what it reads of a job's pixels is in the second-level cache.
 //!
 //! A pixel of a channel is one chain over `[C_in, k, k]`, in that order: it depends on nothing beside its own window. In bf16 two channels go
 //! together, as the halves of one: the chain is over `[C_in / 2, k, k]`, and the picture is rounded once, not for each window. In tiles of
@@ -17,8 +17,8 @@ use crate::conv::bands::Bands;
 use crate::conv::jobs::{Area, Jobs};
 use crate::conv::laid::Laid;
 use crate::conv::windows::{Panels, Windows};
-use crate::gemm::micro::{MicroKernel, Soon, Takes};
-use crate::gemm::{K_STEP, Order, Place, Plane, Rows, SharedPlane, Sums, bf16, narrow_rows, pack_tiles};
+use crate::gemm::micro::{MAX_TILE, MicroKernel, More, Panel, Takes, WAITING};
+use crate::gemm::{Order, Plane, Rows, SharedPlane, bf16, narrow_rows, pack_tiles};
 use crate::memory::{Output, seen};
 use crate::scratch::Buffer;
 use crate::{rows, scratch, threads};
@@ -30,8 +30,6 @@ mod laid;
 mod lines;
 mod windows;
 
-/// Channels that go past all of a job's pixels together at most: 108 KiB of weights.
-const ROWS: usize = 72;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
@@ -194,7 +192,7 @@ impl Conv2d {
         let (batch, small) = (y.len() / (self.c_out * all), self.is_small(y.len()));
         let (in_place, input) = (bands::fit(&laid, self.kernel), x.len() / batch);
         let jobs = Jobs::of(&laid, self, batch, in_place);
-        let bands = in_place.then(|| Bands::of(&laid, self.kernel, jobs.size()));
+        let bands = in_place.then(|| Bands::of(&laid, self.kernel, self.deep(), jobs.size()));
         let y = SharedPlane::of(y, all);
         threads::over_jobs(batch * jobs.count(), small, |job| {
             let (item, area) = (job / jobs.count(), jobs.area(job % jobs.count()));
@@ -219,74 +217,59 @@ impl Conv2d {
         residual: Option<&[f32]>,
         y: impl Fn(Range<usize>) -> Plane<'y>,
     ) {
-        let (mr, nr, laid) = (self.kernel.mr, self.kernel.nr, windows.laid);
-        let (m, n, k_all) = (self.c_out, area.pixels(), self.deep() * laid.size * laid.size);
-        // Blocks of about as many tiles.
-        let height = tile_height(self.kernel, m);
-        let at_once = m.div_ceil(height).div_ceil(m.div_ceil(ROWS)) * height;
-        let level = m.next_multiple_of(mr) * n.next_multiple_of(nr);
-        let right = bands.map_or(n.div_ceil(nr) * Panels::stride(nr), Bands::len);
-        scratch::with([right, Sums::PASSING + self.phases.len() * level], |[right, memory]| {
-            let mut sums = Sums::new(memory, m, level, self.kernel);
-            let step = bands.map_or(K_STEP, Bands::step);
-            for first in (0..k_all).step_by(step) {
-                let k = first..k_all.min(first + step);
-                if let Some(bands) = bands {
-                    bands.fill(right, windows, k.clone(), &area);
-                }
-                for (phase, weight) in self.phases.iter().enumerate() {
-                    if bands.is_none() {
+        let (kernel, nr, width) = (self.kernel, self.kernel.nr, windows.laid.output[1]);
+        let (m, n, k) = (self.c_out, area.pixels(), self.deep() * windows.laid.size * windows.laid.size);
+        let (height, all) = (tile_height(kernel, m), windows.laid.pixels() * self.phases.len());
+        let (apart, panels) = (Panels::stride(nr, k), n.div_ceil(nr) * Panels::stride(nr, k));
+        // Phases for even and for odd columns go together: their results lie by turns.
+        let together = self.phases.len().min(2);
+        let right = bands.map_or(together * panels, Bands::len);
+        scratch::with([right, MAX_TILE, MAX_TILE, WAITING], |[right, even, odd, waiting]| {
+            if let Some(bands) = bands {
+                bands.fill(right, windows, &area);
+            }
+            for (pass, phases) in self.phases.chunks(together).enumerate() {
+                let first = pass * together;
+                if bands.is_none() {
+                    for (phase, memory) in (first..).zip(right.chunks_exact_mut(panels).take(together)) {
                         let pixels = area.first..area.first + n;
-                        windows::pack(&windows.of_phase(phase), &mut Panels { memory: right, nr }, k.clone(), pixels);
+                        windows::pack(&windows.of_phase(phase), &mut Panels { memory, nr, k }, pixels);
                     }
-                    for block in (0..m).step_by(at_once) {
-                        let block = block..m.min(block + at_once);
-                        for (panel, column) in (0..n).step_by(nr).enumerate() {
-                            let columns = column..n.min(column + nr);
-                            let start = |bands: &Bands| bands.start(phase, &area, column);
-                            let right = &right[bands.map_or(panel * Panels::stride(nr), start)..];
-                            for row in block.clone().step_by(height) {
-                                let rows = row..block.end.min(row + height);
-                                let weight = &weight.as_slice()[self.kernel.input_len((row / height * k_all + first) * mr)..];
-                                let (tile, sums) = sums.tile(Place::Depth(phase), rows, columns.clone());
-                                let (fresh, soon) = (first == 0, Soon { sums, ..Soon::default() });
-                                match bands {
-                                    Some(bands) => {
-                                        self.kernel.run_at(k.len(), weight, (right, bands.places()), tile, fresh, soon)
-                                    }
-                                    None => self.kernel.run(k.len(), weight, right, tile, fresh, soon),
-                                }
-                            }
+                }
+                for row in (0..m).step_by(height) {
+                    let rows = row..m.min(row + height);
+                    let bias = self.bias.as_ref().map(|bias| &bias[rows.clone()]);
+                    for column in (0..n).step_by(nr) {
+                        let columns = column..n.min(column + nr);
+                        let mut product = |at: usize, c: &mut Plane<'_>, more: More<'_>| {
+                            let weight = &phases[at].as_slice()[kernel.input_len(row / height * k * kernel.mr)..];
+                            let panel = match bands {
+                                Some(bands) => Panel::at(&right[bands.start(first + at, &area, column)..], bands.places()),
+                                None => Panel::from(&right[at * panels + column / nr * apart..]),
+                            };
+                            kernel.run_chunks(&[k], (weight, panel), waiting, c, more, &[]);
+                        };
+                        if !self.doubles() {
+                            let pixels = area.pixel(column)..area.pixel(column) + columns.len();
+                            let more = residual.map(|of| Rows::new(&of[row * all + pixels.start..], rows.len(), all));
+                            product(0, &mut y(pixels).part(rows.clone(), 0..columns.len()), More { bias, rows: more });
+                            continue;
+                        }
+                        let tiles = [&mut *even, &mut *odd].map(|tile| &mut tile[..rows.len() * nr]);
+                        for (at, tile) in tiles.into_iter().enumerate() {
+                            product(at, &mut Plane::of(tile, nr).narrow(columns.len()), More::default());
+                        }
+                        let by_turns = [&*even, &*odd].map(|tile| Rows::new(tile, rows.len(), nr));
+                        for (at, run) in area.runs(columns, width) {
+                            let pixels = doubling::pixels_of(&run, width, pass);
+                            let mut y = y(pixels.clone());
+                            let mut y = y.part(rows.clone(), 0..pixels.len());
+                            y.interleave_rows_plus(by_turns, at, bias.unwrap_or_default());
+                            add_rows(&mut y, |channel| residual.map(|of| &of[(row + channel) * all..][pixels.clone()]));
                         }
                     }
                 }
             }
-            self.write(&sums, area, laid.output, residual, y);
-        });
-    }
-
-    /// Puts a job's sums where they belong.
-    fn write<'y>(
-        &self,
-        sums: &Sums<'_>,
-        area: Area,
-        [height, width]: [usize; 2],
-        residual: Option<&[f32]>,
-        y: impl Fn(Range<usize>) -> Plane<'y>,
-    ) {
-        let (bias, all) = (self.bias.as_deref().unwrap_or_default(), height * width * self.phases.len());
-        let more = |channel: usize, pixels: &Range<usize>| residual.map(|of| &of[channel * all..][..all][pixels.clone()]);
-        if !self.doubles() {
-            for (at, pixels) in area.runs() {
-                sums.write(at, &mut y(pixels.clone()), bias, |channel| more(channel, &pixels), |_| {});
-            }
-            return;
-        }
-        doubling::each_run(sums, area, [width, self.kernel.nr], |run, odd, by_turns, from| {
-            let pixels = doubling::pixels_of(&run, width, odd);
-            let mut y = y(pixels.clone());
-            y.interleave_rows_plus(by_turns, from, bias);
-            add_rows(&mut y, |channel| more(channel, &pixels));
         });
     }
 }

@@ -5,17 +5,20 @@
 //! cut, or on the threads. [`linear_tree`] cuts K into chunks, each such a chain, and adds their results as a balanced
 //! binary tree.
 //!
-//! **Blocking.** A job is a block of rows by a block of columns; its results stay in the second-level cache while K
-//! passes by in steps of `K_STEP`, of which one panel of weights stays in the first-level cache.
+//! **Blocking.** A job is a block of rows by a block of columns. A tile of it is made in one go, all of K, in registers: what it reads comes
+//! from the second-level cache, or from the third, at a few bytes in a cycle, which the CPU foresees. Tiles of bf16 read too much for that
+//! (`gemm/blocked.rs`).
 
 use std::ops::Range;
 
 use self::inputs::Product;
-use self::micro::{Soon, Takes};
+use self::micro::{More, Takes, WAITING};
+use self::packing::columns as columns_of;
 use crate::activation::Activation;
 use crate::memory::{Output, seen};
 use crate::{scratch, threads};
 
+mod blocked;
 mod blocks;
 pub(crate) mod bytes;
 mod inputs;
@@ -33,24 +36,21 @@ pub(crate) use narrow::narrow_rows;
 pub use packing::{Element, PackedWeight};
 pub(crate) use packing::{pack_columns, pack_rows, pack_tiles};
 pub(crate) use plane::{Plane, SharedPlane};
-pub(crate) use sums::{Place, Sums};
+use sums::{Place, Sums};
 pub(crate) use turn::turn;
 
-/// How much of K a block of weights covers: 256 x 16 floats are half of a first-level cache of 32 KiB.
+/// How much of K is made at once of weights that are not stored as they are multiplied.
 pub(crate) const K_STEP: usize = 256;
-/// The same of blocks: 13 KiB of 32 columns.
-pub(crate) const BLOCKS_STEP: usize = 12;
 /// Of tiles, in pairs: 24 KiB of weights, half of a first-level cache of 48 KiB.
 pub(crate) const TILES_STEP: usize = 192;
 /// Rows and columns of a job of tiles: each weight comes from memory once for as many rows.
 const TILES_ROWS: usize = 384;
 const TILES_COLUMNS: usize = 512;
-/// Rows and columns of a job: with `K_STEP`, 192 KiB of the second-level cache, beside the results.
-const ROWS: usize = 192;
-const COLUMNS: usize = 1536;
-/// Of a job whose chunks need memory for a tree; with fewer rows, up to twice the columns.
-const TREE_ROWS: usize = 196;
-const TREE_COLUMNS: usize = 512;
+/// Of others; with fewer rows, up to twice the columns.
+const ROWS: usize = 196;
+const COLUMNS: usize = 512;
+/// Most floats of the inputs of as many rows in 8 bits of which three times as many are still read as fast as they are multiplied.
+const NEAR: usize = 1 << 19;
 /// Most chunks of a [`linear_tree`].
 const MAX_CHUNKS: usize = 8;
 /// Multiplications below which a product stays on its thread.
@@ -124,14 +124,15 @@ pub fn linear_tree<'a>(
     if m == 0 || n == 0 {
         return &mut [];
     }
-    let grid = Grid::of(m, n, chunks.len(), weight);
+    let grid = Grid::of(m, n, weight);
     let (shared, product) = (SharedPlane::of(&mut *y, n), Product::new());
     threads::over_jobs(grid.jobs(), m * n * k < SMALL, |job| {
         let (rows, columns) = grid.job(job);
         #[allow(unsafe_code)] // threads write rectangles, which are not slices
         // SAFETY: jobs are disjoint blocks of `y`.
         let y = unsafe { shared.part(rows.clone(), columns.clone()) };
-        Job { product, x, weight, rows, columns }.run(chunks, epilogue, y);
+        let job = Job { product, x, weight, rows, columns };
+        if weight.kernel().takes == Takes::Tiles { job.run_blocked(chunks, epilogue, y) } else { job.run(chunks, epilogue, y) }
     });
     #[allow(unsafe_code)] // floats from here on
     // SAFETY: every result is in one of the blocks, which their jobs write.
@@ -151,14 +152,14 @@ struct Grid {
 }
 
 impl Grid {
-    fn of(m: usize, n: usize, chunks: usize, weight: &PackedWeight) -> Self {
+    fn of(m: usize, n: usize, weight: &PackedWeight) -> Self {
         let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
-        // Blocks are widened again for each job down: taller and narrower ones, of the same size.
-        let taller = if weight.is_in_blocks() { 3 } else { 1 };
-        let (rows, columns) = match chunks {
-            _ if weight.kernel().takes == Takes::Tiles => (TILES_ROWS, TILES_COLUMNS),
-            1 => (ROWS, COLUMNS),
-            _ => (TREE_ROWS, TREE_ROWS * TREE_COLUMNS / m.clamp(TREE_ROWS / 2, TREE_ROWS)),
+        // Blocks are widened again for each job down: taller and narrower ones, of the same size. In 8 bits, unless that is too much to be near.
+        let near = weight.kernel().blocks().is_none() || ROWS * weight.kernel().input_len(weight.depth()) <= NEAR;
+        let taller = if weight.is_in_blocks() && near { 3 } else { 1 };
+        let (rows, columns) = match weight.kernel().takes {
+            Takes::Tiles => (TILES_ROWS, TILES_COLUMNS),
+            _ => (ROWS, ROWS * COLUMNS / m.clamp(ROWS / 2, ROWS)),
         };
         let down = m.div_ceil(taller * rows).min(m.div_ceil(mr));
         let panels = n.div_ceil(nr);
@@ -196,97 +197,39 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
-        let kernel = self.weight.kernel();
-        let (m, n) = (self.rows.len(), self.columns.len());
-        let tall = m.next_multiple_of(kernel.mr);
-        inputs::with(self.product, self.rows.start, tall * kernel.input_len(self.weight.depth()), |inputs, packed| {
-            // The sums that grow, and one for each level of the tree that waits for its neighbour.
-            let depths = 1 + chunks.len().trailing_zeros() as usize;
-            let level = tall * n.next_multiple_of(kernel.nr);
-            let [panel, aside] = self.weight.buffer();
-            scratch::with([panel, aside, Sums::PASSING + depths * level], |[b, aside, memory]| {
-                let mut sums = Sums::new(memory, m, level, kernel);
-                for step in self.steps(chunks) {
-                    let at = |depth| tall * kernel.input_len(depth);
-                    let a = &mut inputs[at(step.k.start)..at(step.k.end)];
-                    if !packed {
-                        pack_rows(a, self.x, self.rows.clone(), step.pieces, step.k_of_chunk.clone(), kernel);
-                    }
-                    self.step(&step, a, [b, aside], &mut sums);
-                }
-                let bias = epilogue.bias.map(|bias| &bias[self.columns.clone()]);
-                let activate = |y: &mut [f32]| epilogue.activation.iter().for_each(|activation| activation.apply(y));
-                sums.write(0, &mut y, &[], |_| bias, activate);
-            });
-        });
-    }
-
-    /// One at least for each chunk, in order.
-    fn steps<'c>(&self, chunks: &'c [impl AsRef<[Piece]>]) -> impl Iterator<Item = Step<'c>> {
-        let (weight, mut start) = (self.weight, 0);
-        chunks.iter().enumerate().flat_map(move |(i, chunk)| {
-            let pieces = chunk.as_ref();
-            let len = weight.kernel().depth(pieces.iter().map(|(_, len)| len).sum());
-            let (chunk_start, step) = (start, weight.step(len).max(1));
-            start += len;
-            (0..len.max(1)).step_by(step).map(move |done| {
-                let k = done..len.min(done + step);
-                Step {
-                    pieces,
-                    k: chunk_start + k.start..chunk_start + k.end,
-                    fresh: done == 0,
-                    depth: i.count_ones() as usize,
-                    merges: if k.end == len { i.trailing_ones() as usize } else { 0 },
-                    k_of_chunk: k,
-                }
-            })
-        })
-    }
-
-    /// Adds the products of one step to the sums at its depth, and merges those with the ones below that they complete.
-    fn step(&self, step: &Step<'_>, a: &[f32], [b, aside]: [&mut [f32]; 2], sums: &mut Sums<'_>) {
-        let kernel = self.weight.kernel();
-        let (m, n, k) = (self.rows.len(), self.columns.len(), step.k.len());
-        for column in (0..n).step_by(kernel.nr) {
-            let columns = column..n.min(column + kernel.nr);
-            let at = (self.columns.start + column) / kernel.nr;
-            let panel = self.weight.panel(at, step.k.clone(), [b, aside]);
-            let mut ahead = self.weight.ahead(at + 1, step.k.clone()).chunks(kernel.share_of_panel(k, m));
-            for row in (0..m).step_by(kernel.mr) {
-                let rows = row..m.min(row + kernel.mr);
-                let (tile, next) = sums.tile(step.place(), rows.clone(), columns.clone());
-                let soon = Soon { panel: ahead.next().unwrap_or_default(), sums: next };
-                kernel.run(k, &a[row * kernel.input_len(k)..], panel, tile, step.fresh, soon);
-                if step.merges > 0 {
-                    sums.merge(step.place(), step.depth - 1, rows.clone(), columns.clone());
-                }
-                for depth in (step.depth - step.merges + 1..step.depth).rev() {
-                    sums.merge(Place::Depth(depth), depth - 1, rows.clone(), columns.clone());
+        let (kernel, depth) = (self.weight.kernel(), self.weight.depth());
+        let (m, n, of_row) = (self.rows.len(), self.columns.len(), kernel.input_len(depth));
+        let mut depths = [0; MAX_CHUNKS];
+        let depths = &mut depths[..chunks.len()];
+        depths.iter_mut().zip(chunks).for_each(|(depth, chunk)| *depth = kernel.depth(columns_of(chunk.as_ref())));
+        inputs::with(self.product, self.rows.start, m.next_multiple_of(kernel.mr) * of_row, |inputs, packed| {
+            if !packed {
+                let mut before = 0;
+                for (chunk, depth) in chunks.iter().zip(&*depths) {
+                    let to = &mut inputs[kernel.mr * kernel.input_len(before)..];
+                    pack_rows(to, kernel.mr * of_row, self.x, self.rows.clone(), chunk.as_ref(), 0..*depth, kernel);
+                    before += depth;
                 }
             }
-        }
-    }
-}
-
-/// A part of a chunk's columns.
-struct Step<'a> {
-    /// The chunk's.
-    pieces: &'a [Piece],
-    /// Counted from the chunk's first.
-    k_of_chunk: Range<usize>,
-    /// Counted from the product's first.
-    k: Range<usize>,
-    /// Whether the chunk starts here, from zero.
-    fresh: bool,
-    /// Sums of earlier chunks that wait.
-    depth: usize,
-    /// How many of them the chunk completes, if it ends here.
-    merges: usize,
-}
-
-impl Step<'_> {
-    fn place(&self) -> Place {
-        if self.fresh && self.merges > 0 { Place::Passing } else { Place::Depth(self.depth) }
+            let [panel, aside] = self.weight.buffer(depth);
+            scratch::with([panel, aside, WAITING], |[panel, aside, waiting]| {
+                for column in (0..n).step_by(kernel.nr) {
+                    let columns = column..n.min(column + kernel.nr);
+                    let at = (self.columns.start + column) / kernel.nr;
+                    let panel = self.weight.whole_panel(at, depths, [panel, aside]);
+                    let mut ahead = self.weight.ahead(at + 1, 0..depth).chunks(kernel.share_of_panel(depth, m));
+                    let bias = epilogue.bias.map(|bias| Rows::new(&bias[self.columns.start + column..], m, 0));
+                    for row in (0..m).step_by(kernel.mr) {
+                        let mut tile = y.part(row..m.min(row + kernel.mr), columns.clone());
+                        let (a, more) = (&inputs[row * of_row..], More { bias: None, rows: bias });
+                        kernel.run_chunks(depths, (a, panel.into()), waiting, &mut tile, more, ahead.next().unwrap_or_default());
+                        if let Some(activation) = epilogue.activation {
+                            (0..tile.rows()).for_each(|row| activation.apply(tile.row_mut(row)));
+                        }
+                    }
+                }
+            });
+        });
     }
 }
 

@@ -1,15 +1,13 @@
 //! A picture as the right side of a product without a copy for each place of a window: what a job's windows look at lies in bands, the
 //! lines of each channel with the zeros around them, and a row of the right side is a piece of a line.
 
-use std::ops::Range;
-
 use crate::conv::doubling::PHASES;
 use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
 use crate::conv::windows::Windows;
 use crate::cpu;
 use crate::gemm::micro::{MicroKernel, Places};
-use crate::gemm::{K_STEP, narrow_rows};
+use crate::gemm::narrow_rows;
 
 /// Floats of a line of the caches.
 const LINE: usize = 16;
@@ -20,11 +18,25 @@ const AHEAD: usize = 6;
 /// Whether pictures can be read in place: where windows are side by side, of more than one element (which is copied once in any case), and
 /// come in whole tiles.
 pub(super) fn fit(laid: &Laid, kernel: &MicroKernel) -> bool {
-    let size = laid.size;
-    kernel.reads_places() && laid.stride == 1 && size > 1 && size * size <= K_STEP && laid.output[1].is_multiple_of(kernel.nr)
+    kernel.reads_places() && laid.stride == 1 && laid.size > 1 && laid.output[1].is_multiple_of(kernel.nr)
 }
 
-/// How bands lie: `[channel][line][column]`, of the channels of one step of K, or of pairs of them.
+/// Height and width of the windows of all kernels together.
+pub(super) fn seen(laid: &Laid) -> usize {
+    laid.size + laid.spread
+}
+
+/// Floats from a line of a job's bands to the next, if it has so many columns.
+pub(super) fn line(laid: &Laid, columns: usize) -> usize {
+    odd(columns + seen(laid) - 1)
+}
+
+/// The next odd multiple of a line of the caches, so that neither lines nor channels are in one another's way there.
+fn odd(floats: usize) -> usize {
+    floats.div_ceil(LINE) / 2 * 2 * LINE + LINE
+}
+
+/// How bands lie: `[channel][line][column]`, of all channels, or of pairs of them.
 pub(super) struct Bands {
     /// Whether two channels of the picture are one of the bands.
     pairs: bool,
@@ -37,20 +49,14 @@ pub(super) struct Bands {
     shifts: [usize; PHASES],
     /// Width of the output.
     width: usize,
-    /// Height and width of a window.
-    size: usize,
-    /// Those of all kernels' windows together.
+    /// Height and width of all kernels' windows together.
     seen: usize,
 }
 
 impl Bands {
-    /// For jobs of so many lines and columns at most, where they [`fit`].
-    pub(super) fn of(laid: &Laid, kernel: &MicroKernel, [lines, columns]: [usize; 2]) -> Self {
-        let (size, seen) = (laid.size, laid.size + laid.spread);
-        let channels = K_STEP / (size * size);
-        // Odd multiples of a line of the caches, so that neither lines nor channels are in one another's way there.
-        let odd = |floats: usize| floats.div_ceil(LINE) / 2 * 2 * LINE + LINE;
-        let line = odd(columns + seen - 1);
+    /// Of so many channels or pairs, for jobs of so many lines and columns at most, where they [`fit`].
+    pub(super) fn of(laid: &Laid, kernel: &MicroKernel, channels: usize, [lines, columns]: [usize; 2]) -> Self {
+        let (size, seen, line) = (laid.size, seen(laid), line(laid, columns));
         let channel = odd((lines + seen - 1) * line);
         let of_channel = |channel_at: usize| (0..size).flat_map(move |ky| (0..size).map(move |kx| channel_at + ky * line + kx));
         let places = Places::new((0..channels).flat_map(|at| of_channel(at * channel)).collect());
@@ -58,17 +64,12 @@ impl Bands {
             let [down, right] = laid.shift(phase);
             down * line + right
         });
-        Self { pairs: kernel.pairs(), places, channels, strides: [line, channel], shifts, width: laid.output[1], size, seen }
+        Self { pairs: kernel.pairs(), places, channels, strides: [line, channel], shifts, width: laid.output[1], seen }
     }
 
-    /// Floats of all bands of a step.
+    /// Floats of all bands.
     pub(super) fn len(&self) -> usize {
         self.channels * self.strides[1]
-    }
-
-    /// Elements of whole channels that are passed at once.
-    pub(super) fn step(&self) -> usize {
-        self.channels * self.size * self.size
     }
 
     /// Where rows of the right side begin, counted from [`Self::start`].
@@ -81,13 +82,12 @@ impl Bands {
         at / area.columns * self.strides[0] + at % area.columns + self.shifts[phase]
     }
 
-    /// The bands of the channels of `k` (whole ones) that the windows of a job look at.
-    pub(super) fn fill(&self, memory: &mut [f32], windows: &Windows<'_>, k: Range<usize>, area: &Area) {
+    /// What the windows of a job look at.
+    pub(super) fn fill(&self, memory: &mut [f32], windows: &Windows<'_>, area: &Area) {
         let (top, left) = (area.first / self.width, area.first % self.width);
         let (lines, seen) = (area.lines + self.seen - 1, area.columns + self.seen - 1);
-        let channels = k.start / (self.size * self.size)..k.end / (self.size * self.size);
         let of_each = if self.pairs { 2 } else { 1 };
-        for (channel, band) in channels.zip(memory.chunks_exact_mut(self.strides[1])) {
+        for (channel, band) in memory.chunks_exact_mut(self.strides[1]).take(self.channels).enumerate() {
             for (line, to) in band.chunks_exact_mut(self.strides[0]).take(lines).enumerate() {
                 let piece = |channel: usize| windows.seen([channel, top + line, left], seen);
                 for soon in of_each * (channel + AHEAD)..of_each * (channel + AHEAD + 1) {

@@ -7,9 +7,8 @@
 use std::ops::Range;
 
 use crate::conv::Geometry;
-use crate::conv::jobs::Area;
 use crate::conv::laid::Laid;
-use crate::gemm::{Rows, Sums, bf16};
+use crate::gemm::bf16;
 
 /// Kernels of a doubling one: for even rows and even columns of the output, for even rows and odd columns, and so on.
 pub(super) const PHASES: usize = 4;
@@ -71,28 +70,6 @@ pub(super) fn pixels_of(run: &Range<usize>, width: usize, odd: usize) -> Range<u
     let (row, column) = (run.start / width, run.start % width);
     let first = (2 * row + odd) * 2 * width + 2 * column;
     first..first + 2 * run.len()
-}
-
-/// Hands out the complete sums of an area, the depth of a phase being its number: `f` gets pixels of one line, whether they are for odd rows,
-/// the sums for even and for odd columns, and where in their rows they begin.
-pub(super) fn each_run(
-    sums: &Sums<'_>,
-    area: Area,
-    [width, nr]: [usize; 2],
-    mut f: impl FnMut(Range<usize>, usize, [Rows<'_>; 2], usize),
-) {
-    for (before, run) in area.runs() {
-        let mut first = run.start;
-        while first < run.end {
-            let at = before + first - run.start;
-            let len = (nr - at % nr).min(width - first % width).min(run.end - first);
-            for odd in 0..2 {
-                let of = |column: usize| sums.panel(2 * odd + column, at / nr * nr);
-                f(first..first + len, odd, [of(0), of(1)], at % nr);
-            }
-            first += len;
-        }
-    }
 }
 
 #[cfg(test)]

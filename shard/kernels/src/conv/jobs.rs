@@ -3,23 +3,20 @@
 
 use std::ops::Range;
 
-use crate::conv::Conv2d;
 use crate::conv::laid::Laid;
+use crate::conv::{Conv2d, bands};
 
-/// Sums of a job at most, while it has more than [`FEWEST`] pixels: 512 KiB of the second-level cache.
-const SUMS: usize = 1 << 17;
-/// Pixels that a job has at most and at least, where there are so many.
-const MOST: usize = 256;
-const FEWEST: usize = 64;
-/// Columns of a rectangle at most: results of a line are written in one go, and what windows see beside it is little.
+/// Floats of the right side of a job at most, unless one tile has more: 512 KiB of the second-level cache.
+const MOST: usize = 1 << 17;
+/// Columns of a rectangle at most: results of a line are written beside each other, and what windows see beside it is little.
 const COLUMNS: usize = 128;
 
-/// The jobs of one picture.
+/// The jobs of one picture: `down` by `across`, which differ by one line at most.
 pub(super) struct Jobs {
     /// Height and width of the output; of runs, one line of all pixels.
     output: [usize; 2],
-    /// Those of each job.
-    lines: usize,
+    down: usize,
+    /// Columns of each.
     columns: usize,
 }
 
@@ -38,33 +35,41 @@ pub(super) struct Area {
 impl Jobs {
     /// Whole panels of `conv`'s kernel, and enough jobs for every thread.
     pub(super) fn of(laid: &Laid, conv: &Conv2d, batch: usize, in_place: bool) -> Self {
-        let nr = conv.kernel.nr;
-        let most = (SUMS / (conv.phases.len() * conv.c_out)).clamp(FEWEST, MOST) / nr * nr;
-        let even = (laid.pixels() * batch).div_ceil(2 * rayon::current_num_threads()).next_multiple_of(nr);
-        let pixels = even.min(most.max(nr));
+        let (nr, threads) = (conv.kernel.nr, rayon::current_num_threads());
+        let pixels = (laid.pixels() * batch).div_ceil(2 * threads).next_multiple_of(nr);
         if !in_place {
-            return Self { output: [1, laid.pixels()], lines: 1, columns: pixels };
+            let of_pixel = conv.deep() * laid.size * laid.size * conv.phases.len().min(2);
+            return Self { output: [1, laid.pixels()], down: 1, columns: pixels.min((MOST / of_pixel).max(nr) / nr * nr) };
         }
         let fits = |columns: &usize| laid.output[1].is_multiple_of(*columns);
         let columns = (nr..=COLUMNS.min(pixels)).step_by(nr).filter(fits).last().unwrap_or(nr);
-        Self { output: laid.output, lines: (pixels / columns).clamp(1, laid.output[0]), columns }
+        // What windows of as many lines see, without the last one's.
+        let seen = (MOST / (conv.deep() * bands::line(laid, columns))).saturating_sub(bands::seen(laid) - 1);
+        let height = laid.output[0];
+        let mut jobs = Self { output: laid.output, down: height.div_ceil((pixels / columns).min(seen).max(1)), columns };
+        // Few jobs: as many as keep every thread busy to the end.
+        let uneven = |jobs: &Self| batch * jobs.count() < 8 * threads && !(batch * jobs.count()).is_multiple_of(threads);
+        while uneven(&jobs) && jobs.down < height {
+            jobs.down += 1;
+        }
+        jobs
     }
 
     /// How many there are.
     pub(super) fn count(&self) -> usize {
-        self.output[0].div_ceil(self.lines) * self.across()
+        self.down * self.across()
     }
 
-    /// Lines and columns of each that is not at the edge.
+    /// Most lines and columns that one has.
     pub(super) fn size(&self) -> [usize; 2] {
-        [self.lines, self.columns]
+        [self.output[0].div_ceil(self.down), self.columns]
     }
 
     pub(super) fn area(&self, job: usize) -> Area {
         let [height, width] = self.output;
-        let (line, column) = (job / self.across() * self.lines, job % self.across() * self.columns);
-        let (lines, columns) = (self.lines.min(height - line), self.columns.min(width - column));
-        Area { first: line * width + column, lines, columns, width }
+        let (down, column) = (job / self.across(), job % self.across() * self.columns);
+        let [line, end] = [down, down + 1].map(|down| height * down / self.down);
+        Area { first: line * width + column, lines: end - line, columns: self.columns.min(width - column), width }
     }
 
     fn across(&self) -> usize {
@@ -77,11 +82,19 @@ impl Area {
         self.lines * self.columns
     }
 
-    /// Pixels that follow each other, and how many of the job's are before them.
-    pub(super) fn runs(self) -> impl Iterator<Item = (usize, Range<usize>)> {
-        (0..self.lines).map(move |line| {
-            let first = self.first + line * self.width;
-            (line * self.columns, first..first + self.columns)
+    /// One of them, in the output.
+    pub(super) fn pixel(&self, at: usize) -> usize {
+        self.first + at / self.columns * self.width + at % self.columns
+    }
+
+    /// Some of them that follow each other, line by line of an output that is `width` wide: how many are before them, and where they are there.
+    pub(super) fn runs(&self, pixels: Range<usize>, width: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let (first, mut done) = (self.pixel(pixels.start), 0);
+        std::iter::from_fn(move || {
+            let (before, at) = (done, first + done);
+            let len = (width - at % width).min(pixels.len() - done);
+            done += len;
+            (len > 0).then_some((before, at..at + len))
         })
     }
 }

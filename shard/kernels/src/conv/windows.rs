@@ -4,7 +4,6 @@ use std::ops::Range;
 
 use crate::conv::laid::Laid;
 use crate::cpu::vectorised;
-use crate::gemm::K_STEP;
 
 /// One picture, seen through the windows of its output pixels.
 pub(super) struct Windows<'a> {
@@ -35,16 +34,17 @@ impl Windows<'_> {
     }
 }
 
-/// `[columns / nr][k][nr]`, for at most [`K_STEP`] k.
+/// `[columns / nr][k][nr]`.
 pub(super) struct Panels<'a> {
     pub(super) memory: &'a mut [f32],
     pub(super) nr: usize,
+    pub(super) k: usize,
 }
 
 impl Panels<'_> {
     /// Floats from one panel to the next: a line more than a panel, or the same row of all would lie in one place of the caches.
-    pub(super) const fn stride(nr: usize) -> usize {
-        nr * K_STEP + 16
+    pub(super) const fn stride(nr: usize, k: usize) -> usize {
+        nr * k + 16
     }
 
     /// Calls `f` with each run of the columns `to` of row `k` that lies in one panel, and where it begins among them.
@@ -56,11 +56,12 @@ impl Panels<'_> {
         let (nr, mut at) = (self.nr, to.start);
         // One division for all panels: it takes as long as copying one.
         let (panel, mut inside) = (at / nr, at % nr);
-        let mut row = panel * Self::stride(nr) + k * nr;
+        let apart = Self::stride(nr, self.k);
+        let mut row = panel * apart + k * nr;
         while at < to.end {
             let len = (nr - inside).min(to.end - at);
             f(&mut self.memory[row + inside..][..len], at - to.start);
-            (at, inside, row) = (at + len, 0, row + Self::stride(nr));
+            (at, inside, row) = (at + len, 0, row + apart);
         }
     }
 }
@@ -68,10 +69,10 @@ impl Panels<'_> {
 vectorised! {
     /// For each element `k` of `[C, size, size]` what the windows of `pixels` show there. A line of the picture is read as a whole, since
     /// those of other channels are in its way in the caches.
-    pub(super) fn pack(windows: &Windows<'_>, panels: &mut Panels<'_>, k: Range<usize>, pixels: Range<usize>) {
+    pub(super) fn pack(windows: &Windows<'_>, panels: &mut Panels<'_>, pixels: Range<usize>) {
         let Laid { stride, size, output: [_, width], .. } = windows.laid;
         let whole = pixels.len().next_multiple_of(panels.nr);
-        for (row_of_panel, k) in k.enumerate() {
+        for k in 0..panels.k {
             let (channel, ky, kx) = (k / (size * size), k / size % size, k % size);
             let mut pixel = pixels.start;
             while pixel < pixels.end {
@@ -84,7 +85,7 @@ vectorised! {
                 let seen = (run - 1) * stride + 1;
                 let (zeros, line) = windows.seen([channel, line, first], seen);
                 if stride != 1 {
-                    panels.each(row_of_panel, to, |out, at| {
+                    panels.each(k, to, |out, at| {
                         for (i, out) in (at..).zip(out) {
                             *out = (i * stride).checked_sub(zeros).and_then(|x| line.get(x)).copied().unwrap_or(0.0);
                         }
@@ -93,10 +94,10 @@ vectorised! {
                 }
                 let inside = to.start + zeros..to.start + zeros + line.len();
                 let outside = [to.start..inside.start, inside.end..to.end];
-                outside.into_iter().for_each(|zeros| panels.each(row_of_panel, zeros, |out, _| out.fill(0.0)));
-                panels.each(row_of_panel, inside, |out, at| copy(out, &line[at..]));
+                outside.into_iter().for_each(|zeros| panels.each(k, zeros, |out, _| out.fill(0.0)));
+                panels.each(k, inside, |out, at| copy(out, &line[at..]));
             }
-            panels.each(row_of_panel, pixels.len()..whole, |out, _| out.fill(0.0));
+            panels.each(k, pixels.len()..whole, |out, _| out.fill(0.0));
         }
     }
 }

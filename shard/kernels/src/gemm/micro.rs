@@ -6,15 +6,18 @@ use std::arch::x86_64::_mm_prefetch;
 use std::fmt;
 #[cfg(target_arch = "x86_64")]
 use std::hint::black_box;
-use std::ptr::NonNull;
+use std::mem::MaybeUninit;
+use std::ptr::{self, NonNull};
 #[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
-use crate::cpu::{self, Path};
-use crate::gemm::Plane;
+use crate::cpu::{self, Path, vectorised};
 use crate::gemm::bytes::{BLOCK, Bytes, Scales};
+use crate::gemm::plane::bias_of;
+use crate::gemm::{Plane, Rows};
 #[cfg(target_arch = "x86_64")]
 use crate::limit;
+use crate::rows;
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
@@ -49,6 +52,9 @@ mod vector_pairs;
 pub(crate) const MAX_TILE: usize = 1024;
 /// Pairs of K that a tile of bf16 covers.
 pub(crate) const TILE_PAIRS: usize = 16;
+/// Levels of the tree of chunks, and floats of a tile's results that wait in it or are on their way.
+const LEVELS: usize = 3;
+pub(crate) const WAITING: usize = (LEVELS + 1) * MAX_TILE;
 /// How much of K is multiplied between two looks ahead.
 const BETWEEN_FETCHES: usize = 16;
 /// Bytes of the caches that are fetched together.
@@ -93,6 +99,8 @@ pub struct MicroKernel {
     pub(crate) nr: usize,
     pub(crate) takes: Takes,
     tile: unsafe fn(Tile),
+    /// Whether a call passes several chunks, and adds what results get besides.
+    chunks: bool,
     /// Of tiles, the same of inputs that are read from where they lie, if there is a way.
     lines: Option<unsafe fn(Lines)>,
     /// Whether rows of `b` may lie anywhere.
@@ -107,8 +115,13 @@ pub struct MicroKernel {
 struct Tile {
     /// 1 to `mr`.
     rows: usize,
-    /// Floats, pairs or blocks.
+    /// Floats, pairs or blocks, of all chunks together.
     k: usize,
+    /// Of each chunk. One, if the kernel is not for several.
+    depths: *const usize,
+    chunks: usize,
+    /// `[levels of the chunks' tree][mr][nr]`: results that wait for their neighbours.
+    waiting: *mut f32,
     /// `[k][mr]`; of tiles, what [`Takes`] says; of blocks, what [`Bytes`] says, here and in `b`.
     a: *const f32,
     /// `[k][nr]`.
@@ -118,23 +131,114 @@ struct Tile {
     /// `[rows][nr]`, rows `stride` apart.
     c: *mut f32,
     stride: usize,
-    /// Whether the sums start from zero, not from what is in `c`.
+    /// Whether the sums start from zero, not from what is in `c`. So do those of several chunks.
     fresh: bool,
-    /// What is read soon, for the second-level cache and for the first.
-    panel: Ahead,
-    sums: Ahead,
+    /// What is added to the results: a number for each row, and then rows like those of `c` and how far they are apart. None, if the kernel is
+    /// not for several chunks.
+    bias: Option<NonNull<f32>>,
+    more: Option<(NonNull<f32>, usize)>,
+    /// What is read soon, for the second-level cache.
+    ahead: Ahead,
 }
 
-/// What is read after a tile: memory that is asked for in one go waits for itself, so it is fetched bit by bit, by kernels that fetch.
+impl Tile {
+    /// A row of results.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn results(&self, row: usize) -> Ahead {
+        Ahead { from: self.c.wrapping_add(row * self.stride).cast(), of_each: 0 }
+    }
+
+    /// A row of what is added to them; of results, if there is none.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn added(&self, row: usize) -> Ahead {
+        self.more.map_or(self.results(row), |(more, stride)| Ahead {
+            from: more.as_ptr().wrapping_add(row * stride).cast(),
+            of_each: 0,
+        })
+    }
+}
+
+/// What is added to results on their way out.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Soon<'a> {
-    /// Some of the next panel.
-    pub(crate) panel: &'a [u8],
-    /// The next tile's sums.
-    pub(crate) sums: &'a [f32],
+pub(crate) struct More<'a> {
+    /// A number for each row.
+    pub(crate) bias: Option<&'a [f32]>,
+    /// Then rows.
+    pub(crate) rows: Option<Rows<'a>>,
 }
 
-/// Where the rows of a panel begin that do not lie one after the other, counted from the first: each behind the one before it.
+impl More<'_> {
+    fn check(&self, rows: usize, columns: usize) {
+        assert!(self.bias.is_none_or(|bias| bias.len() >= rows), "a number for each of {rows} rows");
+        let reach = |of: Rows<'_>| (rows - 1) * of.stride + columns;
+        assert!(self.rows.is_none_or(|of| of.data.len() >= reach(of)), "{rows} rows of {columns}");
+    }
+}
+
+vectorised! {
+    /// Puts results where they belong, and adds what [`More`] says.
+    fn put(from: Rows<'_>, bias: &[f32], more: Option<Rows<'_>>, to: &mut Plane<'_>) {
+        let columns = (0, to.columns());
+        for row in 0..to.rows() {
+            let (bias, sums) = (bias_of(bias, row), to.unread_row(row).iter_mut().zip(from.part(row, columns)));
+            match more {
+                Some(more) => {
+                    let more = more.part(row, columns);
+                    sums.zip(more).for_each(|((to, from), more)| *to = MaybeUninit::new(from + bias + more));
+                }
+                None => sums.for_each(|(to, from)| *to = MaybeUninit::new(from + bias)),
+            }
+        }
+    }
+}
+
+/// A packed panel, or one whose rows lie anywhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel<'a> {
+    floats: &'a [f32],
+    /// Where each row begins, each behind the one before it.
+    places: Option<&'a [usize]>,
+}
+
+impl<'a> From<&'a [f32]> for Panel<'a> {
+    fn from(floats: &'a [f32]) -> Self {
+        Self { floats, places: None }
+    }
+}
+
+impl<'a> Panel<'a> {
+    /// Rows that begin at places of `floats`, for a kernel that [reads such](MicroKernel::reads_places).
+    pub(crate) fn at(floats: &'a [f32], places: &'a Places) -> Self {
+        Self { floats, places: Some(&places.0) }
+    }
+
+    /// Floats that `kernel` reads of it for `k`.
+    fn reach(&self, kernel: &MicroKernel, k: usize) -> usize {
+        match self.places {
+            None => kernel.panel_len(k),
+            Some(places) => {
+                assert!(kernel.places, "a kernel that reads places");
+                places[..k].last().map_or(0, |last| last + kernel.nr)
+            }
+        }
+    }
+
+    fn places(&self) -> Option<NonNull<usize>> {
+        self.places.map(|places| NonNull::from(places).cast())
+    }
+
+    /// What is left of it behind `k`.
+    fn behind(self, kernel: &MicroKernel, k: usize) -> Self {
+        match self.places {
+            None => Self { floats: &self.floats[kernel.panel_len(k)..], ..self },
+            Some(places) => Self { places: Some(&places[k..]), ..self },
+        }
+    }
+}
+
+/// Where the rows of a panel begin that do not lie one after the other: each behind the one before it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Places(Vec<usize>);
 
@@ -145,7 +249,8 @@ impl Places {
     }
 }
 
-/// Memory to fetch, so many bytes for each of `k`. It may be anywhere: nothing is read.
+/// Memory to fetch, so many bytes for each of `k`: what is asked for in one go waits for itself, so it is fetched bit by bit, by kernels that
+/// fetch. It may be anywhere: nothing is read.
 #[derive(Clone, Copy)]
 struct Ahead {
     from: *const u8,
@@ -155,6 +260,11 @@ struct Ahead {
 impl Ahead {
     fn of(bytes: &[u8], k: usize) -> Self {
         Self { from: bytes.as_ptr(), of_each: bytes.len().div_ceil(k.max(1)) }
+    }
+
+    /// What is left of it behind `k`.
+    fn behind(self, k: usize) -> Self {
+        Self { from: self.from.wrapping_add(self.of_each * k), ..self }
     }
 
     /// Lines to fetch for `k` of them.
@@ -346,23 +456,12 @@ impl MicroKernel {
     }
 
     /// `c += a b` over `k` (or `c = a b` if `fresh`), each result one chain in the order of `k`. `a: [k][mr]`, `b: [k][nr]`, or what
-    /// [`Takes`] says; `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over.
-    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool, soon: Soon<'_>) {
+    /// [`Takes`] says; `c` has at most `mr` rows and `nr` columns, and what `a` and `b` hold for more is not looked at or left over. While it
+    /// works, `ahead` is fetched.
+    pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool, ahead: &[u8]) {
         let (rows, columns) = (c.rows(), c.columns());
-        assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
-        assert!(a.len() >= self.mr * self.input_len(k) && b.len() >= self.panel_len(k), "panels of {k}");
-        let tile = Tile {
-            rows,
-            k,
-            a: a.as_ptr(),
-            b: b.as_ptr(),
-            places: None,
-            c: c.as_mut_ptr(),
-            stride: c.stride(),
-            fresh,
-            panel: Ahead::of(soon.panel, k),
-            sums: Ahead::of(bytemuck::cast_slice(soon.sums), k),
-        };
+        let operands = self.operands(&k, a, b.into(), &mut c);
+        let tile = Tile { fresh, ahead: Ahead::of(ahead, k), ..operands };
         if columns == self.nr {
             // SAFETY: the panels hold `k` columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
             return unsafe { (self.tile)(tile) };
@@ -375,44 +474,96 @@ impl MicroKernel {
         unsafe { (self.tile)(Tile { c: whole.as_mut_ptr(), stride: self.nr, ..tile }) };
         (0..rows).for_each(|row| c.row_mut(row).copy_from_slice(&whole[row * self.nr..][..columns]));
     }
+
+    /// One chunk of `a` and `b`, from zero, where nothing is fetched.
+    fn operands(&self, k: &usize, a: &[f32], b: Panel<'_>, c: &mut Plane<'_>) -> Tile {
+        let (rows, columns) = (c.rows(), c.columns());
+        assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
+        assert!(a.len() >= self.mr * self.input_len(*k) && b.floats.len() >= b.reach(self, *k), "panels of {k}");
+        Tile {
+            rows,
+            k: *k,
+            depths: k,
+            chunks: 1,
+            waiting: ptr::null_mut(),
+            a: a.as_ptr(),
+            b: b.floats.as_ptr(),
+            places: b.places(),
+            c: c.as_mut_ptr(),
+            stride: c.stride(),
+            fresh: true,
+            bias: None,
+            more: None,
+            ahead: Ahead::of(&[], *k),
+        }
+    }
+
+    /// `c = a b + more`, where K is in chunks of the given depths (1, 2, 4 or 8 of them) whose results are added as a balanced binary tree;
+    /// those that wait for others do so in `waiting`, [`WAITING`] floats. `c` need not have been written. While it works, `ahead` is fetched.
+    pub(crate) fn run_chunks(
+        &self,
+        depths: &[usize],
+        (a, b): (&[f32], Panel<'_>),
+        waiting: &mut [f32],
+        c: &mut Plane<'_>,
+        more: More<'_>,
+        ahead: &[u8],
+    ) {
+        let (rows, columns, k) = (c.rows(), c.columns(), depths.iter().sum());
+        assert!(depths.len().is_power_of_two() && depths.len() <= 1 << LEVELS, "{} chunks", depths.len());
+        assert!(waiting.len() >= WAITING, "memory for what waits");
+        more.check(rows, columns);
+        let operands = Tile { ahead: Ahead::of(ahead, k), ..self.operands(&k, a, b, c) };
+        if self.chunks && columns == self.nr {
+            let tile = Tile {
+                depths: depths.as_ptr(),
+                chunks: depths.len(),
+                waiting: waiting.as_mut_ptr(),
+                bias: more.bias.map(|bias| NonNull::from(bias).cast()),
+                more: more.rows.map(|rows| (NonNull::from(rows.data).cast(), rows.stride)),
+                ..operands
+            };
+            // SAFETY: the panels hold the chunks' columns and rows, `waiting` their tree's levels, `c` is a whole tile, there is enough of what is
+            // added, and `best` chose what the CPU runs.
+            return unsafe { (self.tile)(tile) };
+        }
+        let (waiting, passing) = waiting.split_at_mut(LEVELS * MAX_TILE);
+        let (mut done, len) = (0, rows * self.nr);
+        for (chunk, depth) in depths.iter().enumerate() {
+            let (level, merges) = (chunk.count_ones() as usize, chunk.trailing_ones() as usize);
+            let (a, b, last) = (&a[self.mr * self.input_len(done)..], b.behind(self, done), chunk + 1 == depths.len());
+            let waits = |level: usize| level * MAX_TILE..level * MAX_TILE + len;
+            let to = if last || merges > 0 { &mut *passing } else { &mut waiting[level * MAX_TILE..] };
+            let tile = Tile {
+                k: *depth,
+                depths: depth,
+                a: a.as_ptr(),
+                b: b.floats.as_ptr(),
+                places: b.places(),
+                c: to.as_mut_ptr(),
+                stride: self.nr,
+                ahead: operands.ahead.behind(done),
+                ..operands
+            };
+            // SAFETY: as above, of one chunk; `to` takes `mr` by `nr` results (`every_kernel_fits_the_edge` shows it).
+            unsafe { (self.tile)(tile) };
+            done += depth;
+            // Earlier chunks on the left: what waits the shortest first.
+            for level in (level - merges..level).rev() {
+                rows::shift(&mut passing[..len], &waiting[waits(level)]);
+            }
+            if merges > 0 && !last {
+                waiting[waits(level - merges)].copy_from_slice(&passing[..len]);
+            }
+        }
+        put(Rows::new(passing, rows, self.nr), more.bias.unwrap_or_default(), more.rows, c);
+    }
 }
 
 impl MicroKernel {
-    /// Whether [`Self::run_at`] is for it.
+    /// Whether rows of a panel may lie anywhere.
     pub(crate) fn reads_places(&self) -> bool {
         self.places
-    }
-
-    /// As [`Self::run`], of whole columns, where row `i` of `b: [k][nr]` begins at place `i`.
-    pub(crate) fn run_at(
-        &self,
-        k: usize,
-        a: &[f32],
-        (b, places): (&[f32], &Places),
-        mut c: Plane<'_>,
-        fresh: bool,
-        soon: Soon<'_>,
-    ) {
-        let rows = c.rows();
-        assert!(self.places && (1..=self.mr).contains(&rows) && c.columns() == self.nr, "a tile of {rows} whole rows");
-        let places = &places.0[..k];
-        let reach = places.last().map_or(0, |last| last + self.nr);
-        assert!(a.len() >= self.mr * self.input_len(k) && b.len() >= reach, "{k} rows in {reach}");
-        let tile = Tile {
-            rows,
-            k,
-            a: a.as_ptr(),
-            b: b.as_ptr(),
-            places: Some(NonNull::from(places).cast()),
-            c: c.as_mut_ptr(),
-            stride: c.stride(),
-            fresh,
-            panel: Ahead::of(soon.panel, k),
-            sums: Ahead::of(bytemuck::cast_slice(soon.sums), k),
-        };
-        // SAFETY: `a` holds `k` columns and `b` a row from each place on, since the last is the furthest; `c` is a whole tile, and `best` chose
-        // what the CPU runs.
-        unsafe { (self.tile)(tile) }
     }
 }
 
@@ -467,7 +618,7 @@ impl MicroKernel {
                 line.copy_from_slice(&a[step + row * apart..][..TILE_PAIRS]);
             }
         }
-        self.run(k, gathered, b, c, true, Soon::default());
+        self.run(k, gathered, b, c, true, &[]);
     }
 }
 

@@ -13,7 +13,7 @@ use crate::gemm::bytes::{BLOCK, Scales, whole_blocks};
 use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
 use crate::gemm::narrow::{narrow, narrow_lines, widen, widen_pairs};
 use crate::gemm::turn::turn;
-use crate::gemm::{BLOCKS_STEP, K_STEP, Piece, Rows, TILES_STEP};
+use crate::gemm::{K_STEP, Piece, Rows, TILES_STEP};
 use crate::scratch::Buffer;
 
 /// `W: [N, K]`, packed once as `[N / nr][K][nr]`; the last panel is filled up with zeros.
@@ -205,18 +205,35 @@ impl PackedWeight {
         self.kernel
     }
 
-    /// Floats that [`Self::panel`] needs for [`K_STEP`] values or pairs at most, and others for it to work in.
-    pub(crate) fn buffer(&self) -> [usize; 2] {
-        let panel = self.kernel.panel_len(K_STEP);
+    /// Floats that a panel of so many values, pairs or blocks needs that is made, and others to make it in.
+    pub(crate) fn buffer(&self, depth: usize) -> [usize; 2] {
+        let (panel, aside) = (self.kernel.panel_len(depth), self.kernel.panel_len(K_STEP));
         match self.panels {
             Panels::F32(_) | Panels::Pairs(_) | Panels::Bytes(_) => [0, 0],
             Panels::Bf16(_) | Panels::F16(_) => [panel, 0],
-            Panels::Blocks(_) | Panels::PairsOfBlocks(..) => [panel, panel],
+            Panels::Blocks(_) | Panels::PairsOfBlocks(..) => [panel, aside],
             Panels::BytesOfBlocks(_) => {
                 let aside = self.kernel.blocks().map_or(0, |bytes| bytes.aside(K_STEP / BLOCK, self.kernel.nr));
-                [self.kernel.panel_len(K_STEP / BLOCK), aside]
+                [panel, aside]
             }
         }
+    }
+
+    /// All of one panel, as its chunks, of the given depths, one after the other.
+    pub(crate) fn whole_panel<'a>(&'a self, panel: usize, depths: &[usize], [buffer, aside]: [&'a mut [f32]; 2]) -> &'a [f32] {
+        if self.buffer(self.depth)[0] == 0 {
+            return self.panel(panel, 0..self.depth, [buffer, aside]);
+        }
+        let mut start = 0;
+        for depth in depths {
+            let end = start + depth;
+            for first in (start..end).step_by(self.step(*depth).max(1)) {
+                let to = &mut buffer[self.kernel.panel_len(first)..];
+                self.panel(panel, first..end.min(first + self.step(*depth)), [to, aside]);
+            }
+            start = end;
+        }
+        buffer
     }
 
     /// Some of the K of one chunk of one panel, as `[k][nr]`; widened into `buffer` if it has to be.
@@ -289,7 +306,6 @@ impl PackedWeight {
         match self.panels {
             Panels::Blocks(_) | Panels::PairsOfBlocks(..) => K_STEP,
             Panels::BytesOfBlocks(_) => K_STEP / BLOCK,
-            Panels::Bytes(_) => even_parts(len, BLOCKS_STEP),
             _ if self.kernel.takes == Takes::Tiles => self.kernel.whole(even_parts(len, TILES_STEP)),
             _ => even_parts(len, K_STEP),
         }
@@ -317,7 +333,7 @@ fn even_parts(len: usize, most: usize) -> usize {
     len.div_ceil(len.div_ceil(most).max(1))
 }
 
-fn columns(pieces: &[Piece]) -> usize {
+pub(super) fn columns(pieces: &[Piece]) -> usize {
     pieces.iter().map(|(_, len)| len).sum()
 }
 
@@ -343,12 +359,21 @@ fn pack_panels<T: Element>(panels: &mut [T], weight: Rows<'_, T>, pieces: &[Piec
     });
 }
 
-/// Rows of `x` as the `a` of a kernel's tiles: `[rows / mr][k][mr]`, or what else it takes. `k` counts through the pieces, by twos for a kernel of pairs.
-pub(crate) fn pack_rows(a: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, kernel: &MicroKernel) {
+/// Rows of `x` as the `a` of a kernel's tiles, `apart` floats from one to the next: `[k][mr]`, or what else it takes. `k` counts through the
+/// pieces, by twos for a kernel of pairs.
+pub(crate) fn pack_rows(
+    a: &mut [f32],
+    apart: usize,
+    x: Rows<'_>,
+    rows: Range<usize>,
+    pieces: &[Piece],
+    k: Range<usize>,
+    kernel: &MicroKernel,
+) {
     let mr = kernel.mr;
     for (tile, first) in rows.clone().step_by(mr).enumerate() {
         let rows = first..rows.end.min(first + mr);
-        let (a, k) = (&mut a[tile * mr * kernel.input_len(k.len())..], k.clone());
+        let (a, k) = (&mut a[tile * apart..], k.clone());
         match kernel.takes {
             Takes::Floats => pack_floats(a, x, rows, pieces, k, mr),
             Takes::Pairs => pack_pairs(a, x, rows, pieces, k, mr, narrow),

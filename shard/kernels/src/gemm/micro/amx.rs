@@ -25,6 +25,7 @@ pub(super) static KERNEL: MicroKernel = MicroKernel {
     nr: NR,
     takes: Takes::Tiles,
     tile,
+    chunks: false,
     lines: Some(lines),
     places: false,
     spin,
@@ -83,7 +84,7 @@ unsafe fn tile(t: Tile) {
             };
         }
         if t.rows == MR {
-            return match (t.panel.lines(TILE_PAIRS), t.k <= KEPT) {
+            return match (t.ahead.lines(TILE_PAIRS), t.k <= KEPT) {
                 (0, true) => four::<0>(&t),
                 (0, false) => four_passing::<0>(&t),
                 (1..4, true) => four::<3>(&t),
@@ -166,7 +167,7 @@ macro_rules! four {
                     sb = in(reg) WEIGHT_STRIDE,
                     k = inout(reg) t.k / TILE_PAIRS => _,
                     fresh = in(reg) u32::from(t.fresh),
-                    ahead = inout(reg) t.panel.from => _,
+                    ahead = inout(reg) t.ahead.from => _,
                     lines = const LINES,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,

@@ -2,12 +2,13 @@
 #![allow(unsafe_code)] // intrinsics on pointers
 
 use std::arch::x86_64::{
-    __m256, _MM_HINT_T0, _MM_HINT_T1, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+    __m256, _MM_HINT_ET0, _MM_HINT_T0, _MM_HINT_T1, _mm256_add_ps, _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_setzero_ps, _mm256_storeu_ps,
 };
 use std::ptr;
 
 use super::vector::vector_kernel;
-use super::{BETWEEN_FETCHES, MicroKernel, Takes, Tile};
+use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};
 
 pub(super) const LANES: usize = 8;
 const CHAINS: usize = 12;
@@ -43,6 +44,21 @@ pub(super) unsafe fn store(to: *mut f32, sums: Sums) {
 }
 
 /// # Safety
+/// One float.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn splat(from: *const f32) -> Sums {
+    // SAFETY: as promised by the caller.
+    unsafe { _mm256_broadcast_ss(&*from) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add(x: Sums, y: Sums) -> Sums {
+    _mm256_add_ps(x, y)
+}
+
+/// # Safety
 /// Eight floats.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
@@ -57,7 +73,7 @@ unsafe fn factors(from: *const f32) -> Factors {
 #[target_feature(enable = "avx2,fma")]
 unsafe fn broadcast(from: *const f32) -> Factors {
     // SAFETY: as promised by the caller.
-    unsafe { _mm256_broadcast_ss(&*from) }
+    unsafe { splat(from) }
 }
 
 #[inline]

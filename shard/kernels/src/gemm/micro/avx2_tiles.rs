@@ -17,6 +17,7 @@ pub(super) static KERNEL: MicroKernel = MicroKernel {
     nr: NR,
     takes: Takes::Tiles,
     tile,
+    chunks: false,
     lines: None,
     places: false,
     spin: avx2::spin,

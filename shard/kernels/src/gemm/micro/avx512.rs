@@ -3,12 +3,13 @@
 #![allow(unsafe_code)] // intrinsics on pointers
 
 use std::arch::x86_64::{
-    __m512, _MM_HINT_T0, _MM_HINT_T1, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512, _MM_HINT_ET0, _MM_HINT_T0, _MM_HINT_T1, _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_storeu_ps,
 };
 use std::ptr;
 
 use super::vector::vector_kernel;
-use super::{BETWEEN_FETCHES, MicroKernel, Takes, Tile};
+use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};
 
 pub(super) const LANES: usize = 16;
 const CHAINS: usize = 16;
@@ -44,6 +45,21 @@ pub(super) unsafe fn store(to: *mut f32, sums: __m512) {
 }
 
 /// # Safety
+/// One float.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn splat(from: *const f32) -> __m512 {
+    // SAFETY: as promised by the caller.
+    unsafe { _mm512_set1_ps(*from) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn add(x: __m512, y: __m512) -> __m512 {
+    _mm512_add_ps(x, y)
+}
+
+/// # Safety
 /// Sixteen floats.
 #[inline]
 #[target_feature(enable = "avx512f")]
@@ -58,7 +74,7 @@ unsafe fn factors(from: *const f32) -> Factors {
 #[target_feature(enable = "avx512f")]
 unsafe fn broadcast(from: *const f32) -> Factors {
     // SAFETY: as promised by the caller.
-    unsafe { _mm512_set1_ps(*from) }
+    unsafe { splat(from) }
 }
 
 #[inline]

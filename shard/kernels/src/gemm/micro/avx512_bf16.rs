@@ -2,14 +2,14 @@
 #![allow(unsafe_code)] // intrinsics on pointers
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    __m512, __m512bh, __m512i, _MM_HINT_ET0, _MM_HINT_T0, _MM_HINT_T1, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32,
 };
 use std::mem::transmute;
 use std::ptr;
 
-use super::avx512::{load, store, zero};
+use super::avx512::{add, load, splat, store, zero};
 use super::vector::vector_kernel;
-use super::{BETWEEN_FETCHES, MicroKernel, Takes, Tile};
+use super::{BETWEEN_FETCHES, LINE, MicroKernel, Takes, Tile};
 
 const LANES: usize = 16;
 const CHAINS: usize = 16;

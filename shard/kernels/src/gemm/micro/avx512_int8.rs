@@ -4,8 +4,8 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256i, __m512, __m512i, _MM_HINT_T0, _MM_HINT_T1, _mm256_loadu_si256, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
-    _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    __m256i, __m512, __m512i, _MM_HINT_T1, _mm256_loadu_si256, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
+    _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
 };
 
 use super::avx512::{LANES, load, store};

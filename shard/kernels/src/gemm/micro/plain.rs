@@ -9,8 +9,18 @@ const MR: usize = 4;
 const NR: usize = 16;
 const LANES: usize = 32;
 
-pub(super) static KERNEL: MicroKernel =
-    MicroKernel { name: "plain", mr: MR, nr: NR, takes: Takes::Floats, tile, lines: None, places: false, spin, flops: 2 * LANES };
+pub(super) static KERNEL: MicroKernel = MicroKernel {
+    name: "plain",
+    mr: MR,
+    nr: NR,
+    takes: Takes::Floats,
+    tile,
+    chunks: false,
+    lines: None,
+    places: false,
+    spin,
+    flops: 2 * LANES,
+};
 
 /// # Safety
 /// The tile's pointers are good for what its documentation says.

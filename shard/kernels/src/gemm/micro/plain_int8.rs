@@ -28,6 +28,7 @@ const fn kernel<const SCALES: usize>() -> MicroKernel {
         nr: NR,
         takes,
         tile: tile::<SCALES>,
+        chunks: false,
         lines: None,
         places: false,
         spin,

@@ -15,6 +15,7 @@ pub(super) static KERNEL: MicroKernel = MicroKernel {
     nr: NR,
     takes: Takes::Tiles,
     tile,
+    chunks: false,
     lines: None,
     places: false,
     spin,

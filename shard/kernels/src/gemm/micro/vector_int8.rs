@@ -28,6 +28,7 @@ macro_rules! vector_int8_kernel {
                 nr: NR,
                 takes: Takes::Blocks(bytes),
                 tile: tile::<SCALES>,
+                chunks: false,
                 lines: None,
                 places: false,
                 spin: spin::<SCALES>,
@@ -63,11 +64,9 @@ macro_rules! vector_int8_kernel {
                     }
                 }
                 let (mut a, mut b) = (t.a.cast::<i32>(), t.b.cast::<u8>());
-                let (mut panel, mut next) = (t.panel, t.sums);
-                let [of_panel, of_next] = [t.panel, t.sums].map(|ahead| ahead.lines(1));
+                let (mut ahead, of_ahead) = (t.ahead, t.ahead.lines(1));
                 for block in 0..t.k {
-                    panel.fetch::<_MM_HINT_T1>(of_panel);
-                    next.fetch::<_MM_HINT_T0>(of_next);
+                    ahead.fetch::<_MM_HINT_T1>(of_ahead);
                     // Below the groups: scales, what the excess of weights adds, taken off, and the sums of inputs.
                     let (of_rows, of_columns) = (a.add(groups * mr), b.add(BLOCK * NR));
                     for part in 0..parts {
