@@ -131,13 +131,13 @@ impl Attention {
 
 /// Queries that share one pass over the keys: whole tiles.
 fn queries_of_block(kernel: &MicroKernel) -> usize {
-    let queries: usize = if kernel.takes == Takes::Tiles { 128 } else { 84 };
+    let queries: usize = if kernel.takes == Takes::Tiles { 128 } else { 42 };
     queries.next_multiple_of(kernel.mr)
 }
 
 /// Keys between two updates of the running maximum: a matter of the order of additions, not of the CPU.
 fn keys_of_block(kernel: &MicroKernel) -> usize {
-    if kernel.takes == Takes::Tiles { 256 } else { 128 }
+    if kernel.takes == Takes::Tiles { 256 } else { 512 }
 }
 
 /// What exponentials are of, and how much one of scores is in them. Again a matter of the order.
@@ -245,13 +245,10 @@ impl Job<'_> {
 
     /// `c (+)= a b` for panels of `b` that are `panel` elements apart.
     fn products(&self, k: usize, a: &[f32], b: &[f32], panel: usize, c: &mut Plane<'_>, fresh: bool) {
-        let (mr, nr) = (self.kernel.mr, self.kernel.nr);
-        let (m, n, of_row) = (c.rows(), c.columns(), self.kernel.input_len(k));
+        let (m, n, nr) = (c.rows(), c.columns(), self.kernel.nr);
         for (i, column) in (0..n).step_by(nr).enumerate() {
-            for row in (0..m).step_by(mr) {
-                let tile = c.part(row..m.min(row + mr), column..n.min(column + nr));
-                self.kernel.run(k, &a[row * of_row..], &b[i * panel..], tile, fresh, &[]);
-            }
+            let mut c = c.part(0..m, column..n.min(column + nr));
+            self.kernel.run_down(k, a, &b[i * panel..], &mut c, fresh);
         }
     }
 

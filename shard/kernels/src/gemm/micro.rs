@@ -115,6 +115,8 @@ pub struct MicroKernel {
 struct Tile {
     /// 1 to `mr`.
     rows: usize,
+    /// How many such tiles of `mr` rows there are, one below the other. One, if the kernel is not for several chunks.
+    down: usize,
     /// Floats, pairs or blocks, of all chunks together.
     k: usize,
     /// Of each chunk. One, if the kernel is not for several.
@@ -475,6 +477,21 @@ impl MicroKernel {
         (0..rows).for_each(|row| c.row_mut(row).copy_from_slice(&whole[row * self.nr..][..columns]));
     }
 
+    /// As [`Self::run`], of any number of rows, whose inputs lie tile by tile.
+    pub(crate) fn run_down(&self, k: usize, a: &[f32], b: &[f32], c: &mut Plane<'_>, fresh: bool) {
+        let (rows, columns, of_row) = (c.rows(), c.columns(), self.input_len(k));
+        let down = if self.chunks && columns == self.nr { rows / self.mr } else { 0 };
+        if down > 0 {
+            let operands = self.operands(&k, a, b.into(), &mut c.part(0..self.mr, 0..columns));
+            assert!(a.len() >= down * self.mr * of_row, "inputs of {down} tiles");
+            // SAFETY: the panels hold `k` columns and rows, `c` is of so many whole tiles, and `best` chose what the CPU runs.
+            unsafe { (self.tile)(Tile { fresh, down, ..operands }) };
+        }
+        for row in (down * self.mr..rows).step_by(self.mr) {
+            self.run(k, &a[row * of_row..], b, c.part(row..rows.min(row + self.mr), 0..columns), fresh, &[]);
+        }
+    }
+
     /// One chunk of `a` and `b`, from zero, where nothing is fetched.
     fn operands(&self, k: &usize, a: &[f32], b: Panel<'_>, c: &mut Plane<'_>) -> Tile {
         let (rows, columns) = (c.rows(), c.columns());
@@ -482,6 +499,7 @@ impl MicroKernel {
         assert!(a.len() >= self.mr * self.input_len(*k) && b.floats.len() >= b.reach(self, *k), "panels of {k}");
         Tile {
             rows,
+            down: 1,
             k: *k,
             depths: k,
             chunks: 1,

@@ -34,84 +34,87 @@ macro_rules! vector_kernel {
         /// As [`tile`], and `R` is the tile's number of rows, `AT` whether it has places.
         #[target_feature(enable = $features)]
         unsafe fn rows<const R: usize, const AT: bool>(t: Tile) {
-            let mut place = t.places.map_or(ptr::null(), |places| places.as_ptr().cast_const());
-            let (mut a, mut b, mut ahead, mut fetched) = (t.a, t.b, t.ahead, 0);
+            let (mut a, mut ahead, mut first_row) = (t.a, t.ahead, 0);
             let of_ahead = t.ahead.lines(BETWEEN_FETCHES);
-            let mut chunk = 0;
-            // SAFETY: every pointer stays in `[k][MR]` of `a`, `[k][NR]` of `b`, or such rows at `k` places, `[R][NR]` of `c` and of what is added,
-            // and `[waiting][MR][NR]`.
+            // SAFETY: every pointer stays in `[down][k][MR]` of `a`, `[k][NR]` of `b`, or such rows at `k` places, `[down R][NR]` of `c` and of what is
+            // added, and `[waiting][MR][NR]`.
             unsafe {
-                loop {
-                    let mut sums: [[Sums; 2]; R] = [[zero(); 2]; R];
-                    if !t.fresh {
-                        for (row, sum) in sums.iter_mut().enumerate() {
-                            let c = t.c.add(row * t.stride);
-                            *sum = [load(c), load(c.add(LANES))];
-                        }
-                    }
-                    let mut left = *t.depths.add(chunk);
-                    while left > 0 {
-                        let some = left.min(BETWEEN_FETCHES);
-                        for _ in 0..some {
-                            let from = if AT { b.add(*place) } else { b };
-                            let (b0, b1) = (factors(from), factors(from.add(LANES)));
+                for _ in 0..t.down {
+                    let (c, mut b, mut fetched, mut chunk) = (t.c.add(first_row * t.stride), t.b, 0, 0);
+                    let mut place = t.places.map_or(ptr::null(), |places| places.as_ptr().cast_const());
+                    loop {
+                        let mut sums: [[Sums; 2]; R] = [[zero(); 2]; R];
+                        if !t.fresh {
                             for (row, sum) in sums.iter_mut().enumerate() {
-                                let x = broadcast(a.add(row));
-                                sum[0] = add_products(sum[0], x, b0);
-                                sum[1] = add_products(sum[1], x, b1);
-                            }
-                            a = a.add(MR);
-                            if AT {
-                                place = place.add(1);
-                            } else {
-                                b = b.add(NR);
+                                let c = c.add(row * t.stride);
+                                *sum = [load(c), load(c.add(LANES))];
                             }
                         }
-                        ahead.fetch::<_MM_HINT_T1>(of_ahead);
-                        if fetched < R {
-                            t.results(fetched).fetch::<_MM_HINT_ET0>(LINES);
-                            t.added(fetched).fetch::<_MM_HINT_T0>(LINES);
-                            fetched += 1;
+                        let mut left = *t.depths.add(chunk);
+                        while left > 0 {
+                            let some = left.min(BETWEEN_FETCHES);
+                            for _ in 0..some {
+                                let from = if AT { b.add(*place) } else { b };
+                                let (b0, b1) = (factors(from), factors(from.add(LANES)));
+                                for (row, sum) in sums.iter_mut().enumerate() {
+                                    let x = broadcast(a.add(row));
+                                    sum[0] = add_products(sum[0], x, b0);
+                                    sum[1] = add_products(sum[1], x, b1);
+                                }
+                                a = a.add(MR);
+                                if AT {
+                                    place = place.add(1);
+                                } else {
+                                    b = b.add(NR);
+                                }
+                            }
+                            ahead.fetch::<_MM_HINT_T1>(of_ahead);
+                            if fetched < R {
+                                t.results(first_row + fetched).fetch::<_MM_HINT_ET0>(LINES);
+                                t.added(first_row + fetched).fetch::<_MM_HINT_T0>(LINES);
+                                fetched += 1;
+                            }
+                            left -= some;
                         }
-                        left -= some;
-                    }
-                    // Earlier chunks on the left: what waits the shortest first.
-                    let (depth, merges) = (chunk.count_ones(), chunk.trailing_ones());
-                    for level in (depth - merges..depth).rev() {
-                        let waiting = t.waiting.add(level as usize * MR * NR);
-                        for (row, sum) in sums.iter_mut().enumerate() {
-                            let from = waiting.add(row * NR);
-                            *sum = [add(load(from), sum[0]), add(load(from.add(LANES)), sum[1])];
+                        // Earlier chunks on the left: what waits the shortest first.
+                        let (depth, merges) = (chunk.count_ones(), chunk.trailing_ones());
+                        for level in (depth - merges..depth).rev() {
+                            let waiting = t.waiting.add(level as usize * MR * NR);
+                            for (row, sum) in sums.iter_mut().enumerate() {
+                                let from = waiting.add(row * NR);
+                                *sum = [add(load(from), sum[0]), add(load(from.add(LANES)), sum[1])];
+                            }
                         }
-                    }
-                    chunk += 1;
-                    if chunk < t.chunks {
-                        let waiting = t.waiting.add((depth - merges) as usize * MR * NR);
+                        chunk += 1;
+                        if chunk < t.chunks {
+                            let waiting = t.waiting.add((depth - merges) as usize * MR * NR);
+                            for (row, sum) in sums.iter().enumerate() {
+                                let to = waiting.add(row * NR);
+                                store(to, sum[0]);
+                                store(to.add(LANES), sum[1]);
+                            }
+                            continue;
+                        }
+                        if let Some(bias) = t.bias {
+                            for (row, sum) in sums.iter_mut().enumerate() {
+                                let bias = splat(bias.as_ptr().add(first_row + row));
+                                *sum = [add(sum[0], bias), add(sum[1], bias)];
+                            }
+                        }
+                        if let Some((more, stride)) = t.more {
+                            for (row, sum) in sums.iter_mut().enumerate() {
+                                let more = more.as_ptr().add((first_row + row) * stride);
+                                *sum = [add(sum[0], load(more)), add(sum[1], load(more.add(LANES)))];
+                            }
+                        }
                         for (row, sum) in sums.iter().enumerate() {
-                            let to = waiting.add(row * NR);
-                            store(to, sum[0]);
-                            store(to.add(LANES), sum[1]);
+                            let c = c.add(row * t.stride);
+                            store(c, sum[0]);
+                            store(c.add(LANES), sum[1]);
                         }
-                        continue;
+                        break;
                     }
-                    if let Some(bias) = t.bias {
-                        for (row, sum) in sums.iter_mut().enumerate() {
-                            let bias = splat(bias.as_ptr().add(row));
-                            *sum = [add(sum[0], bias), add(sum[1], bias)];
-                        }
-                    }
-                    if let Some((more, stride)) = t.more {
-                        for (row, sum) in sums.iter_mut().enumerate() {
-                            let more = more.as_ptr().add(row * stride);
-                            *sum = [add(sum[0], load(more)), add(sum[1], load(more.add(LANES)))];
-                        }
-                    }
-                    for (row, sum) in sums.iter().enumerate() {
-                        let c = t.c.add(row * t.stride);
-                        store(c, sum[0]);
-                        store(c.add(LANES), sum[1]);
-                    }
-                    return;
+                    first_row += R;
                 }
             }
         }
