@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use crate::activation::Activation;
 use crate::cpu::vectorised;
 use crate::memory::{Output, seen};
-use crate::{math, threads};
+use crate::{math, scratch, streaming, threads};
 
 const LANES: usize = 16;
 /// Floats that are passed over twice: 8 KiB.
@@ -65,15 +65,13 @@ pub fn layer_norm<'a>(
     let y = y.unread();
     assert_eq!(x.len(), y.len());
     assert!(weight.is_none_or(|w| w.len() == width) && bias.is_none_or(|b| b.len() == width), "one weight for each column");
-    threads::over_rows(&mut *y, width, |first, y| {
-        for (x, y) in x[first * width..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-            let y = normalized(x, y, eps);
-            match (weight, bias) {
-                (Some(weight), Some(bias)) => scale_and_shift(y, weight, bias),
-                (Some(weight), None) => scale(y, weight),
-                (None, Some(bias)) => shift(y, bias),
-                (None, None) => {}
-            }
+    each_row(&mut *y, width, |row, y| {
+        let y = normalized(&x[row * width..][..width], y, eps);
+        match (weight, bias) {
+            (Some(weight), Some(bias)) => scale_and_shift(y, weight, bias),
+            (Some(weight), None) => scale(y, weight),
+            (None, Some(bias)) => shift(y, bias),
+            (None, None) => {}
         }
     });
     #[allow(unsafe_code)] // floats from here on
@@ -97,17 +95,41 @@ pub fn layer_norm_modulate<'a>(
     assert_eq!(x.len(), y.len());
     assert_eq!(shift.len(), scale.len());
     assert_eq!(scale.len() * rows, y.len(), "one scale and shift for each item");
-    threads::over_rows(&mut *y, width, |first, y| {
-        for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
-            let item = row / rows;
-            modulate(&x[row * width..][..width], &scale[item * width..][..width], &shift[item * width..][..width], eps, y);
-        }
+    each_row(&mut *y, width, |row, y| {
+        let item = row / rows;
+        modulate(&x[row * width..][..width], &scale[item * width..][..width], &shift[item * width..][..width], eps, y);
     });
     #[allow(unsafe_code)] // floats from here on
     // SAFETY: every row is written.
     unsafe {
         seen(y)
     }
+}
+
+fn unread(line: &mut (impl Output + ?Sized)) -> &mut [MaybeUninit<f32>] {
+    line.unread()
+}
+
+/// Calls `f(number, row)` for each row of `y`, which it writes. Those of a tensor that no cache holds are made aside and then written past them.
+fn each_row(y: &mut [MaybeUninit<f32>], width: usize, f: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) {
+    let large = y.len() >= streaming::LARGE;
+    threads::over_rows(y, width, |first, y| {
+        let rows = (first..).zip(y.chunks_exact_mut(width));
+        if !large {
+            return rows.for_each(|(row, y)| f(row, y));
+        }
+        scratch::with([width], |[aside]| {
+            for (row, y) in rows {
+                f(row, unread(&mut aside[..width]));
+                #[allow(unsafe_code)] // past the caches
+                // SAFETY: settled below, before this thread is done with its rows.
+                unsafe {
+                    streaming::copy(&aside[..width], y);
+                }
+            }
+        });
+        streaming::settle();
+    });
 }
 
 /// `y = x + gate * of`, for each item of a batch. `x, of, y: [B, L, D]`, `gate: [B, D]`; `rows` is `L` and `width` `D`.
@@ -600,5 +622,19 @@ mod tests {
         let mut soft_alone = x.clone();
         soft_alone.chunks_mut(width).for_each(|row| softmax(row, width));
         assert_eq!(soft, soft_alone);
+    }
+
+    #[test]
+    fn rows_of_a_large_tensor_are_as_those_of_a_small_one() {
+        let width = 1003; // rows begin anywhere in a line of the caches
+        let rows = streaming::LARGE.div_ceil(width);
+        let (x, scale, shift) = (values(rows, width, 0.4), values(1, width, 1.0), values(1, width, 0.3));
+        let mut y = vec![f32::NAN; x.len()];
+        let mut alone = vec![f32::NAN; width];
+        layer_norm_modulate(&x, &mut y, [rows, width], &shift, &scale, 1e-5);
+        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact(width)) {
+            layer_norm_modulate(x, &mut alone, [1, width], &shift, &scale, 1e-5);
+            assert_eq!(y, alone);
+        }
     }
 }

@@ -1,7 +1,38 @@
-//! Sums that are written past the caches: of tensors that are larger than those, so that memory is not read before it is written over.
+//! What is written past the caches: of tensors that are larger than those, so that memory is not read before it is written over.
 #![allow(unsafe_code)] // intrinsics on pointers, and memory that nobody has written yet
 
 use std::mem::MaybeUninit;
+
+/// Floats of a tensor that no cache holds until it is read: 32 MiB.
+pub(crate) const LARGE: usize = 1 << 23;
+
+/// Writes all of `to`.
+///
+/// # Safety
+/// Before another thread reads it, this one calls [`settle`].
+pub(crate) unsafe fn copy(from: &[f32], to: &mut [MaybeUninit<f32>]) {
+    assert_eq!(from.len(), to.len(), "as many of both");
+    let mut done = 0..0;
+    #[cfg(target_arch = "x86_64")]
+    if crate::cpu::path() != crate::cpu::Path::Plain {
+        let outside = to.as_ptr().align_offset(avx2::ALIGNMENT).min(to.len());
+        done = outside..outside + (to.len() - outside) / avx2::LANES * avx2::LANES;
+        // SAFETY: the CPU has AVX2; as many of both, from an aligned place on.
+        unsafe { avx2::copy(&from[done.clone()], &mut to[done.clone()]) };
+    }
+    for of in [0..done.start, done.end..to.len()] {
+        to[of.clone()].iter_mut().zip(&from[of]).for_each(|(to, from)| *to = MaybeUninit::new(*from));
+    }
+}
+
+/// Puts what went past the caches in order with other writes.
+pub(crate) fn settle() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every CPU of this kind has it.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
 
 /// Puts `lower + upper` behind what `sum` holds, which has room for it.
 pub fn append_sum(sum: &mut Vec<f32>, lower: &[f32], upper: &[f32]) {
@@ -44,6 +75,16 @@ mod avx2 {
     pub(super) const ALIGNMENT: usize = 4 * LANES;
 
     /// # Safety
+    /// The CPU has AVX2; `to` is aligned, and both have as many floats, whole vectors of them.
+    #[target_feature(enable = "avx2")]
+    pub(super) unsafe fn copy(from: &[f32], to: &mut [MaybeUninit<f32>]) {
+        for (to, from) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(from.as_chunks::<LANES>().0) {
+            // SAFETY: a vector of each, and the places of `to` are aligned.
+            unsafe { _mm256_stream_ps(to.as_mut_ptr().cast(), _mm256_loadu_ps(from.as_ptr())) };
+        }
+    }
+
+    /// # Safety
     /// The CPU has AVX2; `to` is aligned, and all have as many floats, whole vectors of them.
     #[target_feature(enable = "avx2")]
     pub(super) unsafe fn add(lower: &[f32], upper: &[f32], to: &mut [MaybeUninit<f32>]) {
@@ -68,6 +109,20 @@ mod tests {
     use crate::guard::Guarded;
 
     proptest! {
+        #[test]
+        fn a_copy_is_what_it_is_of(len in 0usize..100, at in 0usize..9, before: bool) {
+            let values: Vec<f32> = (0..at + len).map(|i| i as f32).collect();
+            let from = Guarded::new(&values[at..], before);
+            let mut to = vec![MaybeUninit::new(0.5); at + len];
+            // SAFETY: nobody else reads it.
+            unsafe { copy(from.slice(), &mut to[at..]) };
+            settle();
+            // SAFETY: all were numbers from the beginning.
+            let to: Vec<f32> = to.into_iter().map(|to| unsafe { to.assume_init() }).collect();
+            prop_assert!(to[..at].iter().all(|to| *to == 0.5));
+            prop_assert_eq!(&to[at..], &values[at..]);
+        }
+
         #[test]
         fn every_float_is_the_sum_of_its_two(len in 0usize..100, begun in 0usize..20, at in 0usize..9, before: bool) {
             let value = |seed: usize| (0..at + len).map(|i| ((i * 7919 + seed) % 1013) as f32 / 7.0).collect::<Vec<_>>();
