@@ -17,7 +17,7 @@ use crate::conv::bands::Bands;
 use crate::conv::jobs::{Area, Jobs};
 use crate::conv::laid::Laid;
 use crate::conv::windows::{Panels, Windows};
-use crate::gemm::micro::{MAX_TILE, MicroKernel, More, Panel, Takes, WAITING};
+use crate::gemm::micro::{MicroKernel, More, Panel, Takes, WAITING};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, bf16, narrow_rows, pack_tiles};
 use crate::memory::{Output, seen};
 use crate::scratch::Buffer;
@@ -30,6 +30,8 @@ mod laid;
 mod lines;
 mod windows;
 
+/// Floats of weights that pass all of a job's pixels together, unless one tile has more: 256 KiB.
+const NEAR: usize = 1 << 16;
 /// Multiplications below which all stays on one thread.
 const SMALL: usize = 1 << 19;
 
@@ -224,7 +226,10 @@ impl Conv2d {
         // Phases for even and for odd columns go together: their results lie by turns.
         let together = self.phases.len().min(2);
         let right = bands.map_or(together * panels, Bands::len);
-        scratch::with([right, MAX_TILE, MAX_TILE, WAITING], |[right, even, odd, waiting]| {
+        // Tiles whose weights stay near while a job's pixels pass, and so are made in one call.
+        let of_tile = kernel.mr * kernel.input_len(k);
+        let block = (NEAR / of_tile).clamp(1, m.div_ceil(height)) * height;
+        scratch::with([right, block * nr, block * nr, WAITING], |[right, even, odd, waiting]| {
             if let Some(bands) = bands {
                 bands.fill(right, windows, &area);
             }
@@ -236,18 +241,18 @@ impl Conv2d {
                         windows::pack(&windows.of_phase(phase), &mut Panels { memory, nr, k }, pixels);
                     }
                 }
-                for row in (0..m).step_by(height) {
-                    let rows = row..m.min(row + height);
+                for row in (0..m).step_by(block) {
+                    let rows = row..m.min(row + block);
                     let bias = self.bias.as_ref().map(|bias| &bias[rows.clone()]);
                     for column in (0..n).step_by(nr) {
                         let columns = column..n.min(column + nr);
                         let mut product = |at: usize, c: &mut Plane<'_>, more: More<'_>| {
-                            let weight = &phases[at].as_slice()[kernel.input_len(row / height * k * kernel.mr)..];
+                            let weight = &phases[at].as_slice()[row / height * of_tile..];
                             let panel = match bands {
                                 Some(bands) => Panel::at(&right[bands.start(first + at, &area, column)..], bands.places()),
                                 None => Panel::from(&right[at * panels + column / nr * apart..]),
                             };
-                            kernel.run_chunks(&[k], (weight, panel), waiting, c, more, &[]);
+                            kernel.run_chunks((&[k], height), (weight, panel), waiting, c, more, &[]);
                         };
                         if !self.doubles() {
                             let pixels = area.pixel(column)..area.pixel(column) + columns.len();

@@ -217,15 +217,12 @@ impl Job<'_> {
                     let columns = column..n.min(column + kernel.nr);
                     let at = (self.columns.start + column) / kernel.nr;
                     let panel = self.weight.whole_panel(at, depths, [panel, aside]);
-                    let mut ahead = self.weight.ahead(at + 1, 0..depth).chunks(kernel.share_of_panel(depth, m));
                     let bias = epilogue.bias.map(|bias| Rows::new(&bias[self.columns.start + column..], m, 0));
-                    for row in (0..m).step_by(kernel.mr) {
-                        let mut tile = y.part(row..m.min(row + kernel.mr), columns.clone());
-                        let (a, more) = (&inputs[row * of_row..], More { bias: None, rows: bias });
-                        kernel.run_chunks(depths, (a, panel.into()), waiting, &mut tile, more, ahead.next().unwrap_or_default());
-                        if let Some(activation) = epilogue.activation {
-                            (0..tile.rows()).for_each(|row| activation.apply(tile.row_mut(row)));
-                        }
+                    let (mut y, more) = (y.part(0..m, columns), More { bias: None, rows: bias });
+                    let ahead = self.weight.ahead(at + 1, 0..depth);
+                    kernel.run_chunks((depths, kernel.mr), (inputs, panel.into()), waiting, &mut y, more, ahead);
+                    if let Some(activation) = epilogue.activation {
+                        (0..m).for_each(|row| activation.apply(y.row_mut(row)));
                     }
                 }
             });

@@ -6,8 +6,12 @@ use std::ops::Range;
 use crate::conv::laid::Laid;
 use crate::conv::{Conv2d, bands};
 
-/// Floats of the right side of a job at most, unless one tile has more: 512 KiB of the second-level cache.
+/// Floats of the right side of a job at most, while it has more than [`FEWEST`] pixels: 512 KiB of the second-level cache.
 const MOST: usize = 1 << 17;
+/// The same of what is copied for windows, which each tile's pixels read in one piece.
+const MOST_COPIED: usize = 2 * MOST;
+/// Pixels that a job has at least, where there are so many: all weights pass them.
+const FEWEST: usize = 64;
 /// Columns of a rectangle at most: results of a line are written beside each other, and what windows see beside it is little.
 const COLUMNS: usize = 128;
 
@@ -39,12 +43,17 @@ impl Jobs {
         let pixels = (laid.pixels() * batch).div_ceil(2 * threads).next_multiple_of(nr);
         if !in_place {
             let of_pixel = conv.deep() * laid.size * laid.size * conv.phases.len().min(2);
-            return Self { output: [1, laid.pixels()], down: 1, columns: pixels.min((MOST / of_pixel).max(nr) / nr * nr) };
+            return Self {
+                output: [1, laid.pixels()],
+                down: 1,
+                columns: pixels.min((MOST_COPIED / of_pixel).max(FEWEST) / nr * nr),
+            };
         }
         let fits = |columns: &usize| laid.output[1].is_multiple_of(*columns);
         let columns = (nr..=COLUMNS.min(pixels)).step_by(nr).filter(fits).last().unwrap_or(nr);
         // What windows of as many lines see, without the last one's.
-        let seen = (MOST / (conv.deep() * bands::line(laid, columns))).saturating_sub(bands::seen(laid) - 1);
+        let seen =
+            (MOST / (conv.deep() * bands::line(laid, columns))).saturating_sub(bands::seen(laid) - 1).max(FEWEST / columns);
         let height = laid.output[0];
         let mut jobs = Self { output: laid.output, down: height.div_ceil((pixels / columns).min(seen).max(1)), columns };
         // Few jobs: as many as keep every thread busy to the end.

@@ -2,11 +2,12 @@
 #![allow(unsafe_code)] // pointers into packed panels, and code for more than the baseline CPU
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::_mm_prefetch;
+use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
 use std::fmt;
 #[cfg(target_arch = "x86_64")]
 use std::hint::black_box;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::ptr::{self, NonNull};
 #[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
@@ -112,6 +113,7 @@ pub struct MicroKernel {
 }
 
 /// Packed operands of one tile, and where its results are.
+#[derive(Clone, Copy)]
 struct Tile {
     /// 1 to `mr`.
     rows: usize,
@@ -151,6 +153,16 @@ impl Tile {
         Ahead { from: self.c.wrapping_add(row * self.stride).cast(), of_each: 0 }
     }
 
+    /// Has all rows fetched that are written in the end.
+    fn fetch_results(&self, columns: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for row in 0..self.rows {
+            let lines = (size_of::<f32>() * columns).div_ceil(LINE);
+            self.results(row).fetch::<_MM_HINT_ET0>(lines);
+            self.added(row).fetch::<_MM_HINT_T0>(lines);
+        }
+    }
+
     /// A row of what is added to them; of results, if there is none.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
@@ -171,11 +183,14 @@ pub(crate) struct More<'a> {
     pub(crate) rows: Option<Rows<'a>>,
 }
 
-impl More<'_> {
-    fn check(&self, rows: usize, columns: usize) {
-        assert!(self.bias.is_none_or(|bias| bias.len() >= rows), "a number for each of {rows} rows");
-        let reach = |of: Rows<'_>| (rows - 1) * of.stride + columns;
-        assert!(self.rows.is_none_or(|of| of.data.len() >= reach(of)), "{rows} rows of {columns}");
+impl<'a> More<'a> {
+    /// What is for some rows, of so many columns.
+    fn part(&self, rows: Range<usize>, columns: usize) -> Self {
+        let of_rows = |of: Rows<'a>| {
+            assert!(of.data.len() >= (rows.end - 1) * of.stride + columns, "{rows:?} of {columns}");
+            Rows::new(&of.data[rows.start * of.stride..], rows.len(), of.stride)
+        };
+        Self { bias: self.bias.map(|bias| &bias[rows.clone()]), rows: self.rows.map(of_rows) }
     }
 }
 
@@ -462,7 +477,7 @@ impl MicroKernel {
     /// works, `ahead` is fetched.
     pub(crate) fn run(&self, k: usize, a: &[f32], b: &[f32], mut c: Plane<'_>, fresh: bool, ahead: &[u8]) {
         let (rows, columns) = (c.rows(), c.columns());
-        let operands = self.operands(&k, a, b.into(), &mut c);
+        let operands = self.operands(&k, 1, (a, b.into()), &mut c);
         let tile = Tile { fresh, ahead: Ahead::of(ahead, k), ..operands };
         if columns == self.nr {
             // SAFETY: the panels hold `k` columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
@@ -482,24 +497,25 @@ impl MicroKernel {
         let (rows, columns, of_row) = (c.rows(), c.columns(), self.input_len(k));
         let down = if self.chunks && columns == self.nr { rows / self.mr } else { 0 };
         if down > 0 {
-            let operands = self.operands(&k, a, b.into(), &mut c.part(0..self.mr, 0..columns));
-            assert!(a.len() >= down * self.mr * of_row, "inputs of {down} tiles");
+            let mut c = c.part(0..down * self.mr, 0..columns);
+            let operands = self.operands(&k, down, (a, b.into()), &mut c);
             // SAFETY: the panels hold `k` columns and rows, `c` is of so many whole tiles, and `best` chose what the CPU runs.
-            unsafe { (self.tile)(Tile { fresh, down, ..operands }) };
+            unsafe { (self.tile)(Tile { fresh, ..operands }) };
         }
         for row in (down * self.mr..rows).step_by(self.mr) {
             self.run(k, &a[row * of_row..], b, c.part(row..rows.min(row + self.mr), 0..columns), fresh, &[]);
         }
     }
 
-    /// One chunk of `a` and `b`, from zero, where nothing is fetched.
-    fn operands(&self, k: &usize, a: &[f32], b: Panel<'_>, c: &mut Plane<'_>) -> Tile {
-        let (rows, columns) = (c.rows(), c.columns());
+    /// One chunk of `a` and `b`, from zero, where nothing is fetched: `down` tiles of as many rows.
+    fn operands(&self, k: &usize, down: usize, (a, b): (&[f32], Panel<'_>), c: &mut Plane<'_>) -> Tile {
+        let (rows, columns) = (c.rows() / down, c.columns());
         assert!((1..=self.mr).contains(&rows) && (1..=self.nr).contains(&columns), "a tile of {rows} by {columns}");
-        assert!(a.len() >= self.mr * self.input_len(*k) && b.floats.len() >= b.reach(self, *k), "panels of {k}");
+        assert!(c.rows() == down * rows, "{down} tiles of {rows} rows");
+        assert!(a.len() >= down * self.mr * self.input_len(*k) && b.floats.len() >= b.reach(self, *k), "panels of {k}");
         Tile {
             rows,
-            down: 1,
+            down,
             k: *k,
             depths: k,
             chunks: 1,
@@ -517,10 +533,11 @@ impl MicroKernel {
     }
 
     /// `c = a b + more`, where K is in chunks of the given depths (1, 2, 4 or 8 of them) whose results are added as a balanced binary tree;
-    /// those that wait for others do so in `waiting`, [`WAITING`] floats. `c` need not have been written. While it works, `ahead` is fetched.
+    /// those that wait for others do so in `waiting`, [`WAITING`] floats. The inputs of `c`'s rows lie in tiles of `height` of them, `mr` at
+    /// most; `c` need not have been written. While it works, `ahead` is fetched.
     pub(crate) fn run_chunks(
         &self,
-        depths: &[usize],
+        (depths, height): (&[usize], usize),
         (a, b): (&[f32], Panel<'_>),
         waiting: &mut [f32],
         c: &mut Plane<'_>,
@@ -530,20 +547,49 @@ impl MicroKernel {
         let (rows, columns, k) = (c.rows(), c.columns(), depths.iter().sum());
         assert!(depths.len().is_power_of_two() && depths.len() <= 1 << LEVELS, "{} chunks", depths.len());
         assert!(waiting.len() >= WAITING, "memory for what waits");
-        more.check(rows, columns);
-        let operands = Tile { ahead: Ahead::of(ahead, k), ..self.operands(&k, a, b, c) };
-        if self.chunks && columns == self.nr {
+        let in_one_go = self.chunks && columns == self.nr;
+        let (tiles, at_once) = (rows.div_ceil(height), if in_one_go { (rows / height).max(1) } else { 1 });
+        let (of_tile, ahead) = (self.mr * self.input_len(k), Ahead::of(ahead, k * tiles));
+        for first in (0..tiles).step_by(at_once) {
+            let (down, a) = (at_once.min(tiles - first), &a[first * of_tile..]);
+            let part = first * height..rows.min((first + down) * height);
+            let (more, mut c) = (more.part(part.clone(), columns), c.part(part, 0..columns));
+            if !in_one_go {
+                self.chunk_by_chunk(depths, (a, b), waiting, &mut c, more, ahead.behind(k * first));
+                continue;
+            }
             let tile = Tile {
                 depths: depths.as_ptr(),
                 chunks: depths.len(),
                 waiting: waiting.as_mut_ptr(),
                 bias: more.bias.map(|bias| NonNull::from(bias).cast()),
                 more: more.rows.map(|rows| (NonNull::from(rows.data).cast(), rows.stride)),
-                ..operands
+                ahead: ahead.behind(k * first),
+                ..self.operands(&k, down, (a, b), &mut c)
             };
-            // SAFETY: the panels hold the chunks' columns and rows, `waiting` their tree's levels, `c` is a whole tile, there is enough of what is
+            // SAFETY: the panels hold the chunks' columns and rows, `waiting` their tree's levels, `c` is of whole tiles, there is enough of what is
             // added, and `best` chose what the CPU runs.
-            return unsafe { (self.tile)(tile) };
+            unsafe { (self.tile)(tile) };
+        }
+    }
+
+    /// As [`Self::run_chunks`], of one tile, by a kernel that makes one chunk at a time, or of fewer columns.
+    fn chunk_by_chunk(
+        &self,
+        depths: &[usize],
+        (a, b): (&[f32], Panel<'_>),
+        waiting: &mut [f32],
+        c: &mut Plane<'_>,
+        more: More<'_>,
+        ahead: Ahead,
+    ) {
+        let (rows, k) = (c.rows(), depths.iter().sum());
+        let operands = self.operands(&k, 1, (a, b), c);
+        let added = more.rows.map(|rows| (NonNull::from(rows.data).cast(), rows.stride));
+        Tile { more: added, ..operands }.fetch_results(c.columns());
+        if let ([depth], true, More { bias: None, rows: None }) = (depths, c.columns() == self.nr, more) {
+            // SAFETY: the panels hold the chunk's columns and rows, `c` is a whole tile, and `best` chose what the CPU runs.
+            return unsafe { (self.tile)(Tile { k: *depth, ahead, ..operands }) };
         }
         let (waiting, passing) = waiting.split_at_mut(LEVELS * MAX_TILE);
         let (mut done, len) = (0, rows * self.nr);
@@ -560,7 +606,7 @@ impl MicroKernel {
                 places: b.places(),
                 c: to.as_mut_ptr(),
                 stride: self.nr,
-                ahead: operands.ahead.behind(done),
+                ahead: ahead.behind(done),
                 ..operands
             };
             // SAFETY: as above, of one chunk; `to` takes `mr` by `nr` results (`every_kernel_fits_the_edge` shows it).
