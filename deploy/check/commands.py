@@ -46,8 +46,8 @@ def problems(documents):
             r"^/data": f"{folder}/data",
             # Nobody is there; what is looked at comes before that.
             r"https://atelier-etcd-\d\.atelier-etcd:2379": "https://127.0.0.1:1",
-            # What only a build for GPUs takes.
-            r"^cuda$": "cpu",
+            # What only a build for GPUs takes, and every pod has: its one GPU. Any other name of a device is for the program to refuse.
+            r"^cuda:0$": "cpu",
             **{f"^{path}/": f"{folder}/{role}/" for path in files_of(workload)},
         }
         known = {"POD_NAME": "pod", "POD_NAMESPACE": "atelier", "POD_IP": "127.0.0.1", "NODE_NAME": "node"}

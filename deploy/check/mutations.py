@@ -94,6 +94,8 @@ MUTATIONS = [
     # The program.
     ("cpu-dev", "a flag that does not exist", "no flag --lable", of_container(ENCODER, argument("--label=pod", "--lable=pod"))),
     ("cpu-dev", "a variable that does not exist", "reads no variable ATELIER_LISTN", at("ConfigMap/coordinator-settings", lambda m: rename("ATELIER_LISTEN", "ATELIER_LISTN")(m["data"]))),
+    ("gpu", "a device without its number", "cannot compute on `cuda`:", at("ConfigMap/worker-settings", put("cuda", "data", "ATELIER_WORKER_DEVICE"))),
+    ("gpu", "a GPU that a pod does not have", "cannot compute on `cuda:1`:", at("ConfigMap/worker-settings", put("cuda:1", "data", "ATELIER_WORKER_DEVICE"))),
     ("cpu-dev", "a coordinator and etcd", "not both", at("ConfigMap/worker-settings", put("http://e:2379", "data", "ATELIER_WORKER_ETCD"))),
     ("cpu-dev", "a field that models.toml does not have", "unknown field", models("max_jobs", "max_jbos")),
     ("cpu-dev", "a degree that does not exist", "tp = 3", models("tp = 2", "tp = 3")),
