@@ -73,3 +73,10 @@ def opened(objects):
     rule = objects["NetworkPolicy/worker"]["spec"]["ingress"][0]
     rule["ports"].append({"protocol": "TCP", "port": 7702})
     objects["NetworkPolicy/coordinator"]["spec"]["egress"][0]["ports"].append({"protocol": "TCP", "port": 7702})
+
+
+def boundless(objects):
+    """Workers reach each other at every port."""
+    spec = objects["NetworkPolicy/worker"]["spec"]
+    for rule in (spec["ingress"][1], spec["egress"][1]):
+        rule["ports"] = [{"protocol": "TCP"}]

@@ -4,7 +4,7 @@ import copy
 
 from . import compose, images, mutations_tls
 from .changes import (
-    COORDINATOR, DENOISER, ENCODER, Objects, argument, at, models, of_container, of_pod, opened, put, rename, without,
+    COORDINATOR, DENOISER, ENCODER, Objects, argument, at, boundless, models, of_container, of_pod, opened, put, rename, without,
 )
 from .render import DEPLOY
 
@@ -86,6 +86,11 @@ MUTATIONS = [
     ("cpu-dev", "no denial by default", "denies all", lambda objects: objects.remove("NetworkPolicy/nothing-by-default")),
     ("cpu-dev", "workers without a policy", "of its own", lambda objects: objects.remove("NetworkPolicy/worker")),
     ("cpu-dev", "ranks' port open to the coordinator", "reaches Deployment/atelier-denoiser at port 7702", opened),
+    ("cpu-dev", "every port of a worker open to workers", "reaches Deployment/atelier-denoiser at port 41000", boundless),
+    ("gpu", "ranks on GPUs without a way", "does not reach Deployment/atelier-denoiser at port 41000", lambda objects: objects.remove("NetworkPolicy/ranks-exchange-by-nccl")),
+    ("production", "ranks on GPUs with a way out alone", "LeaderWorkerSet/atelier-denoiser does not reach LeaderWorkerSet/atelier-denoiser at port 41000", at("NetworkPolicy/ranks-exchange-by-nccl", put([], "spec", "ingress"))),
+    ("production", "NCCL's ports for anybody", "anybody elsewhere reaches LeaderWorkerSet/atelier-denoiser at port 41000", at("NetworkPolicy/ranks-exchange-by-nccl", lambda d: d["spec"]["ingress"][0].pop("from"))),
+    ("cpu-dev", "names by TCP alone", "look up names", at("NetworkPolicy/names-are-looked-up", without("spec", "egress", 0, "ports", 0))),
     ("cpu-dev", "anybody may be a client", "anybody elsewhere reaches StatefulSet/atelier-coordinator", at("NetworkPolicy/coordinator", lambda d: d["spec"]["ingress"][0].pop("from"))),
     ("cpu-dev", "workers that do not reach the coordinator", "does not reach StatefulSet/atelier-coordinator", at("NetworkPolicy/worker", lambda d: d["spec"]["egress"].pop(0))),
     ("cpu-dev", "no names", "look up names", lambda objects: objects.remove("NetworkPolicy/names-are-looked-up")),

@@ -17,7 +17,8 @@ WAYS = {
     (ETCD, ETCD, 2379),
     (ETCD, ETCD, 2380),
 }
-PORTS = (7700, 7701, 7702, 2379, 2380)
+# Ports that somebody listens at, and one of those that the system gives to whoever asks for any.
+PORTS = (7700, 7701, 7702, 7709, 2379, 2380, 41000)
 # The namespace all is in, and one that nothing is known of.
 HERE = {"kubernetes.io/metadata.name": "atelier"}
 ELSEWHERE = {"kubernetes.io/metadata.name": "elsewhere"}
@@ -34,8 +35,10 @@ def problems(documents):
         for kind in ("Ingress", "Egress"):
             if not any(kind in p["spec"]["policyTypes"] for p in own):
                 yield f"{name}: no NetworkPolicy of its own says its {kind}"
-        if not permits(policies, labels, "Egress", peer_labels={"k8s-app": "kube-dns"}, namespace={"kubernetes.io/metadata.name": "kube-system"}, port=53):
+        dns = {"peer_labels": {"k8s-app": "kube-dns"}, "namespace": {"kubernetes.io/metadata.name": "kube-system"}, "port": 53}
+        if not all(permits(policies, labels, "Egress", **dns, protocol=protocol) for protocol in ("UDP", "TCP")):
             yield f"{name}: cannot look up names"
+    ways = ways_of(documents)
     # A stranger in this namespace, without a label.
     pods |= {CLIENT: {"atelier.dev/client": "true"}, STRANGER: {}}
     for source, source_labels in pods.items():
@@ -46,7 +49,7 @@ def problems(documents):
                 passes = permits(policies, source_labels, "Egress", target_labels, HERE, port) and permits(
                     policies, target_labels, "Ingress", source_labels, HERE, port
                 )
-                wanted = (kind_of(source_labels), kind_of(target_labels), port) in WAYS
+                wanted = (kind_of(source_labels), kind_of(target_labels), port) in ways
                 if passes != wanted:
                     yield f"{source} {'reaches' if passes else 'does not reach'} {target} at port {port}"
     for name, labels in pods.items():
@@ -55,6 +58,13 @@ def problems(documents):
     for name, labels in pods.items():
         if permits_address(policies, labels, "169.254.169.254", 80) or permits_address(policies, labels, "169.254.169.254", 443):
             yield f"{name}: reaches the cloud's metadata service"
+
+
+def ways_of(documents):
+    """All ways there are. Workers on GPUs reach each other at every port: NCCL's are not known beforehand."""
+    containers = [container for workload in workloads(documents) if workload.is_worker for container in workload.containers]
+    on_gpus = any("nvidia.com/gpu" in container.get("resources", {}).get("limits", {}) for container in containers)
+    return WAYS | ({(WORKER, WORKER, port) for port in PORTS} if on_gpus else set())
 
 
 def from_elsewhere(policies, name, labels):
@@ -91,11 +101,11 @@ def rules(policies, labels, kind):
             yield from spec.get(side) or []
 
 
-def permits(policies, labels, kind, peer_labels, namespace, port):
+def permits(policies, labels, kind, peer_labels, namespace, port, protocol="TCP"):
     """Whether a pod's policies let it speak (Egress) with such a pod, or such a pod with it (Ingress)."""
     peers = "to" if kind == "Egress" else "from"
     return any(
-        at_port(rule, port) and (peers not in rule or any(is_peer(peer, peer_labels, namespace) for peer in rule[peers]))
+        at_port(rule, port, protocol) and (peers not in rule or any(is_peer(peer, peer_labels, namespace) for peer in rule[peers]))
         for rule in rules(policies, labels, kind)
     )
 
@@ -116,10 +126,18 @@ def permits_address(policies, labels, address, port):
         return address in ipaddress.ip_network(block["cidr"]) and not excepted
 
     return any(
-        at_port(rule, port) and ("to" not in rule or any("ipBlock" in peer and inside(peer["ipBlock"]) for peer in rule["to"]))
+        at_port(rule, port, "TCP") and ("to" not in rule or any("ipBlock" in peer and inside(peer["ipBlock"]) for peer in rule["to"]))
         for rule in rules(policies, labels, "Egress")
     )
 
 
-def at_port(rule, port):
-    return "ports" not in rule or any(entry.get("port") == port for entry in rule["ports"])
+def at_port(rule, port, protocol):
+    return "ports" not in rule or any(covers(entry, port, protocol) for entry in rule["ports"])
+
+
+def covers(entry, port, protocol):
+    """An entry without a port is of every port of its protocol."""
+    first = entry.get("port")
+    if isinstance(first, str):
+        raise SystemExit(f"no rule here looks into a port by its name ({first})")
+    return entry.get("protocol", "TCP") == protocol and (first is None or first <= port <= entry.get("endPort", first))
