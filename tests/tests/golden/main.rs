@@ -1,7 +1,7 @@
 //! Every recorded case, or a reason why not.
 //!
-//! `GOLDEN_DIR=<folder> [GOLDEN_ONLY=flux,t5] cargo test --release -p tests --test golden -- --nocapture` runs every case
-//! folder found there (default: tests/golden) and prints a line for each. A case that cannot be run must be listed, with its
+//! `[GOLDEN_DIR=<absolute folder>] [GOLDEN_ONLY=flux,t5] cargo test --release --workspace --test golden -- --nocapture` runs every
+//! case folder found there (default: tests/golden) and prints a line for each. A case that cannot be run must be listed, with its
 //! reason, in tests/golden/UNSUPPORTED.toml.
 
 use std::collections::BTreeMap;
