@@ -20,14 +20,20 @@ def files_of(workload):
     return {m["mountPath"]: secrets[m["name"]] for c in workload.containers for m in c.get("volumeMounts", []) if m["name"] in secrets}
 
 
-def command(documents, workload, known, places):
-    """Arguments and variables of a workload's only container. `known`: what the cluster tells a pod; `places`: here -> there."""
-    (container,) = workload.containers
-    variables = {key: known.get(key, value) for key, value in settings(documents, workload).items()}
+def moved(variables, places):
+    """Variables with this machine's places in them. `places`: here -> there, as patterns."""
+    found = {}
     for key, value in variables.items():
         for here, there in places.items():
             value = re.sub(here, there, value)
-        variables[key] = value
+        found[key] = value
+    return found
+
+
+def command(documents, workload, known, places):
+    """Arguments and variables of a workload's only container. `known`: what the cluster tells a pod; `places`: here -> there."""
+    (container,) = workload.containers
+    variables = moved({key: known.get(key, value) for key, value in settings(documents, workload).items()}, places)
     arguments = [re.sub(r"\$\((\w+)\)", lambda found: variables.get(found[1]) or found[0], argument) for argument in container["args"]]
     return arguments, variables
 

@@ -1,5 +1,6 @@
 """compose.yaml, read as text: no Docker engine is needed, so nothing is started."""
 
+import functools
 import os
 import pathlib
 import re
@@ -8,9 +9,10 @@ import tempfile
 
 import yaml
 
-from .flags import ATELIER, help_of, of_arguments
+from .commands import TAKEN, made, moved
+from .flags import ATELIER, help_of, of_arguments, refusal_of
 from .images import USER
-from .render import DEPLOY
+from .render import DEPLOY, ROOT
 
 # The one-shot service that makes the others' certificates.
 MAKER = "certificates"
@@ -60,6 +62,23 @@ def of_command(name, service):
         host = argument.partition("=")[2].partition(":")[0]
         if argument.startswith("--advertise") and host != name:
             yield f"says that it is reached at {host}"
+    if command in ("coordinator", "worker"):
+        said = refused(tuple(service["command"]), tuple((key, str(value)) for key, value in service.get("environment", {}).items()))
+        if said:
+            yield f"`atelier {command}` does not take its settings: {said}"
+
+
+@functools.lru_cache(maxsize=None)
+def refused(command, variables):
+    """What the program itself says of a service's settings, all together."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = {
+            r"0\.0\.0\.0:\d+": "0.0.0.0:0",
+            r"^/usr/share/atelier/": f"{ROOT}/",
+            r"^/data": f"{folder}/data",
+            r"^/tls/\w+/": f"{made()}/certs/",
+        }
+        return refusal_of([ATELIER, *command], moved(dict(variables), places), TAKEN)
 
 
 def of_tls(service):

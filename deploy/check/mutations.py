@@ -127,6 +127,8 @@ TEXTS = [
     ("Dockerfile.worker", "a secret", "keeps what it is built with", "WORKDIR /src", "ARG REGISTRY_TOKEN\nWORKDIR /src"),
     ("Dockerfile.coordinator", "a shell around the program", "ENTRYPOINT", 'ENTRYPOINT ["/usr/local/bin/atelier"]', "ENTRYPOINT atelier"),
     ("compose.yaml", "workers without TLS", "sets ATELIER_INSECURE", "    ATELIER_WORKER_THREADS:", "    ATELIER_INSECURE: 'true'\n    ATELIER_WORKER_THREADS:"),
+    ("compose.yaml", "a device that there is not", "cannot compute on `gpu`", "    ATELIER_WORKER_THREADS:", "    ATELIER_WORKER_DEVICE: gpu\n    ATELIER_WORKER_THREADS:"),
+    ("compose.yaml", "a time that is none", "does not take its settings", 'DRAIN_TIMEOUT: "50"', 'DRAIN_TIMEOUT: 50s'),
     ("compose.yaml", "another's certificate", "ATELIER_TLS_CERT is", "/tls/worker/worker.crt", "/tls/client/client.crt"),
     ("compose.yaml", "the authority for all", "not the files of a worker", "tls-worker:/tls/worker:ro", "authority:/tls/worker:ro"),
     ("compose.yaml", "a volume that is not there", "no volume tls-client", "  tls-client:\n", ""),
