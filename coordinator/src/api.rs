@@ -12,7 +12,7 @@ use telemetry::{TRACEPARENT, TraceContext};
 use tokio::sync::watch;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use tracing::error;
+use tracing::{error, warn};
 use uuid::Uuid;
 
 use crate::{
@@ -42,7 +42,7 @@ pub fn status(error: &Error) -> Status {
         Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => (Code::NotFound, None),
         Error::ModelNotReady(_) | Error::Stopping => (Code::Unavailable, Some(RETRY_SOON)),
         Error::DeadlineUnreachable { .. } => (Code::DeadlineExceeded, None),
-        Error::StoreFailed(_) => (Code::Unavailable, Some(RETRY_LATER)),
+        Error::StoreFailed(_) | Error::BlobStorage { .. } => (Code::Unavailable, Some(RETRY_LATER)),
         Error::ModelBroken { .. } => (Code::FailedPrecondition, None),
         Error::RequestIdReused(_) => (Code::AlreadyExists, None),
         Error::QueueFull(_) | Error::BlobStoreFull(_) => (Code::ResourceExhausted, Some(RETRY_LATER)),
@@ -68,8 +68,10 @@ pub fn status(error: &Error) -> Status {
             details.add_bad_request_violation(&violation.field, &violation.problem);
         }
     }
-    if code == Code::Internal {
-        error!(error = %Chain(error), "request failed");
+    match error {
+        _ if code == Code::Internal => error!(error = %Chain(error), "request failed"),
+        Error::BlobStorage { .. } => warn!(error = %Chain(error), "the store of pictures"),
+        _ => {}
     }
     Status::with_error_details(code, error.to_string(), details)
 }
@@ -333,7 +335,9 @@ mod tests {
 
     #[test]
     fn what_may_be_repeated_says_when() {
-        for error in [Error::QueueFull(1), Error::ModelNotReady("emoji".into()), Error::Stopping] {
+        let storage = Error::blob_storage("store a blob")(std::io::Error::other("503 Slow Down"));
+        assert_eq!(status(&storage).code(), Code::Unavailable);
+        for error in [Error::QueueFull(1), Error::ModelNotReady("emoji".into()), Error::Stopping, storage] {
             assert!(status(&error).get_error_details().retry_info().is_some(), "{error}");
         }
         assert!(status(&Error::RequestIdReused("r".into())).get_error_details().retry_info().is_none());

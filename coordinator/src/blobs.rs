@@ -11,7 +11,7 @@ mod service;
 
 use std::{
     collections::{BTreeSet, HashMap},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -23,7 +23,7 @@ use tokio::fs::File;
 use tonic::Status;
 
 use self::{
-    incoming::{Incoming, next_part},
+    incoming::{Deadline, Incoming, next_part},
     remote::Remote,
 };
 use crate::{
@@ -37,6 +37,11 @@ pub(crate) use self::{owners::Owners, service::BlobApi};
 
 /// How long a blob is kept that no job refers to, counted from its last use.
 pub const UNUSED_BLOB_TTL: Duration = Duration::from_secs(10 * 60);
+/// What was used more recently than this is not swept though the store be full: a client has still to name it in a job, or a worker
+/// to say that it is a result.
+const FRESH: Duration = Duration::from_secs(60);
+/// How soon room is made again in a store that is full: all jobs are asked what they use, and there may be a hundred thousand.
+const MAKE_ROOM_PAUSE: Duration = Duration::from_secs(1);
 /// Files that are not whole yet begin with this; found at start, they are left over from a crash.
 const INCOMING: &str = "incoming-";
 /// Media types that are taken, and what their files end with.
@@ -56,6 +61,8 @@ struct Shared {
     max_blob_bytes: u64,
     max_total_bytes: u64,
     index: Mutex<Index>,
+    /// When room was made last.
+    made_room: tokio::sync::Mutex<Option<Instant>>,
     /// Read by uploads that become blobs, written by sweeps: what is swept is never what was just stored.
     sweeping: tokio::sync::RwLock<()>,
 }
@@ -65,6 +72,17 @@ struct Index {
     blobs: HashMap<String, Blob>,
     /// Of all blobs, and of all uploads that have begun.
     bytes: u64,
+    /// Of those, what clients have brought. What was there when the coordinator began counts as results: nobody knows any more.
+    brought: u64,
+}
+
+/// Who brings a blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    /// A client, for jobs to start from. All of these may take half of the store.
+    Client,
+    /// A worker, as a job's result.
+    Worker,
 }
 
 #[derive(Debug, Clone)]
@@ -73,6 +91,8 @@ struct Blob {
     media_type: &'static str,
     extension: &'static str,
     used: Instant,
+    /// By a client.
+    brought: bool,
 }
 
 impl Index {
@@ -83,13 +103,32 @@ impl Index {
             self.blobs.insert(id.to_owned(), blob);
         }
     }
+
+    fn remove(&mut self, id: &str) -> Option<Blob> {
+        let blob = self.blobs.remove(id)?;
+        self.give_back(blob.byte_size, blob.brought);
+        Some(blob)
+    }
+
+    fn give_back(&mut self, bytes: u64, brought: bool) {
+        self.bytes = self.bytes.saturating_sub(bytes);
+        self.brought = self.brought.saturating_sub(if brought { bytes } else { 0 });
+    }
+
+    /// The limit that so many bytes more would exceed.
+    fn exceeds(&self, bytes: u64, by: By, most: u64) -> Option<u64> {
+        if by == By::Client && self.brought.saturating_add(bytes) > most / 2 {
+            return Some(most / 2);
+        }
+        (self.bytes.saturating_add(bytes) > most).then_some(most)
+    }
 }
 
 impl BlobStore {
     /// Opens the blobs of a folder, which is made if need be.
     pub fn open(folder: &Path, limits: &Limits) -> Result<Self> {
         let failed = |what: &str| Error::io(format!("{what} {}", folder.display()));
-        fs::create_dir_all(folder).map_err(failed("make the folder"))?;
+        make_folder(folder).map_err(failed("make the folder"))?;
         let mut index = Index::default();
         for entry in fs::read_dir(folder).map_err(failed("list"))? {
             let entry = entry.map_err(failed("list"))?;
@@ -99,7 +138,9 @@ impl BlobStore {
             } else if let Some((id, media_type, extension)) = parse_name(&name) {
                 let byte_size = entry.metadata().map_err(failed("list"))?.len();
                 index.bytes += byte_size;
-                index.blobs.insert(id.to_owned(), Blob { byte_size, media_type, extension, used: Instant::now() });
+                index
+                    .blobs
+                    .insert(id.to_owned(), Blob { byte_size, media_type, extension, used: Instant::now(), brought: false });
             }
         }
         Ok(Self::new(Some(folder), None, limits, index))
@@ -130,6 +171,7 @@ impl BlobStore {
             max_blob_bytes: limits.blob_bytes,
             max_total_bytes: limits.total_blob_bytes,
             index: Mutex::new(index),
+            made_room: tokio::sync::Mutex::default(),
             sweeping: tokio::sync::RwLock::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -138,6 +180,11 @@ impl BlobStore {
     /// The blob is known; asking counts as a use.
     pub fn contains(&self, id: &str) -> bool {
         self.shared.use_blob(id).is_some()
+    }
+
+    /// The blob is known; asking is no use of it.
+    fn knows(&self, id: &str) -> bool {
+        self.shared.lock().blobs.contains_key(id)
     }
 
     /// As [`Self::contains`], and in an object store one that the coordinator before stored late is looked for.
@@ -160,12 +207,29 @@ impl BlobStore {
     }
 
     /// Takes in an upload and gives the blob's id. A stream that ends early, or is not as announced, leaves nothing.
-    pub async fn receive(&self, mut parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin) -> Result<String> {
-        let Some(upload_blob_request::Part::Header(header)) = next_part(&mut parts).await? else {
+    pub async fn receive(&self, parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin) -> Result<String> {
+        // Whoever knows of no jobs cannot say what may go to make room.
+        self.receive_by(By::Worker, std::future::ready(Err(Error::Stopping)), parts).await
+    }
+
+    /// As [`Self::receive`]. If there is no room, what is not in use makes some: `in_use` is asked only then.
+    pub(crate) async fn receive_by(
+        &self,
+        by: By,
+        in_use: impl Future<Output = Result<BTreeSet<String>>>,
+        mut parts: impl Stream<Item = Result<UploadBlobRequest, Status>> + Unpin,
+    ) -> Result<String> {
+        let Some(upload_blob_request::Part::Header(header)) = next_part(&mut parts, None).await? else {
             return Err(Error::invalid("header", "must be the first message"));
         };
-        let mut incoming = Incoming::begin(self.shared.clone(), header)?;
-        while let Some(part) = next_part(&mut parts).await? {
+        let bytes = header.byte_size;
+        let mut begun = Incoming::begin(self.shared.clone(), by, header.clone());
+        if matches!(begun, Err(Error::BlobStoreFull(_))) {
+            self.make_room(bytes, by, in_use).await;
+            begun = Incoming::begin(self.shared.clone(), by, header);
+        }
+        let (mut incoming, deadline) = (begun?, Deadline::of(bytes));
+        while let Some(part) = next_part(&mut parts, Some(&deadline)).await? {
             match part {
                 upload_blob_request::Part::Chunk(chunk) => incoming.write(&chunk).await?,
                 upload_blob_request::Part::Header(_) => {
@@ -182,7 +246,10 @@ impl BlobStore {
         let chunks = match &self.shared.remote {
             Some(remote) => remote.chunks(id, &blob).await?.left_stream(),
             None => {
-                let file = File::open(self.shared.path(id, &blob)).await.map_err(Error::io("open a blob"))?;
+                let file = File::open(self.shared.path(id, &blob)).await.map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => not_found(id),
+                    _ => Error::blob_storage("open a blob")(error),
+                })?;
                 service::chunks(file).right_stream()
             }
         };
@@ -199,8 +266,36 @@ impl BlobStore {
             None => Ok(Index::default()),
         };
         let _no_uploads = self.shared.sweeping.write().await;
+        let removed = self.remove(self.shared.forget_unused(in_use, ttl)).await;
+        // Listed before anything was removed: what was just removed is not to come back.
+        match listed {
+            Ok(listed) => {
+                let mut index = self.shared.lock();
+                listed.blobs.into_iter().filter(|(id, _)| !removed.contains(id)).for_each(|(id, blob)| index.add(&id, blob));
+            }
+            Err(error) => tracing::warn!(%error, "listing the blobs failed"),
+        }
+    }
+
+    /// Removes what no job uses, the oldest first, until an upload has room: not what is fresh.
+    async fn make_room(&self, bytes: u64, by: By, in_use: impl Future<Output = Result<BTreeSet<String>>>) {
+        let mut last = self.shared.made_room.lock().await;
+        // Another upload may have made it meanwhile, or found that none can be made.
+        let is_full = self.shared.lock().exceeds(bytes, by, self.shared.max_total_bytes).is_some();
+        if !is_full || last.is_some_and(|last| last.elapsed() < MAKE_ROOM_PAUSE) {
+            return;
+        }
+        *last = Some(Instant::now());
+        let Ok(in_use) = in_use.await else { return };
+        let _no_uploads = self.shared.sweeping.write().await;
+        let removed = self.remove(self.shared.forget_oldest(&in_use, bytes, by)).await;
+        tracing::info!(blobs = removed.len(), "pictures that no job uses made room for others");
+    }
+
+    /// Removes what was forgotten. Under the write lock of `sweeping`.
+    async fn remove(&self, forgotten: Vec<(String, Blob)>) -> BTreeSet<String> {
         let mut removed = BTreeSet::new();
-        for (id, blob) in self.shared.forget_unused(in_use, ttl) {
+        for (id, blob) in forgotten {
             let result = match &self.shared.remote {
                 Some(remote) => remote.remove(&id, &blob).await,
                 None => tokio::fs::remove_file(self.shared.path(&id, &blob)).await.map_err(Error::io("remove a blob")),
@@ -210,14 +305,7 @@ impl BlobStore {
             }
             removed.insert(id);
         }
-        // Listed before anything was removed: what was just removed is not to come back.
-        match listed {
-            Ok(listed) => {
-                let mut index = self.shared.lock();
-                listed.blobs.into_iter().filter(|(id, _)| !removed.contains(id)).for_each(|(id, blob)| index.add(&id, blob));
-            }
-            Err(error) => tracing::warn!(%error, "listing the blobs failed"),
-        }
+        removed
     }
 
     /// Bytes of all blobs, and of all uploads that have begun.
@@ -248,15 +336,49 @@ impl Shared {
         let mut index = self.lock();
         let is_unused = |id: &str, blob: &Blob| !in_use.contains(id) && blob.used.elapsed() >= ttl;
         let unused: Vec<String> = index.blobs.iter().filter(|(id, blob)| is_unused(id, blob)).map(|(id, _)| id.clone()).collect();
+        unused.into_iter().filter_map(|id| index.remove(&id).map(|blob| (id, blob))).collect()
+    }
+
+    /// What is to go so that there is room for `bytes`.
+    fn forget_oldest(&self, in_use: &BTreeSet<String>, bytes: u64, by: By) -> Vec<(String, Blob)> {
+        let mut index = self.lock();
+        let may_go = index.blobs.iter().filter(|(id, blob)| !in_use.contains(*id) && blob.used.elapsed() >= FRESH);
+        let mut may_go: Vec<(Instant, bool, String)> = may_go.map(|(id, blob)| (blob.used, blob.brought, id.clone())).collect();
+        may_go.sort_unstable();
         let mut forgotten = Vec::new();
-        for id in unused {
-            if let Some(blob) = index.blobs.remove(&id) {
-                index.bytes = index.bytes.saturating_sub(blob.byte_size);
-                forgotten.push((id, blob));
+        for (_, brought, id) in may_go {
+            match index.exceeds(bytes, by, self.max_total_bytes) {
+                None => break,
+                // A result's going is no room for what clients bring beyond their half.
+                Some(limit) if limit < self.max_total_bytes && !brought => {}
+                Some(_) => forgotten.extend(index.remove(&id).map(|blob| (id, blob))),
             }
         }
         forgotten
     }
+}
+
+/// Makes a folder and those above it, and their names durable.
+fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    match folder.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        Some(parent) => {
+            make_folder(parent)?;
+            fs::create_dir_all(folder)?;
+            sync_folder(parent)
+        }
+        None => {
+            fs::create_dir_all(folder)?;
+            sync_folder(Path::new("."))
+        }
+    }
+}
+
+/// Makes the names in a folder durable.
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    fs::File::open(folder)?.sync_all()
 }
 
 fn parse_name(name: &str) -> Option<(&str, &'static str, &'static str)> {
@@ -380,6 +502,100 @@ mod tests {
         upload(&store, header(2_000_000, ""), &vec![1; 2_000_000]).await.unwrap();
         let second = upload(&store, header(2_000_000, ""), &vec![2; 2_000_000]).await;
         assert!(matches!(second, Err(Error::BlobStoreFull(3_000_000))));
+    }
+
+    async fn upload_by(store: &BlobStore, by: By, in_use: &[&String], bytes: &[u8]) -> Result<String> {
+        let in_use = std::future::ready(Ok(in_use.iter().map(|id| (*id).clone()).collect()));
+        store.receive_by(by, in_use, stream::iter(parts(header(bytes.len() as u64, ""), bytes))).await
+    }
+
+    /// Makes it as if the blob had not been used for so long.
+    fn unused_for(store: &BlobStore, id: &str, time: Duration) {
+        let mut index = store.shared.lock();
+        let blob = index.blobs.get_mut(id).unwrap();
+        blob.used = blob.used.checked_sub(time).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_full_store_makes_room_of_what_no_job_uses_the_oldest_first_and_nothing_fresh() {
+        let (folder, store) = store();
+        let mut ids = vec![];
+        for byte in 0..3 {
+            ids.push(upload_by(&store, By::Worker, &[], &vec![byte; 900_000]).await.unwrap());
+        }
+        let full = |result: Result<String>| assert!(matches!(result, Err(Error::BlobStoreFull(3_000_000))));
+        full(upload_by(&store, By::Worker, &[], &vec![9; 1_000_000]).await);
+        *store.shared.made_room.lock().await = None;
+        unused_for(&store, &ids[0], FRESH * 2);
+        unused_for(&store, &ids[1], FRESH * 3);
+        unused_for(&store, &ids[2], FRESH);
+        full(upload_by(&store, By::Worker, &[&ids[0], &ids[1], &ids[2]], &vec![9; 1_000_000]).await);
+        *store.shared.made_room.lock().await = Some(Instant::now() + UNUSED_BLOB_TTL);
+        full(upload_by(&store, By::Worker, &[], &vec![9; 1_000_000]).await);
+        *store.shared.made_room.lock().await = None;
+        upload_by(&store, By::Worker, &[&ids[1]], &vec![9; 1_000_000]).await.unwrap();
+        let kept: Vec<bool> = ids.iter().map(|id| store.knows(id)).collect();
+        assert_eq!(kept, [false, true, true], "the oldest that no job uses, and no more than was needed");
+        assert_eq!((files(&folder), store.bytes()), (3, 2_800_000));
+    }
+
+    #[tokio::test]
+    async fn what_clients_bring_leaves_half_of_the_store_to_results() {
+        let (_folder, store) = store();
+        let first = upload_by(&store, By::Client, &[], &vec![1; 1_000_000]).await.unwrap();
+        let second = upload_by(&store, By::Client, &[], &vec![2; 1_000_000]).await;
+        assert!(matches!(second, Err(Error::BlobStoreFull(1_500_000))));
+        assert_eq!(refused_field(upload_by(&store, By::Client, &[], &vec![2; 1_600_000]).await), "header.byte_size");
+        let result = upload_by(&store, By::Worker, &[], &vec![3; 2_000_000]).await.unwrap();
+        *store.shared.made_room.lock().await = None;
+        for id in [&first, &result] {
+            unused_for(&store, id, FRESH);
+        }
+        upload_by(&store, By::Client, &[], &vec![4; 900_000]).await.unwrap();
+        assert!(store.knows(&result) && !store.knows(&first), "a result's going would be no room for it");
+        assert_eq!((store.bytes(), store.shared.lock().brought), (2_900_000, 900_000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upload_that_never_ends_gives_its_share_back() {
+        let (folder, store) = store();
+        let chunk = || Ok(UploadBlobRequest { part: Some(upload_blob_request::Part::Chunk(Bytes::from_static(b"."))) });
+        let drops = stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_secs(20)).await;
+            Some((chunk(), ()))
+        });
+        let parts = stream::iter(parts(header(1_900_000, ""), b"")).chain(drops).boxed();
+        match store.receive(parts).await {
+            Err(Error::InvalidRequest(violations)) => assert!(violations[0].problem.contains("58 s"), "{violations:?}"),
+            other => panic!("expected a violation, found {other:?}"),
+        }
+        assert_eq!((files(&folder), store.bytes()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_store_that_cannot_be_written_to_may_be_asked_again() {
+        let (folder, store) = store();
+        fs::remove_dir(folder.path()).unwrap();
+        let failed = upload(&store, header(10, ""), b"ten bytes.").await.unwrap_err();
+        let status = crate::api::status(&failed);
+        assert_eq!((status.code(), failed.reason()), (tonic::Code::Unavailable, "BLOB_STORE_UNAVAILABLE"));
+        assert_eq!(store.bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_brought_what_is_forgotten_with_it_and_is_no_use_of_it() {
+        let (_folder, store) = store();
+        let (owners, tenant): (Owners, std::sync::Arc<str>) = (Owners::default(), "a".into());
+        let kept = upload(&store, header(4, ""), b"kept").await.unwrap();
+        unused_for(&store, &kept, UNUSED_BLOB_TTL);
+        owners.note(tenant.clone(), kept.clone(), &store);
+        let gone = |number: usize| format!("{number:064}");
+        for number in 0..20_000 {
+            owners.note(tenant.clone(), gone(number), &store);
+        }
+        assert!(owners.has(&tenant, &kept) && owners.has(&tenant, &gone(19_999)) && !owners.has(&tenant, &gone(0)));
+        store.sweep(&BTreeSet::new(), UNUSED_BLOB_TTL).await;
+        assert!(!store.knows(&kept), "that somebody brought it keeps nothing");
     }
 
     #[tokio::test]

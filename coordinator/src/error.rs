@@ -80,6 +80,14 @@ pub enum Error {
     /// All bytes that may be stored are stored.
     #[error("the blob store is full: its limit is {0} bytes")]
     BlobStoreFull(u64),
+    /// The disk or the object store that pictures are kept in. It may be well again in a moment.
+    #[error("the store of pictures is not to be used for now: {what}")]
+    BlobStorage {
+        /// What was tried.
+        what: String,
+        /// What came of it.
+        source: io::Error,
+    },
     /// A worker's registration or heartbeat that makes no sense.
     #[error("registration refused: {0}")]
     InvalidRegistration(String),
@@ -162,6 +170,12 @@ impl Error {
         move |source| Self::Io { what, source }
     }
 
+    /// As [`Self::io`], of what pictures are kept in.
+    pub(crate) fn blob_storage(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::BlobStorage { what, source }
+    }
+
     /// The word programs act on (`ErrorInfo.reason`).
     pub fn reason(&self) -> &'static str {
         match self {
@@ -179,6 +193,7 @@ impl Error {
             Self::JobNotFound(_) => "JOB_NOT_FOUND",
             Self::BlobNotFound(_) => "BLOB_NOT_FOUND",
             Self::BlobStoreFull(_) => "BLOB_STORE_FULL",
+            Self::BlobStorage { .. } => "BLOB_STORE_UNAVAILABLE",
             Self::InvalidRegistration(_) => "INVALID_REGISTRATION",
             Self::Stopping => "STOPPING",
             Self::Setting { .. } | Self::ModelsFile { .. } | Self::KeysFile { .. } | Self::Identity(_) => "INVALID_CONFIGURATION",

@@ -23,5 +23,9 @@ pub const CHUNK_BYTES: usize = 512 << 10;
 /// Longest prompt, in characters. The same as the OpenAI image API's.
 pub const MAX_PROMPT_CHARS: usize = 32_000;
 
+/// In the metadata of an upload to the blob service: it is a job's result. Believed where nobody shows a certificate; elsewhere a
+/// worker's certificate says it.
+pub const RESULT: &str = "atelier-result";
+
 /// Domain of every `ErrorInfo` in a gRPC status.
 pub const ERROR_DOMAIN: &str = "atelier.v1";

@@ -7,12 +7,20 @@ use std::{
 
 use super::BlobStore;
 
-/// Entries after which those are dropped whose picture is gone.
+/// Entries after which those are dropped whose picture is gone, and at least as many more for each time after: so each is looked at
+/// about once.
 const MANY: usize = 4096;
 
 /// Which tenant brought which picture. Not written down: after a restart, what no job names is brought again. Cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Owners(Arc<Mutex<BTreeSet<Brought>>>);
+pub(crate) struct Owners(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    brought: BTreeSet<Brought>,
+    /// How many were kept when they were looked at last.
+    kept: usize,
+}
 
 /// A tenant, and a picture it brought.
 type Brought = (Arc<str>, String);
@@ -20,16 +28,17 @@ type Brought = (Arc<str>, String);
 impl Owners {
     /// The tenant brought it.
     pub(crate) fn note(&self, tenant: Arc<str>, blob_id: String, store: &BlobStore) {
-        let mut owners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if owners.len() >= MANY {
-            owners.retain(|(_, blob_id)| store.contains(blob_id));
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.brought.len() >= MANY.max(2 * known.kept) {
+            known.brought.retain(|(_, blob_id)| store.knows(blob_id));
+            known.kept = known.brought.len();
         }
-        owners.insert((tenant, blob_id));
+        known.brought.insert((tenant, blob_id));
     }
 
     /// Whether the tenant brought it.
     pub(crate) fn has(&self, tenant: &Arc<str>, blob_id: &str) -> bool {
-        let owners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        owners.contains(&(tenant.clone(), blob_id.to_owned()))
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.brought.contains(&(tenant.clone(), blob_id.to_owned()))
     }
 }

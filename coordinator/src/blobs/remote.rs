@@ -46,7 +46,7 @@ impl Remote {
         let mut index = Index::default();
         for object in found {
             if let Some((id, media_type, extension)) = object.location.filename().and_then(parse_name) {
-                index.add(id, Blob { byte_size: object.size, media_type, extension, used: Instant::now() });
+                index.add(id, Blob { byte_size: object.size, media_type, extension, used: Instant::now(), brought: false });
             }
         }
         Ok(index)
@@ -55,7 +55,7 @@ impl Remote {
     /// Looks for one blob.
     pub(super) async fn find(&self, id: &str) -> Result<Option<Blob>> {
         for (media_type, extension) in MEDIA_TYPES {
-            let blob = Blob { byte_size: 0, media_type, extension, used: Instant::now() };
+            let blob = Blob { byte_size: 0, media_type, extension, used: Instant::now(), brought: false };
             match self.objects.head(&path(id, &blob)).await {
                 Ok(object) => return Ok(Some(Blob { byte_size: object.size, ..blob })),
                 Err(object_store::Error::NotFound { .. }) => {}
@@ -83,7 +83,7 @@ impl Remote {
             tracing::warn!(%error, "aborting an upload failed");
         }
         stored?;
-        upload.shutdown().await.map_err(Error::io("finish a blob's upload"))
+        upload.shutdown().await.map_err(Error::blob_storage("finish a blob's upload"))
     }
 
     /// The bytes in chunks, each as large as it may be.
@@ -114,10 +114,10 @@ impl Remote {
 }
 
 async fn copy(file: &FilePath, upload: &mut BufWriter) -> Result<()> {
-    let mut file = File::open(file).await.map_err(Error::io("read an upload"))?;
+    let mut file = File::open(file).await.map_err(Error::blob_storage("read an upload"))?;
     loop {
         let mut chunk = BytesMut::with_capacity(proto::CHUNK_BYTES);
-        if file.read_buf(&mut chunk).await.map_err(Error::io("read an upload"))? == 0 {
+        if file.read_buf(&mut chunk).await.map_err(Error::blob_storage("read an upload"))? == 0 {
             return Ok(());
         }
         upload.put(chunk.freeze()).await.map_err(failed("store a blob"))?;
@@ -148,5 +148,5 @@ fn path(id: &str, blob: &Blob) -> Path {
 }
 
 fn failed(what: &'static str) -> impl FnOnce(object_store::Error) -> Error {
-    move |error| Error::io(what)(error.into())
+    move |error| Error::blob_storage(what)(error.into())
 }

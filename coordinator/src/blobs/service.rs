@@ -2,6 +2,7 @@
 
 use bytes::BytesMut;
 use futures::{Stream, StreamExt, stream};
+use identity::Peer;
 use proto::v1::{
     DownloadBlobRequest, DownloadBlobResponse, UploadBlobRequest, UploadBlobResponse, blob_service_server::BlobService,
     download_blob_response::Part,
@@ -9,7 +10,7 @@ use proto::v1::{
 use tokio::{fs::File, io::AsyncReadExt};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{BlobStore, Owners};
+use super::{BlobStore, By, Owners, not_found};
 use crate::{
     api::status,
     auth::Caller,
@@ -36,9 +37,14 @@ impl BlobApi {
         if tenant.is_empty() || self.owners.has(&tenant, blob_id) {
             return Ok(());
         }
-        let id = blob_id.to_owned();
-        let has = self.handle.read(move |state| state.has_blob(&tenant, &id)).await?;
-        if has { Ok(()) } else { Err(Error::BlobNotFound(blob_id.to_owned())) }
+        // Most that are not there are found out here: the state looks through all jobs of the tenant.
+        if self.store.holds(blob_id).await? {
+            let id = blob_id.to_owned();
+            if self.handle.read(move |state| state.has_blob(&tenant, &id)).await? {
+                return Ok(());
+            }
+        }
+        Err(not_found(blob_id))
     }
 }
 
@@ -47,7 +53,10 @@ impl BlobService for BlobApi {
     async fn upload_blob(&self, request: Request<Streaming<UploadBlobRequest>>) -> Result<Response<UploadBlobResponse>, Status> {
         let caller = Caller::of(request.extensions());
         let tenant = if caller.is_worker { None } else { Some(caller.tenant().map_err(|error| status(&error))?) };
-        let blob_id = self.store.receive(request.into_inner()).await.map_err(|error| status(&error))?;
+        let by = brought_by(&caller, &request);
+        let in_use = self.handle.read(|state| state.blobs_in_use());
+        let received = self.store.receive_by(by, in_use, request.into_inner()).await;
+        let blob_id = received.map_err(|error| status(&error))?;
         if let Some(tenant) = tenant.filter(|tenant| !tenant.is_empty()) {
             self.owners.note(tenant, blob_id.clone(), &self.store);
         }
@@ -65,6 +74,13 @@ impl BlobService for BlobApi {
     }
 }
 
+/// Where nobody shows a certificate, a worker is who says so.
+fn brought_by<T>(caller: &Caller, request: &Request<T>) -> By {
+    let is_secure = request.extensions().get::<Peer>().is_some_and(|peer| peer.secure);
+    let says_so = !is_secure && request.metadata().contains_key(proto::RESULT);
+    if caller.is_worker || says_so { By::Worker } else { By::Client }
+}
+
 /// The bytes of a file, each message as large as it may be.
 pub(super) fn chunks(file: File) -> impl Stream<Item = Result<DownloadBlobResponse, Status>> {
     stream::try_unfold(file, async |mut file| {
@@ -72,7 +88,7 @@ pub(super) fn chunks(file: File) -> impl Stream<Item = Result<DownloadBlobRespon
         while chunk.len() < proto::CHUNK_BYTES {
             let room = (proto::CHUNK_BYTES - chunk.len()) as u64;
             let read = (&mut file).take(room).read_buf(&mut chunk).await;
-            if read.map_err(|error| status(&Error::io("read a blob")(error)))? == 0 {
+            if read.map_err(|error| status(&Error::blob_storage("read a blob")(error)))? == 0 {
                 break;
             }
         }
