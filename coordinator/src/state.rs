@@ -70,7 +70,7 @@ use crate::{config::Limits, error::Result, models_file::ModelConfig};
 
 pub use self::{
     recovery::{SETTLE, SavedSteps},
-    requeue::MAX_LOSSES,
+    requeue::{MAX_LOSSES, MAX_POSTPONES},
     tenants::{DEFAULT_BURST_SECONDS, MAX_WEIGHT, Quota, TenantLimits},
     view::{EVENTS_PER_PAGE, EventPage},
 };
@@ -172,7 +172,14 @@ impl Event {
         let Self::Report { report, .. } = self else {
             return true;
         };
-        !matches!(report, Report::Heartbeat(_) | Report::GroupLoading(_) | Report::TaskStarted(_) | Report::TaskProgress(_))
+        !matches!(
+            report,
+            Report::Heartbeat(_)
+                | Report::GroupLoading(_)
+                | Report::TaskStarted(_)
+                | Report::TaskProgress(_)
+                | Report::TaskComputed(_)
+        )
     }
 }
 
@@ -357,6 +364,7 @@ impl State {
             Report::GroupLost(lost) => self.group_lost(worker_id, &lost),
             Report::TaskStarted(started) => self.task_started(worker_id, started.task.as_ref()),
             Report::TaskProgress(progress) => self.task_progress(worker_id, &progress),
+            Report::TaskComputed(computed) => self.task_computed(worker_id, computed.task.as_ref()),
             Report::TaskDone(done) => self.task_done(worker_id, done),
             Report::TaskFailed(failed) => self.task_failed(worker_id, failed),
             Report::TaskParked(parked) => self.task_parked(worker_id, &parked),

@@ -7,8 +7,9 @@ use proto::v1::{
     BlobHeader, DownloadBlobRequest, DownloadBlobResponse, UploadBlobRequest, download_blob_response, upload_blob_request,
 };
 use sha2::{Digest, Sha256};
+use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 
 use crate::home::Home;
 use crate::{Error, Result};
@@ -44,10 +45,11 @@ impl Blobs<'_> {
 
     /// Stores a PNG whose sha256 (in hex) is `sha256` and returns its id.
     pub(crate) async fn upload_png(&self, bytes: &Bytes, sha256: &str) -> Result<String> {
-        let response = self.home.call(self.address, |channel| {
+        let response = self.home.call_until_taken(self.address, |channel| {
             let mut client = client(channel);
-            let messages = upload_messages(bytes.clone(), sha256.to_owned());
-            async move { client.upload_blob(stream::iter(messages)).await }
+            let mut upload = Request::new(stream::iter(upload_messages(bytes.clone(), sha256.to_owned())));
+            upload.metadata_mut().insert(proto::RESULT, MetadataValue::from_static("1"));
+            async move { client.upload_blob(upload).await }
         });
         Ok(response.await?.into_inner().blob_id)
     }

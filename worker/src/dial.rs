@@ -18,6 +18,10 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const RETRY_FOR: Duration = Duration::from_secs(5);
 /// Pause after the first try; doubles with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// How long a call is tried again that finds a full inbox: longer than an inbox keeps what nobody claims.
+const RETRY_FULL_FOR: Duration = Duration::from_secs(90);
+/// Longest pause: room comes as tasks are claimed.
+const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest one try may take: a gigabyte at 20 MB/s.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// HTTP/2 windows: a chunk of payload is half a megabyte, and a real network has latency.
@@ -103,19 +107,19 @@ fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Calls `address` until it answers. A refusal is an answer.
+/// Calls `address` until it answers. A refusal is an answer, but for one of lack of room.
 pub(crate) async fn call<T, F>(address: &str, attempt: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Result<T, Status>>,
 {
-    call_for(RETRY_FOR, address, attempt).await
+    call_for(RETRY_FOR, RETRY_FULL_FOR, address, attempt).await
 }
 
-async fn call_for<T, F>(retry_for: Duration, address: &str, mut attempt: impl FnMut() -> F) -> Result<T>
+async fn call_for<T, F>(retry_for: Duration, retry_full_for: Duration, address: &str, mut attempt: impl FnMut() -> F) -> Result<T>
 where
     F: Future<Output = Result<T, Status>>,
 {
-    let give_up = Instant::now() + retry_for;
+    let began = Instant::now();
     let mut pause = FIRST_PAUSE;
     loop {
         let tried = tokio::time::timeout(CALL_TIMEOUT, attempt()).await;
@@ -123,11 +127,16 @@ where
             Ok(answer) => return Ok(answer),
             Err(status) => status,
         };
-        if status.code() != Code::Unavailable || Instant::now() + pause > give_up {
+        let patience = match status.code() {
+            Code::Unavailable => retry_for,
+            Code::ResourceExhausted => retry_full_for,
+            _ => Duration::ZERO,
+        };
+        if began.elapsed() + pause > patience {
             return Err(Error::call(address, &status));
         }
         sleep(pause).await;
-        pause *= 2;
+        pause = (pause * 2).min(LAST_PAUSE);
     }
 }
 
@@ -159,12 +168,26 @@ mod tests {
     #[tokio::test]
     async fn an_absence_is_tried_for_a_bounded_time() {
         let tries = Cell::new(0);
-        let absent: Result<()> = call_for(FIRST_PAUSE * 4, "a", || {
+        let absent: Result<()> = call_for(FIRST_PAUSE * 4, Duration::ZERO, "a", || {
             tries.set(tries.get() + 1);
             async { Err(Status::unavailable("")) }
         })
         .await;
         assert!(matches!(absent, Err(Error::Call { code: Code::Unavailable, .. })));
         assert!((2..=3).contains(&tries.get()), "{} tries", tries.get());
+    }
+
+    #[tokio::test]
+    async fn a_full_inbox_is_tried_again_for_a_longer_time() {
+        let tries = Cell::new(0);
+        let mut full = || {
+            tries.set(tries.get() + 1);
+            let tries = tries.get();
+            async move { if tries < 3 { Err(Status::resource_exhausted("full")) } else { Ok(tries) } }
+        };
+        assert_eq!(call_for(Duration::ZERO, FIRST_PAUSE * 8, "a", &mut full).await.unwrap(), 3);
+        tries.set(0);
+        let still_full = call_for(Duration::ZERO, FIRST_PAUSE / 2, "a", &mut full).await;
+        assert!(matches!(still_full, Err(Error::Call { code: Code::ResourceExhausted, .. })));
     }
 }

@@ -2,6 +2,7 @@
 
 use proto::v1::control_response::Report;
 use proto::v1::{TaskFailed, TaskRef};
+use tonic::Code;
 
 use crate::Error;
 
@@ -33,8 +34,23 @@ impl Failure {
         Self::new("CHECKPOINT_LOST", error.to_string())
     }
 
+    /// Another worker did not take a payload, though it was asked for long.
     pub(crate) fn refused(error: &Error) -> Self {
-        Self::new("PAYLOAD_REFUSED", error.to_string())
+        let is_full = matches!(error, Error::Call { code: Code::ResourceExhausted, .. });
+        Self::new(if is_full { "OVERLOADED" } else { "PAYLOAD_REFUSED" }, error.to_string())
+    }
+
+    /// The coordinator did not give or take a picture, though it was asked for long: nothing is wrong with the picture, and the job
+    /// may be tried again.
+    pub(crate) fn of_store(error: &Error) -> Self {
+        match error {
+            // What broke under a call has a code of this side.
+            Error::Call {
+                code: Code::Unavailable | Code::ResourceExhausted | Code::DeadlineExceeded | Code::Unknown | Code::Cancelled,
+                ..
+            } => Self::new("STORE_UNAVAILABLE", error.to_string()),
+            error => Self::new("PAYLOAD_REFUSED", error.to_string()),
+        }
     }
 
     pub(crate) fn internal(error: &Error) -> Self {
@@ -59,5 +75,21 @@ impl Failure {
     pub(crate) fn report(self, task: TaskRef) -> Report {
         let Self { reason, message, step } = self;
         Report::TaskFailed(TaskFailed { task: Some(task), reason: reason.into(), message, step: step as u32 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_that_is_away_or_full_is_no_fault_of_a_job() {
+        let call = |code| Error::Call { address: "a:1".into(), code, message: "not now".into() };
+        for code in [Code::Unavailable, Code::ResourceExhausted, Code::DeadlineExceeded, Code::Unknown] {
+            assert_eq!(Failure::of_store(&call(code)).reason, "STORE_UNAVAILABLE");
+        }
+        assert_eq!(Failure::of_store(&call(Code::Internal)).reason, "PAYLOAD_REFUSED", "another try, and not for ever");
+        let refused = [Code::ResourceExhausted, Code::FailedPrecondition].map(|code| Failure::refused(&call(code)).reason);
+        assert_eq!(refused, ["OVERLOADED", "PAYLOAD_REFUSED"]);
     }
 }

@@ -40,7 +40,28 @@ impl Home {
     }
 
     /// Calls the leader until it answers: where it says it is by then, else at `given`. A refusal is an answer.
-    pub(crate) async fn call<T, F>(&self, given: &str, mut attempt: impl FnMut(Channel) -> F) -> Result<T>
+    pub(crate) async fn call<T, F>(&self, given: &str, attempt: impl FnMut(Channel) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        self.call_while(is_absence, given, attempt).await
+    }
+
+    /// As [`Self::call`], and a leader whose store is full is called again too: room is made as jobs are forgotten.
+    pub(crate) async fn call_until_taken<T, F>(&self, given: &str, attempt: impl FnMut(Channel) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let again = |status: &Status| is_absence(status) || status.code() == Code::ResourceExhausted;
+        self.call_while(again, given, attempt).await
+    }
+
+    async fn call_while<T, F>(
+        &self,
+        again: impl Fn(&Status) -> bool,
+        given: &str,
+        mut attempt: impl FnMut(Channel) -> F,
+    ) -> Result<T>
     where
         F: Future<Output = Result<T, Status>>,
     {
@@ -53,7 +74,7 @@ impl Home {
                 Ok(answer) => return Ok(answer),
                 Err(status) => status,
             };
-            if !is_absence(&status) || Instant::now() + pause > give_up {
+            if !again(&status) || Instant::now() + pause > give_up {
                 return Err(Error::call(&address, &status));
             }
             sleep(pause).await;
@@ -96,6 +117,22 @@ mod tests {
         assert!(matches!(absent, Err(Error::Call { code: Code::Unavailable, .. })));
         let refused = home.call("a:1", |_| async { Err::<(), _>(Status::failed_precondition("no")) }).await;
         assert!(matches!(refused, Err(Error::Call { code: Code::FailedPrecondition, .. })));
+    }
+
+    #[tokio::test]
+    async fn a_store_that_is_full_is_called_again_by_whoever_has_a_result() {
+        let home = Home::new(Dial::default(), FIRST_PAUSE * 4);
+        let tries = Cell::new(0);
+        let attempt = |_: Channel| {
+            tries.set(tries.get() + 1);
+            let tries = tries.get();
+            async move { if tries < 3 { Err(Status::resource_exhausted("full")) } else { Ok(()) } }
+        };
+        home.call_until_taken("a:1", attempt).await.unwrap();
+        let full = home.call_until_taken("a:1", |_| async { Err::<(), _>(Status::resource_exhausted("full")) }).await;
+        assert!(matches!(full, Err(Error::Call { code: Code::ResourceExhausted, .. })), "not for ever");
+        tries.set(0);
+        assert!(home.call("a:1", attempt).await.is_err(), "all else may be done without");
     }
 
     #[test]

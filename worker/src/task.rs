@@ -1,7 +1,9 @@
 //! A task from its command to its end: wait for its inputs, hand it to the group's leader, hand its output on.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures::future::{try_join, try_join_all};
 use futures::stream;
@@ -9,7 +11,7 @@ use models::stage::{Inputs, Pictures};
 use models::{Checkpoint, Payload, Request};
 use proto::v1::control_response::Report;
 use proto::v1::worker_service_client::WorkerServiceClient;
-use proto::v1::{Destination, ImageResult, RunTask, StageKind, TaskProgress, TaskRef, TaskStarted};
+use proto::v1::{Destination, ImageResult, RunTask, StageKind, TaskComputed, TaskProgress, TaskRef, TaskStarted};
 use tokio::sync::{oneshot, watch};
 
 use crate::blobs::Blobs;
@@ -28,6 +30,9 @@ use crate::saver::keep_saving;
 use crate::spans::StageSpan;
 use crate::tasks::Ticket;
 use crate::{Error, pictures, request_wire};
+
+/// How often it is said that an output waits to be taken: at most a fifth of the time after which a group is taken for stuck.
+const HANDING_OVER: Duration = Duration::from_secs(1);
 
 /// What every task works with.
 pub(crate) struct Means {
@@ -86,6 +91,7 @@ impl Task {
                     Ok(Ending::Done { seconds, images, stored })
                 }
                 () = cancel.cancelled() => Err(Failure::cancelled(steps)),
+                never = self.say_computed() => match never {},
             },
             Computed::Parked(checkpoint) => {
                 let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
@@ -141,7 +147,7 @@ impl Task {
             Error::Blob { .. } | Error::Call { code: tonic::Code::NotFound, .. } => {
                 Failure::new("INVALID_IMAGE", error.to_string())
             }
-            error => Failure::internal(error),
+            error => Failure::of_store(error),
         })
     }
 
@@ -208,6 +214,15 @@ impl Task {
         }
     }
 
+    /// Says now and then that the group has done its part, while the output is handed over: a group that made no step would be
+    /// taken for stuck.
+    async fn say_computed(&self) -> Infallible {
+        loop {
+            tokio::time::sleep(HANDING_OVER).await;
+            self.reports.send(Report::TaskComputed(TaskComputed { task: Some(self.id.clone().into()) })).await;
+        }
+    }
+
     /// Stores what a parked task has done, and says which step is stored in the end.
     async fn keep(&self, store: &Store, checkpoint: Option<Box<Checkpoint>>) -> u32 {
         let saved = self.ticket.saved_step();
@@ -266,7 +281,7 @@ impl Task {
             let blobs = &blobs;
             async move {
                 let uploaded = blobs.upload_png(&bytes, &image.sha256).await;
-                let blob_id = uploaded.map_err(|error| Failure::refused(&error))?;
+                let blob_id = uploaded.map_err(|error| Failure::of_store(&error))?;
                 Ok(ImageResult { blob_id, ..image })
             }
         });

@@ -118,7 +118,11 @@ impl Chaos {
             }
             Command::RunTask(task) => match how {
                 0 => cluster.fail(&(worker.to_owned(), task), "INTERNAL"),
-                1..=3 => cluster.start(&(worker.to_owned(), task)),
+                1 | 2 => cluster.start(&(worker.to_owned(), task)),
+                3 => {
+                    cluster.start(&(worker.to_owned(), task.clone()));
+                    cluster.fail(&(worker.to_owned(), task), "STORE_UNAVAILABLE");
+                }
                 _ => cluster.finish(&(worker.to_owned(), task)),
             },
             Command::CancelTask(cancel) => {

@@ -1,8 +1,8 @@
 //! Stories of loss: workers die, drain and hang, coordinators change, urgent jobs come. No job is lost by it.
 
 use proto::v1::{
-    Draining, HeldRank, HeldTask, Holding, JobState, JoinGroup, ParkTask, Products, RunTask, TaskDone, TaskParked, TaskProgress,
-    model_described::Outcome,
+    Draining, HeldRank, HeldTask, Holding, JobState, JoinGroup, ParkTask, Products, RunTask, TaskComputed, TaskDone, TaskParked,
+    TaskProgress, model_described::Outcome,
 };
 
 use super::{tests::*, *};
@@ -266,6 +266,59 @@ fn a_checkpoint_that_is_gone_means_beginning_anew() {
     let anew = cluster.tasks();
     assert_eq!((anew.len(), stage(&anew, "denoise").1.resume_step), (3, 0));
     assert_eq!(cluster.job(&job).attempt, 3);
+}
+
+#[test]
+fn a_store_that_is_away_or_full_puts_a_job_off_and_fails_none() {
+    let (mut cluster, job, tasks) = denoising();
+    finish_stored(&mut cluster, stage(&tasks, "denoise"));
+    let mut decode = stage(&tasks, "decode").clone();
+    for time in 0..MAX_POSTPONES {
+        cluster.start(&decode);
+        cluster.fail(&decode, if time % 2 == 0 { "STORE_UNAVAILABLE" } else { "OVERLOADED" });
+        let waiting = cluster.job(&job);
+        assert_eq!((waiting.state(), cluster.records[&job].losses), (JobState::Queued, 0), "nobody was lost");
+        let pause = (1000 << time.min(16)).min(60_000);
+        cluster.tick(pause - 1);
+        assert!(cluster.tasks().is_empty(), "not before {pause} ms");
+        cluster.tick(1);
+        decode = stage(&cluster.tasks(), "decode").clone();
+    }
+    let other = new_job(&mut cluster);
+    cluster.fail(&decode, "STORE_UNAVAILABLE");
+    let failure = cluster.job(&job).failure.unwrap();
+    assert_eq!((failure.reason.as_str(), failure.stage.as_str()), ("STORE_UNAVAILABLE", "decode"), "nor for ever");
+    assert!(failure.message.contains("put off 30 times") && failure.message.contains("because"), "{}", failure.message);
+    finish_all(&mut cluster);
+    assert_eq!(cluster.job(&other).state(), JobState::Succeeded);
+}
+
+#[test]
+fn a_job_that_is_put_off_can_be_cancelled_and_is_no_place_in_anybodys_way() {
+    let (mut cluster, job, tasks) = denoising();
+    cluster.fail(stage(&tasks, "denoise"), "STORE_UNAVAILABLE");
+    let next = new_job(&mut cluster);
+    assert!(cluster.tasks().iter().all(|(_, task)| reference(task).job_id == next));
+    assert_eq!(cluster.cancel(&job).state(), JobState::Cancelled);
+    cluster.tick(1000);
+    assert!(cluster.tasks().is_empty());
+    assert_eq!(cluster.state.queue.len(), 0);
+}
+
+#[test]
+fn a_group_whose_output_is_not_taken_is_not_stuck() {
+    let (mut cluster, job, tasks) = denoising();
+    let denoise = stage(&tasks, "denoise");
+    for _ in 0..10 {
+        cluster.tick(4000);
+        cluster.report(&denoise.0, Report::TaskComputed(TaskComputed { task: denoise.1.task.clone() }));
+    }
+    cluster.tick(60_000);
+    assert_eq!(cluster.job(&job).attempt, 1);
+    finish_stored(&mut cluster, denoise);
+    cluster.start(stage(&tasks, "decode"));
+    cluster.finish(stage(&tasks, "decode"));
+    assert_eq!(cluster.job(&job).state(), JobState::Succeeded);
 }
 
 #[test]

@@ -71,6 +71,10 @@ pub(super) struct Job {
     pub(super) overdue: Option<Millis>,
     /// Workers lost since it got further last.
     pub(super) losses: u32,
+    /// Times that it was put off since it got further last.
+    pub(super) postponed: u32,
+    /// It waits, and has no turn before this.
+    pub(super) rests_until: Option<Millis>,
     /// Runs alone in its groups until it gets further: a worker died with it and others.
     pub(super) suspect: bool,
     /// How far it ever was, and at the last loss: (stage, step).
@@ -109,6 +113,8 @@ pub(super) struct Task {
     pub(super) phase: TaskPhase,
     /// Steps that an earlier try had done.
     pub(super) resumed_step: u32,
+    /// It runs, and its group has nothing left to do for it: what it waits for is a store, or another worker.
+    pub(super) computed: bool,
     step: u32,
 }
 
@@ -122,7 +128,7 @@ pub(super) enum TaskPhase {
 
 impl Task {
     pub(super) fn new(group_id: String, epoch: u64, leader: String, resumed_step: u32) -> Self {
-        Self { group_id, epoch, leader, phase: TaskPhase::Sent, resumed_step, step: resumed_step }
+        Self { group_id, epoch, leader, phase: TaskPhase::Sent, resumed_step, computed: false, step: resumed_step }
     }
 }
 
@@ -188,6 +194,8 @@ impl Job {
             parking: None,
             overdue: None,
             losses: 0,
+            postponed: 0,
+            rests_until: None,
             suspect: false,
             furthest: (0, 0),
             furthest_at_loss: (0, 0),
@@ -334,6 +342,7 @@ impl Job {
         if (index, step) > self.furthest {
             self.furthest = (index, step);
             self.suspect = false;
+            self.postponed = 0;
         }
     }
 

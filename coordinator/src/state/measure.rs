@@ -18,7 +18,7 @@ const GROUP_STATES: [(GroupState, &str); 3] =
     [(GroupState::Waiting, "waiting"), (GroupState::Loading, "forming"), (GroupState::Ready, "ready")];
 
 /// Why jobs wait again.
-const WHYS: [Why; 4] = [Why::GroupLost, Why::Drained, Why::Preempted, Why::Restarted];
+const WHYS: [Why; 5] = [Why::GroupLost, Why::Drained, Why::Preempted, Why::Postponed, Why::Restarted];
 
 impl State {
     /// Adds all that is known of the cluster.
@@ -76,7 +76,7 @@ impl State {
     fn measure_jobs(&self, page: &mut Page) {
         let names = || self.models.iter().map(|model| model.config.name.clone());
         let now = names().flat_map(|model| {
-            let (queued, running) = (self.queue.of(&model).count(), self.jobs.running(&model));
+            let (queued, running) = (self.queue.of(model.as_str()).count(), self.jobs.running(&model));
             [([model.clone(), "queued".to_owned()], queued as f64), ([model, "running".to_owned()], running as f64)]
         });
         page.gauges("atelier_jobs", "Jobs that wait, and jobs that have their groups.", ["model", "state"], now);

@@ -22,6 +22,8 @@ pub(super) struct Queue {
     by_model: BTreeMap<String, Row>,
     /// Where each job is.
     places: HashMap<u64, (Arc<str>, Place)>,
+    /// Those that have no turn for now, with their models.
+    resting: BTreeMap<u64, String>,
     /// Jobs that wait, by tenant.
     waiting: BTreeMap<Arc<str>, usize>,
     /// Tenants that may not start more for now.
@@ -63,6 +65,21 @@ impl Queue {
         self.insert(model, tenant, (Reverse(priority), 0, number));
     }
 
+    /// As [`Self::add_again`], for a job that is to have no turn until it is woken.
+    pub(super) fn rest(&mut self, model: &str, priority: i32, number: u64, tenant: &Arc<str>) {
+        self.note(tenant, (Reverse(priority), 0, number));
+        self.resting.insert(number, model.to_owned());
+    }
+
+    /// The job may have its turn again, if it still waits.
+    pub(super) fn wake(&mut self, number: u64) {
+        if let Some(model) = self.resting.remove(&number)
+            && let Some((tenant, place)) = self.places.get(&number).cloned()
+        {
+            self.insert(&model, &tenant, place);
+        }
+    }
+
     /// The job's turn has come: its tenant has had this much.
     pub(super) fn take(&mut self, model: &str, number: u64) {
         if let Some((_, (Reverse(priority), tag, _))) = self.places.get(&number)
@@ -84,6 +101,9 @@ impl Queue {
             if *waiting == 0 {
                 self.waiting.remove(&tenant);
             }
+        }
+        if self.resting.remove(&number).is_some() {
+            return;
         }
         let may_start = !self.held.contains(&tenant);
         if let Some(row) = self.by_model.get_mut(model) {
@@ -120,9 +140,10 @@ impl Queue {
     }
 
     /// The jobs of `model` that wait.
-    pub(super) fn of<'a>(&'a self, model: &str) -> impl Iterator<Item = u64> + use<'a> {
+    pub(super) fn of<'a>(&'a self, model: &'a str) -> impl Iterator<Item = u64> + use<'a> {
         let lanes = self.by_model.get(model).into_iter().flat_map(|row| row.lanes.values());
-        lanes.flat_map(|lane| &lane.jobs).map(|(_, _, number)| *number)
+        let resting = self.resting.iter().filter(move |(_, of)| *of == model).map(|(number, _)| *number);
+        lanes.flat_map(|lane| &lane.jobs).map(|(_, _, number)| *number).chain(resting)
     }
 
     /// Jobs that wait, of all models.
@@ -140,10 +161,14 @@ impl Queue {
         self.places.contains_key(&number)
     }
 
-    fn insert(&mut self, model: &str, tenant: &Arc<str>, place: Place) {
+    fn note(&mut self, tenant: &Arc<str>, place: Place) {
         if self.places.insert(place.2, (tenant.clone(), place)).is_none() {
             *self.waiting.entry(tenant.clone()).or_default() += 1;
         }
+    }
+
+    fn insert(&mut self, model: &str, tenant: &Arc<str>, place: Place) {
+        self.note(tenant, place);
         let may_start = !self.held.contains(tenant);
         let row = self.by_model.entry(model.to_owned()).or_default();
         row.change(tenant, may_start, |jobs| _ = jobs.insert(place));
@@ -230,6 +255,22 @@ mod tests {
         queue.add_again("m", 0, 7, &tenant("much"));
         let order = drain(&mut queue);
         assert_eq!(order[..2], [7, 100], "it did not wait for the fifty others");
+    }
+
+    #[test]
+    fn one_that_rests_waits_without_a_turn_and_then_goes_first() {
+        let mut queue = Queue::default();
+        queue.add("m", 0, 1, &tenant("a"), 10, 1);
+        queue.take("m", 1);
+        queue.add("m", 0, 4, &tenant("a"), 10, 1);
+        queue.rest("m", 0, 2, &tenant("a"));
+        queue.rest("m", 0, 3, &tenant("a"));
+        assert_eq!((queue.first("m"), queue.len(), queue.waiting("a"), queue.of("m").count()), (Some(4), 3, 3, 3));
+        queue.remove("m", 3);
+        queue.wake(2);
+        queue.wake(3);
+        assert_eq!(drain(&mut queue), [2, 4]);
+        assert_eq!((queue.len(), queue.waiting("a"), queue.of("m").count()), (0, 0, 0));
     }
 
     #[test]

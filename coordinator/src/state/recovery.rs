@@ -85,6 +85,7 @@ impl State {
             report,
             Report::TaskStarted(_)
                 | Report::TaskProgress(_)
+                | Report::TaskComputed(_)
                 | Report::TaskDone(_)
                 | Report::TaskFailed(_)
                 | Report::TaskParked(_)

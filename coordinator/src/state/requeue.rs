@@ -6,13 +6,21 @@ use std::collections::BTreeSet;
 use proto::v1::{CancelTask, JobFailure, ParkTask, TaskParked, control_request::Command};
 
 use super::{
-    Effect, State,
+    Effect, Millis, State,
     job::{Saved, TaskPhase},
     tasks::End,
 };
 
 /// Workers that may be lost with a job before it got a step further: then it is the job that kills them.
 pub const MAX_LOSSES: u32 = 3;
+
+/// Times that a job may be put off before it gets a step further. Workers have tried for three minutes each time that a store
+/// was away or full: two hours in all.
+pub const MAX_POSTPONES: u32 = 30;
+/// First pause of a job that is put off; it doubles with each.
+const FIRST_POSTPONE: Millis = 1000;
+/// Longest pause of a job that is put off: about as soon as an operator has made room.
+const LAST_POSTPONE: Millis = 60 * 1000;
 
 /// Why a job waits again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +31,8 @@ pub(super) enum Why {
     Drained,
     /// A more urgent job took its place.
     Preempted,
+    /// A store was away or full for long, or a worker had as much as it takes.
+    Postponed,
     /// Another coordinator leads, and a worker that had it did not come back in time.
     Restarted,
 }
@@ -33,6 +43,7 @@ impl Why {
             Self::GroupLost => "GROUP_LOST",
             Self::Drained => "DRAINED",
             Self::Preempted => "PREEMPTED",
+            Self::Postponed => "POSTPONED",
             Self::Restarted => "COORDINATOR_RESTARTED",
         }
     }
@@ -82,8 +93,27 @@ impl State {
         false
     }
 
+    /// The job leaves its groups at once and waits, for a while without having its turn: it would come to the same again. Nobody was
+    /// lost with it.
+    pub(super) fn postpone(&mut self, number: u64, stage: &str, reason: String, cause: String) {
+        let Some(job) = self.jobs.get_mut(number).filter(|job| !job.is_over()) else {
+            return;
+        };
+        job.postponed += 1;
+        if job.postponed > MAX_POSTPONES {
+            let message = format!("it was put off {MAX_POSTPONES} times and got no step further, the last: {cause}");
+            return self.end_job(number, End::Failed(JobFailure { reason, message, stage: stage.to_owned() }));
+        }
+        let pause = FIRST_POSTPONE.saturating_mul(1 << (job.postponed - 1).min(16)).min(LAST_POSTPONE);
+        self.requeue_until(number, Why::Postponed, cause, Some(self.now + pause));
+    }
+
     /// The job leaves its groups at once and waits.
     pub(super) fn requeue(&mut self, number: u64, why: Why, message: String) {
+        self.requeue_until(number, why, message, None);
+    }
+
+    fn requeue_until(&mut self, number: u64, why: Why, message: String, rests_until: Option<Millis>) {
         self.cancel_tasks(number);
         self.release_all(number);
         let Some(job) = self.jobs.get_mut(number).filter(|job| !job.is_over()) else {
@@ -91,7 +121,14 @@ impl State {
         };
         job.wait_again(why, message, self.now);
         self.tally.requeued(&job.spec.model, why);
-        self.queue.add_again(&job.spec.model, job.priority, number, &job.tenant);
+        job.rests_until = rests_until;
+        match rests_until {
+            None => self.queue.add_again(&job.spec.model, job.priority, number, &job.tenant),
+            Some(until) => {
+                self.queue.rest(&job.spec.model, job.priority, number, &job.tenant);
+                self.due.insert((until, number));
+            }
+        }
         self.job_changed(number);
     }
 

@@ -52,11 +52,12 @@ impl Pace {
 }
 
 impl State {
-    /// Pixels of the jobs that run on a group.
+    /// Pixels of the jobs that a group works on.
     fn pixels(&self, group: &Group) -> u64 {
         let running = group.tasks.iter().filter_map(|(number, stage)| {
             let job = self.jobs.get(*number)?;
-            (job.tasks.get(stage)?.phase == TaskPhase::Running).then(|| job.pixels())
+            let task = job.tasks.get(stage)?;
+            (task.phase == TaskPhase::Running && !task.computed).then(|| job.pixels())
         });
         running.sum()
     }

@@ -10,7 +10,7 @@ use super::{Millis, estimate, job::Job, requeue::Why};
 use crate::plan::Stage;
 
 /// Reasons for which jobs fail.
-pub(super) const FAILURES: [&str; 11] = [
+pub(super) const FAILURES: [&str; 12] = [
     "ADAPTER_UNUSABLE",
     "CANCELLED",
     "CHECKPOINT_LOST",
@@ -21,6 +21,7 @@ pub(super) const FAILURES: [&str; 11] = [
     "OVERLOADED",
     "PAYLOAD_REFUSED",
     "PEER_LOST",
+    "STORE_UNAVAILABLE",
     "TRIES_EXHAUSTED",
 ];
 /// Any other reason.

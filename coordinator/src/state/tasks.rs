@@ -35,11 +35,25 @@ impl State {
         Some(())
     }
 
+    /// The group has done its part; that the output is not taken yet is no fault of it.
+    pub(super) fn task_computed(&mut self, worker_id: &str, task: Option<&TaskRef>) -> Option<()> {
+        self.task_started(worker_id, task)?;
+        let (number, stage) = self.current_task(worker_id, task)?;
+        let task = self.jobs.get(number)?.tasks.get(&stage)?;
+        if !task.computed {
+            let group_id = task.group_id.clone();
+            self.group_stepped(&group_id);
+            self.jobs.get_mut(number)?.tasks.get_mut(&stage)?.computed = true;
+        }
+        Some(())
+    }
+
     pub(super) fn task_done(&mut self, worker_id: &str, report: TaskDone) -> Option<()> {
         self.task_started(worker_id, report.task.as_ref())?;
         let (number, stage) = self.current_task(worker_id, report.task.as_ref())?;
         let job = self.jobs.get_mut(number)?;
-        let group_id = job.tasks.get(&stage)?.group_id.clone();
+        let task = job.tasks.get(&stage)?;
+        let (group_id, computed) = (task.group_id.clone(), task.computed);
         let (units, model) = (tally::units(job, job.plan.stage(&stage)?), job.spec.model.clone());
         // Those that shared the group's time with it took their part of it.
         let beside = self.running_in(&group_id);
@@ -60,7 +74,10 @@ impl State {
         } else if report.stored {
             job.saved.outputs.insert(stage.clone());
         }
-        self.group_stepped(&group_id);
+        // Otherwise its step was taken note of when it was made.
+        if !computed {
+            self.group_stepped(&group_id);
+        }
         self.release(number, &stage);
         self.job_changed(number);
         self.finish_parking(number);
@@ -83,8 +100,13 @@ impl State {
                 self.end_epoch(&group_id, message, false);
                 return Some(());
             }
-            // Whoever should have taken the output is gone or full; the worker that made it is well.
-            "PAYLOAD_REFUSED" | "OVERLOADED" if kept_for == (true, false) => {
+            // Nobody is lost: a store that is away or full, or a worker that has as much as it takes.
+            "STORE_UNAVAILABLE" | "OVERLOADED" if kept_for == (true, false) => {
+                self.postpone(number, &stage, reason, message);
+                return Some(());
+            }
+            // Whoever should have taken the output is gone; the worker that made it is well.
+            "PAYLOAD_REFUSED" if kept_for == (true, false) => {
                 if self.count_loss(number, &stage, &message) {
                     self.requeue(number, Why::GroupLost, message);
                 }
@@ -117,9 +139,12 @@ impl State {
     pub(super) fn end_overdue_jobs(&mut self) {
         while let Some((due, number)) = self.due.first().copied().filter(|(due, _)| *due <= self.now) {
             self.due.remove(&(due, number));
-            let Some(job) = self.jobs.get(number).filter(|job| !job.is_over()) else {
+            let Some(job) = self.jobs.get_mut(number).filter(|job| !job.is_over()) else {
                 continue;
             };
+            if job.rests_until.take_if(|until| *until <= self.now).is_some() {
+                self.queue.wake(number);
+            }
             let has_images = !job.images.is_empty();
             if job.overdue.is_some_and(|overdue| overdue <= self.now) {
                 self.end_job(number, if has_images { End::Succeeded } else { End::Cancelled });

@@ -15,7 +15,7 @@ use proto::v1::{
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::checkpoints::Checkpoints;
 use crate::running::Running;
@@ -76,6 +76,14 @@ impl Gone {
 struct Shared {
     members: Arc<Mutex<Vec<Registration>>>,
     blobs: Arc<Mutex<HashMap<String, Bytes>>>,
+    /// How the blob service refuses all calls, while it does.
+    trouble: Arc<Mutex<Option<Code>>>,
+}
+
+impl Shared {
+    fn check(&self) -> Result<(), Status> {
+        self.trouble.lock().unwrap().map_or(Ok(()), |code| Err(Status::new(code, "not now")))
+    }
 }
 
 impl Coordinator {
@@ -115,6 +123,11 @@ impl Coordinator {
         self.shared.members.lock().unwrap().clone()
     }
 
+    /// From now on the blob service refuses all calls, or none.
+    pub(crate) fn trouble(&self, code: Option<Code>) {
+        *self.shared.trouble.lock().unwrap() = code;
+    }
+
     /// Stores `bytes` under an id that need not be theirs.
     pub(crate) fn store(&self, id: &str, bytes: &'static [u8]) {
         self.shared.blobs.lock().unwrap().insert(id.into(), bytes.into());
@@ -149,6 +162,8 @@ impl BlobService for Shared {
     type DownloadBlobStream = ReceiverStream<Result<DownloadBlobResponse, Status>>;
 
     async fn upload_blob(&self, request: Request<Streaming<UploadBlobRequest>>) -> Result<Response<UploadBlobResponse>, Status> {
+        self.check()?;
+        assert!(request.metadata().contains_key(proto::RESULT), "a worker says that it brings a result");
         let mut parts = request.into_inner();
         let (mut blob_id, mut bytes) = (String::new(), Vec::new());
         while let Some(part) = parts.message().await? {
@@ -162,6 +177,7 @@ impl BlobService for Shared {
     }
 
     async fn download_blob(&self, request: Request<DownloadBlobRequest>) -> Result<Response<Self::DownloadBlobStream>, Status> {
+        self.check()?;
         let blob_id = request.into_inner().blob_id;
         let found = self.blobs.lock().unwrap().get(&blob_id).cloned();
         let bytes = found.ok_or_else(|| Status::not_found("there is no such blob"))?;

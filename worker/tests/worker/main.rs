@@ -11,6 +11,7 @@ mod job;
 mod model;
 mod resume;
 mod running;
+mod store;
 mod succession;
 
 use std::time::{Duration, Instant};
