@@ -16,9 +16,11 @@
 //! - `object.rs`: one object, streamed in and out in chunks, never whole in memory
 //! - `index.rs`: what there is, with its sizes
 //! - `service.rs`: `CheckpointService`
+//! - `janitor.rs`: what is not needed any more goes
 
 mod header;
 mod index;
+mod janitor;
 mod object;
 mod place;
 mod service;
@@ -48,6 +50,7 @@ use self::{
     object::Writer,
 };
 
+pub(crate) use self::janitor::{Done, DoneWith};
 pub use self::{header::MAX_TENSORS, place::Place, service::CheckpointApi};
 
 /// States of a stage that are kept, those written last: the newest may be one that a worker wrote while it was being lost.
@@ -296,8 +299,18 @@ impl CheckpointStore {
 
     /// Removes all there is of a job, which must not be live any more.
     pub async fn forget(&self, job_id: &str) {
+        self.forget_before(job_id, u64::MAX).await;
+    }
+
+    /// What is written next comes after all that there is now.
+    fn next_write(&self) -> u64 {
+        self.lock().next_write()
+    }
+
+    /// Removes what there is of a job and was written before `write`.
+    async fn forget_before(&self, job_id: &str, write: u64) {
         let _one_at_a_time = self.changes(job_id).await;
-        let keys: Vec<Key> = self.lock().of_job(job_id).collect();
+        let keys: Vec<Key> = self.lock().written_before(job_id, write).collect();
         for key in keys {
             self.remove(&key).await;
         }

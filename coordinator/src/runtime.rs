@@ -20,6 +20,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{error, info, warn};
 
 use crate::{
+    checkpoints::DoneWith,
     context::Context,
     error::{Error, Result},
     followers::{Followers, Tail},
@@ -47,7 +48,7 @@ pub(crate) struct Parts {
     pub(crate) store: StoreHandle,
     pub(crate) live: LiveJobs,
     /// Where jobs go whose checkpoints are not needed any more.
-    pub(crate) done_with: mpsc::UnboundedSender<String>,
+    pub(crate) done_with: DoneWith,
 }
 
 /// Hands out what was read.
@@ -207,7 +208,7 @@ struct Owner {
     /// In order, each with the batch it waits for.
     waiting: VecDeque<(u64, Deed)>,
     /// Jobs whose checkpoints are not needed any more.
-    done_with: mpsc::UnboundedSender<String>,
+    done_with: DoneWith,
 }
 
 impl Owner {
@@ -349,8 +350,9 @@ impl Owner {
                 Effect::GroupLost { group_id, epoch, cause } => {
                     warn!(group.id = group_id, group.epoch = epoch, cause, "group lost");
                 }
-                // The janitor ends only with the coordinator.
-                Effect::DropCheckpoints { job_id } => drop(self.done_with.send(job_id)),
+                Effect::DropCheckpoints { job_id, goes_on: false } => self.done_with.with_job(job_id),
+                // Said before the next try is given to workers: what they store of it comes later.
+                Effect::DropCheckpoints { job_id, goes_on: true } => self.done_with.with_what_there_is(job_id),
                 Effect::Persist(_)
                 | Effect::PersistGroup(_)
                 | Effect::Forget { .. }

@@ -37,7 +37,7 @@ use crate::{
     api::{ClusterApi, JobApi},
     auth::Authenticator,
     blobs::{BlobApi, BlobStore, Owners, UNUSED_BLOB_TTL},
-    checkpoints::{CheckpointApi, CheckpointLimits, CheckpointStore, Place},
+    checkpoints::{CheckpointApi, CheckpointLimits, CheckpointStore, Done, DoneWith, Place},
     config::{Config, EtcdConfig},
     context::Context,
     control::{self, Lines},
@@ -220,7 +220,7 @@ where
     let _stop_on_return = stop.clone().drop_guard();
     let (health, health_server) = tonic_health::server::health_reporter();
     announce(&health, &config).await;
-    let (done_with, not_needed) = mpsc::unbounded_channel();
+    let (done_with, not_needed) = DoneWith::new(checkpoints.clone());
     let durable = store.durable();
     let parts = Parts { state, context: context.clone(), health, store, live: live.clone(), done_with };
     let (handle, owner) = Handle::spawn(parts, stop.clone());
@@ -356,16 +356,16 @@ async fn sweep(blobs: BlobStore, handle: Handle, stop: CancellationToken) {
     }
 }
 
-/// Removes the checkpoints of jobs that are over: at once, and now and then those that were missed.
-async fn clear(checkpoints: CheckpointStore, mut over: mpsc::UnboundedReceiver<String>, live: LiveJobs, stop: CancellationToken) {
+/// Removes the checkpoints that are not needed any more: at once, and now and then those that were missed.
+async fn clear(checkpoints: CheckpointStore, mut not_needed: mpsc::Receiver<Done>, live: LiveJobs, stop: CancellationToken) {
     let mut interval = tokio::time::interval(SWEEP_INTERVAL);
     loop {
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
             _ = interval.tick() => checkpoints.sweep(&live.all()).await,
-            job_id = over.recv() => match job_id {
-                Some(job_id) => checkpoints.forget(&job_id).await,
+            done = not_needed.recv() => match done {
+                Some(done) => done.remove(&checkpoints).await,
                 None => return,
             },
         }

@@ -229,6 +229,8 @@ pub enum Effect {
     DropCheckpoints {
         /// Which job.
         job_id: String,
+        /// It goes on, and what it stores from now on is needed.
+        goes_on: bool,
     },
     /// The answer to the client whose event this was.
     Answer(Result<v1::Job>),

@@ -55,6 +55,16 @@ impl Index {
         self.known.range(first..).map(|(key, _)| key.clone()).take_while(move |key| key.job_id == job_id)
     }
 
+    /// Those of a job that were written before `write`.
+    pub(super) fn written_before(&self, job_id: &str, write: u64) -> impl Iterator<Item = Key> + use<'_> {
+        self.of_job(job_id).filter(move |key| self.known.get(key).is_some_and(|known| known.written < write))
+    }
+
+    /// What the next that is written is later than all that there is by.
+    pub(super) fn next_write(&self) -> u64 {
+        self.writes + 1
+    }
+
     /// Each job once.
     pub(super) fn jobs(&self) -> impl Iterator<Item = String> + use<'_> {
         let mut last = None;

@@ -338,3 +338,27 @@ async fn a_header_is_checked_before_anything_is_stored() {
     check(&|h| h.model_digest = "d".repeat(65), "model_digest").await;
     assert_eq!((home.files(), store.bytes()), (vec![], 0));
 }
+
+#[tokio::test]
+async fn what_a_new_try_stores_does_not_go_with_what_was_no_good() {
+    let home = Home::folder();
+    let store = home.open().await;
+    let (done_with, mut done) = DoneWith::new(store.clone());
+    for step in [0, 1, 2] {
+        put(&store, JOB, step, &bytes(100, 1)).await.unwrap();
+    }
+    put(&store, OTHER, 1, &bytes(100, 1)).await.unwrap();
+    done_with.with_what_there_is(JOB.to_owned());
+    // The next try is quicker than whoever removes.
+    for step in [1, 3] {
+        put(&store, JOB, step, &bytes(100, 2)).await.unwrap();
+    }
+    done.recv().await.unwrap().remove(&store).await;
+    let steps = |job: &str| store.list(job).into_iter().map(|saved| saved.step).collect::<Vec<_>>();
+    assert_eq!((steps(JOB), steps(OTHER)), (vec![1, 3], vec![1]));
+    assert_eq!(get(&store, JOB, 1).await.unwrap().1, bytes(100, 2), "it was overwritten, and stays");
+    done_with.with_job(JOB.to_owned());
+    put(&store, JOB, 4, &bytes(100, 2)).await.unwrap();
+    done.recv().await.unwrap().remove(&store).await;
+    assert_eq!(steps(JOB), [0; 0]);
+}

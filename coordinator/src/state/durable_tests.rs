@@ -263,6 +263,8 @@ fn a_checkpoint_that_is_gone_means_beginning_anew() {
     cluster.all_ready();
     let again = cluster.tasks();
     cluster.fail(stage(&again, "denoise"), "CHECKPOINT_LOST");
+    let told = cluster.effects.iter().any(|effect| matches!(effect, Effect::DropCheckpoints { goes_on: true, .. }));
+    assert!(told, "and not what is stored from now on");
     let anew = cluster.tasks();
     assert_eq!((anew.len(), stage(&anew, "denoise").1.resume_step), (3, 0));
     assert_eq!(cluster.job(&job).attempt, 3);

@@ -139,7 +139,7 @@ impl State {
         }
         if let Some(job) = self.jobs.get_mut(number) {
             job.saved = Saved::default();
-            self.effects.push(Effect::DropCheckpoints { job_id: job.id.clone() });
+            self.effects.push(Effect::DropCheckpoints { job_id: job.id.clone(), goes_on: true });
         }
         self.requeue(number, Why::GroupLost, message.to_owned());
     }

@@ -245,7 +245,7 @@ impl State {
         for worker in told {
             self.send(&worker, Command::ForgetJob(ForgetJob { job_id: job_id.clone() }));
         }
-        self.effects.push(Effect::DropCheckpoints { job_id });
+        self.effects.push(Effect::DropCheckpoints { job_id, goes_on: false });
         self.job_changed(number);
         self.forget_old_jobs();
     }
