@@ -19,7 +19,7 @@ use crate::{
     auth::Caller,
     blobs::{BlobStore, Owners},
     context::Context,
-    error::{Error, Result},
+    error::{Error, Result, Violation},
     followers::Tail,
     metrics::Meter,
     request::{self, is_blob_id},
@@ -35,8 +35,22 @@ const RETRY_LATER: Duration = Duration::from_secs(5);
 /// When to come back to a model that is being read, or to a coordinator that restarts.
 const RETRY_SOON: Duration = Duration::from_secs(1);
 
+/// Bytes of the violations that a client is told of. A status travels in HTTP headers, of which clients take 16 KiB: the text in
+/// the message, where each byte may take three, and twice in the details, where it takes a third more.
+const MAX_VIOLATION_BYTES: usize = 2000;
+/// Bytes of one of them: as many as say what is wrong.
+const MAX_PROBLEM_BYTES: usize = 500;
+
 /// The status a client gets for an error. Every one carries an `ErrorInfo`; those worth repeating a `RetryInfo`.
 pub fn status(error: &Error) -> Status {
+    let shown;
+    let error = match error {
+        Error::InvalidRequest(violations) => {
+            shown = Error::InvalidRequest(fitting(violations));
+            &shown
+        }
+        error => error,
+    };
     let (code, retry) = match error {
         Error::InvalidRequest(_) | Error::InvalidRegistration(_) => (Code::InvalidArgument, None),
         Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => (Code::NotFound, None),
@@ -74,6 +88,29 @@ pub fn status(error: &Error) -> Status {
         _ => {}
     }
     Status::with_error_details(code, error.to_string(), details)
+}
+
+/// As many violations as a status carries, and how many more there are.
+fn fitting(violations: &[Violation]) -> Vec<Violation> {
+    let mut bytes = 0;
+    let shortened = violations.iter().map(|Violation { field, problem }| {
+        let cut = |text: &str| match text.floor_char_boundary(MAX_PROBLEM_BYTES) {
+            end if end < text.len() => format!("{}…", &text[..end]),
+            _ => text.to_owned(),
+        };
+        Violation::new(cut(field), cut(problem))
+    });
+    let mut told: Vec<Violation> = shortened
+        .take_while(|violation| {
+            bytes += violation.field.len() + violation.problem.len();
+            bytes <= MAX_VIOLATION_BYTES
+        })
+        .collect();
+    if let Some(next) = violations.get(told.len()) {
+        let more = violations.len() - told.len();
+        told.push(Violation::new(&next.field[..next.field.floor_char_boundary(MAX_PROBLEM_BYTES)], format!("… and {more} more")));
+    }
+    told
 }
 
 /// What programs may want to know of an error.
@@ -314,7 +351,6 @@ fn respond<T>(result: Result<T>) -> Result<Response<T>, Status> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Violation;
 
     #[test]
     fn every_error_says_its_reason_and_domain() {
@@ -331,6 +367,22 @@ mod tests {
         let details = status(&Error::InvalidRequest(violations)).get_error_details();
         let fields: Vec<_> = details.bad_request().unwrap().field_violations.iter().map(|v| v.field.clone()).collect();
         assert_eq!(fields, ["spec.width", "spec.height"]);
+    }
+
+    #[test]
+    fn whatever_is_wrong_with_a_request_fits_the_headers_of_an_answer() {
+        for (count, problem) in [(1, "ä".repeat(100_000)), (8, "%".repeat(1000)), (10_000, "is odd".to_owned())] {
+            let violations = (0..count).map(|number| Violation::new(format!("spec.loras[{number}].name"), &*problem)).collect();
+            let status = status(&Error::InvalidRequest(violations));
+            let told = status.get_error_details().bad_request().unwrap().field_violations.clone();
+            assert_eq!(told[0].field, "spec.loras[0].name");
+            let last = &told[told.len() - 1].description;
+            let more: Option<usize> = last.strip_prefix("… and ").and_then(|last| last.strip_suffix(" more")?.parse().ok());
+            assert_eq!(told.len() - usize::from(more.is_some()) + more.unwrap_or_default(), count, "{last}");
+            let answer = status.into_http::<tonic::body::Body>();
+            let bytes: usize = answer.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+            assert!(bytes < 14 << 10, "{count}: {bytes} bytes");
+        }
     }
 
     #[test]

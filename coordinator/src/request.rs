@@ -12,10 +12,15 @@ use crate::error::{Error, Result, Violation};
 /// Hex digits of a blob's id, which is a sha256.
 pub const BLOB_ID_CHARS: usize = 64;
 
+/// What a side is taken for that a job leaves to the model, in pixels: such models draw about a megapixel.
+pub(crate) const OPEN_SIDE: u32 = 1024;
+
 /// Fields every model takes, named in its card or not: they are about the request, not about the model, or checked by name.
 const ALWAYS_TAKEN: [&str; 2] = ["embed_prompt", "loras"];
 /// Most adapters of one job; the same as workers take.
 pub const MAX_LORAS: usize = 8;
+/// Adapters that are named to one who names another: a model may have hundreds, and an error must fit what carries it.
+const NAMED_ADAPTERS: usize = 5;
 /// Most blocks that skip-layer guidance leaves out: the largest network has 57.
 pub const MAX_SKIPPED_LAYERS: usize = 64;
 /// Largest scale of an adapter, and smallest with a minus: beyond it nothing is left of the picture.
@@ -173,6 +178,16 @@ fn adapter<'a>(card: &'a ModelCard, name: &str) -> Option<&'a Adapter> {
     card.adapters.iter().find(|adapter| adapter.name == name)
 }
 
+/// Those of a model, for one who named none of them.
+fn known_adapters(card: &ModelCard) -> String {
+    let names: Vec<&str> = card.adapters.iter().take(NAMED_ADAPTERS).map(|adapter| adapter.name.as_str()).collect();
+    match (names.is_empty(), card.adapters.len() - names.len()) {
+        (true, _) => "no adapters".to_owned(),
+        (false, 0) => format!("only {}", names.join(", ")),
+        (false, more) => format!("only {}, … and {more} more", names.join(", ")),
+    }
+}
+
 fn parameter<'a>(card: &'a ModelCard, name: &str) -> Option<&'a Parameter> {
     card.parameters.iter().find(|parameter| parameter.name == name)
 }
@@ -256,8 +271,7 @@ impl Check<'_> {
             let field = format!("loras[{index}].name");
             match adapter(self.card, &lora.name) {
                 None => {
-                    let names: Vec<&str> = self.card.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
-                    let known = if names.is_empty() { "no adapters".to_owned() } else { format!("only {}", names.join(", ")) };
+                    let known = known_adapters(self.card);
                     self.refuse(&field, format!("model {:?} has no adapter of this name, {known}", self.card.name));
                 }
                 Some(adapter) if !adapter.problem.is_empty() => {
@@ -346,14 +360,14 @@ impl Check<'_> {
                 self.refuse(field, "must be at least 1");
             }
         }
-        let (Some(width), Some(height)) = (spec.width, spec.height) else {
-            return;
-        };
+        let (width, height) = (spec.width.unwrap_or(OPEN_SIDE), spec.height.unwrap_or(OPEN_SIDE));
         let pixels = (u64::from(width) * u64::from(height)).checked_mul(u64::from(images));
         if pixels.is_none_or(|pixels| pixels > most) {
+            let is_open = spec.width.is_none() || spec.height.is_none();
+            let open = if is_open { format!(" (a side that is not named counts as {OPEN_SIDE})") } else { String::new() };
             self.refuse(
                 "width",
-                format!("width * height * num_images_per_prompt = {width} * {height} * {images}: at most {most} pixels"),
+                format!("width * height * num_images_per_prompt = {width} * {height} * {images}{open}: at most {most} pixels"),
             );
         }
     }
@@ -529,6 +543,34 @@ mod tests {
             panic!("a quarter of a million was taken")
         };
         assert_eq!((violations.len(), violations[0].field.as_str()), (1, "spec.skip_guidance_layers"));
+    }
+
+    #[test]
+    fn a_side_that_is_left_to_the_model_counts_against_the_ceiling() {
+        let mut card = card();
+        card.parameters.iter_mut().for_each(|parameter| parameter.default_value = None);
+        let parse =
+            |spec: JobSpec, max_pixels: u64| Request::parse(spec, &card, Context { seed: 7, max_pixels, missing_blobs: &[] });
+        let fields = |parsed: Result<Request>| match parsed {
+            Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|violation| violation.field).collect(),
+            _ => vec![],
+        };
+        let open = || JobSpec { num_inference_steps: Some(1), ..spec() };
+        let one = u64::from(OPEN_SIDE).pow(2);
+        assert!(parse(open(), one).is_ok());
+        assert_eq!(fields(parse(open(), one - 1)), ["spec.width"]);
+        assert_eq!(fields(parse(JobSpec { num_images_per_prompt: Some(2), ..open() }, one)), ["spec.width"]);
+        assert_eq!(fields(parse(JobSpec { height: Some(1040), ..open() }, one)), ["spec.width"]);
+        assert!(parse(JobSpec { height: Some(512), ..open() }, one).is_ok());
+    }
+
+    #[test]
+    fn of_many_adapters_a_few_are_named() {
+        let mut card = card();
+        card.adapters = (0..256).map(|number| adapter(&format!("style{number}"), &[])).collect();
+        let context = Context { seed: 7, max_pixels: 1 << 20, missing_blobs: &[] };
+        let error = Request::parse(with_loras(&[("none", None)]), &card, context).unwrap_err().to_string();
+        assert!(error.ends_with("only style0, style1, style2, style3, style4, … and 251 more"), "{error}");
     }
 
     #[test]

@@ -13,15 +13,13 @@ use proto::v1::{
 use telemetry::TraceContext;
 
 use super::{Millis, requeue::Why};
-use crate::plan::Plan;
+use crate::{plan::Plan, request::OPEN_SIDE};
 
 /// Progress events of a job. One of more steps tells only some of them.
 pub(super) const MAX_PROGRESS_EVENTS: u32 = 2000;
 /// Where the sequence numbers of a coordinator's life begin, in a job that it did not accept itself: above all that
 /// earlier lives can have told.
 const SEQUENCES_PER_TERM: u64 = 1 << 20;
-/// What a side is taken for that a job leaves to the model, in pixels: such models draw about a megapixel.
-const OPEN_SIDE: u32 = 1024;
 
 /// A job, from acceptance until it is forgotten.
 #[derive(Debug)]
