@@ -1,6 +1,8 @@
 //! How long a job will take, from those that ran before: only to refuse what cannot be in time.
 
-use super::{Millis, State, job::Job};
+use std::collections::BTreeMap;
+
+use super::{Millis, State, job::Job, model::Model};
 
 /// Weight of the newest job when it was slower than thought. A faster one counts half: an estimate that is too high
 /// refuses jobs, and then nothing corrects it.
@@ -42,13 +44,24 @@ pub(super) fn work(job: &Job) -> f64 {
 
 impl State {
     /// When a job that came now would be done, if anything is known of its model.
-    pub(super) fn predicted_millis(&self, model: &str, work: f64, priority: i32) -> Option<Millis> {
-        let own = self.costs.get(model)?.of(work)?;
-        let model = self.model(model)?;
-        let groups = model.groups.iter().filter_map(|id| self.groups.get(id));
-        let slots = groups.map(|group| group.limit).min().unwrap_or(1).max(1);
-        let ahead = self.queue.ahead(&model.config.name, priority);
-        Some((own * (1.0 + ahead as f64 / slots as f64)) as Millis)
+    pub(super) fn predicted_millis(&self, job: &Job) -> Option<Millis> {
+        let model = self.model(&job.spec.model)?;
+        let own = self.costs.get(&job.spec.model)?.of(work(job))?;
+        let ahead = self.queue.ahead(&job.spec.model, job.priority, &job.tenant);
+        Some((own * (1.0 + ahead as f64 / self.slots(model) as f64)) as Millis)
+    }
+
+    /// How many jobs of a model run at a time: as many as its narrowest component takes, in all its groups that are ready. Of one
+    /// that has none now, all count.
+    fn slots(&self, model: &Model) -> usize {
+        let mut slots: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        for group in model.groups.iter().filter_map(|id| self.groups.get(id)) {
+            let (ready, all) = slots.entry(&group.wanted.component).or_default();
+            *ready += if self.takes_tasks(group) { group.limit } else { 0 };
+            *all += group.limit;
+        }
+        let widths = slots.values().map(|(ready, all)| if *ready > 0 { *ready } else { *all });
+        widths.min().unwrap_or(1).max(1)
     }
 }
 

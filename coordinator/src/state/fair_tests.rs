@@ -270,3 +270,70 @@ fn a_request_id_is_its_tenants_alone() {
     let listed = |tenant: &str| cluster.state.jobs(tenant, 10, "").unwrap().0.into_iter().map(|job| job.id).collect::<Vec<_>>();
     assert_eq!((listed("a"), listed("b"), listed("")), (vec![first.id], vec!["other".to_owned()], vec![]));
 }
+
+#[test]
+fn a_full_queue_refuses_the_tenant_that_filled_it_and_no_other() {
+    let limits = Limits { queued_jobs: 100, ..Limits::default() };
+    let mut cluster = Cluster::with(|_| {}, limits);
+    cluster.join("w1");
+    cluster.describe("w1");
+    let mut send = |tenant: &str| {
+        let submission = Submission { tenant: tenant.into(), ..cluster.submission() };
+        cluster.submit(submission).map(drop)
+    };
+    for _ in 0..100 {
+        send("flood").unwrap();
+    }
+    assert!(matches!(send("flood"), Err(Error::QueueFull(100))));
+    for _ in 0..50 {
+        send("quiet").unwrap();
+    }
+    assert!(matches!(send("quiet"), Err(Error::QueueFull(100))), "its share of two");
+}
+
+#[test]
+fn a_flood_makes_nobody_elses_deadline_unreachable() {
+    let mut cluster = cluster(&[]);
+    let send = |cluster: &mut Cluster, tenant: &str, timeout: Option<Millis>| {
+        let submission = Submission { tenant: tenant.into(), timeout, ..cluster.submission() };
+        cluster.submit(submission).map(drop)
+    };
+    send(&mut cluster, "flood", None).unwrap();
+    cluster.tick(SERVICE);
+    cluster.tasks().iter().rev().for_each(|task| cluster.finish(task));
+    for _ in 0..100 {
+        send(&mut cluster, "flood", None).unwrap();
+    }
+    let hasty = Some(3 * SERVICE);
+    assert!(matches!(send(&mut cluster, "flood", hasty), Err(Error::DeadlineUnreachable { .. })));
+    send(&mut cluster, "quiet", hasty).unwrap();
+}
+
+#[test]
+fn replicas_shorten_the_time_a_job_is_expected_to_take() {
+    let predicted = |replicas: u32| {
+        let change = |model: &mut ModelConfig| {
+            model.max_jobs = 1;
+            for component in ["text_encoder", "transformer", "vae"] {
+                let layout = model.components.get(component).cloned().unwrap_or_default();
+                model.components.insert(component.into(), crate::models_file::ComponentConfig { tp: 1, replicas, ..layout });
+            }
+        };
+        let mut cluster = Cluster::with(change, Limits::default());
+        (0..replicas).for_each(|worker| cluster.join(&format!("w{worker}")));
+        cluster.describe("w0");
+        cluster.all_ready();
+        cluster.new_job();
+        cluster.tick(SERVICE);
+        cluster.tasks().iter().rev().for_each(|task| cluster.finish(task));
+        for _ in 0..replicas + 8 {
+            cluster.new_job();
+        }
+        let hasty = Submission { timeout: Some(1), ..cluster.submission() };
+        match cluster.submit(hasty) {
+            Err(Error::DeadlineUnreachable { predicted, .. }) => predicted,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!((predicted(1), predicted(4)), (9 * SERVICE, 3 * SERVICE));
+}

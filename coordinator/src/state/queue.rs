@@ -13,6 +13,9 @@ use std::{
 
 use super::tenants::MAX_WEIGHT;
 
+/// How many times its limit the queue takes if every tenant sends its share.
+const RESERVE: usize = 2;
+
 /// A job's place in a row: priority, tag, number.
 type Place = (Reverse<i32>, u64, u64);
 
@@ -133,10 +136,26 @@ impl Queue {
         self.by_model.get(model)?.heads.first().map(|(_, _, number)| *number)
     }
 
-    /// How many jobs of `model` would go before one of `priority` that came now.
-    pub(super) fn ahead(&self, model: &str, priority: i32) -> usize {
-        let lanes = self.by_model.get(model).into_iter().flat_map(|row| row.lanes.values());
-        lanes.map(|lane| lane.jobs.range(..=(Reverse(priority), u64::MAX, u64::MAX)).count()).sum()
+    /// How many jobs of `model` would go before one of `priority` that a tenant sent now: the more urgent ones, and of others those
+    /// whose share begins no later.
+    pub(super) fn ahead(&self, model: &str, priority: i32, tenant: &str) -> usize {
+        let Some(row) = self.by_model.get(model) else {
+            return 0;
+        };
+        let end = row.lanes.get(tenant).and_then(|lane| lane.ends.get(&priority)).copied().unwrap_or_default();
+        let tag = row.clocks.get(&priority).copied().unwrap_or_default().max(end);
+        row.lanes.values().map(|lane| lane.jobs.range(..=(Reverse(priority), tag, u64::MAX)).count()).sum()
+    }
+
+    /// Whether one more job of the tenant may wait. Beyond the limit there is as much room again for tenants that have less waiting
+    /// than an equal share of the limit: one who sends much is refused, and nobody for it.
+    pub(super) fn has_room(&self, tenant: &str, limit: usize) -> bool {
+        if self.len() < limit {
+            return true;
+        }
+        let waiting = self.waiting(tenant);
+        let tenants = self.waiting.len() + usize::from(waiting == 0);
+        waiting < limit / tenants.max(1) && self.len() < limit.saturating_mul(RESERVE)
     }
 
     /// The jobs of `model` that wait.
@@ -221,7 +240,8 @@ mod tests {
         for (priority, number) in [(0, 1), (0, 2), (5, 3), (-5, 4)] {
             queue.add("m", priority, number, &tenant(""), 7, 1);
         }
-        assert_eq!((queue.ahead("m", 0), queue.ahead("m", 5), queue.ahead("m", 9), queue.ahead("other", 0)), (3, 1, 0, 0));
+        let ahead = |model: &str, priority: i32| queue.ahead(model, priority, "");
+        assert_eq!((ahead("m", 0), ahead("m", 5), ahead("m", 9), ahead("other", 0)), (3, 1, 0, 0));
         assert_eq!(drain(&mut queue), [3, 1, 2, 4]);
         assert_eq!((queue.len(), queue.models().len(), queue.waiting("")), (0, 0, 0));
     }
@@ -239,6 +259,43 @@ mod tests {
         let first = &drain(&mut queue)[..200];
         let of_heavy = first.iter().filter(|number| **number >= 300).count();
         assert!((148..=152).contains(&of_heavy), "{of_heavy} of 200 for a weight of 3 in 4");
+    }
+
+    #[test]
+    fn only_what_would_go_first_is_ahead_of_a_job() {
+        let mut queue = Queue::default();
+        for number in 0..100 {
+            queue.add("m", 0, number, &tenant("much"), 10 << 10, 1);
+        }
+        queue.add("m", 5, 100, &tenant("urgent"), 10 << 10, 1);
+        assert_eq!((queue.ahead("m", 0, "much"), queue.ahead("m", 0, "little")), (101, 2), "the urgent one, and one of equals");
+        queue.add("m", 0, 101, &tenant("little"), 10 << 10, 1);
+        assert_eq!(queue.ahead("m", 0, "little"), 4, "its own, and those that share with it");
+        let order = drain(&mut queue);
+        assert_eq!(order.iter().position(|number| *number == 101), Some(2));
+    }
+
+    #[test]
+    fn a_full_queue_refuses_whoever_filled_it_and_is_bounded_all_the_same() {
+        let mut queue = Queue::default();
+        let mut number = 0;
+        let mut send = |queue: &mut Queue, name: &str| {
+            let taken = queue.has_room(name, 100);
+            if taken {
+                number += 1;
+                queue.add("m", 0, number, &tenant(name), 10, 1);
+            }
+            taken
+        };
+        let sent = |queue: &mut Queue, send: &mut dyn FnMut(&mut Queue, &str) -> bool, name: &str| {
+            (0..1000).filter(|_| send(queue, name)).count()
+        };
+        assert_eq!(sent(&mut queue, &mut send, "flood"), 100);
+        assert_eq!(sent(&mut queue, &mut send, "b"), 50);
+        assert_eq!(sent(&mut queue, &mut send, "c"), 33);
+        assert_eq!(sent(&mut queue, &mut send, "flood"), 0);
+        let others: usize = (0..100).map(|name| sent(&mut queue, &mut send, &format!("t{name}"))).sum();
+        assert_eq!((others, queue.len()), (17, 200));
     }
 
     #[test]

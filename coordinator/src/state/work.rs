@@ -41,7 +41,7 @@ impl State {
         let context = Context { seed, max_pixels: self.settings.limits.pixels, missing_blobs: &missing_blobs };
         let request = Request::parse(spec, card, context)?;
         let limit = self.settings.limits.queued_jobs;
-        if self.queue.len() >= limit {
+        if !self.queue.has_room(&tenant, limit) {
             return Err(Error::QueueFull(limit));
         }
         let plan = Plan::new(&request, card);
@@ -52,7 +52,7 @@ impl State {
         let new = NewJob { id: job_id, request_id, tenant: of, fingerprint, spec, products, plan, priority, deadline, trace };
         let job = Job::new(self.jobs.next_number(), new, self.now);
         if let Some(timeout) = timeout
-            && let Some(predicted) = self.predicted_millis(&job.spec.model, estimate::work(&job), priority)
+            && let Some(predicted) = self.predicted_millis(&job)
             && predicted > timeout
         {
             return Err(Error::DeadlineUnreachable { timeout, predicted });
