@@ -1,7 +1,7 @@
 //! All jobs: by number, by id, by the client's request id, and the finished ones by age.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     hash::{BuildHasher, RandomState},
     sync::Arc,
 };
@@ -21,6 +21,7 @@ pub(super) struct Jobs {
     /// By tenant and its id for the request: no tenant learns of another's.
     by_request: HashTable<u64>,
     hasher: RandomState,
+    by_tenant: HashMap<Arc<str>, Numbers>,
     /// Oldest end first.
     finished: VecDeque<u64>,
     /// Bytes of the pictures of finished jobs.
@@ -30,6 +31,27 @@ pub(super) struct Jobs {
     plans: Vec<Arc<Plan>>,
     /// Priorities of the jobs that are placed, with how many there are, by model.
     running: BTreeMap<String, BTreeMap<i32, usize>>,
+}
+
+/// How many numbers of a tenant are looked through at least before those are dropped whose job is forgotten.
+const MANY: usize = 64;
+
+/// Of a tenant's jobs, and of some that are forgotten: those are dropped when there are twice as many as last time, so that each is
+/// looked at about once.
+#[derive(Debug, Default)]
+struct Numbers {
+    all: BTreeSet<u64>,
+    kept: usize,
+}
+
+impl Numbers {
+    fn add(&mut self, number: u64, known: &BTreeMap<u64, Box<Job>>) {
+        self.all.insert(number);
+        if self.all.len() >= MANY.max(2 * self.kept) {
+            self.all.retain(|number| known.contains_key(number));
+            self.kept = self.all.len();
+        }
+    }
 }
 
 impl Jobs {
@@ -61,7 +83,9 @@ impl Jobs {
         self.last_number = self.last_number.max(number);
         let over = job.is_over();
         let (of_id, of_request) = (self.id_hash(&job.id), self.request_hash(&job.tenant, &job.request_id));
+        let tenant = job.tenant.clone();
         self.by_number.insert(number, Box::new(job));
+        self.by_tenant.entry(tenant).or_default().add(number, &self.by_number);
         let (jobs, hasher) = (&self.by_number, &self.hasher);
         let again = |number: &u64| jobs.get(number).map_or(0, |job| hasher.hash_one(job.id.as_str()));
         self.by_id.insert_unique(of_id, number, again);
@@ -98,9 +122,10 @@ impl Jobs {
         self.by_request.find(self.request_hash(tenant, request_id), is).and_then(|number| self.get(*number))
     }
 
-    /// Newest first, beginning below `number`.
-    pub(super) fn newest_before(&self, number: u64) -> impl Iterator<Item = &Job> {
-        self.by_number.range(..number).rev().map(|(_, job)| job.as_ref())
+    /// A tenant's, newest first, beginning below `number`.
+    pub(super) fn newest_before(&self, tenant: &str, number: u64) -> impl Iterator<Item = &Job> {
+        let numbers = self.by_tenant.get(tenant).into_iter();
+        numbers.flat_map(move |numbers| numbers.all.range(..number).rev()).filter_map(|number| self.get(*number))
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {

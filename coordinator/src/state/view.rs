@@ -51,7 +51,7 @@ impl State {
             given || spec.image_blob_id == blob_id || spec.mask_image_blob_id == blob_id
         };
         // Newest first: that is what is asked for.
-        self.jobs.newest_before(u64::MAX).any(|job| *job.tenant == *tenant && names(job))
+        self.jobs.newest_before(tenant, u64::MAX).any(names)
     }
 
     /// A page of a tenant's jobs, newest first, and the token of the next page.
@@ -64,7 +64,7 @@ impl State {
         let mut page: Vec<v1::Job> = Vec::new();
         let mut bytes = 0;
         let mut last = below;
-        for job in self.jobs.newest_before(below).filter(|job| *job.tenant == *tenant) {
+        for job in self.jobs.newest_before(tenant, below) {
             let view = job.view();
             bytes += view.encoded_len();
             if page.len() == most || (bytes > MAX_PAGE_BYTES && !page.is_empty()) {
