@@ -56,7 +56,7 @@ pub fn status(error: &Error) -> Status {
         Error::ModelNotFound(_) | Error::JobNotFound(_) | Error::BlobNotFound(_) => (Code::NotFound, None),
         Error::ModelNotReady(_) | Error::Stopping => (Code::Unavailable, Some(RETRY_SOON)),
         Error::DeadlineUnreachable { .. } => (Code::DeadlineExceeded, None),
-        Error::StoreFailed(_) | Error::BlobStorage { .. } => (Code::Unavailable, Some(RETRY_LATER)),
+        Error::StoreFailed(_) | Error::StoreStalled { .. } | Error::BlobStorage { .. } => (Code::Unavailable, Some(RETRY_LATER)),
         Error::ModelBroken { .. } => (Code::FailedPrecondition, None),
         Error::RequestIdReused(_) => (Code::AlreadyExists, None),
         Error::QueueFull(_) | Error::BlobStoreFull(_) => (Code::ResourceExhausted, Some(RETRY_LATER)),

@@ -71,6 +71,12 @@ pub enum Error {
     /// What was accepted cannot be made durable: nothing is accepted any more.
     #[error("the job store failed: {0}")]
     StoreFailed(String),
+    /// What was accepted before is not durable yet: nobody is told anything until it is.
+    #[error("the job store has not answered for {seconds} s")]
+    StoreStalled {
+        /// How long the oldest change has waited.
+        seconds: u64,
+    },
     /// No such job, or it is over and was dropped.
     #[error("no job has the id {0:?}")]
     JobNotFound(String),
@@ -190,6 +196,7 @@ impl Error {
             Self::Unauthenticated { reason, .. } => reason,
             Self::DeadlineUnreachable { .. } => "DEADLINE_UNREACHABLE",
             Self::StoreFailed(_) => "STORE_FAILED",
+            Self::StoreStalled { .. } => "STORE_STALLED",
             Self::JobNotFound(_) => "JOB_NOT_FOUND",
             Self::BlobNotFound(_) => "BLOB_NOT_FOUND",
             Self::BlobStoreFull(_) => "BLOB_STORE_FULL",

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Reasons for which a job is not accepted, that are counted from the beginning.
-const REFUSALS: [&str; 8] = [
+const REFUSALS: [&str; 9] = [
     "DEADLINE_UNREACHABLE",
     "INVALID_REQUEST",
     "MODEL_BROKEN",
@@ -28,6 +28,7 @@ const REFUSALS: [&str; 8] = [
     "QUEUE_FULL",
     "REQUEST_ID_REUSED",
     "STORE_FAILED",
+    "STORE_STALLED",
 ];
 
 /// What a coordinator measures beside its state. Cheap to clone.
@@ -104,7 +105,7 @@ impl Meter {
     /// The workers that this coordinator knows, as Prometheus's `http_sd_configs` takes them. One that stands by knows none.
     async fn targets(&self) -> Reply {
         let workers = match self.0.leads.get() {
-            Some((handle, _)) => handle.read(|state| state.metrics_addresses()).await.unwrap_or_default(),
+            Some((handle, _)) => handle.look(|state| state.metrics_addresses()).await.unwrap_or_default(),
             None => Vec::new(),
         };
         let groups: Vec<String> = workers

@@ -3,6 +3,9 @@
 //! Everybody else holds a [`Handle`]. The task waits for nobody: a worker that does not read its commands is dropped,
 //! and a slow watcher reads the job's log when it comes to it.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::Arc,
@@ -34,6 +37,16 @@ const MAX_MESSAGES: usize = 4096;
 /// How often time passes for the state: the finest of its deadlines is [`crate::state::REFORM_PAUSE`].
 const TICK: Duration = Duration::from_millis(100);
 
+/// Answers and readings that wait until what they tell of is durable. More are refused, and can be asked again: a store that hangs
+/// must not fill the memory.
+const MAX_REPLIES: usize = 16 * 1024;
+/// Deeds that wait, beyond which steps of jobs are not told: whoever watches is told of them with what comes next.
+const MAX_WAITING: usize = 64 * 1024;
+/// How long the store may take before clients are told that it does, rather than to wait: longer than any disk or election takes.
+const STALLED: Duration = Duration::from_secs(10);
+/// The name under which gRPC health tells whether this coordinator leads, and takes jobs.
+pub(crate) const JOB_SERVICE: &str = "atelier.v1.JobService";
+
 /// Talks to the task that owns the state. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Handle {
@@ -51,12 +64,40 @@ pub(crate) struct Parts {
     pub(crate) done_with: DoneWith,
 }
 
-/// Hands out what was read.
-type Show = Box<dyn FnOnce() + Send>;
+/// What a client is told, once it may be.
+struct Told<T> {
+    to: oneshot::Sender<Result<T>>,
+    what: Result<T>,
+}
+
+trait Reply: Send {
+    /// Somebody still waits for it.
+    fn is_wanted(&self) -> bool;
+    /// A client that has gone does not want to know.
+    fn give(self: Box<Self>);
+    fn refuse(self: Box<Self>, error: Error);
+}
+
+impl<T: Send> Reply for Told<T> {
+    fn is_wanted(&self) -> bool {
+        !self.to.is_closed()
+    }
+
+    fn give(self: Box<Self>) {
+        drop(self.to.send(self.what));
+    }
+
+    fn refuse(self: Box<Self>, error: Error) {
+        drop(self.to.send(Err(error)));
+    }
+}
+
+/// Looks at the state, if it may; else says why not.
+type Look = Box<dyn FnOnce(Result<&State>) -> Box<dyn Reply> + Send>;
 
 enum Message {
     Client { event: Event, answer: oneshot::Sender<Result<Job>> },
-    Read(Box<dyn FnOnce(&State) -> Show + Send>),
+    Read { look: Look, at_once: bool },
     Follow { job_id: String, after: u64, reply: oneshot::Sender<Result<Followed>> },
     Measure(oneshot::Sender<Page>),
     Connected { worker: Registration, holding: Holding, link: WorkerLink },
@@ -98,6 +139,8 @@ impl Handle {
             written: 0,
             writes: Writes::default(),
             waiting: VecDeque::new(),
+            replies: 0,
+            stalled: false,
             done_with,
         };
         (Self { messages }, tokio::spawn(owner.run(inbox, stop)))
@@ -120,14 +163,19 @@ impl Handle {
 
     /// Looks at the state.
     pub(crate) async fn read<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static) -> Result<T> {
-        let (reply, answer) = oneshot::channel();
-        // A client that has gone does not want to know.
-        let read = move |state: &State| -> Show {
-            let seen = look(state);
-            Box::new(move || drop(reply.send(seen)))
-        };
-        self.send(Message::Read(Box::new(read))).await?;
-        answer.await.map_err(|_| Error::Stopping)
+        self.ask(look, false).await
+    }
+
+    /// As [`Self::read`], of what need not be durable.
+    pub(crate) async fn look<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static) -> Result<T> {
+        self.ask(look, true).await
+    }
+
+    async fn ask<T: Send + 'static>(&self, look: impl FnOnce(&State) -> T + Send + 'static, at_once: bool) -> Result<T> {
+        let (to, answer) = oneshot::channel();
+        let look: Look = Box::new(move |state: Result<&State>| Box::new(Told { to, what: state.map(look) }));
+        self.send(Message::Read { look, at_once }).await?;
+        answer.await.map_err(|_| Error::Stopping)?
     }
 
     /// What Prometheus is told. It waits for nothing to be durable: a store that hangs is to be seen.
@@ -178,12 +226,7 @@ impl Handle {
 /// Something to be done once all that was written before it is durable.
 enum Deed {
     Effect(Effect),
-    Answer {
-        answer: oneshot::Sender<Result<Job>>,
-        given: Result<Job>,
-    },
-    /// Hands a client what it asked to read.
-    Show(Show),
+    Reply(Box<dyn Reply>),
     /// Tells those who watch a job, if there are any.
     Tell {
         job_id: String,
@@ -207,6 +250,10 @@ struct Owner {
     writes: Writes,
     /// In order, each with the batch it waits for.
     waiting: VecDeque<(u64, Deed)>,
+    /// How many of them are replies.
+    replies: usize,
+    /// The store takes too long.
+    stalled: bool,
     /// Jobs whose checkpoints are not needed any more.
     done_with: DoneWith,
 }
@@ -220,7 +267,10 @@ impl Owner {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                _ = tick.tick() => self.apply(Event::Tick, None).await,
+                _ = tick.tick() => {
+                    self.look_at_store().await;
+                    self.apply(Event::Tick, None).await;
+                }
                 changed = self.durable.changed() => {
                     let failed = self.durable.borrow_and_update().failed.clone();
                     let failed = failed.or_else(|| changed.is_err().then(|| "its thread has ended".to_owned()));
@@ -239,10 +289,13 @@ impl Owner {
 
     async fn take(&mut self, message: Message) {
         match message {
+            Message::Client { answer, .. } if self.stalled => drop(answer.send(Err(self.is_stalled()))),
             Message::Client { event, answer } => self.apply(event, Some(answer)).await,
-            Message::Read(look) => {
-                let show = look(&self.state);
-                self.commit(Deed::Show(show)).await;
+            Message::Read { look, at_once: true } => look(Ok(&self.state)).give(),
+            Message::Read { look, .. } if self.stalled => look(Err(self.is_stalled())).give(),
+            Message::Read { look, .. } => {
+                let reply = look(Ok(&self.state));
+                self.commit(Deed::Reply(reply)).await;
             }
             Message::Measure(reply) => {
                 let mut page = Page::default();
@@ -251,9 +304,10 @@ impl Owner {
                 // A reader that has gone does not want to know.
                 drop(reply.send(page));
             }
+            Message::Follow { reply, .. } if self.stalled => drop(reply.send(Err(self.is_stalled()))),
             Message::Follow { job_id, after, reply } => {
-                let followed = self.follow(job_id, after);
-                self.commit(Deed::Show(Box::new(move || drop(reply.send(followed))))).await;
+                let what = self.follow(job_id, after);
+                self.commit(Deed::Reply(Box::new(Told { to: reply, what }))).await;
             }
             Message::Connected { worker, holding, link } => {
                 info!(worker.id = worker.worker_id, worker.address = worker.address, "worker connected");
@@ -289,7 +343,10 @@ impl Owner {
                 }
                 Effect::PersistGroup(record) => changes.push(Change::Group(record)),
                 Effect::Forget { job_id } => changes.push(Change::Forget { job_id }),
-                Effect::Answer(given) => deeds.extend(answer.take().map(|answer| Deed::Answer { answer, given })),
+                Effect::Answer(given) => {
+                    let told = answer.take().map(|to| Told { to, what: given });
+                    deeds.extend(told.map(|told| Deed::Reply(Box::new(told))));
+                }
                 Effect::JobChanged { job_id, over } => {
                     let tail = self.followers.any(&job_id).then(|| self.state.newest_events(&job_id).ok()).flatten();
                     let tail = tail.map(|(after, page)| Tail::new(after, page));
@@ -309,16 +366,55 @@ impl Owner {
 
     async fn commit(&mut self, deed: Deed) {
         if self.waiting.is_empty() && self.durable.borrow().batch >= self.written {
-            self.carry_out(deed).await;
-        } else {
-            self.waiting.push_back((self.written, deed));
+            return self.carry_out(deed).await;
         }
+        match deed {
+            Deed::Reply(reply) if self.replies >= MAX_REPLIES => return reply.refuse(self.is_stalled()),
+            Deed::Reply(_) => self.replies += 1,
+            Deed::Tell { over: false, .. } if self.waiting.len() >= MAX_WAITING => return,
+            _ => {}
+        }
+        self.waiting.push_back((self.written, deed));
+    }
+
+    /// What clients are told while nothing becomes durable.
+    fn is_stalled(&self) -> Error {
+        Error::StoreStalled { seconds: self.writes.waits().as_secs() }
+    }
+
+    /// Says so when the store takes too long, and when it does no longer. Nobody waits longer than that for an answer.
+    async fn look_at_store(&mut self) {
+        let stalled = self.writes.waits() > STALLED;
+        if stalled != self.stalled {
+            self.stalled = stalled;
+            let status = if stalled { ServingStatus::NotServing } else { ServingStatus::Serving };
+            self.health.set_service_status(JOB_SERVICE, status).await;
+            if stalled {
+                error!(seconds = STALLED.as_secs(), "the job store does not answer, nothing is accepted until it does");
+            } else {
+                info!("the job store answers again");
+            }
+        }
+        if self.replies == 0 {
+            return;
+        }
+        let mut kept = VecDeque::with_capacity(self.waiting.len());
+        for (batch, deed) in std::mem::take(&mut self.waiting) {
+            match deed {
+                Deed::Reply(reply) if stalled => reply.refuse(self.is_stalled()),
+                Deed::Reply(reply) if !reply.is_wanted() => {}
+                deed => kept.push_back((batch, deed)),
+            }
+        }
+        self.replies = kept.iter().filter(|(_, deed)| matches!(deed, Deed::Reply(_))).count();
+        self.waiting = kept;
     }
 
     async fn release(&mut self) {
         let durable = self.durable.borrow().batch;
         self.writes.ended(durable);
         while let Some((_, deed)) = self.waiting.pop_front_if(|(batch, _)| *batch <= durable) {
+            self.replies = self.replies.saturating_sub(usize::from(matches!(deed, Deed::Reply(_))));
             self.carry_out(deed).await;
         }
     }
@@ -327,8 +423,8 @@ impl Owner {
     fn fail(&mut self, cause: String) -> Error {
         error!(cause, "the job store failed, nothing is accepted any more");
         for (_, deed) in self.waiting.drain(..) {
-            if let Deed::Answer { answer, .. } = deed {
-                drop(answer.send(Err(Error::StoreFailed(cause.clone()))));
+            if let Deed::Reply(reply) = deed {
+                reply.refuse(Error::StoreFailed(cause.clone()));
             }
         }
         Error::StoreFailed(cause)
@@ -336,8 +432,7 @@ impl Owner {
 
     async fn carry_out(&mut self, deed: Deed) {
         match deed {
-            Deed::Answer { answer, given } => drop(answer.send(given)),
-            Deed::Show(show) => show(),
+            Deed::Reply(reply) => reply.give(),
             Deed::Tell { job_id, tail, over } => {
                 if over {
                     info!(job.id = job_id, trace_id = self.state.trace_id(&job_id), "job over");

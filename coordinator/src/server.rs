@@ -46,7 +46,7 @@ use crate::{
     live::LiveJobs,
     membership::{self, embedded::EmbeddedMembership},
     metrics::Meter,
-    runtime::{Handle, Parts, health_service},
+    runtime::{Handle, JOB_SERVICE, Parts, health_service},
     standby,
     state::{Event, Key, SavedSteps, Settings, State},
     store::{EtcdStore, Journal, RealDisk, Recovered, StoreHandle},
@@ -335,7 +335,7 @@ fn only_workers(request: tonic::Request<()>) -> std::result::Result<tonic::Reque
 }
 
 async fn announce(health: &HealthReporter, config: &Config) {
-    health.set_service_status("atelier.v1.JobService", ServingStatus::Serving).await;
+    health.set_service_status(JOB_SERVICE, ServingStatus::Serving).await;
     for model in &config.models {
         health.set_service_status(health_service(&model.name), ServingStatus::NotServing).await;
     }
@@ -349,10 +349,11 @@ async fn sweep(blobs: BlobStore, handle: Handle, stop: CancellationToken) {
             () = stop.cancelled() => return,
             _ = interval.tick() => {}
         }
-        let Ok(in_use) = handle.read(|state| state.blobs_in_use()).await else {
-            return;
-        };
-        blobs.sweep(&in_use, UNUSED_BLOB_TTL).await;
+        match handle.read(|state| state.blobs_in_use()).await {
+            Ok(in_use) => blobs.sweep(&in_use, UNUSED_BLOB_TTL).await,
+            Err(Error::StoreStalled { .. }) => {}
+            Err(_) => return,
+        }
     }
 }
 

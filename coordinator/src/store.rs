@@ -228,6 +228,25 @@ impl StoreHandle {
     }
 }
 
+/// A store that is as slow as a test says.
+#[cfg(test)]
+pub(crate) struct Slow {
+    progress: Progress,
+    _inbox: mpsc::UnboundedReceiver<Batch>,
+}
+
+#[cfg(test)]
+impl Slow {
+    pub(crate) fn open() -> (StoreHandle, Self) {
+        let (handle, inbox, progress) = StoreHandle::pair(None);
+        (handle, Self { progress, _inbox: inbox })
+    }
+
+    pub(crate) fn durable(&self, batch: u64) {
+        self.progress.durable(batch);
+    }
+}
+
 /// Said by a store that is no more.
 const ENDED: &str = "the store has ended";
 

@@ -10,13 +10,17 @@
 //! and a transaction whose answer was lost can be sent again without ever landing twice, or late. While etcd is away it
 //! is sent again and again, until the lease is lost.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    time::Duration,
+};
 
 use etcd_client::{Compare, CompareOp, GetOptions, KvClient, Txn, TxnOp, TxnOpResponse, TxnResponse};
 use prost::Message;
 use proto::v1::{GroupRecord, JobRecord};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 use tracing::{error, info, warn};
 
 use super::{Batch, Change, Progress, Recovered, Result, StoreError, StoreHandle};
@@ -37,6 +41,9 @@ const MAX_BYTES_PER_WRITE: usize = 1 << 20;
 const RECORDS_PER_PAGE: i64 = 400;
 /// Most bytes of an answer: a page of the largest records.
 const MAX_ANSWER_BYTES: usize = RECORDS_PER_PAGE as usize * (MAX_RECORD_BYTES + (1 << 10));
+
+/// How often it is said that etcd refuses what is written.
+const SAID_AGAIN: Duration = Duration::from_secs(30);
 
 /// Where jobs are, below the prefix.
 const JOBS: &str = "jobs/";
@@ -172,7 +179,7 @@ impl Writer {
     /// Sends a transaction until it is known what came of it.
     async fn write(&mut self, values: &[(String, Value)]) -> Result<()> {
         let lost = self.lost.clone();
-        let mut healthy = true;
+        let (began, mut interrupted, mut said) = (Instant::now(), false, None::<Instant>);
         loop {
             let txn = self.transaction(values);
             let done = tokio::select! {
@@ -183,10 +190,19 @@ impl Writer {
             match done {
                 Ok(done) => return self.learn(values, &done),
                 Err(cause) => {
-                    if healthy {
-                        warn!(%cause, "writing to etcd was interrupted, it is tried again");
+                    let refused = refusal(&cause);
+                    match refused {
+                        None if interrupted => {}
+                        None => warn!(%cause, "writing to etcd was interrupted, it is tried again"),
+                        // Such as a store without space, of which leases know nothing: nothing is accepted until it has some.
+                        Some(code) if said.is_none_or(|said| said.elapsed() >= SAID_AGAIN) => {
+                            let seconds = began.elapsed().as_secs();
+                            error!(%cause, ?code, seconds, "etcd refuses what is written, it is tried again");
+                            said = Some(Instant::now());
+                        }
+                        Some(_) => {}
                     }
-                    healthy = false;
+                    interrupted |= refused.is_none();
                 }
             }
             tokio::select! {
@@ -263,6 +279,15 @@ impl Writer {
 
     fn key(&self, name: &str) -> String {
         format!("{}/{name}", self.config.prefix)
+    }
+}
+
+/// The code of an answer, where waiting alone makes nothing better.
+fn refusal(cause: &crate::Error) -> Option<Code> {
+    match cause {
+        crate::Error::Etcd(etcd_client::Error::GRpcStatus(status)) => Some(status.code())
+            .filter(|code| !matches!(code, Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown)),
+        _ => None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! How long the store takes to make things durable.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Duration};
 
 use telemetry::{Histogram, Page, SHORT};
 use tokio::time::Instant;
@@ -32,11 +32,15 @@ impl Writes {
         }
     }
 
+    /// How long the oldest batch has waited that is not durable yet.
+    pub(crate) fn waits(&self) -> Duration {
+        self.under_way.front().map_or(Duration::ZERO, |(_, began)| began.elapsed())
+    }
+
     pub(crate) fn measure(&self, page: &mut Page) {
         let help = "How long it took until what was given to the store of jobs was durable.";
         page.histograms("atelier_store_write_seconds", help, [], [([], self.took.clone())]);
-        let waits = self.under_way.front().map_or(0.0, |(_, began)| began.elapsed().as_secs_f64());
         let help = "How long the oldest change has waited that is not durable yet.";
-        page.gauge("atelier_store_waiting_seconds", help, waits);
+        page.gauge("atelier_store_waiting_seconds", help, self.waits().as_secs_f64());
     }
 }
