@@ -51,6 +51,8 @@ mod fair_tests;
 #[cfg(test)]
 mod products_tests;
 #[cfg(test)]
+mod stuck_tests;
+#[cfg(test)]
 mod takeover_tests;
 #[cfg(test)]
 mod tests;

@@ -114,6 +114,12 @@ pub(super) struct Task {
     /// It runs, and its group has nothing left to do for it: what it waits for is a store, or another worker.
     pub(super) computed: bool,
     step: u32,
+    /// In all; 0 until its leader has told.
+    steps: u32,
+    /// When it began or made its last step, if that is known.
+    stepped: Option<Millis>,
+    /// How long its last step took.
+    pub(super) took: Option<Millis>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +132,18 @@ pub(super) enum TaskPhase {
 
 impl Task {
     pub(super) fn new(group_id: String, epoch: u64, leader: String, resumed_step: u32) -> Self {
-        Self { group_id, epoch, leader, phase: TaskPhase::Sent, resumed_step, computed: false, step: resumed_step }
+        let phase = TaskPhase::Sent;
+        Self { group_id, epoch, leader, phase, resumed_step, computed: false, step: resumed_step, steps: 0, stepped: None, took: None }
+    }
+
+    /// It was worked on, and has no step left: its output is handed on.
+    pub(super) fn has_made_all_steps(&self) -> bool {
+        self.steps > 0 && self.step >= self.steps
+    }
+
+    /// Whether this is when its last step was made.
+    pub(super) fn stepped_at(&self, now: Millis) -> bool {
+        self.stepped == Some(now) && self.took.is_some()
     }
 }
 
@@ -245,6 +262,7 @@ impl Job {
             return;
         };
         task.phase = TaskPhase::Running;
+        task.stepped = Some(now);
         let (group_id, resumed_step) = (task.group_id.clone(), task.resumed_step);
         self.note(stage, now, |stage| What::Started { stage, group_id, resumed_step });
     }
@@ -257,7 +275,8 @@ impl Job {
         if step <= task.step {
             return false;
         }
-        task.step = step;
+        (task.step, task.steps) = (step, steps);
+        task.took = task.stepped.replace(now).map(|before| now.saturating_sub(before));
         self.got_to(stage, step);
         let every = steps.div_ceil(MAX_PROGRESS_EVENTS).max(1);
         let kept = step == steps || step.is_multiple_of(every);
