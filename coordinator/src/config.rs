@@ -97,7 +97,7 @@ pub struct Args {
     #[arg(long, env = "ATELIER_MAX_BLOB_BYTES", default_value_t = DEFAULT_MAX_BLOB_BYTES)]
     pub max_blob_bytes: u64,
 
-    /// Most bytes of all blobs together.
+    /// Most bytes of all blobs together. What clients bring may take half of them.
     #[arg(long, env = "ATELIER_MAX_TOTAL_BLOB_BYTES", default_value_t = DEFAULT_MAX_TOTAL_BLOB_BYTES)]
     pub max_total_blob_bytes: u64,
 

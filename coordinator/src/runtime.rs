@@ -225,7 +225,7 @@ impl Handle {
 
 /// Something to be done once all that was written before it is durable.
 enum Deed {
-    Effect(Effect),
+    Effect(Box<Effect>),
     Reply(Box<dyn Reply>),
     /// Tells those who watch a job, if there are any.
     Tell {
@@ -352,7 +352,7 @@ impl Owner {
                     let tail = tail.map(|(after, page)| Tail::new(after, page));
                     deeds.push(Deed::Tell { job_id, tail, over });
                 }
-                other => deeds.push(Deed::Effect(other)),
+                other => deeds.push(Deed::Effect(Box::new(other))),
             }
         }
         if !changes.is_empty() {
@@ -439,7 +439,7 @@ impl Owner {
                 }
                 self.followers.tell(&job_id, tail, over);
             }
-            Deed::Effect(effect) => match effect {
+            Deed::Effect(effect) => match *effect {
                 Effect::Send { worker_id, command } => self.send(&worker_id, command),
                 Effect::ModelReady { model, ready } => self.announce(&model, ready).await,
                 Effect::GroupLost { group_id, epoch, cause } => {
