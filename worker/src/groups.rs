@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::backend::Backend;
 use crate::inbox::TaskId;
+use crate::memory::{Memory, Seats};
 use crate::meters::RankMeter;
 use crate::outbox::Reports;
 use crate::rank::{CONNECT_TIMEOUT, Command, End, Seat, Status, Stop};
@@ -67,8 +68,8 @@ pub(crate) struct CacheBytes {
 struct Table {
     /// By group and rank.
     held: HashMap<(String, usize), Held>,
-    /// By group and rank: ranks of one epoch hold their weights side by side.
-    memory: HashMap<(String, usize), Weak<Mutex<()>>>,
+    /// Whose weights are still there, of those that were held too.
+    memory: Seats,
 }
 
 struct Held {
@@ -223,7 +224,7 @@ impl Groups {
             status,
             stop: stop.clone(),
             meter: meter.clone(),
-            memory: self.memory(&join.group_id, rank),
+            memory: self.memory(join),
         };
         // The attendant is gone only when the whole runtime is.
         let live = move || drop(ended.send(seat.run()));
@@ -262,16 +263,8 @@ impl Groups {
         }
     }
 
-    fn memory(&self, group_id: &str, rank: usize) -> Arc<Mutex<()>> {
-        let seat = (group_id.to_owned(), rank);
-        let mut table = self.table();
-        table.memory.retain(|_, memory| memory.strong_count() > 0);
-        if let Some(memory) = table.memory.get(&seat).and_then(Weak::upgrade) {
-            return memory;
-        }
-        let memory = Arc::default();
-        table.memory.insert(seat, Arc::downgrade(&memory));
-        memory
+    fn memory(&self, join: &JoinGroup) -> Memory {
+        self.table().memory.take(&join.group_id, join.epoch)
     }
 
     fn end_where(&self, which: impl Fn(&String, &Held) -> bool) {

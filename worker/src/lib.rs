@@ -32,6 +32,7 @@ mod provenance;
 
 pub mod backend;
 
+mod memory;
 mod mesh;
 mod rank;
 mod routes;

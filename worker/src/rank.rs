@@ -22,6 +22,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::backend::{Backend, RankSpec};
 use crate::counted::Counted;
+use crate::memory::Memory;
 use crate::meters::RankMeter;
 use crate::spans::StageSpan;
 
@@ -162,8 +163,8 @@ pub(crate) struct Seat {
     pub(crate) status: watch::Sender<Status>,
     pub(crate) stop: Arc<Stop>,
     pub(crate) meter: Arc<RankMeter>,
-    /// Held while weights are: the next epoch's rank waits for this one's memory.
-    pub(crate) memory: Arc<Mutex<()>>,
+    /// Held while weights are: the next epoch's ranks wait for this one's memory.
+    pub(crate) memory: Memory,
 }
 
 impl Seat {
@@ -188,8 +189,7 @@ impl Seat {
             Ok(group) => group,
             Err(error) => return End::of(&error),
         };
-        let memory = self.memory.clone();
-        let _memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let _memory = self.memory.wait();
         if self.stop.is_asked() {
             return End::left();
         }

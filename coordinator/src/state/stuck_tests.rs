@@ -37,7 +37,9 @@ fn a_new_prompt_may_take_long_after_many_that_were_known() {
     let mut cluster = Cluster::ready();
     for _ in 0..20 {
         let tasks = new_tasks(&mut cluster);
-        ["encode_text", "denoise", "decode"].map(|id| do_at_once(&mut cluster, stage(&tasks, id)));
+        for id in ["encode_text", "denoise", "decode"] {
+            do_at_once(&mut cluster, stage(&tasks, id));
+        }
     }
     let tasks = new_tasks(&mut cluster);
     cluster.start(stage(&tasks, "encode_text"));
