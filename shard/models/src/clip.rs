@@ -1,8 +1,8 @@
 //! CLIP's text encoder: A. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision",
 //! <https://arxiv.org/abs/2103.00020>; with other widths OpenCLIP's bigG.
 //!
-//! Follows `transformers/models/clip/modeling_clip.py` (5.23.0): `CLIPTextModel`, and `CLIPTextModelWithProjection` where the
-//! checkpoint has a `text_projection`. Difference: heads, feed-forward columns and the columns of the token embedding are
+//! Follows `transformers/models/clip/modeling_clip.py` (5.23.0): `CLIPTextModel` or `CLIPTextModelWithProjection`, as the model's
+//! index says and else the configuration; a `text_projection` in the former's file takes no part. Difference: heads, feed-forward columns and the columns of the token embedding are
 //! divided over the tensor-parallel group. A text encoder of this size is not cut into block ranges.
 
 use parallel::ops::{self, Activation};
@@ -10,6 +10,7 @@ use parallel::{ColumnParallelLinear, DType, Device, Linear, RowParallelLinear, S
 use serde::Deserialize;
 
 use crate::blocks::BlockModel;
+use crate::model_dir::ModelDir;
 use crate::token_embedding::TokenEmbedding;
 use crate::{Error, Result};
 
@@ -156,6 +157,12 @@ impl BlockModel for ClipTextEncoder {
 }
 
 impl ClipTextConfig {
+    /// Of a model's component: the class that the model's index names is what it is loaded as.
+    pub fn of(dir: &ModelDir, component: &str) -> Result<Self> {
+        let config: Self = dir.config(component)?;
+        Ok(Self { architectures: vec![dir.require(component)?.class.1], ..config })
+    }
+
     /// Refuses heads that cannot be divided over `tp` ranks.
     fn check(&self, tp: usize) -> Result<()> {
         let heads = self.num_attention_heads;
@@ -168,10 +175,10 @@ impl ClipTextConfig {
         Ok(())
     }
 
-    /// The projection, if the checkpoint has one; a class that needs it does not do without.
+    /// The projection, if the class has one, whatever else is in the file.
     fn projection(&self, w: &Weights) -> Result<Option<Linear>> {
-        let needed = self.architectures.iter().any(|class| class == WITH_PROJECTION);
-        if !needed && !w.contains("text_projection.weight") {
+        if !self.architectures.iter().any(|class| class == WITH_PROJECTION) {
+            w.skip("text_projection");
             return Ok(None);
         }
         let width = self.projection_dim.unwrap_or(self.hidden_size);
@@ -337,10 +344,14 @@ mod tests {
     }
 
     fn encode(dir: &Path, group: Arc<dyn Collective>) -> ClipOutput {
+        encode_as(dir, group, &config())
+    }
+
+    fn encode_as(dir: &Path, group: Arc<dyn Collective>, config: &ClipTextConfig) -> ClipOutput {
         let w = Weights::open(dir, group, DType::F32, &Device::Cpu).unwrap();
         let ids: Vec<u32> = (0..2 * 10).map(|i| i * 7 % 50).collect();
         let ids = Tensor::from_vec(ids, (2, 10), &Device::Cpu).unwrap();
-        ClipTextEncoder::load(&w, &config()).unwrap().forward(&ids).unwrap()
+        ClipTextEncoder::load(&w, config).unwrap().forward(&ids).unwrap()
     }
 
     #[test]
@@ -378,6 +389,35 @@ mod tests {
         assert_eq!(end_of_text(&[5, 9, 3, 9, 0], LEGACY_EOS), 1);
         assert_eq!(end_of_text(&[5, 9, 3, 9, 0], 3), 2);
         assert_eq!(end_of_text(&[5, 9, 3, 9, 0], 7), 0);
+    }
+
+    #[test]
+    fn a_class_without_projection_takes_no_part_of_one_that_is_in_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        write_weights(dir.path(), "text_model.");
+        for architectures in [vec!["CLIPTextModel".to_owned()], vec![]] {
+            let plain = ClipTextConfig { architectures, ..config() };
+            let output = encode_as(dir.path(), Arc::new(Solo), &plain);
+            let (_, tokens, width) = output.last_hidden_state.dims3().unwrap();
+            let rows = output.last_hidden_state.reshape((2 * tokens, width)).unwrap().to_vec2::<f32>().unwrap();
+            for pooled in output.pooled.to_vec2::<f32>().unwrap() {
+                assert!(rows.contains(&pooled), "it is one of the hidden states");
+            }
+        }
+        assert_eq!(encode(dir.path(), Arc::new(Solo)).pooled.dims(), [2, 24]);
+    }
+
+    #[test]
+    fn what_the_index_names_is_what_a_text_encoder_is_loaded_as() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = r#"{"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}"#;
+        std::fs::write(dir.path().join("model_index.json"), index).unwrap();
+        std::fs::create_dir(dir.path().join("text_encoder")).unwrap();
+        let config = r#"{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "architectures": ["CLIPModel"]}"#;
+        std::fs::write(dir.path().join("text_encoder/config.json"), config).unwrap();
+        let config = ClipTextConfig::of(&ModelDir::open(dir.path()).unwrap(), "text_encoder").unwrap();
+        assert_eq!(config.architectures, ["CLIPTextModel"]);
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     let LoadSpec { dir, component, group, limits, .. } = spec;
     let range = group.range;
     let model: Box<dyn BlockModel> = match component {
-        "text_encoder" => Box::new(ClipTextEncoder::load(weights, &dir.config::<ClipTextConfig>(component)?)?),
+        "text_encoder" => Box::new(ClipTextEncoder::load(weights, &ClipTextConfig::of(dir, component)?)?),
         "text_encoder_2" => Box::new(T5Encoder::load(weights, &dir.config::<T5Config>(component)?, range)?),
         "transformer" => Box::new(FluxTransformer::load(weights, &dir.config::<FluxTransformerConfig>(component)?, range)?),
         "vae" => {

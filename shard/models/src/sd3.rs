@@ -154,7 +154,7 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     let LoadSpec { dir, component, group, limits, .. } = spec;
     let range = group.range;
     let model: Box<dyn BlockModel> = match component {
-        "text_encoder" | "text_encoder_2" => Box::new(ClipTextEncoder::load(weights, &dir.config::<ClipTextConfig>(component)?)?),
+        "text_encoder" | "text_encoder_2" => Box::new(ClipTextEncoder::load(weights, &ClipTextConfig::of(dir, component)?)?),
         T5 => Box::new(T5Encoder::load(weights, &dir.config::<T5Config>(component)?, range)?),
         "transformer" => Box::new(Sd3Transformer::load(weights, &dir.config::<Sd3TransformerConfig>(component)?, range)?),
         "vae" => {
