@@ -32,6 +32,8 @@ pub(crate) struct Defaults {
     pub(crate) side: usize,
     /// Steps when the job does not say.
     pub(crate) num_inference_steps: usize,
+    /// Least steps.
+    pub(crate) least_steps: usize,
     /// Tokens of the large text encoder when the job does not say.
     pub(crate) max_sequence_length: usize,
 }
@@ -44,7 +46,7 @@ pub(crate) fn parameters(defaults: &Defaults) -> Vec<ParameterCard> {
     vec![
         size("width"),
         size("height"),
-        ParameterCard::number("num_inference_steps", 1.0, MAX_STEPS as f64, steps).multiple(1.0),
+        ParameterCard::number("num_inference_steps", defaults.least_steps as f64, MAX_STEPS as f64, steps).multiple(1.0),
         ParameterCard::number("num_images_per_prompt", 1.0, 10.0, 1.0).multiple(1.0),
         // Above nothing: the least strength still makes one step.
         ParameterCard::number("strength", 0.001, 1.0, 0.6),

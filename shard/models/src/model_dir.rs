@@ -19,6 +19,7 @@ const MAX_FILES: usize = 10_000;
 const MAX_DEPTH: usize = 8;
 
 const INDEX: &str = "model_index.json";
+const SCHEDULER: &str = "scheduler";
 
 /// A model's directory.
 #[derive(Clone, Debug)]
@@ -97,9 +98,21 @@ impl ModelDir {
         read_json(&self.require(component)?.path.join("config.json"))
     }
 
-    /// The noise scheduler's `scheduler_config.json`.
-    pub fn scheduler_config<T: DeserializeOwned>(&self) -> Result<T> {
-        read_json(&self.require("scheduler")?.path.join("scheduler_config.json"))
+    /// The noise scheduler's `scheduler_config.json`, which must be `class`'s: another's steps are others.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the index or the file names another class; and those of [`read_json`].
+    pub fn scheduler_config<T: DeserializeOwned>(&self, class: &str) -> Result<T> {
+        let scheduler = self.require(SCHEDULER)?;
+        let path = scheduler.path.join("scheduler_config.json");
+        let config: Value = read_json(&path)?;
+        let own = config.get("_class_name").map(|name| name.as_str().map_or_else(|| name.to_string(), str::to_owned));
+        for (file, found) in [(INDEX, Some(scheduler.class.1)), ("scheduler_config.json: _class_name", own)] {
+            if let Some(value) = found.filter(|found| found != class) {
+                return Err(Error::Unsupported { field: format!("{SCHEDULER} ({file})"), value });
+            }
+        }
+        serde_json::from_value(config).map_err(|e| bad(&path, e.to_string()))
     }
 
     /// Bytes of a component's weight files.
@@ -208,6 +221,26 @@ mod tests {
         assert_eq!(model.config::<BTreeMap<String, Value>>("vae").unwrap()["a"], 1);
         assert!(model.component("image_encoder").is_none());
         assert!(model.config::<Value>("transformer").unwrap_err().to_string().contains("`transformer`"));
+    }
+
+    #[test]
+    fn a_scheduler_of_another_class_is_refused_by_name_wherever_it_is_named() {
+        const EULER: &str = "FlowMatchEulerDiscreteScheduler";
+        const UNIPC: &str = "UniPCMultistepScheduler";
+        let read = |index: &str, config: &str| {
+            let dir = model(&format!(r#"{{"_class_name": "X", "scheduler": ["diffusers", "{index}"]}}"#));
+            std::fs::create_dir(dir.path().join("scheduler")).unwrap();
+            std::fs::write(dir.path().join("scheduler/scheduler_config.json"), config).unwrap();
+            ModelDir::open(dir.path()).unwrap().scheduler_config::<BTreeMap<String, Value>>(EULER)
+        };
+        let named = |class: &str| format!(r#"{{"_class_name": "{class}", "shift": 3.0}}"#);
+        assert_eq!(read(EULER, &named(EULER)).unwrap()["shift"], 3.0);
+        assert!(read(EULER, "{}").is_ok(), "the index names it");
+        for (index, config) in [(UNIPC, named(EULER)), (EULER, named(UNIPC)), (UNIPC, "{}".into())] {
+            let Err(Error::Unsupported { field, value }) = read(index, &config) else { panic!("{index} with {config}") };
+            assert!(field.starts_with("scheduler") && value == UNIPC, "{field} = {value}");
+        }
+        assert!(read(EULER, r#"{"_class_name": 7}"#).is_err());
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::qwen_image_transformer::{QwenImageTransformer, QwenImageTransformerCo
 use crate::qwen2_5_vl::{Qwen25VlConfig, Qwen25VlModel};
 use crate::registry::{LoadSpec, Rank};
 use crate::request::Guidance;
+use crate::scheduler::FlowMatchEulerDiscreteConfig;
 use crate::{Error, Result};
 
 mod denoiser;
@@ -55,6 +56,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let transformer: QwenImageTransformerConfig = dir.config("transformer")?;
     let text_encoder: Qwen25VlConfig = dir.config("text_encoder")?;
     let vae: AutoencoderKlQwenImageConfig = dir.config("vae")?;
+    let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
+    QwenImageDenoiser::load(dir)?;
     let mut stages = StageCard::of_text_encoders(&["text_encoder"]);
     for stage in stages.iter_mut().filter(|stage| stage.component == "text_encoder") {
         stage.with_pictures = edits(dir);
@@ -62,7 +65,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let card = Card {
         family: "qwen-image".into(),
         pipeline_class: dir.pipeline_class().into(),
-        scheduler: "FlowMatchEulerDiscreteScheduler".into(),
+        scheduler: FlowMatchEulerDiscreteConfig::CLASS.into(),
         digest: String::new(),
         components: vec![
             ComponentCard::of(dir, "text_encoder", text_encoder.tp_divisor(), text_encoder.num_hidden_layers)?,
@@ -71,19 +74,20 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             ComponentCard::of(dir, "vae", 1, 1)?,
         ],
         stages,
-        parameters: parameters(&vae, edits(dir)),
+        parameters: parameters(&vae, &scheduler, edits(dir)),
         max_pixels: flow::MAX_PIXELS,
     };
     card.with_defaults_of(dir)
 }
 
 /// What a job may set. Defaults are the pipelines'.
-fn parameters(vae: &AutoencoderKlQwenImageConfig, edits: bool) -> Vec<ParameterCard> {
+fn parameters(vae: &AutoencoderKlQwenImageConfig, scheduler: &FlowMatchEulerDiscreteConfig, edits: bool) -> Vec<ParameterCard> {
     let mut parameters = flow::parameters(&Defaults {
         multiple: 2 * vae.scale_factor(),
         max_side: flow::MAX_SIDE,
         side: SAMPLE_SIZE * vae.scale_factor(),
         num_inference_steps: 50,
+        least_steps: scheduler.least_steps(),
         max_sequence_length: 512,
     });
     parameters.push(ParameterCard::field("negative_prompt"));

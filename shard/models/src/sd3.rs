@@ -58,7 +58,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let card = Card {
         family: "sd3".into(),
         pipeline_class: dir.pipeline_class().into(),
-        scheduler: "FlowMatchEulerDiscreteScheduler".into(),
+        scheduler: FlowMatchEulerDiscreteConfig::CLASS.into(),
         digest: String::new(),
         components,
         stages: StageCard::of_text_encoders(&encoders),
@@ -85,7 +85,7 @@ impl Parts {
             t5: dir.component(T5).map(|_| dir.config(T5)).transpose()?,
             transformer: dir.config("transformer")?,
             vae: dir.config("vae")?,
-            scheduler: dir.scheduler_config()?,
+            scheduler: FlowMatchEulerDiscreteConfig::of(dir)?,
         };
         parts.check()?;
         Ok(parts)
@@ -125,6 +125,7 @@ impl Parts {
             max_side,
             side: (side / multiple).max(1).saturating_mul(multiple).min(max_side),
             num_inference_steps: 28,
+            least_steps: self.scheduler.least_steps(),
             max_sequence_length: 256,
         });
         let fields = ["prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"];

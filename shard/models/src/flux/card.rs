@@ -17,12 +17,12 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let t5: T5Config = dir.config("text_encoder_2")?;
     let clip: ClipTextConfig = dir.config("text_encoder")?;
     let vae: AutoencoderKlConfig = dir.config("vae")?;
-    let scheduler: FlowMatchEulerDiscreteConfig = dir.scheduler_config()?;
+    let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
     FluxDenoiser::load(dir)?;
     let card = Card {
         family: "flux".into(),
         pipeline_class: dir.pipeline_class().into(),
-        scheduler: "FlowMatchEulerDiscreteScheduler".into(),
+        scheduler: FlowMatchEulerDiscreteConfig::CLASS.into(),
         digest: String::new(),
         components: vec![
             ComponentCard::of(dir, "text_encoder", clip.num_attention_heads, 1)?,
@@ -57,6 +57,7 @@ fn parameters(
         max_side: flow::MAX_SIDE,
         side: vae.sample_size.clamp(16, 1024),
         num_inference_steps: steps,
+        least_steps: scheduler.least_steps(),
         max_sequence_length: if few_steps { 256 } else { 512 },
     });
     parameters.push(ParameterCard::field("prompt_2"));

@@ -47,7 +47,7 @@ impl FluxDenoiser {
             }
         }
         let guidance_embeds = transformer.guidance_embeds;
-        Ok(Self { kind, guidance_embeds, scheduler: dir.scheduler_config()?, channels: vae.latent_channels, vae })
+        Ok(Self { kind, guidance_embeds, scheduler: FlowMatchEulerDiscreteConfig::of(dir)?, channels: vae.latent_channels, vae })
     }
 
     /// Height and width in tokens.

@@ -41,7 +41,7 @@ impl QwenImageDenoiser {
                 return Err(Error::Unsupported { field: field.into(), value });
             }
         }
-        Ok(Self { edits: super::edits(dir), scheduler: dir.scheduler_config()?, vae })
+        Ok(Self { edits: super::edits(dir), scheduler: FlowMatchEulerDiscreteConfig::of(dir)?, vae })
     }
 
     /// The schedule of a picture of `tokens`. A job's own `shift` takes the place of the one by the picture's size and of the

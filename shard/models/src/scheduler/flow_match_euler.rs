@@ -8,6 +8,7 @@ use serde::Deserialize;
 
 use super::sigmas::{self, Precision};
 use super::{Schedule, Scheduler, SchedulerState, StepNoise, calculate_shift, flow_scale_noise, scaled, sigma_pair};
+use crate::model_dir::ModelDir;
 use crate::{Error, Result};
 
 /// `scheduler_config.json` of `FlowMatchEulerDiscreteScheduler`.
@@ -66,6 +67,37 @@ impl Default for FlowMatchEulerDiscreteConfig {
 }
 
 impl FlowMatchEulerDiscreteConfig {
+    /// The scheduler's class.
+    pub const CLASS: &str = "FlowMatchEulerDiscreteScheduler";
+
+    /// The scheduler of a model whose jobs step by it, without noise of their own.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when it is another, or asks for what is not here.
+    pub fn of(dir: &ModelDir) -> Result<Self> {
+        let config: Self = dir.scheduler_config(Self::CLASS)?;
+        config.check_for_steps()?;
+        Ok(config)
+    }
+
+    /// The least steps that make a schedule. One step's sigma is 1 and cannot be stretched to any other.
+    pub fn least_steps(&self) -> usize {
+        if self.terminal().is_some() { 2 } else { 1 }
+    }
+
+    /// What the last sigma is stretched to. As in the reference, 0 means nothing.
+    fn terminal(&self) -> Option<f64> {
+        self.shift_terminal.filter(|terminal| *terminal != 0.0)
+    }
+
+    /// Refuses what is not here, and noise at every step.
+    fn check_for_steps(&self) -> Result<()> {
+        if self.stochastic_sampling {
+            return Err(Error::Unsupported { field: "stochastic_sampling".into(), value: "true".into() });
+        }
+        self.check()
+    }
+
     /// `mu` for a picture of `image_seq_len` tokens, by this configuration's own two points.
     pub fn mu(&self, image_seq_len: usize) -> f64 {
         calculate_shift(image_seq_len, self.base_image_seq_len, self.max_image_seq_len, self.base_shift, self.max_shift)
@@ -108,9 +140,7 @@ impl FlowMatchEulerDiscrete {
     /// # Errors
     /// When the configuration asks for what is not here (among it `stochastic_sampling`), or `schedule` does not fit it.
     pub fn new(config: &FlowMatchEulerDiscreteConfig, schedule: &Schedule) -> Result<Self> {
-        if config.stochastic_sampling {
-            return Err(Error::Unsupported { field: "stochastic_sampling".into(), value: "true".into() });
-        }
+        config.check_for_steps()?;
         Self::build(config, schedule, None)
     }
 
@@ -122,6 +152,10 @@ impl FlowMatchEulerDiscrete {
     fn build(config: &FlowMatchEulerDiscreteConfig, schedule: &Schedule, noise: Option<Box<dyn StepNoise>>) -> Result<Self> {
         config.check()?;
         let mut sigmas: Vec<f32> = sigmas_of(config, schedule)?.into_iter().map(|s| s as f32).collect();
+        if !sigmas.iter().all(|sigma| sigma.is_finite()) {
+            let reason = format!("{} give sigmas that are no numbers", schedule.num_inference_steps);
+            return Err(Error::Invalid { field: "num_inference_steps", reason });
+        }
         let n = config.num_train_timesteps as f32;
         let timesteps = sigmas.iter().map(|s| f64::from(s * n)).collect();
         sigmas.push(0.0);
@@ -196,8 +230,7 @@ fn sigmas_of(config: &FlowMatchEulerDiscreteConfig, schedule: &Schedule) -> Resu
     } else {
         sigmas.iter_mut().for_each(|s| *s = precision.shift(config.shift, *s));
     }
-    // As in the reference, 0 means none.
-    if let Some(terminal) = config.shift_terminal.filter(|t| *t != 0.0) {
+    if let Some(terminal) = config.terminal() {
         precision.stretch_to_terminal(&mut sigmas, terminal);
     }
     let (Some(&max), Some(&min)) = (sigmas.first(), sigmas.last()) else { return Ok(sigmas) };
@@ -239,6 +272,20 @@ mod tests {
             let Error::Unsupported { field, .. } = error else { panic!("{text}: {error}") };
             assert!(text.contains(&field), "{text}: {field}");
         }
+    }
+
+    #[test]
+    fn one_step_cannot_be_stretched_to_a_terminal_sigma_and_is_refused_by_its_field() {
+        let stretched = FlowMatchEulerDiscreteConfig { shift_terminal: Some(0.02), ..Default::default() };
+        let plain = FlowMatchEulerDiscreteConfig { shift_terminal: Some(0.0), ..Default::default() };
+        for schedule in [schedule(1), Schedule::evenly_spaced(1, None)] {
+            let error = FlowMatchEulerDiscrete::new(&stretched, &schedule).unwrap_err();
+            assert!(matches!(error, Error::Invalid { field: "num_inference_steps", .. }), "{error}");
+            FlowMatchEulerDiscrete::new(&plain, &schedule).unwrap();
+        }
+        assert_eq!((stretched.least_steps(), plain.least_steps()), (2, 1));
+        let sigmas = FlowMatchEulerDiscrete::new(&stretched, &Schedule::evenly_spaced(2, None)).unwrap().sigmas().to_vec();
+        assert!(sigmas.iter().all(|sigma| sigma.is_finite()) && (sigmas[1] - 0.02).abs() < 1e-6, "{sigmas:?}");
     }
 
     #[test]
