@@ -8,9 +8,12 @@ use crate::image_io::{self, Picture, PictureLimits};
 use crate::stage::{Inputs, OneAtATime, Waiting};
 use crate::{Error, Payload, Request, Result};
 
-/// Above this many pixels the autoencoder works in tiles, whose size the network gives. The largest of the sizes of "one megapixel"
-/// that models are trained at, 1328 x 800, goes in one piece, as in the reference.
-const TILING_ABOVE: usize = 1328 * 800;
+/// Pixels that `AutoencoderKL` works on in one piece, as the reference does: the largest of the sizes of "one megapixel" that
+/// models are trained at, 1328 x 800.
+const LARGEST_PIECE: usize = 1328 * 800;
+/// The same for Qwen-Image's, whose models draw 1328 x 1328, and look at pictures of up to 1.12 megapixels. The finest layers
+/// are narrower: it takes no more memory.
+const LARGEST_PIECE_OF_QWEN: usize = 1328 * 1328;
 
 /// What the stage asks of a network.
 pub trait Autoencoder: Send + std::fmt::Debug {
@@ -20,6 +23,8 @@ pub trait Autoencoder: Send + std::fmt::Debug {
     fn decode(&self, latents: &Tensor, tiling: Tiling) -> Result<Tensor>;
     /// `f`: pixels per latent, along a side.
     fn scale_factor(&self) -> usize;
+    /// Pixels of the largest picture that is worked on in one piece; a larger one is in tiles, whose size the network gives.
+    fn largest_piece(&self) -> usize;
 }
 
 impl Autoencoder for AutoencoderKl {
@@ -34,6 +39,10 @@ impl Autoencoder for AutoencoderKl {
     fn scale_factor(&self) -> usize {
         self.config().scale_factor()
     }
+
+    fn largest_piece(&self) -> usize {
+        LARGEST_PIECE
+    }
 }
 
 impl Autoencoder for AutoencoderKlQwenImage {
@@ -47,6 +56,10 @@ impl Autoencoder for AutoencoderKlQwenImage {
 
     fn scale_factor(&self) -> usize {
         self.config().scale_factor()
+    }
+
+    fn largest_piece(&self) -> usize {
+        LARGEST_PIECE_OF_QWEN
     }
 }
 
@@ -92,7 +105,7 @@ impl AutoencoderStage {
         let image = image_io::preprocess(&picture, width, height)?;
         let mut out = Tensors::new();
         let encode = |name: &str, image: &Tensor, out: &mut Tensors| -> Result<()> {
-            let moments = self.vae.encode(image, tiling(width, height))?;
+            let moments = self.vae.encode(image, self.tiling(width, height))?;
             out.insert(format!("{name}.mean"), moments.mean);
             out.insert(format!("{name}.logvar"), moments.logvar);
             Ok(())
@@ -109,11 +122,15 @@ impl AutoencoderStage {
         Ok(Payload::ImageLatents(out))
     }
 
+    fn tiling(&self, width: usize, height: usize) -> Tiling {
+        if width * height > self.vae.largest_piece() { Tiling::On } else { Tiling::Off }
+    }
+
     /// `latents: [B, C, H, W]` to pictures in 0..1.
     fn decode(&self, latents: &Tensor) -> Result<Payload> {
         let (_, _, height, width) = latents.dims4()?;
         let factor = self.vae.scale_factor();
-        let image = self.vae.decode(latents, tiling(width * factor, height * factor))?;
+        let image = self.vae.decode(latents, self.tiling(width * factor, height * factor))?;
         let image = image_io::denormalize(&image)?;
         Ok(Payload::Image(Tensors::new().with("image", image)))
     }
@@ -125,10 +142,6 @@ fn of_mask(error: Error) -> Error {
         Error::Invalid { reason, .. } => Error::Invalid { field: "mask_image", reason },
         other => other,
     }
-}
-
-fn tiling(width: usize, height: usize) -> Tiling {
-    if width * height > TILING_ABOVE { Tiling::On } else { Tiling::Off }
 }
 
 impl OneAtATime for AutoencoderStage {
@@ -144,5 +157,27 @@ impl OneAtATime for AutoencoderStage {
 impl std::fmt::Debug for AutoencoderStage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "AutoencoderStage({:?})", self.vae)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sizes that Qwen-Image's model card gives, 16 : 9 to 1 : 1.
+    const PUBLISHED: [(usize, usize); 4] = [(1328, 1328), (1664, 928), (1472, 1104), (1584, 1056)];
+
+    #[test]
+    fn qwen_pictures_of_the_sizes_it_is_made_for_are_worked_on_in_one_piece() {
+        for (width, height) in PUBLISHED {
+            assert!(width * height <= LARGEST_PIECE_OF_QWEN, "{width} x {height}");
+        }
+        // What editing looks at: sides about those of a megapixel, rounded to multiples of 32, up to 4096 and 256.
+        let area = crate::qwen_image::WORKING_AREA;
+        let rounded_up = (1..=16).map(|ratio| {
+            let width = (area as f64 * f64::from(ratio)).sqrt();
+            (width + 16.0) * (width / f64::from(ratio) + 16.0)
+        });
+        assert!(rounded_up.fold(0.0, f64::max) <= LARGEST_PIECE_OF_QWEN as f64);
     }
 }
