@@ -222,6 +222,10 @@ impl Check<'_> {
             if text.is_some_and(|text| text.chars().nth(MAX_PROMPT_CHARS).is_some()) {
                 self.refuse(field, format!("must be at most {MAX_PROMPT_CHARS} characters"));
             }
+            // It ends a text in a picture's file, where `embed_prompt` puts the prompt.
+            if text.is_some_and(|text| text.contains('\0')) {
+                self.refuse(field, "must not hold a NUL character");
+            }
         }
     }
 
@@ -584,6 +588,23 @@ mod tests {
     fn a_prompt_has_at_most_32_000_characters_of_any_script() {
         assert!(parse(JobSpec { prompt: "馬".repeat(32_000), ..spec() }).is_ok());
         assert_eq!(fields(JobSpec { prompt: "馬".repeat(32_001), ..spec() }), ["spec.prompt"]);
+    }
+
+    #[test]
+    fn a_nul_in_any_prompt_is_refused_by_field() {
+        assert_eq!(fields(JobSpec { prompt: "a red\0 car".into(), embed_prompt: true, ..spec() }), ["spec.prompt"]);
+        let others = JobSpec {
+            prompt_2: Some("\0".into()),
+            prompt_3: Some("\0".into()),
+            negative_prompt: Some("\0".into()),
+            negative_prompt_2: Some("\0".into()),
+            negative_prompt_3: Some("\0".into()),
+            ..spec()
+        };
+        let refused = fields(others);
+        for field in ["prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3"] {
+            assert!(refused.contains(&format!("spec.{field}")), "{field} of {refused:?}");
+        }
     }
 
     #[test]
