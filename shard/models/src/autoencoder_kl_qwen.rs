@@ -6,7 +6,7 @@
 //! the reference leaves out at the first frame, are not read. Every rank of a group holds the whole network (its attention has
 //! one head) and computes the same. In tiles the reference does not cut what it decoded to -1..1, and neither does this.
 
-use parallel::{DType, Tensor, Weights};
+use parallel::{DType, Device, Tensor, Weights};
 use serde::Deserialize;
 
 use crate::autoencoder_kl::blocks::Conv2d;
@@ -128,10 +128,11 @@ impl AutoencoderKlQwenImageConfig {
     }
 }
 
-/// The network.
+/// The network. It computes on the device its weights were read to; pictures and latents are the host's.
 #[derive(Clone, Debug)]
 pub struct AutoencoderKlQwenImage {
     config: AutoencoderKlQwenImageConfig,
+    device: Device,
     encoder: Encoder,
     decoder: Decoder,
     quant_conv: Conv2d,
@@ -149,6 +150,7 @@ impl AutoencoderKlQwenImage {
             quant_conv: pointwise("quant_conv", 2 * config.z_dim)?,
             post_quant_conv: pointwise("post_quant_conv", config.z_dim)?,
             config: config.clone(),
+            device: w.device().clone(),
         };
         w.finish()?;
         Ok(network)
@@ -203,17 +205,19 @@ impl AutoencoderKlQwenImage {
 
     /// Both moments in one tensor: `[B, 2 C, h, w]`.
     fn encode_raw(&self, image: &Tensor, tap: Tap) -> Result<Tensor> {
-        let encoded = self.encoder.forward(&image.to_dtype(self.encoder.dtype())?, tap)?;
+        let image = image.to_device(&self.device)?.to_dtype(self.encoder.dtype())?;
+        let encoded = self.encoder.forward(&image, tap)?;
         let encoded = self.quant_conv.forward(&encoded)?;
         tap("quant_conv", &encoded);
-        Ok(encoded)
+        Ok(encoded.to_device(&Device::Cpu)?)
     }
 
     /// `[B, C, h, w]` gives `[B, 3, h f, w f]`, not yet cut to -1..1.
     fn decode_raw(&self, latents: &Tensor, tap: Tap) -> Result<Tensor> {
-        let z = self.post_quant_conv.forward(&latents.to_dtype(self.post_quant_conv.dtype())?)?;
+        let latents = latents.to_device(&self.device)?.to_dtype(self.post_quant_conv.dtype())?;
+        let z = self.post_quant_conv.forward(&latents)?;
         tap("post_quant_conv", &z);
-        Ok(self.decoder.forward(&z, tap)?.to_dtype(DType::F32)?)
+        Ok(self.decoder.forward(&z, tap)?.to_dtype(DType::F32)?.to_device(&Device::Cpu)?)
     }
 }
 

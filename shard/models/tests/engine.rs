@@ -19,7 +19,7 @@ use models::request::{Guidance, Lora};
 use models::scheduler::{Scheduler, SchedulerState};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Error, Payload, Request, Result};
-use parallel::lora::{Cut, Site};
+use parallel::lora::{Adapters, Cut, Site};
 use parallel::{DType, Device, InProcess, Tensor, Tensors};
 
 /// A network that adds one per range, summed over the tensor-parallel ranks, and counts its forwards.
@@ -332,7 +332,7 @@ fn jobs_with_different_adapters_and_none_share_forwards() {
     // Each adapter has 8 numbers of 4 bytes.
     for (cache_bytes, expected) in [(64, 4), (63, 6)] {
         let sites = Sites::new("transformer", [Site { name: "block".into(), d_in: 4, d_out: 4, cut: Cut::Whole }]);
-        let store = AdapterStore::new(Arc::default(), sites, Sources { named: named.clone(), cache_bytes });
+        let store = AdapterStore::new(Arc::new(Adapters::on(&Device::Cpu)), sites, Sources { named: named.clone(), cache_bytes });
         let group = RankGroup::solo().with_adapters(Arc::new(store));
         let forwards = Arc::new(AtomicUsize::new(0));
         let model = Counting { group: group.clone(), forwards: forwards.clone() };

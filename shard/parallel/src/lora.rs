@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::collective::Collective;
 use crate::linear::chunks;
@@ -74,8 +74,9 @@ struct Pair {
 pub type Run = (usize, Vec<(Arc<Adapter>, f64)>);
 
 /// The sites of one rank, and what is active on them now.
-#[derive(Default)]
 pub struct Adapters {
+    /// Where the layers compute.
+    device: Device,
     /// Whether anything is active: all that a layer looks at when nothing is.
     busy: AtomicBool,
     inner: Mutex<Inner>,
@@ -89,6 +90,11 @@ struct Inner {
 }
 
 impl Adapters {
+    /// None yet, for layers that compute on `device`.
+    pub fn on(device: &Device) -> Self {
+        Self { device: device.clone(), busy: AtomicBool::new(false), inner: Mutex::default() }
+    }
+
     /// All sites, in the order in which they were loaded.
     pub fn sites(&self) -> Vec<Site> {
         self.inner().sites.iter().map(|(site, _)| site.clone()).collect()
@@ -107,7 +113,7 @@ impl Adapters {
                 inner.by_name.get(&factors.site).map(|index| (*index, inner.sites[*index].clone()))
             };
             if let Some((index, (site, group))) = found {
-                pairs.insert(index, Pair::of(&factors, &site, &*group)?);
+                pairs.insert(index, Pair::of(&factors, &site, &*group, &self.device)?);
             }
         }
         Ok(Adapter { pairs })
@@ -156,7 +162,7 @@ impl Drop for Activated {
 }
 
 impl Pair {
-    fn of(factors: &Factors, site: &Site, group: &dyn Collective) -> Result<Self> {
+    fn of(factors: &Factors, site: &Site, group: &dyn Collective, device: &Device) -> Result<Self> {
         let Factors { a, b, factor, .. } = factors;
         let shape = |name: &str, found: &Tensor, expected: [usize; 2]| {
             let name = format!("{}.{name}", site.name);
@@ -169,16 +175,18 @@ impl Pair {
         shape("lora_A", a, [rank, site.d_in])?;
         shape("lora_B", b, [site.d_out, rank])?;
         let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+        // The file's factors are the host's; what is kept of them is where the layer multiplies.
+        let whole = |x: &Tensor| Matrix::new(&x.to_device(device)?);
         let (a, b) = match &site.cut {
-            Cut::Whole => (Matrix::new(&a)?, Matrix::new(&b)?),
-            Cut::Outputs(parts) => (Matrix::new(&a)?, Matrix::new(&slice(&b, 0, parts, group)?)?),
+            Cut::Whole => (whole(&a)?, whole(&b)?),
+            Cut::Outputs(parts) => (whole(&a)?, whole(&slice(&b, 0, parts, group)?)?),
             Cut::Rows(rows) => {
                 let mine = rows.iter().map(|rows| b.narrow(0, rows.start, rows.len())).collect::<Result<Vec<_>, _>>()?;
-                (Matrix::new(&a)?, Matrix::new(&Tensor::cat(&mine, 0)?)?)
+                (whole(&a)?, whole(&Tensor::cat(&mine, 0)?)?)
             }
             Cut::Inputs(parts) => {
                 let pieces = chunks(parts, group.size(), group.rank());
-                (Matrix::in_chunks(&slice(&a, 1, parts, group)?, pieces)?, Matrix::new(&b)?)
+                (Matrix::in_chunks(&slice(&a, 1, parts, group)?.to_device(device)?, pieces)?, whole(&b)?)
             }
         };
         Ok(Self { a, b, factor: *factor })

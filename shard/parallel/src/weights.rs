@@ -112,7 +112,7 @@ impl Weights {
             dtype,
             device: device.clone(),
             measuring: false,
-            adapters: Arc::default(),
+            adapters: Arc::new(Adapters::on(device)),
         })
     }
 
