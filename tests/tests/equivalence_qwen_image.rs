@@ -3,11 +3,13 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use models::blocks::{Layout, RangeOf};
+use models::blocks::{BlockModel, Layout, RangeOf};
 use models::qwen_image_transformer::{QwenImageTransformer, QwenImageTransformerConfig};
 use models::{Error, Result};
-use parallel::{DType, Device, Tensor, Tensors, Weights};
+use parallel::lora::{Factors, Run, Site};
+use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
 use tempfile::TempDir;
 use tests::equivalence::{Checkpoint, bits};
 use tests::ranks::{Ran, run_block_model};
@@ -143,6 +145,42 @@ fn an_item_of_a_batch_is_what_it_is_alone() {
         let alone = run(dir.path(), &config, (2, 2), &both.iter().map(alone).collect()).unwrap();
         let expected = together.output("sample").unwrap().narrow(0, item, 1).unwrap();
         assert!(bits(alone.output("sample").unwrap()) == bits(&expected), "item {item}");
+    }
+}
+
+/// With `zero_cond_t` the time's embedding is made twice: as often as adapters on it are added.
+#[test]
+fn adapters_on_what_depends_on_the_time_are_each_items_own_though_references_are_seen_at_another_time() {
+    let config = QwenImageTransformerConfig { zero_cond_t: true, ..config() };
+    let dir = write(&tensors(&config));
+    let w = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap();
+    let model = QwenImageTransformer::load(&w, &config, RangeOf::WHOLE).unwrap();
+    let of_time = |site: &Site| site.name.contains("timestep_embedder") || site.name.contains("img_mod");
+    let mut random = synthetic::Random::new(11);
+    let factors = w.adapters().sites().into_iter().filter(of_time).map(|Site { name, d_in, d_out, .. }| {
+        let (a, b) = (random.tensor(&[2, d_in], 0.0, 0.3)?, random.tensor(&[d_out, 2], 0.0, 0.3)?);
+        Ok::<_, parallel::Error>(Factors { site: name, a, b, factor: 1.0 })
+    });
+    let factors: Vec<_> = factors.collect();
+    assert_eq!(factors.len(), 2 + config.num_layers);
+    let adapter = Arc::new(w.adapters().adapter(factors).unwrap());
+    let run = |inputs: &Tensors, runs: Vec<Run>| {
+        let _active = w.adapters().activate(runs);
+        let hidden = model.blocks(model.embed(inputs).unwrap()).unwrap();
+        model.output(hidden).unwrap().take("sample").unwrap()
+    };
+    let both = inputs(2);
+    let item = |item: usize| -> Tensors {
+        let narrow = |t: &Tensor| t.narrow(0, item, 1).unwrap();
+        both.iter().map(|(name, t)| (name.to_owned(), if name == "img_shapes" { t.clone() } else { narrow(t) })).collect()
+    };
+    let uses = [vec![(adapter, 0.7)], vec![]];
+    let together = run(&both, uses.iter().map(|uses| (1, uses.clone())).collect());
+    let plain = run(&both, vec![]);
+    for (i, uses) in uses.into_iter().enumerate() {
+        let row = |t: &Tensor| bits(&t.narrow(0, i, 1).unwrap());
+        assert!(row(&together) == bits(&run(&item(i), vec![(1, uses)])), "item {i}");
+        assert_eq!(row(&together) == row(&plain), i == 1, "item {i} and the network without adapters");
     }
 }
 

@@ -197,8 +197,19 @@ fn in_range(group: &RankGroup, hidden: Result<Tensors>, run: impl FnOnce(Tensors
         Ok(active) => active,
         Err(error) => return Ok(Err(error)),
     };
-    let output = stop_if_lost(run(hidden))?;
+    let output = stop_if_lost(run(hidden))?.map_err(|error| blamed(error, &shares));
     Ok(if group.range.is_last() { output } else { output.map(|output| output.with(ADAPTERS, adapters)) })
+}
+
+/// What no forward without adapters would have failed for is theirs, so that jobs without any go on. It is said of the first; the
+/// others' turn comes, if theirs is the fault.
+fn blamed(error: Error, shares: &[Share]) -> Error {
+    match (&error, shares.iter().flat_map(Share::loras).next()) {
+        (Error::Parallel(parallel::Error::Adapted { .. }), Some((name, _))) => {
+            Error::Adapter { name: name.to_owned(), reason: error.to_string() }
+        }
+        _ => error,
+    }
 }
 
 /// Tells a failure of the group, which ends it, from one of the network, which every rank of a range sees alike.

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
@@ -317,23 +318,62 @@ fn a_lost_rank_ends_the_leader_with_a_typed_error() {
     assert!(result.is_err_and(|e| e.loses_group()));
 }
 
+/// An adapter of 8 numbers, in `dir`.
+fn adapter(dir: &Path, name: &str) -> Source {
+    let path = dir.join(format!("{name}.safetensors"));
+    let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+    let tensors = HashMap::from([("block.lora_A.weight", zeros((1, 4))), ("block.lora_B.weight", zeros((4, 1)))]);
+    candle_core::safetensors::save(&tensors, &path).unwrap();
+    let digest = AdapterFile::open(&path).unwrap().digest().to_owned();
+    Source { name: name.into(), path, digest, components: vec!["transformer".into()] }
+}
+
+fn with_adapters(named: Vec<Source>, cache_bytes: u64) -> RankGroup {
+    let sites = Sites::new("transformer", [Site { name: "block".into(), d_in: 4, d_out: 4, cut: Cut::Whole }]);
+    let store = AdapterStore::new(Arc::new(Adapters::on(&Device::Cpu)), sites, Sources { named, cache_bytes });
+    RankGroup::solo().with_adapters(Arc::new(store))
+}
+
+/// A network whose layers take adapters for a single item alone.
+struct Single;
+
+impl BlockModel for Single {
+    fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
+        Ok(inputs.clone())
+    }
+
+    fn blocks(&self, hidden: Tensors) -> Result<Tensors> {
+        match hidden.get("hidden_states")?.dim(0)? {
+            1 => Ok(hidden),
+            items => Err(parallel::Error::Adapted { found: vec![1, 4], items }.into()),
+        }
+    }
+
+    fn output(&self, mut hidden: Tensors) -> Result<Tensors> {
+        Ok(Tensors::new().with("sample", hidden.take("hidden_states")?))
+    }
+}
+
+#[test]
+fn an_adapter_that_does_not_fit_a_batch_fails_its_own_job_and_the_others_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let group = with_adapters(vec![adapter(dir.path(), "a")], 64);
+    let mut engine = Engine::new(Box::new(Plain), BlockRunner::new(Box::new(Single), group), Limits::default());
+    let loras = vec![Lora { name: "a".into(), scale: 1.0 }];
+    engine.start(1, Request { loras, ..request(2, 0) }, Inputs::default());
+    engine.start(2, request(2, 7), Inputs::default());
+    let told = drain(&mut engine);
+    let failed = |told: &Told| matches!(told, Told::Failed(1, reason) if reason.starts_with("adapter `a`"));
+    assert!(told.iter().any(failed) && told.contains(&Told::Done(2, 7.0)), "{told:?}");
+}
+
 #[test]
 fn jobs_with_different_adapters_and_none_share_forwards() {
     let dir = tempfile::tempdir().unwrap();
-    let source = |name: &str| {
-        let path = dir.path().join(format!("{name}.safetensors"));
-        let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-        let tensors = HashMap::from([("block.lora_A.weight", zeros((1, 4))), ("block.lora_B.weight", zeros((4, 1)))]);
-        candle_core::safetensors::save(&tensors, &path).unwrap();
-        let digest = AdapterFile::open(&path).unwrap().digest().to_owned();
-        Source { name: name.into(), path, digest, components: vec!["transformer".into()] }
-    };
-    let named = vec![source("a"), source("b")];
+    let named = vec![adapter(dir.path(), "a"), adapter(dir.path(), "b")];
     // Each adapter has 8 numbers of 4 bytes.
     for (cache_bytes, expected) in [(64, 4), (63, 6)] {
-        let sites = Sites::new("transformer", [Site { name: "block".into(), d_in: 4, d_out: 4, cut: Cut::Whole }]);
-        let store = AdapterStore::new(Arc::new(Adapters::on(&Device::Cpu)), sites, Sources { named: named.clone(), cache_bytes });
-        let group = RankGroup::solo().with_adapters(Arc::new(store));
+        let group = with_adapters(named.clone(), cache_bytes);
         let forwards = Arc::new(AtomicUsize::new(0));
         let model = Counting { group: group.clone(), forwards: forwards.clone() };
         let mut engine = Engine::new(Box::new(Plain), BlockRunner::new(Box::new(model), group), Limits::default());

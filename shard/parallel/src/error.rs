@@ -14,6 +14,14 @@ pub enum Error {
         /// What it got.
         reason: String,
     },
+    /// Adapters are active on a layer whose input does not have an item for each.
+    #[error("a layer got {found:?} where adapters are active on {items} items")]
+    Adapted {
+        /// Dimensions of the input.
+        found: Vec<usize>,
+        /// Items that adapters were said for.
+        items: usize,
+    },
     /// A file could not be read.
     #[error("could not read `{}`", path.display())]
     Io {

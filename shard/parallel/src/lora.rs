@@ -228,19 +228,23 @@ impl Patch {
         self.adapters.active().is_some_and(|runs| holds(&runs))
     }
 
-    /// `y`, the layer's own output for `x` before it is rounded, and what is active on it. `x: [items, .., d_in]`.
+    /// `y`, the layer's own output for `x` before it is rounded, and what is active on it. `x: [items, .., d_in]`, or all items
+    /// several times, one time after the other: a modulation that is made for two timesteps at once.
     pub(crate) fn add(&self, x: &Tensor, y: Tensor) -> Result<Tensor> {
         let Some(runs) = self.adapters.active().filter(|_| self.is_active()) else { return Ok(y) };
         let items: usize = runs.iter().map(|(items, _)| items).sum();
-        if x.rank() < 2 || x.dim(0)? != items {
-            return Err(Error::Operands { reason: format!("{:?} where adapters are active on {items} items", x.dims()) });
+        if x.rank() < 2 || items == 0 || !x.dim(0)?.is_multiple_of(items) {
+            return Err(Error::Adapted { found: x.dims().to_vec(), items });
         }
+        // Of a single run it is all the same.
+        let (times, each) = if runs.len() == 1 { (1, x.dim(0)? / items) } else { (x.dim(0)? / items, 1) };
         let y = if y.dtype() == DType::F64 { y } else { y.to_dtype(DType::F32)? };
         let mut rows = Vec::new();
         let mut start = 0;
-        for (items, uses) in runs.iter() {
-            let mut sum = y.narrow(0, start, *items)?;
-            let x = x.narrow(0, start, *items)?;
+        for (items, uses) in std::iter::repeat_n(&runs, times).flat_map(|runs| runs.iter()) {
+            let items = items * each;
+            let mut sum = y.narrow(0, start, items)?;
+            let x = x.narrow(0, start, items)?;
             for (adapter, scale) in uses {
                 if let Some(pair) = adapter.pairs.get(&self.index) {
                     let change = (self.product(pair, &x)? * (scale * pair.factor))?;

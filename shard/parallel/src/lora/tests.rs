@@ -128,9 +128,22 @@ fn the_guard_ends_it_and_another_number_of_items_is_a_typed_error() {
     let x = random(&[3, 5, D]);
     let plain = bits(&layers.forward(&x).unwrap());
     let active = layers.adapters.activate(vec![(2, vec![(layers.held(&factors), 1.0)])]);
-    assert!(matches!(layers.forward(&x), Err(Error::Operands { .. })));
+    assert!(matches!(layers.forward(&x), Err(Error::Adapted { items: 2, .. })));
     drop(active);
     assert_eq!(bits(&layers.forward(&x).unwrap()), plain);
+}
+
+#[test]
+fn items_that_come_twice_have_their_adapters_both_times() {
+    let (dir, factors) = (checkpoint(), factors(2));
+    let layers = Layers::load(&dir, Arc::new(Solo));
+    let (first, second) = (random(&[3, 5, D]), random(&[3, 5, D]));
+    let adapter = layers.held(&factors);
+    let _active = layers.adapters.activate(vec![(1, vec![(adapter.clone(), 1.0)]), (1, vec![]), (1, vec![(adapter, -0.5)])]);
+    let twice = layers.forward(&Tensor::cat(&[&first, &second], 0).unwrap()).unwrap();
+    for (time, x) in [&first, &second].into_iter().enumerate() {
+        assert_eq!(bits(&twice.narrow(0, 3 * time, 3).unwrap()), bits(&layers.forward(x).unwrap()), "time {time}");
+    }
 }
 
 #[test]
