@@ -117,7 +117,8 @@ pub fn load_with(spec: LoadSpec<'_>, adapters: Sources, on_open: &mut dyn FnMut(
 /// As [`load`].
 pub fn sites(dir: &ModelDir, component: &str) -> Result<Sites> {
     let (_, weights) = measured(dir, component, RankGroup::placeholder(0, Layout::SOLO))?;
-    Ok(Sites::new(component, weights.adapters().sites()))
+    let sites = Sites::new(component, weights.adapters().sites());
+    Ok(if dir.component("text_encoder_3").is_none() { sites.without_third_text_encoder() } else { sites })
 }
 
 /// A component's checkpoint by the names that its model has here, whatever it was stored under.

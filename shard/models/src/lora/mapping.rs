@@ -11,10 +11,15 @@ use super::peft::Role;
 use super::{Part, bad, flux_original, kohya, listed, peft};
 use crate::Result;
 
+const SECOND: &str = "text_encoder_2";
+const THIRD: &str = "text_encoder_3";
+
 /// The layers of one component that adapters can change, over all ranks.
 #[derive(Clone, Debug)]
 pub struct Sites {
     component: String,
+    /// The text encoder that kohya's files take it for.
+    kohya: Option<Part>,
     by_name: BTreeMap<String, Site>,
     by_flat: HashMap<String, String>,
 }
@@ -25,7 +30,21 @@ impl Sites {
         let by_name: BTreeMap<String, Site> = sites.into_iter().map(|site| (site.name.clone(), site)).collect();
         let flat = |name: &String| peft::spellings(name).map(|spelling| (kohya::flattened(&spelling), name.clone()));
         let by_flat = by_name.keys().flat_map(flat).collect();
-        Self { component: component.to_owned(), by_name, by_flat }
+        Self { component: component.to_owned(), kohya: Part::of(component), by_name, by_flat }
+    }
+
+    /// The same, of a model without a third text encoder: kohya's files call T5 the third wherever it is.
+    pub fn without_third_text_encoder(self) -> Self {
+        let kohya = match self.kohya {
+            Some(Part::TextEncoder(name)) if name == SECOND => Some(Part::TextEncoder(THIRD.to_owned())),
+            other => other,
+        };
+        Self { kohya, ..self }
+    }
+
+    /// Whether keys for a part of the model, in kohya's style or in another, are for this component.
+    fn is(&self, part: &Part, is_kohyas: bool) -> bool {
+        Part::of(&self.component).as_ref() == Some(part) || (is_kohyas && self.kohya.as_ref() == Some(part))
     }
 
     /// The component.
@@ -93,8 +112,10 @@ pub fn changes(file: &AdapterFile, all: &[Sites], partial: bool) -> Result<Vec<C
     let (modules, mut unknown) = modules(file);
     let mut changes: BTreeMap<(String, String), Change> = BTreeMap::new();
     for (module, tensors) in modules {
-        let (part, name) = kohya::part(&module).unwrap_or_else(|| peft::part(&module));
-        let sites = all.iter().find(|sites| Part::of(&sites.component) == Some(part.clone()));
+        let kohyas = kohya::part(&module);
+        let is_kohyas = kohyas.is_some();
+        let (part, name) = kohyas.unwrap_or_else(|| peft::part(&module));
+        let sites = all.iter().find(|sites| sites.is(&part, is_kohyas));
         let Some(sites) = sites else {
             if !partial {
                 unknown.extend(tensors.into_values());

@@ -75,6 +75,28 @@ fn every_style_of_key_finds_its_layer() {
 }
 
 #[test]
+fn kohyas_third_text_encoder_is_the_second_of_a_model_that_has_two() {
+    let t5 = || {
+        let site = Site { name: "encoder.block.0.layer.0.SelfAttention.q".into(), d_in: 3, d_out: 5, cut: Cut::Whole };
+        Sites::new("text_encoder_2", [site])
+    };
+    let map = |module: &str, sites: Sites| {
+        let dir = tempfile::tempdir().unwrap();
+        let (down, up) = (format!("{module}.lora_down.weight"), format!("{module}.lora_up.weight"));
+        let file = AdapterFile::open(&write(dir.path(), &[(&down, &[2, 3]), (&up, &[5, 2])], None))?;
+        changes(&file, &[encoder(), sites, transformer()], false)
+    };
+    let flat = "encoder_block_0_layer_0_SelfAttention_q";
+    for prefix in ["lora_te3", "lora_te2"] {
+        let found = map(&format!("{prefix}_{flat}"), t5().without_third_text_encoder()).unwrap();
+        assert_eq!((found.len(), found[0].component.as_str()), (1, "text_encoder_2"), "{prefix}");
+    }
+    map(&format!("lora_te3_{flat}"), t5()).unwrap_err();
+    let of_another = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q";
+    map(of_another, t5().without_third_text_encoder()).unwrap_err();
+}
+
+#[test]
 fn a_fused_layer_is_several_and_swapped_halves_come_back() {
     let fused = "lora_unet_single_blocks_0_linear1";
     let last = "lora_unet_final_layer_adaLN_modulation_1";
