@@ -134,7 +134,7 @@ impl Request {
             Encoder::Second => self.prompt_2.as_deref(),
             Encoder::Third => self.prompt_3.as_deref(),
         };
-        own.unwrap_or(&self.prompt)
+        said(own).unwrap_or(&self.prompt)
     }
 
     /// What a text encoder reads for the unconditional pass; `None` when there is none.
@@ -145,8 +145,13 @@ impl Request {
             Encoder::Second => self.negative_prompt_2.as_deref(),
             Encoder::Third => self.negative_prompt_3.as_deref(),
         };
-        Some(own.or(self.negative_prompt.as_deref()).unwrap_or_default())
+        Some(said(own).or(self.negative_prompt.as_deref()).unwrap_or_default())
     }
+}
+
+/// An encoder's own text, unless it is empty: the reference says `prompt_2 or prompt`.
+fn said(own: Option<&str>) -> Option<&str> {
+    own.filter(|text| !text.is_empty())
 }
 
 /// A pipeline's text encoders, in the reference's order.
@@ -158,4 +163,33 @@ pub enum Encoder {
     Second,
     /// `text_encoder_3`, which reads `prompt_3`.
     Third,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_prompt_of_another_text_encoder_is_none() {
+        let request = Request {
+            prompt: "a red fox".into(),
+            prompt_2: Some(String::new()),
+            prompt_3: Some("in the snow".into()),
+            negative_prompt: Some("blur".into()),
+            negative_prompt_2: Some("noise".into()),
+            negative_prompt_3: Some(String::new()),
+            true_cfg_scale: 2.0,
+            ..Request::default()
+        };
+        let prompts = [Encoder::First, Encoder::Second, Encoder::Third].map(|encoder| request.prompt_of(encoder));
+        assert_eq!(prompts, ["a red fox", "a red fox", "in the snow"]);
+        let negative = |encoder| request.negative_prompt_of(encoder, Guidance::TrueCfg).unwrap();
+        assert_eq!([Encoder::First, Encoder::Second, Encoder::Third].map(negative), ["blur", "noise", "blur"]);
+    }
+
+    #[test]
+    fn an_empty_negative_prompt_is_one() {
+        let request = Request { negative_prompt: Some(String::new()), true_cfg_scale: 2.0, ..Request::default() };
+        assert_eq!(request.negative_prompt_of(Encoder::Second, Guidance::TrueCfg), Some(""));
+    }
 }
