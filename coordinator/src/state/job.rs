@@ -133,7 +133,18 @@ pub(super) enum TaskPhase {
 impl Task {
     pub(super) fn new(group_id: String, epoch: u64, leader: String, resumed_step: u32) -> Self {
         let phase = TaskPhase::Sent;
-        Self { group_id, epoch, leader, phase, resumed_step, computed: false, step: resumed_step, steps: 0, stepped: None, took: None }
+        Self {
+            group_id,
+            epoch,
+            leader,
+            phase,
+            resumed_step,
+            computed: false,
+            step: resumed_step,
+            steps: 0,
+            stepped: None,
+            took: None,
+        }
     }
 
     /// It was worked on, and has no step left: its output is handed on.
