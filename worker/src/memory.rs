@@ -7,8 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 /// Every seat whose weights may still be there.
 #[derive(Debug, Default)]
 pub(crate) struct Seats {
-    /// By group: the epoch of each.
-    taken: HashMap<String, Vec<(u64, Weak<Mutex<()>>)>>,
+    by_group: HashMap<String, Vec<Seat>>,
+}
+
+#[derive(Debug)]
+struct Seat {
+    epoch: u64,
+    memory: Weak<Mutex<()>>,
 }
 
 /// A seat's place in memory.
@@ -22,15 +27,15 @@ pub(crate) struct Memory {
 impl Seats {
     /// One more seat. Those that were there in other epochs were told to end: none of them begins to load after this.
     pub(crate) fn take(&mut self, group_id: &str, epoch: u64) -> Memory {
-        self.taken.retain(|_, seats| {
-            seats.retain(|(_, seat)| seat.strong_count() > 0);
+        self.by_group.retain(|_, seats| {
+            seats.retain(|seat| seat.memory.strong_count() > 0);
             !seats.is_empty()
         });
-        let seats = self.taken.entry(group_id.to_owned()).or_default();
+        let seats = self.by_group.entry(group_id.to_owned()).or_default();
         // Ranks of one epoch hold their weights side by side.
-        let before = seats.iter().filter(|(other, _)| *other != epoch).filter_map(|(_, seat)| seat.upgrade()).collect();
+        let before = seats.iter().filter(|seat| seat.epoch != epoch).filter_map(|seat| seat.memory.upgrade()).collect();
         let own = Arc::default();
-        seats.push((epoch, Arc::downgrade(&own)));
+        seats.push(Seat { epoch, memory: Arc::downgrade(&own) });
         Memory { own, before }
     }
 }
@@ -94,6 +99,6 @@ mod tests {
             drop(seats.take("g", epoch));
         }
         let _kept = seats.take("another", 1);
-        assert_eq!(seats.taken.values().map(Vec::len).sum::<usize>(), 1);
+        assert_eq!(seats.by_group.values().map(Vec::len).sum::<usize>(), 1);
     }
 }
