@@ -24,7 +24,7 @@ use crate::{
     metrics::Meter,
     request::{self, is_blob_id},
     runtime::Handle,
-    state::{EventPage, Millis, State, Submission},
+    state::{EventPage, Millis, State, Submission, Viewer},
     turns::{Turn, Turns},
 };
 
@@ -198,26 +198,29 @@ impl JobApi {
     }
 
     async fn get(&self, caller: &Caller, request: GetJobRequest) -> Result<GetJobResponse> {
-        let tenant = caller.tenant()?;
-        let look = move |state: &State| {
-            state.check_owner(&tenant, &request.job_id)?;
-            state.job(&request.job_id)
-        };
+        let (tenant, is_operator) = (caller.tenant()?, caller.is_operator);
+        let look = move |state: &State| state.job_seen_by(Viewer { tenant: &tenant, is_operator }, &request.job_id);
         let job = self.handle.read(look).await??;
         Ok(GetJobResponse { job: Some(job) })
     }
 
     async fn list(&self, caller: &Caller, request: ListJobsRequest) -> Result<ListJobsResponse> {
-        let tenant = caller.tenant()?;
-        let look = move |state: &State| state.jobs(&tenant, request.page_size, &request.page_token);
+        let (tenant, is_operator) = (caller.tenant()?, caller.is_operator);
+        let look =
+            move |state: &State| state.jobs(Viewer { tenant: &tenant, is_operator }, request.page_size, &request.page_token);
         let (jobs, next_page_token) = self.handle.read(look).await??;
         Ok(ListJobsResponse { jobs, next_page_token })
     }
 
     async fn cancel(&self, caller: &Caller, request: CancelJobRequest) -> Result<CancelJobResponse> {
-        let (tenant, job_id) = (caller.tenant()?, request.job_id.clone());
-        self.handle.read(move |state| state.check_owner(&tenant, &job_id)).await??;
-        let job = self.handle.cancel(request.job_id).await?;
+        let (tenant, is_operator, job_id) = (caller.tenant()?, caller.is_operator, request.job_id.clone());
+        let (owner, theirs) = (tenant.clone(), job_id.clone());
+        self.handle.read(move |state| state.check_owner(Viewer { tenant: &owner, is_operator }, &theirs)).await??;
+        let mut job = self.handle.cancel(job_id).await?;
+        Viewer { tenant: &tenant, is_operator }.hide(&mut job);
+        if job.tenant != *tenant {
+            tracing::info!(job.id = job.id, tenant = job.tenant, operator = &*tenant, "job cancelled by an operator");
+        }
         Ok(CancelJobResponse { job: Some(job) })
     }
 }
@@ -315,12 +318,18 @@ impl JobService for JobApi {
 
     async fn watch_job(&self, request: Request<WatchJobRequest>) -> Result<Response<Self::WatchJobStream>, Status> {
         let caller = Caller::of(request.extensions());
+        let (tenant, is_operator) = (caller.tenant().map_err(|error| status(&error))?, caller.is_operator);
         let WatchJobRequest { job_id, after_sequence } = request.into_inner();
         // A job that is not there is told before the stream begins.
         self.get(&caller, GetJobRequest { job_id: job_id.clone() }).await.map_err(|error| status(&error))?;
         let (handle, turn) = (self.handle.clone(), self.turns.take());
         let watcher = Watcher { handle, job_id, reached: after_sequence, next: None, over: false, turn };
-        let responses = watcher.events().map_ok(|event| WatchJobResponse { event: Some(event) });
+        let responses = watcher.events().map_ok(move |mut event| {
+            if let Some(Kind::StateChanged(job)) = &mut event.kind {
+                Viewer { tenant: &tenant, is_operator }.hide(job);
+            }
+            WatchJobResponse { event: Some(event) }
+        });
         Ok(Response::new(responses.map_err(|error| status(&error)).boxed()))
     }
 }

@@ -6,7 +6,9 @@
 //! | TLS | no | with a client's certificate: the one tenant without a name |
 //! | TLS | yes | the tenant of its key or token |
 //!
-//! With a worker's certificate and no key it is a worker, which has no jobs of its own.
+//! With a worker's certificate and no key it is a worker, which has no jobs of its own. With a key of a tenant that the file of keys
+//! calls an operator it sees everybody's jobs, though not their prompts and pictures. A token is never an operator's: who gives
+//! out tokens need not be who keeps that file.
 //!
 //! Keys over plain connections are refused at the start.
 
@@ -44,13 +46,22 @@ pub(crate) struct Caller {
     tenant: Option<Arc<str>>,
     /// It is a worker, which brings and fetches what belongs to jobs.
     pub(crate) is_worker: bool,
+    /// It sees and cancels the jobs of all tenants.
+    pub(crate) is_operator: bool,
+}
+
+/// Whose jobs a key or a token shows.
+#[derive(Debug, Clone, Default)]
+struct Shown {
+    tenant: Option<Arc<str>>,
+    is_operator: bool,
 }
 
 impl Caller {
     /// Who made this call.
     pub(crate) fn of(extensions: &Extensions) -> Self {
         // Where nobody looked, it is nobody.
-        extensions.get().cloned().unwrap_or(Self { tenant: None, is_worker: false })
+        extensions.get().cloned().unwrap_or(Self { tenant: None, is_worker: false, is_operator: false })
     }
 
     /// Whose jobs it may see.
@@ -125,21 +136,22 @@ impl Authenticator {
     fn caller(&self, extensions: &Extensions, metadata: &MetadataMap) -> Result<Caller> {
         let peer = extensions.get::<Peer>().copied().filter(|peer| peer.secure);
         let Some(peer) = peer else {
-            return Ok(Caller { tenant: Some("".into()), is_worker: false });
+            return Ok(Caller { tenant: Some("".into()), is_worker: false, is_operator: false });
         };
         let is_worker = peer.role == Some(Role::Worker);
         let bearer = metadata.get("authorization").map(|value| value.to_str().unwrap_or_default());
-        let tenant = self.known(|known| match bearer {
+        let Shown { tenant, is_operator } = self.known(|known| match bearer {
             _ if known.keys.is_none() && known.tokens.is_none() => {
-                Ok(peer.role.filter(|role| *role == Role::Client).map(|_| "".into()))
+                let tenant = peer.role.filter(|role| *role == Role::Client).map(|_| "".into());
+                Ok(Shown { tenant, is_operator: false })
             }
-            Some(bearer) => known.tenant(bearer).map(Some),
-            None => Ok(None),
+            Some(bearer) => known.shown(bearer),
+            None => Ok(Shown::default()),
         })?;
         if tenant.is_none() && peer.role.is_none() {
             return Err(unauthenticated("NO_CREDENTIALS", "this call needs a certificate, an API key or a token"));
         }
-        Ok(Caller { tenant, is_worker })
+        Ok(Caller { tenant, is_worker, is_operator })
     }
 }
 
@@ -150,12 +162,18 @@ impl Known {
         Ok(Self { keys, tokens })
     }
 
-    fn tenant(&self, bearer: &str) -> Result<Arc<str>> {
+    fn shown(&self, bearer: &str) -> Result<Shown> {
         let unknown = || unauthenticated("UNKNOWN_KEY", "nobody has this API key");
         let shown = bearer.strip_prefix("Bearer ").ok_or_else(unknown)?.trim();
         match &self.tokens {
-            Some(tokens) if shown.split('.').count() == 3 => tokens.tenant(shown),
-            _ => self.keys.as_ref().and_then(|keys| keys.tenant(shown)).ok_or_else(unknown),
+            Some(tokens) if shown.split('.').count() == 3 => {
+                tokens.tenant(shown).map(|tenant| Shown { tenant: Some(tenant), is_operator: false })
+            }
+            _ => {
+                let keys = self.keys.as_ref().ok_or_else(unknown)?;
+                let tenant = keys.tenant(shown).ok_or_else(unknown)?;
+                Ok(Shown { is_operator: keys.is_operator(&tenant), tenant: Some(tenant) })
+            }
         }
     }
 }

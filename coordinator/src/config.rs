@@ -113,7 +113,8 @@ pub struct Args {
 /// The flags that say who clients are. Both ways need TLS.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct AuthArgs {
-    /// API keys of tenants and what each may use (TOML; `atelier keys new` makes them). Read again when it changes.
+    /// API keys of tenants and what each may use (TOML; `atelier keys new` makes them); a tenant with `operator = true` sees
+    /// everybody's jobs. Read again when it changes.
     #[arg(long, env = "ATELIER_API_KEYS")]
     pub api_keys: Option<PathBuf>,
     /// Keys of those whose tokens (JWT) are taken (JWKS). Read again when it changes.

@@ -74,7 +74,7 @@ pub use self::{
     recovery::{SETTLE, SavedSteps},
     requeue::{MAX_LOSSES, MAX_POSTPONES},
     tenants::{DEFAULT_BURST_SECONDS, MAX_WEIGHT, Quota, TenantLimits},
-    view::{EVENTS_PER_PAGE, EventPage},
+    view::{EVENTS_PER_PAGE, EventPage, Viewer},
 };
 
 /// Milliseconds since 1970, on a clock that never goes back.

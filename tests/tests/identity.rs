@@ -16,8 +16,8 @@ use identity::{Port, Role};
 use proto::v1::membership_service_client::MembershipServiceClient;
 use proto::v1::worker_service_client::WorkerServiceClient;
 use proto::v1::{
-    CancelJobRequest, ControlRequest, DownloadBlobRequest, GetJobRequest, ListJobsRequest, PutPayloadRequest, RegisterRequest,
-    WatchJobRequest,
+    CancelJobRequest, ControlRequest, DownloadBlobRequest, GetJobRequest, Job, JobSpec, JobState, ListJobsRequest,
+    PutPayloadRequest, RegisterRequest, WatchJobRequest, job_event::Kind as EventKind,
 };
 use strangers::{Kind, Stranger, is_let_in, served_certificate};
 use tests::cluster::{atelier, eventually};
@@ -188,6 +188,46 @@ async fn a_tenant_is_known_by_its_key_sees_its_own_jobs_alone_and_is_told_when_t
         let text = String::from_utf8_lossy(&bytes);
         assert!(!text.contains(&studio) && !text.contains(&other), "{} holds a key", path.display());
     }
+}
+
+#[tokio::test]
+async fn an_operators_key_shows_and_cancels_everybodys_jobs_without_their_prompts_and_pictures() {
+    let keys = Keys::new();
+    let (studio, operations) = (keys.add("studio"), keys.add("operations"));
+    keys.limit("operations", "operator = true\n");
+    let up = Up::start(&[&format!("--api-keys={}", keys.file().display())]).await;
+    up.client().await.wait_ready().await;
+    let (mut owner, mut operator) = (up.client_with(&studio).await, up.client_with(&operations).await);
+    let job = owner.create(cluster::spec(2)).await.unwrap();
+    let done = owner.finish(&job.id).await;
+
+    let theirs = |job: &Job| {
+        assert_eq!((job.id.as_str(), job.tenant.as_str()), (done.id.as_str(), "studio"));
+        assert!(!format!("{job:?}").contains(PROMPT), "the operator is told the prompt");
+    };
+    let listed = operator.jobs.list_jobs(ListJobsRequest::default()).await.unwrap().into_inner().jobs;
+    assert_eq!(listed.len(), 1);
+    theirs(&listed[0]);
+    let got = operator.jobs.get_job(GetJobRequest { job_id: job.id.clone() }).await.unwrap().into_inner();
+    theirs(&got.job.unwrap());
+    let mut watched =
+        operator.jobs.watch_job(WatchJobRequest { job_id: job.id.clone(), after_sequence: 0 }).await.unwrap().into_inner();
+    let mut states = 0;
+    while let Some(message) = watched.message().await.unwrap() {
+        if let Some(EventKind::StateChanged(job)) = message.event.unwrap().kind {
+            theirs(&job);
+            states += 1;
+        }
+    }
+    assert_eq!(states, 3, "queued, running, succeeded");
+    let picture = DownloadBlobRequest { blob_id: done.images[0].blob_id.clone() };
+    assert_eq!(operator.blobs.download_blob(picture).await.unwrap_err().code(), Code::NotFound, "pictures are their owner's");
+
+    let long = JobSpec { width: Some(512), height: Some(512), ..cluster::spec(500) };
+    let running = owner.create(long).await.unwrap();
+    operator.jobs.cancel_job(CancelJobRequest { job_id: running.id.clone() }).await.unwrap();
+    assert_eq!(owner.finish(&running.id).await.state(), JobState::Cancelled);
+    assert_eq!(owner.jobs.get_job(GetJobRequest { job_id: job.id }).await.unwrap().into_inner().job.unwrap().spec, done.spec);
 }
 
 #[tokio::test]

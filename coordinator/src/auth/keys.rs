@@ -12,11 +12,20 @@
 //! burst_pixel_steps = 500000000         # a minute of the above, if not given
 //! max_running = 4
 //! max_queued = 100
+//!
+//! [[tenant]]
+//! name = "operations"
+//! operator = true                       # its keys see and cancel everybody's jobs, without their prompts and pictures
 //! ```
 //!
 //! A key is 256 random bits, so its plain sha256 tells nothing of it: what slow hashes are for are words that people choose.
 
-use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+    sync::Arc,
+};
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -59,6 +68,8 @@ struct TenantEntry {
     burst_pixel_steps: Option<u64>,
     max_running: Option<usize>,
     max_queued: Option<usize>,
+    #[serde(default)]
+    operator: bool,
 }
 
 /// Whose each key is.
@@ -67,6 +78,8 @@ pub(super) struct Keys {
     by_hash: Vec<([u8; 32], Arc<str>)>,
     /// By tenant.
     pub(super) limits: BTreeMap<String, TenantLimits>,
+    /// Tenants whose keys are an operator's.
+    operators: BTreeSet<String>,
 }
 
 impl Keys {
@@ -86,6 +99,7 @@ impl Keys {
             by_hash.push((hash, Arc::from(key.tenant.as_str())));
         }
         let mut limits: BTreeMap<String, TenantLimits> = BTreeMap::new();
+        let mut operators = BTreeSet::new();
         for tenant in file.tenant {
             check_name(&tenant.name).map_err(|problem| format!("tenant.name: {problem}"))?;
             let of = |problem: String| format!("tenant {:?}: {problem}", tenant.name);
@@ -93,8 +107,16 @@ impl Keys {
             if limits.insert(tenant.name.clone(), known).is_some() {
                 return Err(of("is there twice".into()));
             }
+            if tenant.operator {
+                operators.insert(tenant.name);
+            }
         }
-        Ok(Self { by_hash, limits })
+        Ok(Self { by_hash, limits, operators })
+    }
+
+    /// Whether the tenant's keys are an operator's.
+    pub(super) fn is_operator(&self, tenant: &str) -> bool {
+        self.operators.contains(tenant)
     }
 
     /// Whose key this is. Every hash is looked at, and in whole, so that the time tells nothing.
@@ -176,6 +198,8 @@ mod tests {
             "[[tenant]]\nname = \"a\"\npixel_steps_per_second = 10\n[[tenant]]\nname = \"b\"\nweight = 3\nmax_queued = 0\n";
         let keys = Keys::parse(file).unwrap();
         assert_eq!(keys.limits["a"].quota, Some(Quota { per_second: 10, burst: 600 }));
+        assert_eq!((keys.is_operator("a"), keys.is_operator("nobody")), (false, false));
+        assert!(Keys::parse("[[tenant]]\nname = \"a\"\noperator = true\n").unwrap().is_operator("a"));
         assert_eq!((keys.limits["a"].weight, keys.limits["b"].weight, keys.limits["b"].max_queued), (1, 3, Some(0)));
         let wrong = |text: &str, part: &str| {
             let problem = Keys::parse(text).unwrap_err();

@@ -267,6 +267,10 @@ fn a_request_id_is_its_tenants_alone() {
     assert_eq!(cluster.submit(Submission { job_id: "again".into(), ..mine }).unwrap().id, first.id);
     assert!(cluster.state.check_owner("a", &first.id).is_ok());
     assert!(matches!(cluster.state.check_owner("b", &first.id), Err(Error::JobNotFound(_))));
+    let operator = Viewer { tenant: "operations", is_operator: true };
+    let seen = cluster.state.job_seen_by(operator, &first.id).unwrap();
+    assert_eq!((seen.tenant.as_str(), seen.spec.unwrap().prompt.as_str()), ("a", ""), "everybody's jobs, without prompts");
+    assert_eq!(cluster.state.job_seen_by("a", &first.id).unwrap().spec.unwrap().prompt, "a red car");
     let listed = |tenant: &str| cluster.state.jobs(tenant, 10, "").unwrap().0.into_iter().map(|job| job.id).collect::<Vec<_>>();
     assert_eq!((listed("a"), listed("b"), listed("")), (vec![first.id], vec!["other".to_owned()], vec![]));
 }

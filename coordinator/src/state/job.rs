@@ -413,6 +413,7 @@ impl Job {
             attempt: self.attempt,
             trace_id: self.trace.map(|trace| trace.id()).unwrap_or_default(),
             products: self.products as i32,
+            tenant: self.tenant.to_string(),
         }
     }
 

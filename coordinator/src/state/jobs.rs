@@ -128,6 +128,11 @@ impl Jobs {
         numbers.flat_map(move |numbers| numbers.all.range(..number).rev()).filter_map(|number| self.get(*number))
     }
 
+    /// Of all tenants, newest first, beginning below `number`.
+    pub(super) fn all_newest_before(&self, number: u64) -> impl Iterator<Item = &Job> {
+        self.by_number.range(..number).rev().map(|(_, job)| &**job)
+    }
+
     pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {
         self.by_number.values().map(Box::as_ref)
     }

@@ -28,19 +28,65 @@ pub struct EventPage {
     pub over: bool,
 }
 
+/// Who looks at jobs.
+#[derive(Debug, Clone, Copy)]
+pub struct Viewer<'a> {
+    /// Whose jobs it sees whole.
+    pub tenant: &'a str,
+    /// It sees those of all others too, though not what they are to show.
+    pub is_operator: bool,
+}
+
+impl<'a> From<&'a str> for Viewer<'a> {
+    /// A tenant like any other.
+    fn from(tenant: &'a str) -> Self {
+        Self { tenant, is_operator: false }
+    }
+}
+
+impl Viewer<'_> {
+    fn sees(&self, job: &Job) -> bool {
+        self.is_operator || *job.tenant == *self.tenant
+    }
+
+    /// Takes out what the viewer is not to see: prompts of others.
+    pub fn hide(&self, job: &mut v1::Job) {
+        if job.tenant == self.tenant {
+            return;
+        }
+        if let Some(spec) = &mut job.spec {
+            spec.prompt.clear();
+            (spec.prompt_2, spec.prompt_3) = (None, None);
+            (spec.negative_prompt, spec.negative_prompt_2, spec.negative_prompt_3) = (None, None, None);
+        }
+    }
+}
+
 impl State {
     /// The job as it is now.
     pub fn job(&self, job_id: &str) -> Result<v1::Job> {
         self.find(job_id).map(Job::view)
     }
 
-    /// Whether the job is the tenant's.
+    /// Whether the job is the viewer's, or at least to be seen by it.
     ///
     /// # Errors
     /// [`Error::JobNotFound`] if not: nobody learns what others have.
-    pub fn check_owner(&self, tenant: &str, job_id: &str) -> Result<()> {
+    pub fn check_owner<'a>(&self, viewer: impl Into<Viewer<'a>>, job_id: &str) -> Result<()> {
         let job = self.find(job_id)?;
-        if *job.tenant == *tenant { Ok(()) } else { Err(Error::JobNotFound(name(job_id))) }
+        if viewer.into().sees(job) { Ok(()) } else { Err(Error::JobNotFound(name(job_id))) }
+    }
+
+    /// The job as the viewer may see it.
+    ///
+    /// # Errors
+    /// As [`Self::check_owner`].
+    pub fn job_seen_by<'a>(&self, viewer: impl Into<Viewer<'a>>, job_id: &str) -> Result<v1::Job> {
+        let viewer = viewer.into();
+        self.check_owner(viewer, job_id)?;
+        let mut job = self.job(job_id)?;
+        viewer.hide(&mut job);
+        Ok(job)
     }
 
     /// Whether a job of the tenant, which can be asked for, has taken or given this blob.
@@ -54,8 +100,9 @@ impl State {
         self.jobs.newest_before(tenant, u64::MAX).any(names)
     }
 
-    /// A page of a tenant's jobs, newest first, and the token of the next page.
-    pub fn jobs(&self, tenant: &str, page_size: u32, page_token: &str) -> Result<(Vec<v1::Job>, String)> {
+    /// A page of the jobs that the viewer sees, newest first, and the token of the next page.
+    pub fn jobs<'a>(&self, viewer: impl Into<Viewer<'a>>, page_size: u32, page_token: &str) -> Result<(Vec<v1::Job>, String)> {
+        let viewer = viewer.into();
         let below = match page_token {
             "" => u64::MAX,
             token => token.parse().map_err(|_| Error::invalid("page_token", "must be a next_page_token"))?,
@@ -64,8 +111,14 @@ impl State {
         let mut page: Vec<v1::Job> = Vec::new();
         let mut bytes = 0;
         let mut last = below;
-        for job in self.jobs.newest_before(tenant, below) {
-            let view = job.view();
+        // Who sees all need not find one tenant's among them.
+        let seen: Box<dyn Iterator<Item = &Job>> = match viewer.is_operator {
+            true => Box::new(self.jobs.all_newest_before(below)),
+            false => Box::new(self.jobs.newest_before(viewer.tenant, below)),
+        };
+        for job in seen {
+            let mut view = job.view();
+            viewer.hide(&mut view);
             bytes += view.encoded_len();
             if page.len() == most || (bytes > MAX_PAGE_BYTES && !page.is_empty()) {
                 return Ok((page, last.to_string()));
