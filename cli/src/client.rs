@@ -1,6 +1,7 @@
 //! The connection to a coordinator, and the calls that take more than one message.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use identity::{Dialled, Files, Identity, Role};
@@ -17,23 +18,30 @@ use tonic::{Request, Status};
 
 use crate::error::Error;
 
+/// Longest wait for a connection: a host that is gone does not say so.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a connection is asked whether it is there, and how long it may take to answer: the coordinator's own (its `KEEPALIVE`).
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(5));
+/// Longest wait for the beginning of an answer: an upload of 32 MiB at a third of a megabyte a second comes before it.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(100);
+
 /// Where the coordinator is.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ServerArgs {
     /// The coordinator's address: http://host:port, or https://host:port with --tls-ca.
-    #[arg(long, env = "ATELIER_SERVER", default_value = "http://127.0.0.1:7700")]
+    #[arg(long, global = true, env = "ATELIER_SERVER", default_value = "http://127.0.0.1:7700")]
     pub(crate) server: String,
     /// The authorities that the coordinator's certificate is checked against (PEM).
-    #[arg(long, env = "ATELIER_TLS_CA")]
+    #[arg(long, global = true, env = "ATELIER_TLS_CA")]
     pub(crate) tls_ca: Option<PathBuf>,
     /// The certificate to show, of a client (PEM).
-    #[arg(long, env = "ATELIER_TLS_CERT", requires_all = ["tls_ca", "tls_key"])]
+    #[arg(long, global = true, env = "ATELIER_TLS_CERT", requires_all = ["tls_ca", "tls_key"])]
     pub(crate) tls_cert: Option<PathBuf>,
     /// Its private key (PEM).
-    #[arg(long, env = "ATELIER_TLS_KEY", requires_all = ["tls_ca", "tls_cert"])]
+    #[arg(long, global = true, env = "ATELIER_TLS_KEY", requires_all = ["tls_ca", "tls_cert"])]
     pub(crate) tls_key: Option<PathBuf>,
     /// A file that holds the API key, or the token, of this client.
-    #[arg(long, env = "ATELIER_API_KEY_FILE")]
+    #[arg(long, global = true, env = "ATELIER_API_KEY_FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
 }
 
@@ -51,14 +59,14 @@ impl ServerArgs {
                 let own = self.tls_cert.clone().zip(self.tls_key.clone());
                 let identity = Identity::open(Files { own, ca: ca.clone() }, Role::Client)?;
                 // The connector makes it TLS; see there.
-                let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(connect)?;
+                let endpoint = patient(Endpoint::from_shared(format!("http://{address}")).map_err(connect)?);
                 let connector = identity.connector_by_name(Role::Coordinator);
                 Ok(endpoint.connect_with_connector(connector).await.map_err(connect)?.into())
             }
             (Some(_), None) => Err(wrong("https:// needs --tls-ca")),
             (None, Some(_)) => Err(wrong("--tls-ca goes with https://")),
             (None, None) => {
-                let endpoint = Endpoint::from_shared(self.server.clone()).map_err(connect)?;
+                let endpoint = patient(Endpoint::from_shared(self.server.clone()).map_err(connect)?);
                 Dialled::plain(endpoint).await.map_err(connect)
             }
         }
@@ -76,6 +84,16 @@ impl ServerArgs {
         value.set_sensitive(true);
         Ok(Bearer(Some(value)))
     }
+}
+
+/// What every connection keeps to, so that none waits for ever for a coordinator whose host is gone.
+fn patient(endpoint: Endpoint) -> Endpoint {
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .timeout(ANSWER_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE.0)
+        .keep_alive_timeout(KEEP_ALIVE.1)
+        .keep_alive_while_idle(true)
 }
 
 /// Adds the key to every call.

@@ -21,6 +21,12 @@ pub(crate) enum Error {
     /// The job came to its end without pictures.
     #[error("the job {}", .0)]
     Job(String),
+    /// A person pressed Ctrl-C.
+    #[error("interrupted: {0}")]
+    Interrupted(String),
+    /// What a job made is not there any more.
+    #[error("the pictures of job {0} are not kept any more: they were too old, or made room for those of later jobs")]
+    PictureGone(String),
     /// A file, or an address to listen at.
     #[error("{path}")]
     File { path: String, source: std::io::Error },

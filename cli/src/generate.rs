@@ -1,23 +1,26 @@
 //! `atelier generate`: a prompt in, a picture out.
 
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args;
 use proto::v1::job_event::Kind;
 use proto::v1::{CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, Lora, NoiseGenerator, WatchJobRequest};
 
-use tonic::Code;
+use tokio::sync::watch;
 
 use crate::client::{Client, ServerArgs};
 use crate::error::Error;
+use crate::patience::Patience;
 use crate::progress::Progress;
+use crate::stop::{Reached, unless_stopped};
 use crate::trace::Call;
+use crate::{pictures, show};
 
-/// How long a coordinator that is away is waited for: a restart, or a new leader.
-const AWAY: Duration = Duration::from_secs(60);
-/// Pause between two tries.
-const AWAY_PAUSE: Duration = Duration::from_millis(300);
+/// Where a picture goes when nobody says.
+pub(crate) const DEFAULT_OUT: &str = "atelier.png";
+/// How often it is looked why a job waits.
+const LOOK: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
@@ -48,7 +51,7 @@ pub(crate) struct JobArgs {
     #[arg(short)]
     n: Option<u32>,
     /// Where the picture goes; several get -1, -2, ... before the extension.
-    #[arg(long, default_value = "atelier.png")]
+    #[arg(long, default_value = DEFAULT_OUT)]
     pub(crate) out: PathBuf,
     /// What the picture should not show. Takes effect with --cfg above 1.
     #[arg(long)]
@@ -129,21 +132,23 @@ pub(crate) async fn run(args: GenerateArgs) -> Result<(), Error> {
 /// Asks for a job, shows it while it runs and writes its pictures.
 pub(crate) async fn draw(client: &mut Client, args: &JobArgs) -> Result<(), Error> {
     let call = Call::begin();
-    let drawn = draw_in(client, args, &call).await;
+    let (reached, _) = watch::channel(Reached::Nothing);
+    let asker = client.clone();
+    // Boxed: it is large.
+    let drawn = unless_stopped(&asker, &reached, Box::pin(draw_in(client, args, &call, &reached))).await;
     call.ended(drawn.is_err());
     drawn
 }
 
-async fn draw_in(client: &mut Client, args: &JobArgs, call: &Call) -> Result<(), Error> {
+async fn draw_in(client: &mut Client, args: &JobArgs, call: &Call, reached: &watch::Sender<Reached>) -> Result<(), Error> {
+    pictures::check_writable(&args.out, args.n.is_some_and(|n| n > 1))?;
     let spec = spec(client, args).await?;
+    reached.send_replace(Reached::Asking);
     let job = create(client, args, spec, call).await?;
-    let (job, times) = watch(client, &job.id, args.quiet).await?;
-    for (i, image) in job.images.iter().enumerate() {
-        let bytes = client.download(&image.blob_id).await?;
-        let path = numbered(&args.out, i, job.images.len());
-        tokio::fs::write(&path, bytes).await.map_err(|source| Error::File { path: path.display().to_string(), source })?;
-        println!("{}  {}x{}  sha256 {}", path.display(), image.width, image.height, image.sha256);
-    }
+    eprintln!("job {}", job.id);
+    reached.send_replace(Reached::Accepted(job.id.clone()));
+    let (job, times) = follow(client, &job.id, args.quiet).await?;
+    pictures::fetch(client, &job, &args.out).await?;
     let seed = job.spec.as_ref().and_then(|s| s.seed).unwrap_or_default();
     println!("seed {seed} | {times}");
     Ok(())
@@ -166,17 +171,19 @@ async fn create(client: &mut Client, args: &JobArgs, spec: JobSpec, call: &Call)
     }
 }
 
-/// Follows a job to its end, across restarts of the coordinator. Cancels it on ctrl-c.
-async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, String), Error> {
+/// Follows a job to its end, across restarts of the coordinator.
+async fn follow(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, String), Error> {
     let mut progress = Progress::new(quiet);
     let (mut after_sequence, mut last) = (0, None);
     let mut patience = Patience::default();
+    let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while last.as_ref().is_none_or(|job: &Job| !is_over(job)) {
         let request = WatchJobRequest { job_id: job_id.to_owned(), after_sequence };
         let mut events = match client.jobs.watch_job(request).await {
             Ok(events) => events.into_inner(),
             Err(status) => {
-                progress.say(format!("the coordinator is away: {}", status.message()));
+                progress.tell(format!("the coordinator is away: {}", status.message()));
                 patience.wait(status).await?;
                 continue;
             }
@@ -184,9 +191,12 @@ async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, S
         loop {
             let message = tokio::select! {
                 message = events.message() => message,
-                _ = tokio::signal::ctrl_c() => {
-                    progress.say("cancelling");
-                    client.jobs.cancel_job(proto::v1::CancelJobRequest { job_id: job_id.to_owned() }).await?;
+                _ = look.tick() => {
+                    if let Some(job) = last.as_ref().filter(|job| job.state() == JobState::Queued)
+                        && let Some(problem) = show::problem(client, job).await
+                    {
+                        progress.tell(format!("queued: {problem}"));
+                    }
                     continue;
                 }
             };
@@ -194,6 +204,7 @@ async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, S
                 Ok(Some(message)) => message.event,
                 Ok(None) => break,
                 Err(status) => {
+                    progress.tell(format!("the coordinator is away: {}", status.message()));
                     patience.wait(status).await?;
                     break;
                 }
@@ -222,31 +233,6 @@ async fn watch(client: &mut Client, job_id: &str, quiet: bool) -> Result<(Job, S
 
 fn is_over(job: &Job) -> bool {
     matches!(job.state(), JobState::Succeeded | JobState::Failed | JobState::Cancelled)
-}
-
-/// How long a coordinator that is away is waited for.
-#[derive(Debug)]
-struct Patience {
-    until: Instant,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self { until: Instant::now() + AWAY }
-    }
-}
-
-impl Patience {
-    /// Waits a moment if `status` says that the coordinator is away or stops, and not for too long.
-    async fn wait(&self, status: tonic::Status) -> Result<(), Error> {
-        // A cut connection is told as a transport error, which has the code UNKNOWN or CANCELLED.
-        let away = matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled);
-        if !away || Instant::now() > self.until {
-            return Err(status.into());
-        }
-        tokio::time::sleep(AWAY_PAUSE).await;
-        Ok(())
-    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -324,15 +310,6 @@ fn size(text: &str) -> Result<(u32, u32), String> {
     Ok((parse(width)?, parse(height)?))
 }
 
-fn numbered(out: &Path, index: usize, count: usize) -> PathBuf {
-    if count == 1 {
-        return out.to_owned();
-    }
-    let stem = out.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    let extension = out.extension().map_or_else(|| "png".into(), |e| e.to_string_lossy().into_owned());
-    out.with_file_name(format!("{stem}-{}.{extension}", index + 1))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -348,11 +325,5 @@ mod tests {
         assert_eq!(lora("pixel"), Ok(Lora { name: "pixel".into(), scale: None }));
         assert_eq!(lora("pixel:-0.8"), Ok(Lora { name: "pixel".into(), scale: Some(-0.8) }));
         assert!(lora("pixel:much").is_err());
-    }
-
-    #[test]
-    fn several_pictures_get_numbers() {
-        assert_eq!(numbered(Path::new("a/b.png"), 0, 1), Path::new("a/b.png"));
-        assert_eq!(numbered(Path::new("a/b.png"), 1, 3), Path::new("a/b-2.png"));
     }
 }

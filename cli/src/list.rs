@@ -1,5 +1,7 @@
 //! `atelier jobs`, `atelier models`, `atelier workers`: what the cluster has.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use proto::v1::{
     Adapter, CancelJobRequest, GetJobRequest, GroupState, Job, JobState, ListJobsRequest, ListModelsRequest, ListWorkersRequest,
@@ -8,21 +10,39 @@ use proto::v1::{
 
 use crate::client::{Client, ServerArgs};
 use crate::error::Error;
+use crate::show::show;
+use crate::{generate, pictures};
+
+/// Jobs that are listed unless all are asked for. The help of `--all` says it.
+const NEWEST: u32 = 50;
+/// Jobs on a page when all are asked for: the most there may be.
+const PAGE_OF_ALL: u32 = 1000;
 
 #[derive(Debug, Args)]
 pub(crate) struct JobsArgs {
     #[command(flatten)]
     server: ServerArgs,
+    /// List all of them, not only the newest 50.
+    #[arg(long)]
+    all: bool,
     #[command(subcommand)]
     command: Option<JobsCommand>,
 }
 
 #[derive(Debug, Subcommand)]
 enum JobsCommand {
-    /// Show one job.
+    /// Show one job: how it is, what happened to it, and why it waits or has waited again.
     Show {
         /// Its id.
         job_id: String,
+    },
+    /// Fetch the pictures of a job that has succeeded.
+    Fetch {
+        /// Its id.
+        job_id: String,
+        /// Where the picture goes; several get -1, -2, ... before the extension.
+        #[arg(long, default_value = generate::DEFAULT_OUT)]
+        out: PathBuf,
     },
     /// Stop a job at its next step.
     Cancel {
@@ -46,21 +66,47 @@ pub(crate) struct WorkersArgs {
 pub(crate) async fn jobs(args: JobsArgs) -> Result<(), Error> {
     let mut client = Client::connect(&args.server).await?;
     match args.command {
-        None => {
-            let jobs = client.jobs.list_jobs(ListJobsRequest::default()).await?.into_inner().jobs;
-            println!("{:<36}  {:<10} {:<16} {:>9} {:>5}  seed", "job", "state", "model", "size", "steps");
-            jobs.iter().for_each(|job| println!("{}", job_line(job)));
-        }
+        None => list(&mut client, args.all).await,
         Some(JobsCommand::Show { job_id }) => {
-            let job = client.jobs.get_job(GetJobRequest { job_id }).await?.into_inner().job;
-            show(&job.ok_or(Error::Protocol("no job"))?);
+            let job = get(&mut client, job_id).await?;
+            show(&mut client, &job).await
+        }
+        Some(JobsCommand::Fetch { job_id, out }) => {
+            let job = get(&mut client, job_id).await?;
+            if job.state() != JobState::Succeeded {
+                return Err(Error::Job(format!("is {}: it has no pictures to fetch", state(job.state()))));
+            }
+            pictures::fetch(&mut client, &job, &out).await
         }
         Some(JobsCommand::Cancel { job_id }) => {
             let job = client.jobs.cancel_job(CancelJobRequest { job_id }).await?.into_inner().job;
-            show(&job.ok_or(Error::Protocol("no job"))?);
+            show(&mut client, &job.ok_or(Error::Protocol("no job"))?).await
         }
     }
-    Ok(())
+}
+
+async fn get(client: &mut Client, job_id: String) -> Result<Job, Error> {
+    let job = client.jobs.get_job(GetJobRequest { job_id }).await?.into_inner().job;
+    job.ok_or(Error::Protocol("no job"))
+}
+
+/// The newest jobs, or all of them.
+async fn list(client: &mut Client, all: bool) -> Result<(), Error> {
+    println!("{:<36}  {:<10} {:<16} {:>9} {:>5}  seed", "job", "state", "model", "size", "steps");
+    let mut page_token = String::new();
+    loop {
+        let page_size = if all { PAGE_OF_ALL } else { NEWEST };
+        let page = client.jobs.list_jobs(ListJobsRequest { page_size, page_token }).await?.into_inner();
+        page.jobs.iter().for_each(|job| println!("{}", job_line(job)));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            return Ok(());
+        }
+        if !all {
+            eprintln!("there are older ones: `atelier jobs --all` lists them");
+            return Ok(());
+        }
+    }
 }
 
 pub(crate) async fn models(args: ModelsArgs) -> Result<(), Error> {
@@ -90,7 +136,7 @@ pub(crate) async fn workers(args: WorkersArgs) -> Result<(), Error> {
     Ok(())
 }
 
-fn job_line(job: &Job) -> String {
+pub(crate) fn job_line(job: &Job) -> String {
     let spec = job.spec.clone().unwrap_or_default();
     // A model may choose sides itself.
     let side = |pixels: Option<u32>| pixels.map_or("?".to_owned(), |pixels| pixels.to_string());
@@ -99,29 +145,7 @@ fn job_line(job: &Job) -> String {
     format!("{:<36}  {:<10} {:<16} {size:>9} {steps:>5}  {seed}", job.id, state(job.state()), spec.model)
 }
 
-fn show(job: &Job) {
-    println!("{}", job_line(job));
-    if !job.trace_id.is_empty() {
-        println!("  trace {}", job.trace_id);
-    }
-    if job.products() != Products::Unspecified {
-        println!("  multiplied in {}", job.products());
-    }
-    if let Some(failure) = &job.failure {
-        println!(
-            "  {} ({}{}{})",
-            failure.message,
-            failure.reason,
-            if failure.stage.is_empty() { "" } else { " in " },
-            failure.stage
-        );
-    }
-    for image in &job.images {
-        println!("  {}x{} {} {} bytes, blob {}", image.width, image.height, image.media_type, image.byte_size, image.blob_id);
-    }
-}
-
-fn state(state: JobState) -> &'static str {
+pub(crate) fn state(state: JobState) -> &'static str {
     match state {
         JobState::Unspecified => "?",
         JobState::Queued => "queued",

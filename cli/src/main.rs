@@ -9,9 +9,13 @@ mod gguf;
 mod health;
 mod keys;
 mod list;
+mod patience;
+mod pictures;
 mod plan;
 mod progress;
 mod quantise;
+mod show;
+mod stop;
 mod top;
 mod trace;
 mod up;
@@ -35,7 +39,7 @@ enum Command {
     Up(Box<up::UpArgs>),
     /// Draw a picture.
     Generate(generate::GenerateArgs),
-    /// List jobs, show one, or cancel one.
+    /// List jobs; show one, fetch its pictures, or cancel it.
     Jobs(list::JobsArgs),
     /// Show the models that are served and what each takes.
     Models(list::ModelsArgs),

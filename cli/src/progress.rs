@@ -1,6 +1,7 @@
 //! A job's stages as bars, and their times at the end.
 
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -16,6 +17,9 @@ pub(crate) struct Progress {
     groups: BTreeMap<String, String>,
     started: Instant,
     waiting: ProgressBar,
+    /// Bars cannot be drawn: what a person should know is told in lines.
+    in_lines: bool,
+    told: String,
 }
 
 impl Progress {
@@ -26,12 +30,32 @@ impl Progress {
         waiting.set_style(style("{spinner} {msg}"));
         waiting.set_message("waiting for the server");
         waiting.enable_steady_tick(Duration::from_millis(120));
-        Self { all, bars: BTreeMap::new(), finished: Vec::new(), groups: BTreeMap::new(), started: Instant::now(), waiting }
+        let in_lines = !quiet && !std::io::stderr().is_terminal();
+        Self {
+            all,
+            bars: BTreeMap::new(),
+            finished: Vec::new(),
+            groups: BTreeMap::new(),
+            started: Instant::now(),
+            waiting,
+            in_lines,
+            told: String::new(),
+        }
     }
 
     /// What is waited for while no stage runs.
     pub(crate) fn say(&self, text: impl Into<String>) {
         self.waiting.set_message(text.into());
+    }
+
+    /// As [`Self::say`], of something that is not as it should be: without a terminal too, once.
+    pub(crate) fn tell(&mut self, text: impl Into<String>) {
+        let text = text.into();
+        if self.in_lines && text != self.told {
+            eprintln!("{text}");
+            self.told.clone_from(&text);
+        }
+        self.say(text);
     }
 
     /// Takes in one event of the job.
@@ -42,7 +66,7 @@ impl Progress {
                 self.groups.insert(stage.stage.clone(), stage.group_id.clone());
                 self.bar(&stage.stage);
             }
-            Kind::Requeued(again) => self.say(format!("waiting for a group again: {}", again.message)),
+            Kind::Requeued(again) => self.tell(format!("waiting for a group again: {}", again.message)),
             Kind::StageProgress(stage) => {
                 let bar = self.bar(&stage.stage);
                 bar.set_length(stage.steps.into());
