@@ -76,7 +76,9 @@ fn lines(job: &Job, events: &[JobEvent], problem: Option<&str>, now: SystemTime)
         let (media, bytes) = (&image.media_type, image.byte_size);
         lines.push(format!("  {}x{} {media} {bytes} bytes, blob {}", image.width, image.height, image.blob_id));
     }
-    if !job.images.is_empty() {
+    if job.pictures_dropped {
+        lines.push("  its pictures made room for those of later jobs, and may be gone".into());
+    } else if !job.images.is_empty() {
         lines.push(format!("  `atelier jobs fetch {}` writes them", job.id));
     }
     lines

@@ -164,11 +164,17 @@ impl JobApi {
             priority: request.priority,
             timeout: request.timeout.map(millis).transpose()?,
             missing_blobs: self.missing_blobs(&tenant, &spec).await?,
+            blob_bytes: self.blobs.bytes(),
             tenant: tenant.to_string(),
             spec,
             trace: Some(trace),
         };
-        let job = self.handle.submit(submission).await?;
+        let mut accepted = self.handle.submit(submission.clone()).await;
+        if matches!(accepted, Err(Error::BlobStoreFull(_))) {
+            self.blobs.clear_unused(self.handle.read(State::blobs_in_use)).await;
+            accepted = self.handle.submit(Submission { blob_bytes: self.blobs.bytes(), ..submission }).await;
+        }
+        let job = accepted?;
         tracing::info!(
             job.id = job.id,
             trace_id = job.trace_id,

@@ -1,8 +1,8 @@
 //! Pictures on their way in and out: content-addressed, streamed in chunks, never whole in memory. Files of a folder, or
 //! objects in S3 when there are several coordinators (`remote.rs`).
 //!
-//! A blob's id is the sha256 of its bytes, so storing it twice is storing it once. What no job refers to is swept away
-//! some minutes after it was used last.
+//! A blob's id is the sha256 of its bytes, so storing it twice is storing it once. What no job needs is swept away
+//! some minutes after it was used last, or sooner when there is no room.
 
 mod incoming;
 mod owners;
@@ -19,6 +19,7 @@ use std::{
 
 use futures::{Stream, StreamExt, stream};
 use proto::v1::{BlobHeader, DownloadBlobResponse, UploadBlobRequest, download_blob_response, upload_blob_request};
+use telemetry::Page;
 use tokio::fs::File;
 use tonic::Status;
 
@@ -35,7 +36,7 @@ use crate::{
 
 pub(crate) use self::{owners::Owners, service::BlobApi};
 
-/// How long a blob is kept that no job refers to, counted from its last use.
+/// How long a blob is kept that no job needs, counted from its last use.
 pub const UNUSED_BLOB_TTL: Duration = Duration::from_secs(10 * 60);
 /// What was used more recently than this is not swept though the store be full: a client has still to name it in a job, or a worker
 /// to say that it is a result.
@@ -74,6 +75,8 @@ struct Index {
     bytes: u64,
     /// Of those, what clients have brought. What was there when the coordinator began counts as results: nobody knows any more.
     brought: u64,
+    /// Of those that jobs needed when it was looked last.
+    pinned: u64,
 }
 
 /// Who brings a blob.
@@ -113,6 +116,11 @@ impl Index {
     fn give_back(&mut self, bytes: u64, brought: bool) {
         self.bytes = self.bytes.saturating_sub(bytes);
         self.brought = self.brought.saturating_sub(if brought { bytes } else { 0 });
+    }
+
+    /// What jobs need is looked at.
+    fn note_pinned(&mut self, in_use: &BTreeSet<String>) {
+        self.pinned = in_use.iter().filter_map(|id| self.blobs.get(id)).map(|blob| blob.byte_size).sum();
     }
 
     /// The limit that so many bytes more would exceed.
@@ -277,6 +285,12 @@ impl BlobStore {
         }
     }
 
+    /// Removes whatever no job uses and is not fresh: a job that is asked for would find no room.
+    pub(crate) async fn clear_unused(&self, in_use: impl Future<Output = Result<BTreeSet<String>>>) {
+        // There is never room for as much as that beside anything.
+        self.make_room(self.shared.max_total_bytes, By::Worker, in_use).await;
+    }
+
     /// Removes what no job uses, the oldest first, until an upload has room: not what is fresh.
     async fn make_room(&self, bytes: u64, by: By, in_use: impl Future<Output = Result<BTreeSet<String>>>) {
         let mut last = self.shared.made_room.lock().await;
@@ -312,6 +326,20 @@ impl BlobStore {
     pub fn bytes(&self) -> u64 {
         self.shared.lock().bytes
     }
+
+    /// Adds how full the store is.
+    pub(crate) fn measure(&self, page: &mut Page) {
+        let (bytes, pinned) = {
+            let index = self.shared.lock();
+            (index.bytes as f64, index.pinned as f64)
+        };
+        page.gauge("atelier_blob_bytes", "Bytes of the pictures that are stored, and of uploads that have begun.", bytes);
+        let help = "Bytes that all pictures may have together; what clients bring may fill half of it.";
+        page.gauge("atelier_blob_limit_bytes", help, self.shared.max_total_bytes as f64);
+        let help = "Bytes of the pictures that jobs needed when it was looked last, within a minute: inputs of those that are not over, \
+                    and results that are kept.";
+        page.gauge("atelier_blob_pinned_bytes", help, pinned);
+    }
 }
 
 impl Shared {
@@ -334,6 +362,7 @@ impl Shared {
 
     fn forget_unused(&self, in_use: &BTreeSet<String>, ttl: Duration) -> Vec<(String, Blob)> {
         let mut index = self.lock();
+        index.note_pinned(in_use);
         let is_unused = |id: &str, blob: &Blob| !in_use.contains(id) && blob.used.elapsed() >= ttl;
         let unused: Vec<String> = index.blobs.iter().filter(|(id, blob)| is_unused(id, blob)).map(|(id, _)| id.clone()).collect();
         unused.into_iter().filter_map(|id| index.remove(&id).map(|blob| (id, blob))).collect()
@@ -342,6 +371,7 @@ impl Shared {
     /// What is to go so that there is room for `bytes`.
     fn forget_oldest(&self, in_use: &BTreeSet<String>, bytes: u64, by: By) -> Vec<(String, Blob)> {
         let mut index = self.lock();
+        index.note_pinned(in_use);
         let may_go = index.blobs.iter().filter(|(id, blob)| !in_use.contains(*id) && blob.used.elapsed() >= FRESH);
         let mut may_go: Vec<(Instant, bool, String)> = may_go.map(|(id, blob)| (blob.used, blob.brought, id.clone())).collect();
         may_go.sort_unstable();

@@ -85,11 +85,13 @@ pub struct Args {
     #[arg(long, env = "ATELIER_QUEUE_LIMIT", default_value_t = DEFAULT_QUEUE_LIMIT)]
     pub queue_limit: usize,
 
-    /// Finished jobs that can still be asked for, with their pictures and under their request ids.
+    /// Finished jobs that can still be asked for, under their request ids too. Their pictures go earlier if they take more than
+    /// seven sixteenths of --max-total-blob-bytes: the oldest first.
     #[arg(long, env = "ATELIER_KEEP_JOBS", default_value_t = DEFAULT_FINISHED_JOBS)]
     pub keep_jobs: usize,
 
-    /// Seconds for which a finished job can be asked for.
+    /// Seconds for which a finished job can be asked for, under its request id too. Its pictures go earlier if all take more
+    /// than seven sixteenths of --max-total-blob-bytes: the oldest first.
     #[arg(long, env = "ATELIER_KEEP_JOBS_FOR", default_value_t = DEFAULT_FINISHED_JOB_SECONDS)]
     pub keep_jobs_for: u64,
 
@@ -97,7 +99,8 @@ pub struct Args {
     #[arg(long, env = "ATELIER_MAX_BLOB_BYTES", default_value_t = DEFAULT_MAX_BLOB_BYTES)]
     pub max_blob_bytes: u64,
 
-    /// Most bytes of all blobs together. What clients bring may take half of them.
+    /// Most bytes of all pictures together. What clients bring may fill half of it. Pictures of finished jobs may fill seven
+    /// sixteenths of it: beyond that the oldest are given up before their time.
     #[arg(long, env = "ATELIER_MAX_TOTAL_BLOB_BYTES", default_value_t = DEFAULT_MAX_TOTAL_BLOB_BYTES)]
     pub max_total_blob_bytes: u64,
 

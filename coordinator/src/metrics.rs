@@ -13,13 +13,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::{
+    blobs::BlobStore,
     error::{Error, Result},
     runtime::Handle,
     store::Durable,
 };
 
-/// Reasons for which a job is not accepted, that are counted from the beginning.
-const REFUSALS: [&str; 9] = [
+/// Reasons for which a job or a picture is not accepted, that are counted from the beginning.
+const REFUSALS: [&str; 10] = [
+    "BLOB_STORE_FULL",
     "DEADLINE_UNREACHABLE",
     "INVALID_REQUEST",
     "MODEL_BROKEN",
@@ -42,7 +44,15 @@ struct Inner {
     /// By reason; reasons are words of ours.
     refusals: Mutex<BTreeMap<&'static str, u64>>,
     /// Set once this coordinator leads.
-    leads: OnceLock<(Handle, watch::Receiver<Durable>)>,
+    leads: OnceLock<Led>,
+}
+
+/// What a coordinator that leads has.
+#[derive(Debug)]
+struct Led {
+    handle: Handle,
+    durable: watch::Receiver<Durable>,
+    blobs: BlobStore,
 }
 
 impl Default for Meter {
@@ -54,15 +64,15 @@ impl Default for Meter {
 }
 
 impl Meter {
-    /// A job was not accepted.
+    /// A job, or a picture, was not accepted.
     pub(crate) fn refused(&self, reason: &'static str) {
         *self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 
     /// From now on this coordinator leads.
-    pub(crate) fn leads(&self, handle: Handle, durable: watch::Receiver<Durable>) {
+    pub(crate) fn leads(&self, handle: Handle, durable: watch::Receiver<Durable>, blobs: BlobStore) {
         // A second time is the same coordinator's.
-        drop(self.0.leads.set((handle, durable)));
+        drop(self.0.leads.set(Led { handle, durable, blobs }));
     }
 
     /// Serves until `stop`.
@@ -85,19 +95,22 @@ impl Meter {
         page.process(env!("CARGO_PKG_VERSION"), self.0.started);
         let leads = self.0.leads.get();
         let measured = match leads {
-            Some((handle, _)) => handle.measure().await.ok(),
+            Some(led) => led.handle.measure().await.ok(),
             None => None,
         };
         let help = "1: this coordinator leads; 0: it stands by, or is about to end.";
         page.gauge("atelier_leader", help, f64::from(u8::from(measured.is_some())));
-        let failed = leads.is_some_and(|(_, durable)| durable.borrow().failed.is_some());
+        let failed = leads.is_some_and(|led| led.durable.borrow().failed.is_some());
         let help = "1: the store of jobs failed, and this coordinator ends.";
         page.gauge("atelier_store_failed", help, f64::from(u8::from(failed)));
         let refusals: Vec<_> = {
             let refusals = self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner);
             refusals.iter().map(|(reason, count)| ([(*reason).to_owned()], *count as f64)).collect()
         };
-        page.counters("atelier_refusals", "Jobs that were not accepted.", ["reason"], refusals);
+        page.counters("atelier_refusals", "Jobs and pictures that were not accepted.", ["reason"], refusals);
+        if let Some(led) = leads {
+            led.blobs.measure(&mut page);
+        }
         page.append(measured.unwrap_or_default());
         page.text().ok().map(|body| Reply { content_type: CONTENT_TYPE, body })
     }
@@ -105,7 +118,7 @@ impl Meter {
     /// The workers that this coordinator knows, as Prometheus's `http_sd_configs` takes them. One that stands by knows none.
     async fn targets(&self) -> Reply {
         let workers = match self.0.leads.get() {
-            Some((handle, _)) => handle.look(|state| state.metrics_addresses()).await.unwrap_or_default(),
+            Some(led) => led.handle.look(|state| state.metrics_addresses()).await.unwrap_or_default(),
             None => Vec::new(),
         };
         let groups: Vec<String> = workers

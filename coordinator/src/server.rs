@@ -224,7 +224,7 @@ where
     let durable = store.durable();
     let parts = Parts { state, context: context.clone(), health, store, live: live.clone(), done_with };
     let (handle, owner) = Handle::spawn(parts, stop.clone());
-    meter.leads(handle.clone(), durable);
+    meter.leads(handle.clone(), durable, blobs.clone());
 
     let tasks = TaskTracker::new();
     let (changes, changed) = mpsc::channel(membership::MAX_CHANGES);
@@ -239,9 +239,9 @@ where
         .http2_keepalive_timeout(Some(KEEPALIVE.1));
     tasks.spawn(authenticator.clone().follow(config.auth.clone(), handle.clone(), stop.clone()));
     let owners = Owners::default();
-    let jobs =
-        JobApi { handle: handle.clone(), blobs: blobs.clone(), owners: owners.clone(), context, meter, turns: Turns::default() };
-    let mut router = services(&mut server, handle, blobs, owners, jobs, authenticator)?
+    let pictures = BlobApi { store: blobs.clone(), handle: handle.clone(), owners: owners.clone(), meter: meter.clone() };
+    let jobs = JobApi { handle: handle.clone(), blobs, owners, context, meter, turns: Turns::default() };
+    let mut router = services(&mut server, handle, pictures, jobs, authenticator)?
         .add_service(health_server)
         .add_service(InterceptedService::new(CheckpointApi::server(checkpoints), only_workers));
     match config.etcd {
@@ -300,21 +300,14 @@ where
     }
 }
 
-fn services(
-    server: &mut Server,
-    handle: Handle,
-    blobs: BlobStore,
-    owners: Owners,
-    jobs: JobApi,
-    authenticator: Authenticator,
-) -> Result<Router> {
+fn services(server: &mut Server, handle: Handle, blobs: BlobApi, jobs: JobApi, authenticator: Authenticator) -> Result<Router> {
     let jobs = JobServiceServer::new(jobs)
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-    let cluster = ClusterServiceServer::new(ClusterApi { handle: handle.clone() })
+    let cluster = ClusterServiceServer::new(ClusterApi { handle })
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
-    let blobs = BlobServiceServer::new(BlobApi { store: blobs, handle, owners })
+    let blobs = BlobServiceServer::new(blobs)
         .max_decoding_message_size(proto::MAX_MESSAGE_BYTES)
         .max_encoding_message_size(proto::MAX_MESSAGE_BYTES);
     let reflection = tonic_reflection::server::Builder::configure()

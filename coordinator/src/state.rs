@@ -51,6 +51,8 @@ mod fair_tests;
 #[cfg(test)]
 mod products_tests;
 #[cfg(test)]
+mod room_tests;
+#[cfg(test)]
 mod stuck_tests;
 #[cfg(test)]
 mod takeover_tests;
@@ -200,6 +202,8 @@ pub struct Submission {
     pub seed: u64,
     /// Fields that name a blob which is not there.
     pub missing_blobs: Vec<String>,
+    /// Bytes that the blob store holds, and that uploads will take which have begun.
+    pub blob_bytes: u64,
     /// As the client asked for.
     pub priority: i32,
     /// The picture is wanted within this time.

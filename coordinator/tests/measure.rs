@@ -84,6 +84,7 @@ impl Cluster {
             spec,
             seed: 1,
             missing_blobs: Vec::new(),
+            blob_bytes: 0,
             priority: 0,
             timeout: None,
             trace: None,

@@ -88,6 +88,7 @@ impl Fleet {
             spec,
             seed: self.submitted,
             missing_blobs: Vec::new(),
+            blob_bytes: 0,
             priority: 0,
             timeout: None,
             trace: None,

@@ -15,6 +15,7 @@ use crate::{
     api::status,
     auth::Caller,
     error::{Error, Result},
+    metrics::Meter,
     runtime::Handle,
 };
 
@@ -24,6 +25,7 @@ pub(crate) struct BlobApi {
     pub(crate) store: BlobStore,
     pub(crate) handle: Handle,
     pub(crate) owners: Owners,
+    pub(crate) meter: Meter,
 }
 
 impl BlobApi {
@@ -56,7 +58,12 @@ impl BlobService for BlobApi {
         let by = brought_by(&caller, &request);
         let in_use = self.handle.read(|state| state.blobs_in_use());
         let received = self.store.receive_by(by, in_use, request.into_inner()).await;
-        let blob_id = received.map_err(|error| status(&error))?;
+        let blob_id = received.map_err(|error| {
+            if matches!(error, Error::BlobStoreFull(_)) {
+                self.meter.refused(error.reason());
+            }
+            status(&error)
+        })?;
         if let Some(tenant) = tenant.filter(|tenant| !tenant.is_empty()) {
             self.owners.note(tenant, blob_id.clone(), &self.store);
         }

@@ -80,6 +80,7 @@ impl Bench {
             spec: testing::spec("emoji"),
             seed: 42,
             missing_blobs: vec![],
+            blob_bytes: 0,
             priority: 0,
             timeout: None,
             trace: None,

@@ -37,6 +37,17 @@ pub(super) fn pixel_steps(job: &Job) -> u64 {
     job.pixels().saturating_mul(u64::from(job.spec.num_inference_steps.unwrap_or(1).max(1)))
 }
 
+/// Bytes of a PNG beside its pixels: what it says of itself, a prompt in several languages among it.
+const PNG_BYTES: u64 = 64 << 10;
+
+/// About the most bytes that a job's pictures can have: PNGs of noise, three bytes a pixel and a little for each row.
+pub(super) fn picture_bytes(job: &Job, most_of_one: u64) -> u64 {
+    let pictures = u64::from(job.spec.num_images_per_prompt.unwrap_or(1).max(1));
+    let pixels = job.pixels() / pictures;
+    let one = pixels.saturating_mul(3).saturating_add(pixels / 64 + PNG_BYTES).min(most_of_one);
+    one.saturating_mul(pictures)
+}
+
 /// What a job's cost grows with.
 pub(super) fn work(job: &Job) -> f64 {
     job.pixels() as f64 * f64::from(job.spec.num_inference_steps.unwrap_or(1).max(1))

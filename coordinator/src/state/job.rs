@@ -60,6 +60,8 @@ pub(super) struct Job {
     /// Boxed: most jobs wait, or end well.
     pub(super) failure: Option<Box<JobFailure>>,
     pub(super) images: Vec<ImageResult>,
+    /// Its pictures had to make room for others': they may be gone.
+    pub(super) pictures_dropped: bool,
     pub(super) finished: Option<Millis>,
     /// Set when a client asked it to stop.
     pub(super) cancelling: bool,
@@ -215,6 +217,7 @@ impl Job {
             state: JobState::Queued,
             failure: None,
             images: Vec::new(),
+            pictures_dropped: false,
             finished: None,
             cancelling: false,
             parking: None,
@@ -263,6 +266,11 @@ impl Job {
         let spec = &self.spec;
         let count = |given: Option<u32>, otherwise: u32| u64::from(given.unwrap_or(otherwise).max(1));
         count(spec.width, OPEN_SIDE) * count(spec.height, OPEN_SIDE) * count(spec.num_images_per_prompt, 1)
+    }
+
+    /// Bytes of its pictures.
+    pub(super) fn result_bytes(&self) -> u64 {
+        self.images.iter().map(|image| image.byte_size).fold(0, u64::saturating_add)
     }
 
     pub(super) fn stage_started(&mut self, stage: &str, now: Millis) {
@@ -413,6 +421,7 @@ impl Job {
             attempt: self.attempt,
             trace_id: self.trace.map(|trace| trace.id()).unwrap_or_default(),
             products: self.products as i32,
+            pictures_dropped: over && self.pictures_dropped,
             tenant: self.tenant.to_string(),
         }
     }

@@ -24,13 +24,23 @@ pub(super) struct Jobs {
     by_tenant: HashMap<Arc<str>, Numbers>,
     /// Oldest end first.
     finished: VecDeque<u64>,
-    /// Bytes of the pictures of finished jobs.
+    /// Those of them whose pictures are kept, in the same order.
+    pictured: VecDeque<u64>,
+    /// Bytes of the pictures of finished jobs that are kept.
     result_bytes: u64,
     last_number: u64,
     /// One of each kind that any job has had: a few for each model.
     plans: Vec<Arc<Plan>>,
     /// Priorities of the jobs that are placed, with how many there are, by model.
     running: BTreeMap<String, BTreeMap<i32, usize>>,
+}
+
+/// Of the store of pictures, 1 / so many is for results under way, beside those that are kept and the half that clients may fill.
+const UNDER_WAY_PART: u64 = 16;
+
+/// Bytes of a store of pictures that those of finished jobs may keep.
+pub(super) fn most_kept(total_blob_bytes: u64) -> u64 {
+    total_blob_bytes / 2 - total_blob_bytes / UNDER_WAY_PART
 }
 
 /// How many numbers of a tenant are looked through at least before those are dropped whose job is forgotten.
@@ -170,26 +180,53 @@ impl Jobs {
     /// The job has come to its end; from now on it ages.
     pub(super) fn finished(&mut self, number: u64) {
         self.finished.push_back(number);
-        self.result_bytes += self.get(number).map_or(0, result_bytes);
+        let bytes = self.get(number).filter(|job| !job.pictures_dropped).map_or(0, Job::result_bytes);
+        if bytes > 0 {
+            self.pictured.push_back(number);
+            self.result_bytes += bytes;
+        }
     }
 
-    /// Forgets finished jobs that are too old, too many, or whose pictures take more than half of what all blobs may. Gives back their
-    /// ids.
+    /// Bytes of the pictures of finished jobs that are kept.
+    #[cfg(test)]
+    pub(super) fn result_bytes(&self) -> u64 {
+        self.result_bytes
+    }
+
+    /// Gives up pictures of finished jobs, the oldest first, until all that are kept take no more than they may of a store of
+    /// `total_blob_bytes`. The jobs themselves stay, and so do their request ids. Says whose pictures they were.
+    pub(super) fn drop_pictures(&mut self, total_blob_bytes: u64) -> Vec<u64> {
+        let most = most_kept(total_blob_bytes);
+        let mut dropped = Vec::new();
+        // The newest are kept whatever they weigh: their client has not read them yet.
+        while self.result_bytes > most && self.pictured.len() > 1 {
+            dropped.extend(self.drop_oldest_pictures());
+        }
+        dropped
+    }
+
+    fn drop_oldest_pictures(&mut self) -> Option<u64> {
+        let number = self.pictured.pop_front()?;
+        let job = self.by_number.get_mut(&number)?;
+        self.result_bytes = self.result_bytes.saturating_sub(job.result_bytes());
+        job.pictures_dropped = true;
+        Some(number)
+    }
+
+    /// Forgets finished jobs that are too old or too many. Gives back their ids.
     pub(super) fn forget_old(&mut self, now: Millis, limits: &Limits) -> Vec<String> {
-        let max_result_bytes = limits.total_blob_bytes / 2;
         let mut forgotten = Vec::new();
         while let Some(job) = self.finished.front().and_then(|number| self.by_number.get(number)) {
             let age = now.saturating_sub(job.finished.unwrap_or(now));
-            // The newest is kept whatever it weighs: its client has not read it yet.
-            let too_large = self.result_bytes > max_result_bytes && self.finished.len() > 1;
-            let too_many = self.finished.len() > limits.finished_jobs || too_large;
-            if age < limits.finished_job_age && !too_many {
+            if age < limits.finished_job_age && self.finished.len() <= limits.finished_jobs {
                 break;
             }
             forgotten.push(job.id.clone());
-            self.result_bytes = self.result_bytes.saturating_sub(result_bytes(job));
             let (of_id, of_request) = (self.id_hash(&job.id), self.request_hash(&job.tenant, &job.request_id));
             if let Some(number) = self.finished.pop_front() {
+                if self.pictured.front() == Some(&number) {
+                    self.drop_oldest_pictures();
+                }
                 for (index, hash) in [(&mut self.by_id, of_id), (&mut self.by_request, of_request)] {
                     if let Ok(entry) = index.find_entry(hash, |known| *known == number) {
                         entry.remove();
@@ -200,8 +237,4 @@ impl Jobs {
         }
         forgotten
     }
-}
-
-fn result_bytes(job: &Job) -> u64 {
-    job.images.iter().map(|image| image.byte_size).fold(0, u64::saturating_add)
 }

@@ -28,6 +28,7 @@ impl Job {
             sequence: self.sequence(),
             failure: self.failure.as_deref().cloned(),
             images: self.images.clone(),
+            pictures_dropped: self.pictures_dropped,
         });
         JobRecord {
             id: self.id.clone(),
@@ -81,6 +82,7 @@ impl Job {
                 job.number_from(end.sequence);
                 job.failure = end.failure.map(Box::new);
                 job.images = end.images;
+                job.pictures_dropped = end.pictures_dropped;
                 let state = JobState::try_from(end.state).unwrap_or(JobState::Failed);
                 job.enter(state, end.time.as_ref().map_or(0, millis));
             }

@@ -263,8 +263,11 @@ impl State {
         }
     }
 
-    /// Results may take half of the blob store: the other half is for what is on its way in.
+    /// Of jobs that are over, gives up the oldest pictures beyond what may be kept, and forgets those that are too old or too many.
     fn forget_old_jobs(&mut self) {
+        for number in self.jobs.drop_pictures(self.settings.limits.total_blob_bytes) {
+            self.persist(number);
+        }
         let forgotten = self.jobs.forget_old(self.now, &self.settings.limits);
         self.effects.extend(forgotten.into_iter().map(|job_id| Effect::Forget { job_id }));
     }

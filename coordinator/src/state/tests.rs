@@ -77,7 +77,7 @@ impl Cluster {
     }
 
     /// With two workers and whole groups.
-    fn made_ready(self) -> Self {
+    pub(super) fn made_ready(self) -> Self {
         let mut cluster = self;
         cluster.join("w1");
         cluster.join("w2");
@@ -144,6 +144,7 @@ impl Cluster {
             spec: testing::spec("emoji"),
             seed: 42,
             missing_blobs: vec![],
+            blob_bytes: 0,
             priority: 0,
             timeout: None,
             trace: None,

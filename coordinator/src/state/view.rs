@@ -186,14 +186,15 @@ impl State {
         self.workers.values().filter(|worker| !worker.metrics_address.is_empty()).map(of).collect()
     }
 
-    /// Blobs that a job which can be asked for has taken or given.
+    /// Blobs that jobs need: what those begin with that are not over, and what was made and not given up.
     pub fn blobs_in_use(&self) -> BTreeSet<String> {
-        let of_job = |job: &Job| {
-            let inputs = [job.spec.image_blob_id.clone(), job.spec.mask_image_blob_id.clone()];
-            let results: Vec<String> = job.images.iter().map(|image| image.blob_id.clone()).collect();
-            inputs.into_iter().chain(results)
+        let of_job = |job: &'_ Job| {
+            // A job that is over is not begun anew.
+            let inputs = [&job.spec.image_blob_id, &job.spec.mask_image_blob_id].into_iter().filter(|_| !job.is_over());
+            let results = job.images.iter().filter(|_| !job.pictures_dropped).map(|image| &image.blob_id);
+            inputs.chain(results).filter(|id| !id.is_empty()).cloned().collect::<Vec<_>>()
         };
-        self.jobs.iter().flat_map(of_job).filter(|id| !id.is_empty()).collect()
+        self.jobs.iter().flat_map(of_job).collect()
     }
 
     /// Reports of an epoch or an attempt that is over, since the start.

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{
     CANCEL_DEADLINE, Millis, State, Submission, estimate,
     job::{Job, NewJob, Task},
+    jobs::most_kept,
     spans,
     tasks::End,
     tenants::TenantLimits,
@@ -28,7 +29,8 @@ const MAX_NAME_CHARS: usize = 64;
 
 impl State {
     pub(super) fn submit(&mut self, submission: Submission) -> Result<v1::Job> {
-        let Submission { job_id, request_id, tenant, spec, seed, missing_blobs, priority, timeout, trace } = submission;
+        let Submission { job_id, request_id, tenant, spec, seed, missing_blobs, blob_bytes, priority, timeout, trace } =
+            submission;
         request::check_request_id(&request_id)?;
         request::check_urgency(priority, timeout)?;
         let fingerprint = fingerprint(&spec, priority, timeout);
@@ -57,6 +59,7 @@ impl State {
         {
             return Err(Error::DeadlineUnreachable { timeout, predicted });
         }
+        self.check_room(&job, blob_bytes)?;
         let bytes = job.record().encoded_len();
         if let Some(limit) = self.settings.max_record_bytes.filter(|limit| bytes > *limit) {
             return Err(Error::invalid("spec", format!("takes {bytes} bytes; the store of jobs takes {limit}")));
@@ -88,6 +91,22 @@ impl State {
             }
         }
         self.jobs.get(number).map(Job::view).ok_or_else(not_found)
+    }
+
+    /// The job's pictures will find room in a store of blobs that holds `blob_bytes`, beside as many of finished jobs as are kept.
+    fn check_room(&self, job: &Job, blob_bytes: u64) -> Result<()> {
+        let limits = &self.settings.limits;
+        let all = limits.total_blob_bytes;
+        let (needed, most) = (estimate::picture_bytes(job, limits.blob_bytes), all - most_kept(all));
+        if needed > most {
+            let problem =
+                format!("pictures of so many pixels may take {needed} bytes; the store of pictures has {most} for them");
+            return Err(Error::invalid("spec", problem));
+        }
+        if blob_bytes.saturating_add(needed) > all {
+            return Err(Error::BlobStoreFull(all));
+        }
+        Ok(())
     }
 
     /// Counts a job against what its tenant may use, and gives the tenant's weight.

@@ -24,11 +24,13 @@ use proto::v1::{
 };
 use tokio::{net::TcpListener, runtime::Runtime, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Request, Response, Status, Streaming, transport::Server};
+use tonic::{Code, Request, Response, Status, Streaming, metadata::MetadataValue, transport::Server};
 
 use crate::harness::{Coordinator, DEADLINE, POLL};
 
 const HEARTBEAT: Duration = Duration::from_millis(500);
+/// Of a picture, when nobody says.
+const WIDTH: u32 = 64;
 
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Pace {
@@ -203,7 +205,8 @@ impl Fake {
             let mut next = WorkerServiceClient::connect(format!("http://{}", destination.address)).await.unwrap();
             next.put_payload(tokio_stream::once(PutPayloadRequest { part })).await.unwrap();
         }
-        let images = if task.outputs.is_empty() { vec![upload(&task.blob_address).await] } else { vec![] };
+        let width = task.spec.as_ref().unwrap().width();
+        let images = if task.outputs.is_empty() { vec![upload(&task.blob_address, width).await] } else { vec![] };
         self.report(Report::TaskDone(TaskDone { task: task.task, seconds: 0.1, images, stored: false })).await;
     }
 }
@@ -244,13 +247,19 @@ impl WorkerService for Fake {
     }
 }
 
-/// What every picture of a fake worker holds.
+/// What every picture of a fake worker holds, of the usual width.
 pub(crate) fn picture() -> Vec<u8> {
-    (0..700_000u32).map(|i| (i % 251) as u8).collect()
+    picture_of(WIDTH)
 }
 
-async fn upload(address: &str) -> ImageResult {
-    let bytes = picture();
+/// What every picture of this width holds.
+pub(crate) fn picture_of(width: u32) -> Vec<u8> {
+    (0..700_000u32).map(|i| ((i + width - WIDTH) % 251) as u8).collect()
+}
+
+/// Tries until the store has room, as a worker does.
+async fn upload(address: &str, width: u32) -> ImageResult {
+    let bytes = picture_of(width);
     let header = BlobHeader { byte_size: bytes.len() as u64, sha256: String::new(), media_type: "image/png".into() };
     let chunks = bytes.chunks(proto::CHUNK_BYTES).map(|chunk| upload_blob_request::Part::Chunk(chunk.to_vec().into()));
     let parts: Vec<_> = std::iter::once(upload_blob_request::Part::Header(header))
@@ -258,12 +267,23 @@ async fn upload(address: &str) -> ImageResult {
         .map(|part| UploadBlobRequest { part: Some(part) })
         .collect();
     let mut blobs = BlobServiceClient::connect(format!("http://{address}")).await.unwrap();
-    let blob_id = blobs.upload_blob(tokio_stream::iter(parts)).await.unwrap().into_inner().blob_id;
+    let start = Instant::now();
+    let blob_id = loop {
+        let mut upload = Request::new(tokio_stream::iter(parts.clone()));
+        upload.metadata_mut().insert(proto::RESULT, MetadataValue::from_static("1"));
+        match blobs.upload_blob(upload).await {
+            Ok(response) => break response.into_inner().blob_id,
+            Err(status) if status.code() == Code::ResourceExhausted && start.elapsed() < DEADLINE => {
+                tokio::time::sleep(POLL).await;
+            }
+            Err(status) => panic!("{status}"),
+        }
+    };
     ImageResult {
         sha256: blob_id.clone(),
         blob_id,
-        width: 64,
-        height: 64,
+        width,
+        height: WIDTH,
         media_type: "image/png".into(),
         byte_size: bytes.len() as u64,
     }
@@ -301,8 +321,8 @@ fn card() -> ModelCard {
             stage("decode", StageKind::Decode, "vae", &["denoise"]),
         ],
         parameters: vec![
-            number("width", 16.0, 4096.0, 64.0),
-            number("height", 16.0, 4096.0, 64.0),
+            number("width", 16.0, 4096.0, WIDTH.into()),
+            number("height", 16.0, 4096.0, WIDTH.into()),
             number("num_inference_steps", 1.0, 100.0, 4.0),
         ],
         max_pixels: 1 << 24,

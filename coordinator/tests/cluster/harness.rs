@@ -2,15 +2,18 @@
 
 use std::time::{Duration, Instant};
 
-use coordinator::{Config, config::EtcdConfig};
+use coordinator::{
+    Config,
+    config::{EtcdConfig, Limits},
+};
 use proto::v1::{
-    CreateJobRequest, DownloadBlobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ModelStatus, WatchJobRequest,
-    WatchJobResponse, blob_service_client::BlobServiceClient, cluster_service_client::ClusterServiceClient,
-    download_blob_response::Part, job_event::Kind, job_service_client::JobServiceClient,
+    BlobHeader, CreateJobRequest, DownloadBlobRequest, Job, JobEvent, JobSpec, ListModelsRequest, ModelStatus, UploadBlobRequest,
+    WatchJobRequest, WatchJobResponse, blob_service_client::BlobServiceClient, cluster_service_client::ClusterServiceClient,
+    download_blob_response::Part, job_event::Kind, job_service_client::JobServiceClient, upload_blob_request::Part as UploadPart,
 };
 use tokio::{net::TcpListener, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tonic::{Streaming, transport::Channel};
+use tonic::{Status, Streaming, transport::Channel};
 
 /// Longest wait for anything in these tests, on a busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
@@ -32,10 +35,14 @@ impl Coordinator {
     }
 
     pub(crate) async fn start_with(etcd: Option<EtcdConfig>) -> Self {
+        Self::start_in(etcd, Limits::default()).await
+    }
+
+    pub(crate) async fn start_in(etcd: Option<EtcdConfig>, limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let models = folder.path().join("models.toml");
         std::fs::write(&models, MODELS).unwrap();
-        let config = Config { etcd, ..Config::for_models(&models).unwrap() };
+        let config = Config { etcd, limits, ..Config::for_models(&models).unwrap() };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let stop = CancellationToken::new();
@@ -117,6 +124,15 @@ impl Coordinator {
             panic!("the job ended before {stage}");
         };
         tokio::time::timeout(DEADLINE, begun).await.expect("the stage begins");
+    }
+
+    pub(crate) async fn upload(&self, bytes: Vec<u8>) -> Result<String, Status> {
+        let header = BlobHeader { byte_size: bytes.len() as u64, media_type: "image/png".into(), ..BlobHeader::default() };
+        let chunks = bytes.chunks(proto::CHUNK_BYTES).map(|chunk| UploadPart::Chunk(chunk.to_vec().into()));
+        let parts = std::iter::once(UploadPart::Header(header)).chain(chunks);
+        let parts: Vec<_> = parts.map(|part| UploadBlobRequest { part: Some(part) }).collect();
+        let uploaded = BlobServiceClient::new(self.channel()).upload_blob(tokio_stream::iter(parts)).await;
+        uploaded.map(|response| response.into_inner().blob_id)
     }
 
     pub(crate) async fn download(&self, blob_id: &str) -> Vec<u8> {

@@ -4,6 +4,7 @@
 mod etcd;
 mod fake_worker;
 mod harness;
+mod room;
 
 use proto::v1::{CancelJobRequest, CreateJobRequest, JobSpec, JobState, ListModelsRequest, ListWorkersRequest, job_event::Kind};
 use tonic::Code;
