@@ -6,7 +6,7 @@ from .render import ROOT
 # Service names of gRPC health, and the source that answers for each.
 HEALTH = {
     "": None,
-    "atelier.v1.JobService": "coordinator/src/server.rs",
+    "atelier.v1.JobService": "coordinator/src/runtime.rs",
     "atelier.worker.Ready": "worker/src/health.rs",
 }
 # The least time for a command: its process shares the processors of a pod that computes on all of them.
