@@ -20,7 +20,7 @@ use crate::conv::windows::{Panels, Windows};
 use crate::gemm::micro::{MicroKernel, More, Panel, Takes, WAITING};
 use crate::gemm::{Order, Plane, Rows, SharedPlane, bf16, narrow_rows, pack_tiles};
 use crate::memory::{Output, seen};
-use crate::scratch::Buffer;
+use crate::scratch::{Buffer, Lent};
 use crate::{rows, scratch, threads};
 
 mod bands;
@@ -161,16 +161,15 @@ impl Conv2d {
     fn convolve_pairs(&self, x: &[f32], laid: Laid, residual: Option<&[f32]>, y: &mut [MaybeUninit<f32>]) {
         let area = laid.input.iter().product::<usize>();
         let batch = x.len() / (self.c_in * area);
-        scratch::lend(batch * self.deep() * area, |pairs| {
-            threads::over_rows(pairs, area, |first, pairs| {
-                for (at, pairs) in (first..).zip(pairs.chunks_exact_mut(area)) {
-                    let (item, channel) = (at / self.deep(), 2 * (at % self.deep()));
-                    let two = &x[(item * self.c_in + channel) * area..][..area * (self.c_in - channel).min(2)];
-                    pair_channels(two, [two.len() / area, area], pairs);
-                }
-            });
-            self.convolve(pairs, laid, residual, y);
+        let mut lent = Lent::of(batch * self.deep() * area);
+        threads::over_rows(lent.as_mut_slice(), area, |first, pairs| {
+            for (at, pairs) in (first..).zip(pairs.chunks_exact_mut(area)) {
+                let (item, channel) = (at / self.deep(), 2 * (at % self.deep()));
+                let two = &x[(item * self.c_in + channel) * area..][..area * (self.c_in - channel).min(2)];
+                pair_channels(two, [two.len() / area, area], pairs);
+            }
         });
+        self.convolve(lent.as_slice(), laid, residual, y);
     }
 
     /// Whether it is for pictures of twice the size.

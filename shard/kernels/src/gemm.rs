@@ -24,6 +24,7 @@ pub(crate) mod bytes;
 mod inputs;
 pub mod micro;
 mod narrow;
+mod packed;
 mod packing;
 mod plane;
 mod sums;
@@ -33,6 +34,7 @@ pub use blocks::BlockRows;
 pub use half::bf16;
 pub use micro::Order;
 pub(crate) use narrow::narrow_rows;
+pub use packed::{Layer, PackedInputs, Source};
 pub use packing::{Element, PackedWeight};
 pub(crate) use packing::{pack_columns, pack_rows, pack_tiles};
 pub(crate) use plane::{Plane, SharedPlane};
@@ -127,11 +129,11 @@ pub fn linear_tree<'a>(
     let grid = Grid::of(m, n, weight);
     let (shared, product) = (SharedPlane::of(&mut *y, n), Product::new());
     threads::over_jobs(grid.jobs(), m * n * k < SMALL, |job| {
-        let (rows, columns) = grid.job(job);
+        let block = grid.block(job, weight);
         #[allow(unsafe_code)] // threads write rectangles, which are not slices
         // SAFETY: jobs are disjoint blocks of `y`.
-        let y = unsafe { shared.part(rows.clone(), columns.clone()) };
-        let job = Job { product, x, weight, rows, columns };
+        let y = unsafe { shared.part(block.rows.clone(), block.columns.clone()) };
+        let job = Job { product, x, block };
         if weight.kernel().takes == Takes::Tiles { job.run_blocked(chunks, epilogue, y) } else { job.run(chunks, epilogue, y) }
     });
     #[allow(unsafe_code)] // floats from here on
@@ -176,56 +178,92 @@ impl Grid {
         self.down * self.across
     }
 
-    fn job(&self, index: usize) -> (Range<usize>, Range<usize>) {
+    fn block<'a>(&self, index: usize, weight: &'a PackedWeight) -> Block<'a> {
         let part = |of: usize, tile: usize, index: usize, count: usize| {
             let edge = |index: usize| of.min(of.div_ceil(tile) * index / count * tile);
             edge(index)..edge(index + 1)
         };
         let (down, across) = (index / self.across, index % self.across);
-        (part(self.m, self.mr, down, self.down), part(self.n, self.nr, across, self.across))
+        let (rows, columns) = (part(self.m, self.mr, down, self.down), part(self.n, self.nr, across, self.across));
+        Block { weight, rows, columns }
     }
 }
 
 /// One block of the result.
-struct Job<'a> {
-    product: Product,
-    x: Rows<'a>,
+struct Block<'a> {
     weight: &'a PackedWeight,
     rows: Range<usize>,
     columns: Range<usize>,
 }
 
+/// The same, of inputs that lie as rows.
+struct Job<'a> {
+    product: Product,
+    x: Rows<'a>,
+    block: Block<'a>,
+}
+
 impl Job<'_> {
-    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
-        let (kernel, depth) = (self.weight.kernel(), self.weight.depth());
-        let (m, n, of_row) = (self.rows.len(), self.columns.len(), kernel.input_len(depth));
+    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, y: Plane<'_>) {
+        let Block { weight, rows, .. } = &self.block;
+        let (kernel, of_row) = (weight.kernel(), weight.kernel().input_len(weight.depth()));
         let mut depths = [0; MAX_CHUNKS];
         let depths = &mut depths[..chunks.len()];
         depths.iter_mut().zip(chunks).for_each(|(depth, chunk)| *depth = kernel.depth(columns_of(chunk.as_ref())));
-        inputs::with(self.product, self.rows.start, m.next_multiple_of(kernel.mr) * of_row, |inputs, packed| {
+        inputs::with(self.product, rows.start, rows.len().next_multiple_of(kernel.mr) * of_row, |inputs, packed| {
             if !packed {
                 let mut before = 0;
                 for (chunk, depth) in chunks.iter().zip(&*depths) {
                     let to = &mut inputs[kernel.mr * kernel.input_len(before)..];
-                    pack_rows(to, kernel.mr * of_row, self.x, self.rows.clone(), chunk.as_ref(), 0..*depth, kernel);
+                    pack_rows(to, kernel.mr * of_row, self.x, rows.clone(), chunk.as_ref(), 0..*depth, kernel);
                     before += depth;
                 }
             }
-            let [panel, aside] = self.weight.buffer(depth);
-            scratch::with([panel, aside, WAITING], |[panel, aside, waiting]| {
-                for column in (0..n).step_by(kernel.nr) {
-                    let columns = column..n.min(column + kernel.nr);
-                    let at = (self.columns.start + column) / kernel.nr;
-                    let panel = self.weight.whole_panel(at, depths, [panel, aside]);
-                    let bias = epilogue.bias.map(|bias| Rows::new(&bias[self.columns.start + column..], m, 0));
-                    let (mut y, more) = (y.part(0..m, columns), More { bias: None, rows: bias });
-                    let ahead = self.weight.ahead(at + 1, 0..depth);
-                    kernel.run_chunks((depths, kernel.mr), (inputs, panel.into()), waiting, &mut y, more, ahead);
-                    if let Some(activation) = epilogue.activation {
-                        (0..m).for_each(|row| activation.apply(y.row_mut(row)));
+            self.block.multiply(inputs, depths, epilogue, Results::Rows(y));
+        });
+    }
+}
+
+/// Where a block's results go.
+enum Results<'a> {
+    /// There they stay.
+    Rows(Plane<'a>),
+    /// To what the next layer multiplies.
+    Inputs(&'a packed::Part<'a>),
+}
+
+impl Block<'_> {
+    /// `inputs` are those of its rows, of chunks of such depths.
+    fn multiply(&self, inputs: &[f32], depths: &[usize], epilogue: Epilogue<'_>, mut results: Results<'_>) {
+        let (kernel, depth) = (self.weight.kernel(), self.weight.depth());
+        let (m, n, nr) = (self.rows.len(), self.columns.len(), kernel.nr);
+        let [panel, aside] = self.weight.buffer(depth);
+        scratch::with([panel, aside, WAITING, m * nr], |[panel, aside, waiting, tile]| {
+            for column in (0..n).step_by(nr) {
+                let columns = column..n.min(column + nr);
+                let at = (self.columns.start + column) / nr;
+                let panel = self.weight.whole_panel(at, depths, [panel, aside]);
+                let bias = epilogue.bias.map(|bias| Rows::new(&bias[self.columns.start + column..], m, 0));
+                let more = More { bias: None, rows: bias };
+                let ahead = self.weight.ahead(at + 1, 0..depth);
+                let mut product = |c: &mut Plane<'_>| {
+                    kernel.run_chunks((depths, kernel.mr), (inputs, panel.into()), waiting, c, more, ahead);
+                };
+                match &mut results {
+                    Results::Rows(y) => {
+                        let mut y = y.part(0..m, columns);
+                        product(&mut y);
+                        if let Some(activation) = epilogue.activation {
+                            (0..m).for_each(|row| activation.apply(y.row_mut(row)));
+                        }
+                    }
+                    Results::Inputs(next) => {
+                        product(&mut Plane::of(&mut tile[..m * nr], nr));
+                        epilogue.activation.iter().for_each(|activation| activation.apply(&mut tile[..m * nr]));
+                        next.put(at, Rows::new(tile, m, nr), self.rows.start);
                     }
                 }
-            });
+            }
         });
     }
 }

@@ -47,6 +47,11 @@ impl sealed::Unread for Vec<f32> {
     }
 }
 
+/// Floats as what is to be written.
+pub(crate) fn unread(floats: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    sealed::Unread::unread(floats)
+}
+
 /// As many floats as `f` writes, which it shows by giving them back: memory is not passed twice, as it is for [`zeros`].
 #[allow(unsafe_code)] // memory that nobody has written yet
 pub fn written(len: usize, f: impl FnOnce(&mut [MaybeUninit<f32>]) -> &mut [f32]) -> Vec<f32> {

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 
 use crate::activation::Activation;
 use crate::cpu::vectorised;
-use crate::memory::{Output, seen};
+use crate::memory::{Output, seen, unread};
 use crate::{math, scratch, streaming, threads};
 
 const LANES: usize = 16;
@@ -104,10 +104,6 @@ pub fn layer_norm_modulate<'a>(
     unsafe {
         seen(y)
     }
-}
-
-fn unread(line: &mut (impl Output + ?Sized)) -> &mut [MaybeUninit<f32>] {
-    line.unread()
 }
 
 /// Calls `f(number, row)` for each row of `y`, which it writes. Those of a tensor that no cache holds are made aside and then written past them.

@@ -45,24 +45,52 @@ impl Clone for Buffer {
 
 thread_local! {
     static MEMORY: RefCell<Buffer> = RefCell::default();
-    static LENT: RefCell<Buffer> = RefCell::default();
+    static LENT: RefCell<Vec<Buffer>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Most floats that [`lend`] keeps for the next use, 64 MiB: what is larger had better be others' in between.
-const MOST_KEPT: usize = 16 << 20;
+/// Most floats of a piece that is kept for the next use, 160 MiB: what is larger had better be others' in between.
+const MOST_KEPT: usize = 40 << 20;
+/// Most pieces that are kept.
+const PIECES_KEPT: usize = 2;
 
-/// Lends a piece of this thread's memory, of `len`; what is in it is left from earlier uses. Unlike what [`with`] lends, it may be
-/// worked on by other threads too.
-pub(crate) fn lend<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut memory = LENT.take();
-    if memory.len < len {
-        memory = Buffer::zeros(len);
+/// A piece of this thread's memory; what is in it is left from earlier uses. Unlike what [`with`] lends, it may be worked on by other threads too.
+pub(crate) struct Lent {
+    memory: Buffer,
+    len: usize,
+}
+
+impl Lent {
+    /// Of `len` floats.
+    pub(crate) fn of(len: usize) -> Self {
+        let kept = LENT.with_borrow_mut(|kept| {
+            kept.sort_by_key(Buffer::len);
+            // Too small ones make way.
+            kept.iter().position(|memory| memory.len >= len).or(kept.len().checked_sub(1)).map(|at| kept.swap_remove(at))
+        });
+        let memory = kept.filter(|memory| memory.len >= len).unwrap_or_else(|| Buffer::zeros(len));
+        Self { memory, len }
     }
-    let result = f(&mut memory.as_mut_slice()[..len]);
-    if memory.len <= MOST_KEPT {
-        LENT.set(memory);
+
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        &self.memory.as_slice()[..self.len]
     }
-    result
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        &mut self.memory.as_mut_slice()[..self.len]
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let memory = std::mem::take(&mut self.memory);
+        // A thread that ends keeps nothing.
+        let _ = LENT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
+            if memory.len <= MOST_KEPT && kept.len() < PIECES_KEPT {
+                kept.push(memory);
+            }
+        });
+    }
 }
 
 /// Lends `N` separate pieces of this thread's memory, of at least the given lengths; what is in them is left from earlier

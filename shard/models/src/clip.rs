@@ -6,7 +6,7 @@
 //! divided over the tensor-parallel group. A text encoder of this size is not cut into block ranges.
 
 use parallel::ops::{self, Activation};
-use parallel::{ColumnParallelLinear, DType, Device, Linear, RowParallelLinear, Shard, Tensor, Tensors, Weights};
+use parallel::{ColumnParallelLinear, DType, Device, Linear, Part, RowParallelLinear, Shard, Tensor, Tensors, Weights};
 use serde::Deserialize;
 
 use crate::blocks::BlockModel;
@@ -283,13 +283,15 @@ impl Layer {
     /// `x: [B, L, D]`, `mask: [1, 1, L, L]`.
     fn forward(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let x = (x + self.attention(&self.layer_norm1.forward(x)?, mask)?)?;
-        let y = ops::activate(&self.fc1.forward(&self.layer_norm2.forward(&x)?)?, self.activation)?;
-        Ok((&x + self.fc2.forward(&y)?)?)
+        let normed = self.layer_norm2.forward(&x)?;
+        let mlp = Part::Activated { layer: &self.fc1, x: &normed, activation: self.activation };
+        Ok((&x + self.fc2.forward_parts(&[mlp])?)?)
     }
 
     fn attention(&self, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
         let heads = |x: Tensor| ops::split_heads(&x, self.heads); // [B, L, D/tp] -> [B, N/tp, L, Dh]
-        let (q, k, v) = (heads(self.q_proj.forward(x)?)?, heads(self.k_proj.forward(x)?)?, heads(self.v_proj.forward(x)?)?);
+        let [q, k, v] = ColumnParallelLinear::forward_all([&self.q_proj, &self.k_proj, &self.v_proj], x)?;
+        let (q, k, v) = (heads(q)?, heads(k)?, heads(v)?);
         let scale = 1.0 / (q.dim(3)? as f64).sqrt();
         let x = ops::attention(&q, &k, &v, scale, Some(mask))?;
         Ok(self.out_proj.forward(&ops::merge_heads(&x)?)?)

@@ -265,7 +265,8 @@ impl Attention {
 
     fn forward(&self, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let heads = |x: Tensor| ops::split_heads(&x, self.heads); // [B, L, (N Dh)/tp] -> [B, N/tp, L, Dh]
-        let (q, k, v) = (heads(self.q.forward(x)?)?, heads(self.k.forward(x)?)?, heads(self.v.forward(x)?)?);
+        let [q, k, v] = ColumnParallelLinear::forward_all([&self.q, &self.k, &self.v], x)?;
+        let (q, k, v) = (heads(q)?, heads(k)?, heads(v)?);
         let x = ops::attention(&q, &k, &v, 1.0, Some(bias))?;
         Ok(self.o.forward(&ops::merge_heads(&x)?)?)
     }
@@ -291,8 +292,8 @@ impl FeedForward {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gate = ops::activate(&self.gate.forward(x)?, self.activation)?;
-        Ok(self.down.forward(&(gate * self.up.forward(x)?)?)?)
+        let [gate, up] = ColumnParallelLinear::forward_all([&self.gate, &self.up], x)?;
+        Ok(self.down.forward(&(ops::activate(&gate, self.activation)? * up)?)?)
     }
 }
 

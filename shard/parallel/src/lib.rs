@@ -37,6 +37,6 @@ pub use collective::{Collective, Solo};
 pub use convolution::Conv2d;
 pub use error::{Error, Result};
 pub use in_process::InProcess;
-pub use linear::{ColumnParallelLinear, Linear, RowParallelLinear};
+pub use linear::{ColumnParallelLinear, Linear, Part, RowParallelLinear};
 pub use tensors::Tensors;
 pub use weights::{Shard, Weights};

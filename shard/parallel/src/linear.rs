@@ -7,11 +7,11 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 
 use crate::collective::Collective;
 use crate::lora::{Cut, Patch, Site};
-use crate::ops::{Activation, Chunks, Matrix};
+use crate::ops::{Activation, Chunks, Features, LaidOut, Matrix};
 use crate::weights::{Shard, Weights};
 use crate::{Error, Result, ops};
 
@@ -57,7 +57,29 @@ impl Linear {
 
     /// `x: [.., d_in]` gives `[.., d_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.product(x, self.bias.as_ref(), None)?;
+        self.finish(x, self.weight.product(x, self.bias.as_ref(), None)?)
+    }
+
+    /// As [`Self::forward`] of each, of the same `x`, which is laid out for all of them once.
+    pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let laid_out = match layers.first() {
+            Some(first) => first.weight.lay_out(&[Features::Whole(x)])?,
+            None => None,
+        };
+        let mut all = layers.map(|_| x.clone());
+        for (y, layer) in all.iter_mut().zip(layers) {
+            *y = match &laid_out {
+                Some(laid_out) if layer.weight.takes(laid_out) => {
+                    layer.finish(x, layer.weight.product_of(laid_out, layer.bias.as_ref())?)?
+                }
+                _ => layer.forward(x)?,
+            };
+        }
+        Ok(all)
+    }
+
+    /// `y`, the product and bias, with what adapters add for `x`.
+    fn finish(&self, x: &Tensor, y: Tensor) -> Result<Tensor> {
         let y = match &self.patch {
             Some(patch) => patch.add(x, y)?,
             None => y,
@@ -67,10 +89,15 @@ impl Linear {
 
     /// As [`Self::forward`], then `activation`: on the way out, where nothing comes between.
     fn forward_activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        if x.dtype() == DType::F32 && !self.patch.as_ref().is_some_and(Patch::is_active) {
+        if x.dtype() == DType::F32 && !self.is_adapted() {
             return self.weight.product(x, self.bias.as_ref(), Some(activation));
         }
         ops::activate(&self.forward(x)?, activation)
+    }
+
+    /// Whether adapters change it now.
+    fn is_adapted(&self) -> bool {
+        self.patch.as_ref().is_some_and(Patch::is_active)
     }
 }
 
@@ -107,6 +134,11 @@ impl ColumnParallelLinear {
     /// `x: [.., d_in]`, equal on every rank, gives this rank's `[.., d_out/tp]`: its slice of every packed part.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear.forward(x)
+    }
+
+    /// As [`Self::forward`] of each, of the same `x`: see [`Linear::forward_all`].
+    pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        Linear::forward_all(layers.map(|layer| &layer.linear), x)
     }
 
     /// As [`Self::forward`], then `activation`.
@@ -159,18 +191,83 @@ impl RowParallelLinear {
 
     /// This rank's `x: [.., d_in/tp]` gives the same `[.., d_out]` on every rank.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = if self.group.size() == 1 {
-            self.weight.product(x, self.bias.as_ref(), None)?
-        } else {
-            // Sums travel unrounded: rounded ones would depend on how many ranks there are.
-            let y = self.group.all_reduce(&self.weight.product(x, None, None)?)?;
-            // After the sum, or the bias would be counted once per rank.
-            match &self.bias {
-                Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?)?,
-                None => y,
-            }
-        };
+        let y = self.sum(|bias| self.weight.product(x, bias, None))?;
         Ok(self.patch.add(x, y)?.to_dtype(x.dtype())?)
+    }
+
+    /// As [`Self::forward`] of parts that lie side by side: with what comes from a layer, that is written nowhere but where it is multiplied,
+    /// rounded as the product takes it.
+    pub fn forward_parts(&self, parts: &[Part<'_>]) -> Result<Tensor> {
+        if let Some(x) = self.lay_out(parts)? {
+            return self.sum(|bias| self.weight.product_of(&x, bias));
+        }
+        let parts = parts.iter().map(Part::tensor).collect::<Result<Vec<_>>>()?;
+        match parts.as_slice() {
+            [x] => self.forward(x),
+            [a, b] => self.forward(&ops::join(a, b)?),
+            parts => self.forward(&Tensor::cat(parts, D::Minus1)?),
+        }
+    }
+
+    /// `None` where adapters have to see what is multiplied, or where it cannot be laid out before.
+    fn lay_out(&self, parts: &[Part<'_>]) -> Result<Option<LaidOut>> {
+        let adapted = |part: &Part<'_>| matches!(part, Part::Activated { layer, .. } if layer.linear.is_adapted());
+        if self.patch.is_active() || parts.iter().any(adapted) {
+            return Ok(None);
+        }
+        let inputs = parts.iter().map(|part| match part {
+            Part::Tensor(_) => Ok(None),
+            Part::Activated { layer, x, .. } => layer.linear.weight.lay_out(&[Features::Whole(x)]),
+        });
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
+        let features = parts.iter().zip(&inputs).map(|(part, inputs)| match (part, inputs) {
+            (Part::Tensor(x), _) => Some(Features::Whole(x)),
+            (Part::Activated { layer, activation, .. }, Some(x)) => {
+                let Linear { weight, bias, .. } = &layer.linear;
+                Some(Features::Layer { x, weight, bias: bias.as_ref(), activation: Some(*activation) })
+            }
+            (Part::Activated { .. }, None) => None,
+        });
+        features.collect::<Option<Vec<_>>>().map_or(Ok(None), |features| self.weight.lay_out(&features))
+    }
+
+    /// Of this rank's product, given the bias, over all ranks.
+    fn sum(&self, product: impl Fn(Option<&Tensor>) -> Result<Tensor>) -> Result<Tensor> {
+        if self.group.size() == 1 {
+            return product(self.bias.as_ref());
+        }
+        // Sums travel unrounded: rounded ones would depend on how many ranks there are.
+        let y = self.group.all_reduce(&product(None)?)?;
+        // After the sum, or the bias would be counted once per rank.
+        match &self.bias {
+            Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
+            None => Ok(y),
+        }
+    }
+}
+
+/// Some features of what goes into a layer.
+#[derive(Clone, Copy)]
+pub enum Part<'a> {
+    /// `[.., d]`
+    Tensor(&'a Tensor),
+    /// What a layer makes of `x`, activated.
+    Activated {
+        /// Of this rank's outputs.
+        layer: &'a ColumnParallelLinear,
+        /// `[.., d_in]`
+        x: &'a Tensor,
+        /// What comes after the layer.
+        activation: Activation,
+    },
+}
+
+impl Part<'_> {
+    fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Tensor(x) => Ok((*x).clone()),
+            Self::Activated { layer, x, activation } => layer.forward_activated(x, *activation),
+        }
     }
 }
 

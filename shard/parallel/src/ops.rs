@@ -17,7 +17,7 @@ mod products;
 pub use attention::{attention, attention_of_tokens};
 pub use host::has_kernels;
 use host::{map, ours, produce, read, write};
-pub(crate) use matrix::{Chunks, Matrix, Values};
+pub(crate) use matrix::{Chunks, Features, LaidOut, Matrix, Values};
 pub use products::Products;
 
 /// A pointwise function between two linear layers.

@@ -8,7 +8,7 @@ use crate::conv::laid::Laid;
 use crate::conv::{Conv2d, add_rows, doubling};
 use crate::gemm::micro::{MAX_TILE, MicroKernel, TILE_PAIRS};
 use crate::gemm::{Plane, Rows, SharedPlane, bf16, narrow_rows, turn};
-use crate::scratch::Buffer;
+use crate::scratch::{Buffer, Lent};
 use crate::{scratch, threads};
 
 /// Channels of a line.
@@ -71,40 +71,39 @@ pub(super) fn convolve(conv: &Conv2d, x: &[f32], laid: Laid, residual: Option<&[
     let batch = y.len() / (c_out * pixels);
     // The last tile may look at as many lines as it has no pixels for.
     let beyond = kernel.mr * laid.stride * TILE_PAIRS;
-    scratch::lend(batch * lined.len() + beyond, |lines| {
-        let (pictures, beyond) = lines.split_at_mut(batch * lined.len());
-        beyond.fill(0.0);
-        threads::over_rows(pictures, lined.row(), |first, rows| {
-            scratch::with([TILE_PAIRS * RUN], |[pairs]| {
-                for (at, row) in (first..).zip(rows.chunks_exact_mut(lined.row())) {
-                    let (item, group) = (at / (lined.groups * lined.height), at / lined.height % lined.groups);
-                    fill(row, &x[item * picture..][..picture], &laid, [group, at % lined.height], pairs);
-                }
-            });
+    let mut lines = Lent::of(batch * lined.len() + beyond);
+    let (pictures, beyond) = lines.as_mut_slice().split_at_mut(batch * lined.len());
+    beyond.fill(0.0);
+    threads::over_rows(pictures, lined.row(), |first, rows| {
+        scratch::with([TILE_PAIRS * RUN], |[pairs]| {
+            for (at, row) in (first..).zip(rows.chunks_exact_mut(lined.row())) {
+                let (item, group) = (at / (lined.groups * lined.height), at / lined.height % lined.groups);
+                fill(row, &x[item * picture..][..picture], &laid, [group, at % lined.height], pairs);
+            }
         });
-        let steps = Steps::of(&lined, laid.size);
-        let (across, small) = (out_width.div_ceil(kernel.mr), conv.is_small(y.len()));
-        let tiles = out_height * across;
-        let per_job = (batch * tiles).div_ceil(2 * rayon::current_num_threads()).clamp(1, TILES);
-        let jobs = tiles.div_ceil(per_job);
-        let y = SharedPlane::of(y, pixels);
-        threads::over_jobs(batch * jobs, small, |job| {
-            let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
-            let job = Job {
-                conv,
-                laid,
-                lined: &lined,
-                steps: &steps,
-                across,
-                residual: residual.map(|of| &of[item * c_out * pixels..]),
-            };
-            job.run(&lines[item * lined.len()..], tiles, |channels, pixels| {
-                #[allow(unsafe_code)] // threads write rectangles, which are not slices
-                // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.
-                unsafe {
-                    y.part(item * c_out + channels.start..item * c_out + channels.end, pixels)
-                }
-            });
+    });
+    let steps = Steps::of(&lined, laid.size);
+    let (across, small) = (out_width.div_ceil(kernel.mr), conv.is_small(y.len()));
+    let tiles = out_height * across;
+    let per_job = (batch * tiles).div_ceil(2 * rayon::current_num_threads()).clamp(1, TILES);
+    let jobs = tiles.div_ceil(per_job);
+    let y = SharedPlane::of(y, pixels);
+    threads::over_jobs(batch * jobs, small, |job| {
+        let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
+        let job = Job {
+            conv,
+            laid,
+            lined: &lined,
+            steps: &steps,
+            across,
+            residual: residual.map(|of| &of[item * c_out * pixels..]),
+        };
+        job.run(&lines.as_slice()[item * lined.len()..], tiles, |channels, pixels| {
+            #[allow(unsafe_code)] // threads write rectangles, which are not slices
+            // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.
+            unsafe {
+                y.part(item * c_out + channels.start..item * c_out + channels.end, pixels)
+            }
         });
     });
 }

@@ -4,37 +4,39 @@
 use std::ops::Range;
 
 use crate::gemm::packing::pack_rows;
-use crate::gemm::{Epilogue, Job, K_STEP, Piece, Place, Plane, Sums, inputs};
+use crate::gemm::{Block, Epilogue, Job, K_STEP, Piece, Place, Plane, Sums, inputs};
 use crate::scratch;
 
 impl Job<'_> {
     pub(super) fn run_blocked(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
-        let kernel = self.weight.kernel();
-        let (m, n) = (self.rows.len(), self.columns.len());
+        let Block { weight, rows, columns } = &self.block;
+        let (kernel, m, n) = (weight.kernel(), rows.len(), columns.len());
         let tall = m.next_multiple_of(kernel.mr);
-        inputs::with(self.product, self.rows.start, tall * kernel.input_len(self.weight.depth()), |inputs, packed| {
+        inputs::with(self.product, rows.start, tall * kernel.input_len(weight.depth()), |inputs, packed| {
             // The sums that grow, and one for each level of the tree that waits for its neighbour.
             let depths = 1 + chunks.len().trailing_zeros() as usize;
             let level = tall * n.next_multiple_of(kernel.nr);
-            let [panel, aside] = self.weight.buffer(K_STEP);
+            let [panel, aside] = weight.buffer(K_STEP);
             scratch::with([panel, aside, Sums::PASSING + depths * level], |[b, aside, memory]| {
                 let mut sums = Sums::new(memory, m, level, kernel);
-                for step in self.steps(chunks) {
+                for step in self.block.steps(chunks) {
                     let at = |depth| tall * kernel.input_len(depth);
                     let a = &mut inputs[at(step.k.start)..at(step.k.end)];
                     if !packed {
                         let (apart, k) = (kernel.mr * kernel.input_len(step.k.len()), step.k_of_chunk.clone());
-                        pack_rows(a, apart, self.x, self.rows.clone(), step.pieces, k, kernel);
+                        pack_rows(a, apart, self.x, rows.clone(), step.pieces, k, kernel);
                     }
-                    self.step(&step, a, [b, aside], &mut sums);
+                    self.block.step(&step, a, [b, aside], &mut sums);
                 }
-                let bias = epilogue.bias.map(|bias| &bias[self.columns.clone()]);
+                let bias = epilogue.bias.map(|bias| &bias[columns.clone()]);
                 let activate = |y: &mut [f32]| epilogue.activation.iter().for_each(|activation| activation.apply(y));
                 sums.write(&mut y, bias, activate);
             });
         });
     }
+}
 
+impl Block<'_> {
     /// One at least for each chunk, in order.
     fn steps<'c>(&self, chunks: &'c [impl AsRef<[Piece]>]) -> impl Iterator<Item = Step<'c>> {
         let (weight, mut start) = (self.weight, 0);

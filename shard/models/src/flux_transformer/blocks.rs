@@ -1,7 +1,7 @@
 //! The blocks: double-stream and single-stream.
 
 use parallel::ops::{self, Activation};
-use parallel::{ColumnParallelLinear, RowParallelLinear, Tensor, Weights};
+use parallel::{ColumnParallelLinear, Part, RowParallelLinear, Tensor, Weights};
 
 use super::FluxTransformerConfig;
 use crate::Result;
@@ -73,9 +73,9 @@ impl FluxSingleTransformerBlock {
     pub(super) fn forward(&self, hidden_states: &Tensor, temb: &Tensor, rope: &Rope) -> Result<Tensor> {
         let [shift, scale, gate] = self.norm.modulation(temb)?;
         let norm_hidden_states = ops::layer_norm_modulate(hidden_states, &shift, &scale, EPS)?;
-        let mlp_hidden_states = self.proj_mlp.forward_activated(&norm_hidden_states, Activation::GeluTanh)?; // [B, L, 4D/tp]
         let attn_output = self.attn.attend(&norm_hidden_states, Some(rope))?; // [B, L, D/tp]
-        let output = self.proj_out.forward(&ops::join(&attn_output, &mlp_hidden_states)?)?;
+        let mlp = Part::Activated { layer: &self.proj_mlp, x: &norm_hidden_states, activation: Activation::GeluTanh }; // [B, L, 4D/tp]
+        let output = self.proj_out.forward_parts(&[Part::Tensor(&attn_output), mlp])?;
         Ok(ops::gated(hidden_states, &gate, &output)?)
     }
 }

@@ -73,8 +73,8 @@ impl Qkv {
             let (b, l, d) = y.dims3()?;
             Ok(y.reshape((b, l, self.heads, d / self.heads))?)
         };
-        let (query, key) = (heads(self.to_q.forward(x)?)?, heads(self.to_k.forward(x)?)?);
-        let value = heads(self.to_v.forward(x)?)?;
+        let [query, key, value] = ColumnParallelLinear::forward_all([&self.to_q, &self.to_k, &self.to_v], x)?;
+        let (query, key, value) = (heads(query)?, heads(key)?, heads(value)?);
         match &self.norms {
             Some([norm_q, norm_k]) => Ok([ops::rms_norm(&query, norm_q, EPS)?, ops::rms_norm(&key, norm_k, EPS)?, value]),
             None => Ok([query, key, value]),

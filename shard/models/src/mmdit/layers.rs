@@ -1,7 +1,7 @@
 //! AdaLN modulation, feed-forward, and linear layers that have a bias.
 
 use parallel::ops::{self, Activation};
-use parallel::{ColumnParallelLinear, Linear, RowParallelLinear, Shard, Tensor, Weights};
+use parallel::{ColumnParallelLinear, Linear, Part, RowParallelLinear, Shard, Tensor, Weights};
 
 use crate::Result;
 
@@ -60,7 +60,7 @@ impl FeedForward {
 
     /// `[B, L, D]` on every rank gives `[B, L, D]` on every rank; in between a rank holds `4D/tp` columns.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.out.forward(&self.proj.forward_activated(x, Activation::GeluTanh)?)?)
+        Ok(self.out.forward_parts(&[Part::Activated { layer: &self.proj, x, activation: Activation::GeluTanh }])?)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
-use candle_core::{DType, Device, Storage, Tensor, WithDType};
+use candle_core::{DType, Device, Layout, Storage, Tensor, WithDType};
 
 use crate::{Error, Result};
 
@@ -30,11 +30,24 @@ pub(crate) fn read<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
 pub(crate) fn read_as<T: WithDType, R>(x: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
     let x = x.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else {
-        return Err(Error::Operands { reason: format!("for the CPU a tensor of {:?}", x.device()) });
+    Ok(f(elements(&storage, layout)?))
+}
+
+/// Of a contiguous tensor of the CPU.
+fn elements<'s, T: WithDType>(storage: &'s Storage, layout: &Layout) -> Result<&'s [T]> {
+    let Storage::Cpu(storage) = storage else {
+        return Err(Error::Operands { reason: format!("for the CPU a tensor of {:?}", storage.device()) });
     };
     let (start, end) = layout.contiguous_offsets().unwrap_or_default();
-    Ok(f(&storage.as_slice::<T>()?[start..end]))
+    Ok(&storage.as_slice::<T>()?[start..end])
+}
+
+/// Lends the elements of several f32 tensors of the CPU, as [`read`] does of one.
+pub(crate) fn read_all<R>(xs: &[&Tensor], f: impl FnOnce(&[&[f32]]) -> R) -> Result<R> {
+    let xs = xs.iter().map(|x| x.contiguous()).collect::<Result<Vec<_>, _>>()?;
+    let held: Vec<_> = xs.iter().map(Tensor::storage_and_layout).collect();
+    let slices = held.iter().map(|(storage, layout)| elements(storage, layout)).collect::<Result<Vec<_>>>()?;
+    Ok(f(&slices))
 }
 
 /// A fresh tensor of `shape` that `f` writes.

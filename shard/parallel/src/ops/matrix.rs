@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
-use kernels::gemm::{BlockRows, Element, Epilogue, PackedWeight, Piece, Rows, linear_tree};
+use kernels::gemm::{BlockRows, Element, Epilogue, Layer, PackedInputs, PackedWeight, Piece, Rows, Source, linear_tree};
 
 use super::Activation;
 use super::blocks::Blocks;
-use super::host::{has_kernels, read, write};
+use super::host::{has_kernels, ours, read, read_all, write};
 use super::products::Products;
 use crate::{Error, Result};
 
@@ -148,6 +148,90 @@ impl Matrix {
         };
         let y = add(tree_product(&x.reshape((rows, d_in))?, &self.chunks, weights)?, bias)?.reshape(shape)?;
         activation.map_or(Ok(y.clone()), |activation| super::activate(&y, activation))
+    }
+}
+
+/// Inputs that several layers have in common, or that one makes for the next: see [`PackedInputs`].
+pub(crate) struct LaidOut {
+    /// Without the last one, the features.
+    shape: Vec<usize>,
+    inputs: PackedInputs,
+}
+
+/// Some features of a layer's inputs.
+pub(crate) enum Features<'a> {
+    /// As they are: `[.., d]`.
+    Whole(&'a Tensor),
+    /// `activation(x W^T + bias)`
+    Layer { x: &'a LaidOut, weight: &'a Matrix, bias: Option<&'a Tensor>, activation: Option<Activation> },
+}
+
+impl Features<'_> {
+    /// All sizes but the last.
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Whole(x) => x.dims().split_last().map_or(&[], |(_, shape)| shape),
+            Self::Layer { x, .. } => &x.shape,
+        }
+    }
+}
+
+impl Matrix {
+    /// Lays out what this is to be multiplied with, features side by side; `None` if that can only be done while it is multiplied. Of several
+    /// layers the others [take](Self::takes) the same.
+    pub(crate) fn lay_out(&self, features: &[Features<'_>]) -> Result<Option<LaidOut>> {
+        let (Weight::Packed(weight), Some(first)) = (&self.weight, features.first()) else { return Ok(None) };
+        let (shape, wholes) = (first.shape().to_vec(), features.iter().filter_map(|part| if let Features::Whole(x) = part { Some(*x) } else { None }));
+        let wholes: Vec<&Tensor> = wholes.collect();
+        if !wholes.iter().all(|x| ours(x) && x.rank() > 0) || !features.iter().all(|part| part.shape() == shape) {
+            return Ok(None);
+        }
+        let biases = features.iter().map(|part| match part {
+            Features::Layer { bias: Some(bias), .. } => super::vector(bias).map(Some),
+            _ => Ok(None),
+        });
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        let (rows, mut columns) = (shape.iter().product(), 0);
+        let inputs = read_all(&wholes, |slices| {
+            let mut wholes = slices.iter().zip(&wholes);
+            let mut sources = Vec::new();
+            for (part, bias) in features.iter().zip(&biases) {
+                sources.push(match part {
+                    Features::Whole(_) => {
+                        let (data, x) = wholes.next()?;
+                        let width = *x.dims().last()?;
+                        columns += width;
+                        Source::Rows(Rows::new(data, rows, width), width)
+                    }
+                    Features::Layer { x, weight: matrix, activation, .. } => {
+                        let Weight::Packed(weight) = &matrix.weight else { return None };
+                        columns += weight.n();
+                        let epilogue = Epilogue { bias: bias.as_deref(), activation: activation.map(Activation::kernel) };
+                        Source::Layer(Layer { inputs: &x.inputs, weight, epilogue })
+                    }
+                });
+            }
+            if columns == weight.k() { PackedInputs::of(&sources, &self.chunks, weight) } else { None }
+        })?;
+        Ok(inputs.map(|inputs| LaidOut { shape, inputs }))
+    }
+
+    /// Whether [`Self::product_of`] can be of `x`.
+    pub(crate) fn takes(&self, x: &LaidOut) -> bool {
+        matches!(&self.weight, Weight::Packed(weight) if x.inputs.fit(weight))
+    }
+
+    /// As [`Self::product`] of the same inputs.
+    ///
+    /// # Errors
+    /// [`Error::Operands`] of inputs that it does not [take](Self::takes).
+    pub(crate) fn product_of(&self, x: &LaidOut, bias: Option<&Tensor>) -> Result<Tensor> {
+        let Weight::Packed(weight) = &self.weight else {
+            return Err(Error::Operands { reason: "inputs laid out for another kind of weight".to_owned() });
+        };
+        let bias = bias.map(super::vector).transpose()?;
+        let epilogue = Epilogue { bias: bias.as_deref(), activation: None };
+        write([x.shape.as_slice(), &[self.d_out]].concat(), |y| x.inputs.linear(weight, epilogue, y))
     }
 }
 
