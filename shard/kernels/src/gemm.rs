@@ -11,12 +11,10 @@
 
 use std::ops::Range;
 
-use self::inputs::Product;
 use self::micro::{More, Takes, WAITING};
-use self::packing::columns as columns_of;
 use crate::activation::Activation;
-use crate::memory::{Output, seen};
-use crate::{scratch, threads};
+use crate::memory::{Output, in_parts};
+use crate::scratch;
 
 mod blocked;
 mod blocks;
@@ -26,6 +24,7 @@ pub mod micro;
 mod narrow;
 mod packed;
 mod packing;
+mod pairs;
 mod plane;
 mod sums;
 mod turn;
@@ -49,12 +48,17 @@ pub(crate) const TILES_STEP: usize = 192;
 const TILES_ROWS: usize = 384;
 const TILES_COLUMNS: usize = 512;
 /// Of others; with fewer rows, up to twice the columns.
-const ROWS: usize = 196;
-const COLUMNS: usize = 512;
-/// Most floats of the inputs of as many rows in 8 bits of which three times as many are still read as fast as they are multiplied.
-const NEAR: usize = 1 << 19;
+const ROWS: usize = 392;
+const COLUMNS: usize = 256;
+/// Of those whose weights are in blocks.
+const BLOCKS_ROWS: usize = 588;
+const BLOCKS_COLUMNS: usize = 170;
+/// Most floats of the inputs of [`ROWS`] in 8 bits of which [`BLOCKS_ROWS`] are still read as fast as they are multiplied.
+const NEAR: usize = 1 << 20;
 /// Most chunks of a [`linear_tree`].
 const MAX_CHUNKS: usize = 8;
+/// Floats of inputs that are laid out at once: 64 MiB.
+const AT_ONCE: usize = 16 << 20;
 /// Multiplications below which a product stays on its thread.
 const SMALL: usize = 1 << 20;
 
@@ -75,6 +79,11 @@ impl<'a, T> Rows<'a, T> {
     /// How many rows there are.
     pub fn count(&self) -> usize {
         self.count
+    }
+
+    /// Some of them.
+    fn rows(&self, rows: Range<usize>) -> Self {
+        Self { data: &self.data[rows.start * self.stride..], count: rows.len(), stride: self.stride }
     }
 
     /// Some columns of a row.
@@ -126,21 +135,15 @@ pub fn linear_tree<'a>(
     if m == 0 || n == 0 {
         return &mut [];
     }
-    let grid = Grid::of(m, n, weight);
-    let (shared, product) = (SharedPlane::of(&mut *y, n), Product::new());
-    threads::over_jobs(grid.jobs(), m * n * k < SMALL, |job| {
-        let block = grid.block(job, weight);
-        #[allow(unsafe_code)] // threads write rectangles, which are not slices
-        // SAFETY: jobs are disjoint blocks of `y`.
-        let y = unsafe { shared.part(block.rows.clone(), block.columns.clone()) };
-        let job = Job { product, x, block };
-        if weight.kernel().takes == Takes::Tiles { job.run_blocked(chunks, epilogue, y) } else { job.run(chunks, epilogue, y) }
-    });
-    #[allow(unsafe_code)] // floats from here on
-    // SAFETY: every result is in one of the blocks, which their jobs write.
-    unsafe {
-        seen(y)
+    if weight.kernel().takes == Takes::Tiles {
+        return blocked::linear_tree(x, chunks, weight, epilogue, y);
     }
+    let of_row = weight.kernel().input_len(weight.depth());
+    let at_once = (AT_ONCE / of_row.max(1)).max(ROWS);
+    in_parts(y, at_once * n, |part, y| {
+        let x = x.rows(part * at_once..m.min((part + 1) * at_once));
+        PackedInputs::of_rows(x, chunks, weight).linear(weight, epilogue, y)
+    })
 }
 
 /// How a product is cut into jobs: `down` by `across` of them, of whole tiles, which differ by one tile at most.
@@ -156,16 +159,17 @@ struct Grid {
 impl Grid {
     fn of(m: usize, n: usize, weight: &PackedWeight) -> Self {
         let (mr, nr) = (weight.kernel().mr, weight.kernel().nr);
-        // Blocks are widened again for each job down: taller and narrower ones, of the same size. In 8 bits, unless that is too much to be near.
+        // Blocks are widened again for each job down: taller and narrower ones. In 8 bits, unless that is too much to be near.
         let near = weight.kernel().blocks().is_none() || ROWS * weight.kernel().input_len(weight.depth()) <= NEAR;
-        let taller = if weight.is_in_blocks() && near { 3 } else { 1 };
         let (rows, columns) = match weight.kernel().takes {
             Takes::Tiles => (TILES_ROWS, TILES_COLUMNS),
-            _ => (ROWS, ROWS * COLUMNS / m.clamp(ROWS / 2, ROWS)),
+            _ if weight.is_in_blocks() && near => (BLOCKS_ROWS, BLOCKS_COLUMNS),
+            _ => (ROWS, COLUMNS),
         };
-        let down = m.div_ceil(taller * rows).min(m.div_ceil(mr));
+        let columns = if weight.kernel().takes == Takes::Tiles { columns } else { rows * columns / m.clamp(rows / 2, rows) };
+        let down = m.div_ceil(rows).min(m.div_ceil(mr));
         let panels = n.div_ceil(nr);
-        let mut across = n.div_ceil(columns / taller).min(panels);
+        let mut across = n.div_ceil(columns).min(panels);
         // Few jobs: as many as keep every thread busy to the end.
         let threads = rayon::current_num_threads();
         while down * across < 8 * threads && !(down * across).is_multiple_of(threads) && across < panels {
@@ -194,34 +198,6 @@ struct Block<'a> {
     weight: &'a PackedWeight,
     rows: Range<usize>,
     columns: Range<usize>,
-}
-
-/// The same, of inputs that lie as rows.
-struct Job<'a> {
-    product: Product,
-    x: Rows<'a>,
-    block: Block<'a>,
-}
-
-impl Job<'_> {
-    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, y: Plane<'_>) {
-        let Block { weight, rows, .. } = &self.block;
-        let (kernel, of_row) = (weight.kernel(), weight.kernel().input_len(weight.depth()));
-        let mut depths = [0; MAX_CHUNKS];
-        let depths = &mut depths[..chunks.len()];
-        depths.iter_mut().zip(chunks).for_each(|(depth, chunk)| *depth = kernel.depth(columns_of(chunk.as_ref())));
-        inputs::with(self.product, rows.start, rows.len().next_multiple_of(kernel.mr) * of_row, |inputs, packed| {
-            if !packed {
-                let mut before = 0;
-                for (chunk, depth) in chunks.iter().zip(&*depths) {
-                    let to = &mut inputs[kernel.mr * kernel.input_len(before)..];
-                    pack_rows(to, kernel.mr * of_row, self.x, rows.clone(), chunk.as_ref(), 0..*depth, kernel);
-                    before += depth;
-                }
-            }
-            self.block.multiply(inputs, depths, epilogue, Results::Rows(y));
-        });
-    }
 }
 
 /// Where a block's results go.

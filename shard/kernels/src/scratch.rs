@@ -1,6 +1,7 @@
 //! Memory that a kernel works in, kept by each thread from call to call: no kernel allocates in steady state.
 
 use std::cell::RefCell;
+use std::fmt;
 
 /// Floats of a cache line, which is also the widest vector.
 const LINE: usize = 16;
@@ -77,6 +78,12 @@ impl Lent {
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
         &mut self.memory.as_mut_slice()[..self.len]
+    }
+}
+
+impl fmt::Debug for Lent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} floats", self.len)
     }
 }
 

@@ -1,5 +1,7 @@
 //! How work is divided. Who computes a row never changes its bits; this only decides how soon it is done.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use rayon::prelude::*;
 
 /// Elements below which a pass over memory stays on its thread: waking another costs some microseconds.
@@ -26,4 +28,16 @@ pub(crate) fn over_jobs(jobs: usize, small: bool, f: impl Fn(usize) + Sync + Sen
     } else {
         (0..jobs).into_par_iter().with_max_len(1).for_each(f);
     }
+}
+
+/// As [`over_jobs`], one after the other in order, so that those that are under way at a time lie beside each other: what they have in common
+/// is in the cache that threads share.
+pub(crate) fn over_jobs_in_order(jobs: usize, small: bool, f: impl Fn(usize) + Sync + Send) {
+    let threads = rayon::current_num_threads();
+    if small || jobs <= 1 || threads == 1 {
+        return (0..jobs).for_each(f);
+    }
+    let next = AtomicUsize::new(0);
+    let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|job| *job < jobs);
+    (0..threads).into_par_iter().with_max_len(1).for_each(|_| std::iter::from_fn(take).for_each(&f));
 }

@@ -90,14 +90,8 @@ pub(super) fn convolve(conv: &Conv2d, x: &[f32], laid: Laid, residual: Option<&[
     let y = SharedPlane::of(y, pixels);
     threads::over_jobs(batch * jobs, small, |job| {
         let (item, tiles) = (job / jobs, job % jobs * per_job..tiles.min((job % jobs + 1) * per_job));
-        let job = Job {
-            conv,
-            laid,
-            lined: &lined,
-            steps: &steps,
-            across,
-            residual: residual.map(|of| &of[item * c_out * pixels..]),
-        };
+        let job =
+            Job { conv, laid, lined: &lined, steps: &steps, across, residual: residual.map(|of| &of[item * c_out * pixels..]) };
         job.run(&lines.as_slice()[item * lined.len()..], tiles, |channels, pixels| {
             #[allow(unsafe_code)] // threads write rectangles, which are not slices
             // SAFETY: every job has its own pixels of its own picture, one tile of them at a time.

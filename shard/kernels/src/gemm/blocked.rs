@@ -1,14 +1,49 @@
 //! A job of tiles of bf16, whose operands have to be near: its results stay in the second-level cache while K passes by in steps, of which one
 //! panel of weights stays in the first-level cache.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
+use crate::gemm::inputs::{self, Product};
 use crate::gemm::packing::pack_rows;
-use crate::gemm::{Block, Epilogue, Job, K_STEP, Piece, Place, Plane, Sums, inputs};
-use crate::scratch;
+use crate::gemm::{Block, Epilogue, Grid, K_STEP, PackedWeight, Piece, Place, Plane, Rows, SMALL, SharedPlane, Sums};
+use crate::memory::seen;
+use crate::{scratch, threads};
+
+/// As [`gemm::linear_tree`], with results.
+pub(super) fn linear_tree<'a>(
+    x: Rows<'_>,
+    chunks: &[impl AsRef<[Piece]> + Sync],
+    weight: &PackedWeight,
+    epilogue: Epilogue<'_>,
+    y: &'a mut [MaybeUninit<f32>],
+) -> &'a mut [f32] {
+    let (m, n) = (x.count(), weight.n());
+    let grid = Grid::of(m, n, weight);
+    let (shared, product) = (SharedPlane::of(&mut *y, n), Product::new());
+    threads::over_jobs(grid.jobs(), m * n * weight.k() < SMALL, |job| {
+        let block = grid.block(job, weight);
+        #[allow(unsafe_code)] // threads write rectangles, which are not slices
+        // SAFETY: jobs are disjoint blocks of `y`.
+        let y = unsafe { shared.part(block.rows.clone(), block.columns.clone()) };
+        Job { product, x, block }.run(chunks, epilogue, y);
+    });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every result is in one of the blocks, which their jobs write.
+    unsafe {
+        seen(y)
+    }
+}
+
+/// A block of the result, and its inputs.
+struct Job<'a> {
+    product: Product,
+    x: Rows<'a>,
+    block: Block<'a>,
+}
 
 impl Job<'_> {
-    pub(super) fn run_blocked(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
+    fn run(&self, chunks: &[impl AsRef<[Piece]>], epilogue: Epilogue<'_>, mut y: Plane<'_>) {
         let Block { weight, rows, columns } = &self.block;
         let (kernel, m, n) = (weight.kernel(), rows.len(), columns.len());
         let tall = m.next_multiple_of(kernel.mr);

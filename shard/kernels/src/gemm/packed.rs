@@ -11,6 +11,7 @@ use crate::scratch::Lent;
 use crate::threads;
 
 /// `x: [M, K]`, rounded and laid out for weights of one kernel, `[M / mr][K][mr]`, chunk after chunk.
+#[derive(Debug)]
 pub struct PackedInputs {
     m: usize,
     k: usize,
@@ -21,7 +22,7 @@ pub struct PackedInputs {
 }
 
 /// Where some columns of inputs come from.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub enum Source<'a> {
     /// Rows, of so many columns.
     Rows(Rows<'a>, usize),
@@ -30,7 +31,7 @@ pub enum Source<'a> {
 }
 
 /// `epilogue(x W^T)`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Layer<'a> {
     /// `x`
     pub inputs: &'a PackedInputs,
@@ -73,22 +74,60 @@ impl PackedInputs {
     pub fn of(sources: &[Source<'_>], chunks: &[impl AsRef<[Piece]>], weight: &PackedWeight) -> Option<Self> {
         let (kernel, m) = (weight.kernel(), sources.first()?.rows());
         assert!(sources.iter().all(|source| source.rows() == m), "as many rows of each source");
-        let depths: Vec<usize> = chunks.iter().map(|chunk| kernel.depth(columns(chunk.as_ref()))).collect();
-        assert_eq!(depths.iter().sum::<usize>(), weight.depth(), "the weight's chunks");
         let runs = runs(sources, chunks, kernel)?;
-        let starts: Vec<Vec<usize>> = (0..sources.len()).map(|index| starts(index, &sources[index], &runs, kernel)).collect::<Option<_>>()?;
-        let of_tile = kernel.mr * kernel.input_len(weight.depth());
-        let mut memory = Lent::of(m.div_ceil(kernel.mr) * of_tile);
+        let starts = |(index, source)| starts(index, source, &runs, kernel);
+        let starts: Vec<Vec<usize>> = sources.iter().enumerate().map(starts).collect::<Option<_>>()?;
+        let mut inputs = Self::unwritten(m, chunks, weight);
         for (index, (source, starts)) in sources.iter().zip(starts).enumerate() {
             match source {
-                Source::Rows(rows, _) => {
-                    let runs: Vec<_> = runs.iter().filter(|run| run.source == index).collect();
-                    lay(memory.as_mut_slice(), of_tile, *rows, &runs, kernel);
-                }
-                Source::Layer(layer) => layer.write(memory.as_mut_slice(), of_tile, &starts),
+                Source::Rows(rows, _) => inputs.lay(*rows, &runs.iter().filter(|run| run.source == index).collect::<Vec<_>>()),
+                Source::Layer(layer) => layer.write(&mut inputs, &starts),
             }
         }
-        Some(Self { m, k: weight.k(), depths, kernel, memory })
+        Some(inputs)
+    }
+
+    /// Those of one source, whose kernel is not for tiles.
+    pub(super) fn of_rows(x: Rows<'_>, chunks: &[impl AsRef<[Piece]>], weight: &PackedWeight) -> Self {
+        let mut inputs = Self::unwritten(x.count(), chunks, weight);
+        let mut at = 0;
+        let runs: Vec<Run> = chunks
+            .iter()
+            .zip(&inputs.depths)
+            .map(|(chunk, depth)| {
+                at += depth;
+                Run { source: 0, pieces: chunk.as_ref().to_vec(), at: at - depth }
+            })
+            .collect();
+        inputs.lay(x, &runs.iter().collect::<Vec<_>>());
+        inputs
+    }
+
+    fn unwritten(m: usize, chunks: &[impl AsRef<[Piece]>], weight: &PackedWeight) -> Self {
+        let kernel = weight.kernel();
+        let depths: Vec<usize> = chunks.iter().map(|chunk| kernel.depth(columns(chunk.as_ref()))).collect();
+        assert_eq!(depths.iter().sum::<usize>(), weight.depth(), "the weight's chunks");
+        let memory = Lent::of(m.next_multiple_of(kernel.mr) * kernel.input_len(weight.depth()));
+        Self { m, k: weight.k(), depths, kernel, memory }
+    }
+
+    /// Floats of a tile.
+    fn of_tile(&self) -> usize {
+        self.kernel.mr * self.kernel.input_len(self.depths.iter().sum())
+    }
+
+    /// Lays out some columns of `rows`, on all threads.
+    fn lay(&mut self, rows: Rows<'_>, runs: &[&Run]) {
+        let (kernel, of_tile) = (self.kernel, self.of_tile());
+        threads::over_rows(self.memory.as_mut_slice(), of_tile, |first, memory| {
+            for (tile, memory) in (first..).zip(memory.chunks_exact_mut(of_tile)) {
+                let of_tile = tile * kernel.mr..rows.count().min((tile + 1) * kernel.mr);
+                for Run { pieces, at, .. } in runs {
+                    let (to, depth) = (&mut memory[kernel.mr * kernel.input_len(*at)..], kernel.depth(columns(pieces)));
+                    pack_rows(to, 0, rows, of_tile.clone(), pieces, 0..depth, kernel);
+                }
+            }
+        });
     }
 
     /// Whether a product with `weight` can be of them: it has their kernel, and as many columns.
@@ -126,7 +165,7 @@ impl PackedInputs {
         assert!(epilogue.bias.is_none_or(|b| b.len() == weight.n()), "one bias for each of {} columns", weight.n());
         let grid = Grid::of(self.m, weight.n(), weight);
         let of_row = self.kernel.input_len(weight.depth());
-        threads::over_jobs(grid.jobs(), self.m * weight.n() * self.k < SMALL, |job| {
+        threads::over_jobs_in_order(grid.jobs(), self.m * weight.n() * self.k < SMALL, |job| {
             let block = grid.block(job, weight);
             let inputs = &self.memory.as_slice()[block.rows.start * of_row..];
             block.multiply(inputs, &self.depths, epilogue, results(block.rows.clone(), block.columns.clone()));
@@ -153,10 +192,14 @@ fn runs(sources: &[Source<'_>], chunks: &[impl AsRef<[Piece]>], kernel: &MicroKe
                 start < before
             })?;
             let start = start + sources[source].width() - before;
-            let whole = |kernel: &MicroKernel| [start, len].iter().all(|edge| edge.is_multiple_of(kernel.nr)) && kernel.nr.is_multiple_of(unit);
+            let whole = |kernel: &MicroKernel| {
+                [start, len].iter().all(|edge| edge.is_multiple_of(kernel.nr)) && kernel.nr.is_multiple_of(unit)
+            };
             let fits = match sources[source] {
                 Source::Rows(..) => true,
-                Source::Layer(layer) => whole(kernel) && layer.weight.n().is_multiple_of(kernel.nr) && layer.inputs.fit(layer.weight),
+                Source::Layer(layer) => {
+                    whole(kernel) && layer.weight.n().is_multiple_of(kernel.nr) && layer.inputs.fit(layer.weight)
+                }
             };
             if start + len > sources[source].width() || !fits {
                 return None;
@@ -191,26 +234,15 @@ fn starts(index: usize, source: &Source<'_>, runs: &[Run], kernel: &MicroKernel)
     starts.into_iter().collect()
 }
 
-/// Lays out some columns of `rows`, on all threads.
-fn lay(memory: &mut [f32], of_tile: usize, rows: Rows<'_>, runs: &[&Run], kernel: &MicroKernel) {
-    threads::over_rows(memory, of_tile, |first, memory| {
-        for (tile, memory) in (first..).zip(memory.chunks_exact_mut(of_tile)) {
-            let of_tile = tile * kernel.mr..rows.count().min((tile + 1) * kernel.mr);
-            for Run { pieces, at, .. } in runs {
-                let (to, depth) = (&mut memory[kernel.mr * kernel.input_len(*at)..], kernel.depth(columns(pieces)));
-                pack_rows(to, 0, rows, of_tile.clone(), pieces, 0..depth, kernel);
-            }
-        }
-    });
-}
-
 impl Layer<'_> {
-    /// Writes its results into tiles of `of_tile` floats, each panel from its depth in `starts` on.
-    fn write(&self, memory: &mut [f32], of_tile: usize, starts: &[usize]) {
-        if memory.is_empty() {
+    /// Writes its results among `inputs`, each panel from its depth in `starts` on.
+    fn write(&self, inputs: &mut PackedInputs, starts: &[usize]) {
+        let of_tile = inputs.of_tile();
+        if inputs.memory.as_slice().is_empty() {
             return;
         }
-        let part = Part { kernel: self.weight.kernel(), tiles: SharedPlane::of(unread(memory), of_tile), starts };
+        let tiles = SharedPlane::of(unread(inputs.memory.as_mut_slice()), of_tile);
+        let part = Part { kernel: self.weight.kernel(), tiles, starts };
         self.inputs.over_blocks(self.weight, self.epilogue, |_, _| Results::Inputs(&part));
     }
 }

@@ -12,6 +12,7 @@ use crate::gemm::blocks::BlockRows;
 use crate::gemm::bytes::{BLOCK, Scales, whole_blocks};
 use crate::gemm::micro::{MicroKernel, Order, TILE_PAIRS, Takes};
 use crate::gemm::narrow::{narrow, narrow_lines, widen, widen_pairs};
+use crate::gemm::pairs::turn_lines;
 use crate::gemm::turn::turn;
 use crate::gemm::{K_STEP, Piece, Rows, TILES_STEP};
 use crate::scratch::Buffer;
@@ -376,7 +377,7 @@ pub(crate) fn pack_rows(
         let (a, k) = (&mut a[tile * apart..], k.clone());
         match kernel.takes {
             Takes::Floats => pack_floats(a, x, rows, pieces, k, mr),
-            Takes::Pairs => pack_pairs(a, x, rows, pieces, k, mr, narrow),
+            Takes::Pairs => narrow_pairs(a, x, rows, pieces, k, mr),
             Takes::PairsByFloats => pack_wide_pairs(a, x, rows, pieces, k, mr),
             Takes::Tiles => narrow_tiles(a, x, rows, pieces, k, mr),
             Takes::Blocks(bytes) => bytes.pack_inputs(a, x, rows, pieces, k, mr),
@@ -407,7 +408,7 @@ pub(crate) fn pack_columns(b: &mut [f32], x: Rows<'_>, len: usize, kernel: &Micr
     for (panel, first) in (0..x.count()).step_by(nr).enumerate() {
         let (b, rows) = (&mut b[panel * nr * depth..], first..x.count().min(first + nr));
         if kernel.pairs() {
-            pack_pairs(b, x, rows, &[(0, len)], 0..depth, nr, narrow);
+            narrow_pairs(b, x, rows, &[(0, len)], 0..depth, nr);
         } else {
             pack_floats(b, x, rows, &[(0, len)], 0..depth, nr);
         }
@@ -461,6 +462,16 @@ fn pack_pairs<T: Copy>(
             turn(packed, Rows::new(memory, rows.len(), PAIRS), 0..rows.len(), (0, k.len()), width);
         }
     });
+}
+
+/// As [`pack_pairs`], of floats: whole lines in one pass.
+fn narrow_pairs(packed: &mut [f32], x: Rows<'_>, rows: Range<usize>, pieces: &[Piece], k: Range<usize>, width: usize) {
+    let mut of_k = parts(pieces, 2 * k.start..2 * k.end);
+    let done = match (of_k.next(), of_k.next()) {
+        (Some(part), None) => turn_lines(packed, x, rows.clone(), part, width) / 2,
+        _ => 0,
+    };
+    pack_pairs(&mut packed[done * width..], x, rows, pieces, k.start + done..k.end, width, narrow);
 }
 
 /// As [`pack_pairs`], but both of each pair as floats: `[k][2][width]`.

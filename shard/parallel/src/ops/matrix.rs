@@ -181,7 +181,10 @@ impl Matrix {
     /// layers the others [take](Self::takes) the same.
     pub(crate) fn lay_out(&self, features: &[Features<'_>]) -> Result<Option<LaidOut>> {
         let (Weight::Packed(weight), Some(first)) = (&self.weight, features.first()) else { return Ok(None) };
-        let (shape, wholes) = (first.shape().to_vec(), features.iter().filter_map(|part| if let Features::Whole(x) = part { Some(*x) } else { None }));
+        let (shape, wholes) = (
+            first.shape().to_vec(),
+            features.iter().filter_map(|part| if let Features::Whole(x) = part { Some(*x) } else { None }),
+        );
         let wholes: Vec<&Tensor> = wholes.collect();
         if !wholes.iter().all(|x| ours(x) && x.rank() > 0) || !features.iter().all(|part| part.shape() == shape) {
             return Ok(None);

@@ -16,7 +16,9 @@ fn packed(kernel: &'static MicroKernel, w: &[f32], [n, k]: [usize; 2], chunks: &
     match kernel.takes {
         Takes::Floats => f32::pack(Rows::new(w, n, k), &chunks.concat(), kernel),
         Takes::Blocks(_) => {
-            let block = |w: &[f32]| [f16::from_f32(0.01).to_le_bytes().to_vec(), w.iter().map(|w| (w * 100.0) as i8 as u8).collect()].concat();
+            let block = |w: &[f32]| {
+                [f16::from_f32(0.01).to_le_bytes().to_vec(), w.iter().map(|w| (w * 100.0) as i8 as u8).collect()].concat()
+            };
             let blocks: Vec<u8> = w.chunks_exact(BLOCK).flat_map(block).collect();
             let columns: Vec<_> = chunks.concat().into_iter().map(|(start, len)| start..start + len).collect();
             let rows = BlockRows::of(BlockType::Q8_0, &blocks, k, std::slice::from_ref(&(0..n)), &columns);
