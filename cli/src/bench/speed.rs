@@ -298,6 +298,14 @@ fn attentions(table: &Table, tokens: &[usize]) -> io::Result<()> {
     Ok(())
 }
 
+/// `x: [channels, area]`, normed, as a convolution in bf16 takes it.
+fn in_pairs(x: &[f32], [channels, area]: [usize; 2]) -> Vec<f32> {
+    let mut pairs = vec![0.0; x.len() / 2];
+    let affine = [vec![1.0; channels], vec![0.0; channels]];
+    rows::group_norm_in_pairs(x, &mut pairs, [32, area], [&affine[0], &affine[1]], 1e-6, None);
+    pairs
+}
+
 fn convolutions(table: &Table) -> io::Result<()> {
     for (channels, side) in [(128, 128), (512, 64)] {
         let conv = Conv2d::pack(&values(channels * channels * 9), [channels, channels, 3], None);
@@ -310,8 +318,13 @@ fn convolutions(table: &Table) -> io::Result<()> {
         let weight: Vec<bf16> = values(channels * channels * 9).into_iter().map(bf16::from_f32).collect();
         for &Narrow { order, conv: op, .. } in narrow() {
             let conv = Conv2d::pack_pairs(order, &weight, [channels, channels, 3], None);
+            // As autoencoders hand it on, if they can: in bf16.
+            let pairs = conv.takes_pairs().then(|| in_pairs(&x, [channels, side * side]));
             table.row(op, shape.clone(), flops, Bound::Bf16(order), || {
-                conv.run(&x, geometry, None, &mut y);
+                match &pairs {
+                    Some(pairs) => conv.run_pairs(pairs, geometry, None, &mut y),
+                    None => conv.run(&x, geometry, None, &mut y),
+                };
             })?;
         }
     }

@@ -135,7 +135,43 @@ impl Conv2d {
         residual: Option<&[f32]>,
         y: &'a mut (impl Output + ?Sized),
     ) -> &'a mut [f32] {
-        let y = y.unread();
+        self.run_on([self.c_in, x.len()], geometry, residual, y.unread(), |laid, y| match self.kernel.takes {
+            Takes::Tiles => lines::convolve(self, x, laid, residual, y),
+            Takes::Pairs | Takes::PairsByFloats if !bands::fit(&laid, self.kernel) => self.convolve_pairs(x, laid, residual, y),
+            _ => self.convolve(x, self.kernel.pairs(), laid, residual, y),
+        })
+    }
+
+    /// Whether pictures can be paired before they are convolved.
+    pub fn takes_pairs(&self) -> bool {
+        matches!(self.kernel.takes, Takes::Pairs | Takes::PairsByFloats)
+    }
+
+    /// As [`Self::run`], of a picture whose channels are [paired](crate::rows::group_norm_in_pairs): `x: [B, C_in / 2, H, W]`.
+    ///
+    /// # Panics
+    /// When it does not [take](Self::takes_pairs) such.
+    pub fn run_pairs<'a>(
+        &self,
+        x: &[f32],
+        geometry: Geometry,
+        residual: Option<&[f32]>,
+        y: &'a mut (impl Output + ?Sized),
+    ) -> &'a mut [f32] {
+        assert!(self.takes_pairs(), "pairs of channels into {self:?}");
+        let convolve = |laid, y: &mut [MaybeUninit<f32>]| self.convolve(x, false, laid, residual, y);
+        self.run_on([self.deep(), x.len()], geometry, residual, y.unread(), convolve)
+    }
+
+    /// Has `convolve` write all of `y`, from a picture of `floats` in `channels` that is checked before.
+    fn run_on<'a>(
+        &self,
+        [channels, floats]: [usize; 2],
+        geometry: Geometry,
+        residual: Option<&[f32]>,
+        y: &'a mut [MaybeUninit<f32>],
+        convolve: impl FnOnce(Laid, &mut [MaybeUninit<f32>]),
+    ) -> &'a mut [f32] {
         assert!(residual.is_none_or(|residual| residual.len() == y.len()), "one to add to each result");
         let (pixels, area) = (self.output(geometry).iter().product::<usize>(), geometry.input.iter().product::<usize>());
         if y.is_empty() {
@@ -143,13 +179,9 @@ impl Conv2d {
         }
         assert!(self.c_in > 0 && self.size > 0, "a kernel that looks at something");
         let batch = y.len() / (self.c_out * pixels);
-        assert!(y.len() == batch * self.c_out * pixels && x.len() == batch * self.c_in * area, "pictures of the geometry's size");
+        assert!(y.len() == batch * self.c_out * pixels && floats == batch * channels * area, "pictures of the geometry's size");
         let laid = if self.doubles() { doubling::laid(geometry, self.size) } else { Laid::once(geometry, self.size) };
-        match self.kernel.takes {
-            Takes::Tiles => lines::convolve(self, x, laid, residual, y),
-            Takes::Pairs | Takes::PairsByFloats if !bands::fit(&laid, self.kernel) => self.convolve_pairs(x, laid, residual, y),
-            _ => self.convolve(x, laid, residual, y),
-        }
+        convolve(laid, y);
         #[allow(unsafe_code)] // floats from here on
         // SAFETY: every pixel of every channel is written, whichever way it is made.
         unsafe {
@@ -169,7 +201,7 @@ impl Conv2d {
                 pair_channels(two, [two.len() / area, area], pairs);
             }
         });
-        self.convolve(lent.as_slice(), laid, residual, y);
+        self.convolve(lent.as_slice(), false, laid, residual, y);
     }
 
     /// Whether it is for pictures of twice the size.
@@ -187,13 +219,13 @@ impl Conv2d {
         results * self.c_in * self.size * self.size < SMALL
     }
 
-    /// `x: [B, C, H, W]`, of [`Self::deep`] channels C, or of all of them where it is read in place.
-    fn convolve(&self, x: &[f32], laid: Laid, residual: Option<&[f32]>, y: &mut [MaybeUninit<f32>]) {
+    /// `x: [B, C, H, W]`, of [`Self::deep`] channels C, or of all of them if these are to be paired where they are read in place.
+    fn convolve(&self, x: &[f32], in_floats: bool, laid: Laid, residual: Option<&[f32]>, y: &mut [MaybeUninit<f32>]) {
         let all = laid.pixels() * self.phases.len();
         let (batch, small) = (y.len() / (self.c_out * all), self.is_small(y.len()));
         let (in_place, input) = (bands::fit(&laid, self.kernel), x.len() / batch);
         let jobs = Jobs::of(&laid, self, batch, in_place);
-        let bands = in_place.then(|| Bands::of(&laid, self.kernel, self.deep(), jobs.size()));
+        let bands = in_place.then(|| Bands::of(&laid, in_floats, self.deep(), jobs.size()));
         let y = SharedPlane::of(y, all);
         threads::over_jobs(batch * jobs.count(), small, |job| {
             let (item, area) = (job / jobs.count(), jobs.area(job % jobs.count()));

@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 
 use crate::activation::Activation;
 use crate::cpu::vectorised;
+use crate::gemm::narrow_rows;
 use crate::memory::{Output, seen, unread};
 use crate::{math, scratch, streaming, threads};
 
@@ -205,39 +206,92 @@ pub fn group_norm<'a>(
     activation: Option<Activation>,
 ) -> &'a mut [f32] {
     let y = y.unread();
-    let [weight, bias] = affine;
     assert_eq!(x.len(), y.len());
-    assert!(weight.len() == bias.len() && groups > 0 && weight.len().is_multiple_of(groups), "whole channels in each group");
-    let per_group = weight.len() / groups;
-    let width = per_group * spatial;
-    threads::over_rows(&mut *y, width, |first, y| {
-        for (i, y) in y.chunks_exact_mut(width).enumerate() {
-            let group = first + i;
-            let x = &x[group * width..][..width];
-            let (mean, scale) = moments_of(x, eps);
-            for (c, (x, y)) in x.chunks_exact(spatial).zip(y.chunks_exact_mut(spatial)).enumerate() {
-                let channel = group % groups * per_group + c;
-                // Bit by bit, so that it is in the first-level cache still when it is activated.
-                for (x, y) in x.chunks(NEAR).zip(y.chunks_mut(NEAR)) {
-                    let of_channel = [mean, scale * weight[channel], bias[channel]];
-                    if activation == Some(Activation::Silu) {
-                        affine_silu(x, y, of_channel);
-                        continue;
-                    }
-                    affine_plane(x, y, of_channel);
-                    if let Some(activation) = activation {
-                        #[allow(unsafe_code)] // floats from here on
-                        // SAFETY: each of them has just been written.
-                        activation.apply(unsafe { seen(y) });
-                    }
-                }
-            }
+    over_groups(&mut *y, [groups, spatial, 1], affine, |group, channels, y| {
+        let moments = moments_of(&x[group * y.len()..][..y.len()], eps);
+        for ((x, y), affine) in x[group * y.len()..].chunks_exact(spatial).zip(y.chunks_exact_mut(spatial)).zip(channels) {
+            // Bit by bit, so that it is in the first-level cache still when it is activated.
+            x.chunks(NEAR).zip(y.chunks_mut(NEAR)).for_each(|(x, y)| normed(x, y, moments, affine, activation));
         }
     });
     #[allow(unsafe_code)] // floats from here on
     // SAFETY: every row is written.
     unsafe {
         seen(y)
+    }
+}
+
+/// As [`group_norm`], rounded to bf16, two channels as one whose floats have both in their bits, the earlier one in the lower half:
+/// `y: [B, C / 2, S]`, as convolutions in bf16 take it. Groups are of whole pairs.
+pub fn group_norm_in_pairs<'a>(
+    x: &[f32],
+    y: &'a mut (impl Output + ?Sized),
+    [groups, spatial]: [usize; 2],
+    affine: [&[f32]; 2],
+    eps: f32,
+    activation: Option<Activation>,
+) -> &'a mut [f32] {
+    let y = y.unread();
+    assert_eq!(x.len(), 2 * y.len());
+    over_groups(&mut *y, [groups, spatial, 2], affine, |group, channels, y| {
+        let x = &x[2 * group * y.len()..][..2 * y.len()];
+        let moments = moments_of(x, eps);
+        scratch::with([NEAR, NEAR], |[lower, upper]| {
+            for (x, y) in x.chunks_exact(2 * spatial).zip(y.chunks_exact_mut(spatial)) {
+                let affine = [(); 2].map(|()| channels.next().unwrap_or_default());
+                for (at, y) in (0..).step_by(NEAR).zip(y.chunks_mut(NEAR)) {
+                    let both = [&mut lower[..y.len()], &mut upper[..y.len()]];
+                    for (channel, line) in both.into_iter().enumerate() {
+                        normed(&x[channel * spatial + at..][..y.len()], unread(line), moments, affine[channel], activation);
+                    }
+                    narrow_rows(&lower[..y.len()], Some(&upper[..y.len()]), y);
+                }
+            }
+        });
+    });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
+}
+
+/// Calls `f` with each group's number, weight and bias of its channels, and place in `y`, of which `of_each` channels make one.
+fn over_groups(
+    y: &mut [MaybeUninit<f32>],
+    [groups, spatial, of_each]: [usize; 3],
+    [weight, bias]: [&[f32]; 2],
+    f: impl Fn(usize, &mut dyn Iterator<Item = [f32; 2]>, &mut [MaybeUninit<f32>]) + Sync,
+) {
+    assert!(weight.len() == bias.len() && groups > 0, "a weight and a bias for each channel");
+    let of_group = weight.len() / groups;
+    assert!(weight.len() == groups * of_group && of_group.is_multiple_of(of_each), "whole channels in each group");
+    let width = of_group / of_each * spatial;
+    threads::over_rows(y, width, |first, y| {
+        for (group, y) in (first..).zip(y.chunks_exact_mut(width)) {
+            let channels = group % groups * of_group..(group % groups + 1) * of_group;
+            f(group, &mut channels.map(|channel| [weight[channel], bias[channel]]), y);
+        }
+    });
+}
+
+/// `(x - mean) scale weight + bias`, then `activation`.
+fn normed(
+    x: &[f32],
+    y: &mut [MaybeUninit<f32>],
+    (mean, scale): (f32, f32),
+    [weight, bias]: [f32; 2],
+    activation: Option<Activation>,
+) {
+    let of_channel = [mean, scale * weight, bias];
+    if activation == Some(Activation::Silu) {
+        return affine_silu(x, y, of_channel);
+    }
+    affine_plane(x, y, of_channel);
+    if let Some(activation) = activation {
+        #[allow(unsafe_code)] // floats from here on
+        // SAFETY: each of them has just been written.
+        activation.apply(unsafe { seen(y) });
     }
 }
 
@@ -573,7 +627,7 @@ mod tests {
         }
 
         #[test]
-        fn group_norm_equals_its_reference(batch in 0usize..3, groups in 1usize..4, per_group in 1usize..4, spatial in 1usize..40) {
+        fn group_norm_equals_its_reference(batch in 0usize..3, groups in 1usize..4, per_group in 1usize..5, spatial in 1usize..40) {
             let channels = groups * per_group;
             let x = values(batch * channels, spatial, 0.5);
             let (weight, bias) = (values(1, channels, 1.0), values(1, channels, 0.3));
@@ -585,7 +639,18 @@ mod tests {
             let mut with_silu = vec![f32::NAN; x.len()];
             group_norm(&x, &mut with_silu, [groups, spatial], [&weight, &bias], 1e-3, Some(Activation::Silu));
             Activation::Silu.apply(&mut y);
-            prop_assert_eq!(y, with_silu);
+            prop_assert_eq!(&y, &with_silu);
+            for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)].into_iter().filter(|_| per_group % 2 == 0) {
+                let mut expected = vec![f32::NAN; x.len()];
+                group_norm(&x, &mut expected, [groups, spatial], [&weight, &bias], 1e-3, activation);
+                let mut pairs = vec![f32::NAN; x.len() / 2];
+                group_norm_in_pairs(&x, &mut pairs, [groups, spatial], [&weight, &bias], 1e-3, activation);
+                for (pairs, two) in pairs.chunks(spatial).zip(expected.chunks(2 * spatial)) {
+                    let mut both = vec![f32::NAN; spatial];
+                    narrow_rows(&two[..spatial], Some(&two[spatial..]), &mut both);
+                    prop_assert!(pairs.iter().zip(&both).all(|(pair, both)| pair.to_bits() == both.to_bits()));
+                }
+            }
         }
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use kernels::conv::{self, Geometry};
 
-use crate::ops::Products;
-use crate::ops::host::{has_kernels, read, read_as, write};
+use crate::ops::host::{has_kernels, ours, read, read_as, write};
+use crate::ops::{Activation, Products};
 use crate::weights::{Shard, Weights};
 use crate::{Error, Result, ops};
 
@@ -101,21 +101,38 @@ impl Conv2d {
     /// # Errors
     /// Channels or a placement that are not this convolution's.
     pub fn forward(&self, x: &Tensor, at: Placement) -> Result<Tensor> {
-        self.convolve(x, at, None)
+        self.convolve(Picture::Floats(x), at, None)
     }
 
     /// As [`Self::forward`], plus `residual: [B, C_out, H', W']`, in one pass.
     pub fn forward_plus(&self, x: &Tensor, at: Placement, residual: &Tensor) -> Result<Tensor> {
-        self.convolve(x, at, Some(residual))
+        self.convolve(Picture::Floats(x), at, Some(residual))
     }
 
-    fn convolve(&self, x: &Tensor, at: Placement, residual: Option<&Tensor>) -> Result<Tensor> {
+    /// As [`Self::forward`] of [`ops::group_norm`], plus a `residual` if there is one: what goes between the two is written in the bits in which it
+    /// is multiplied.
+    pub fn forward_normed(&self, x: &Tensor, norm: GroupNorm<'_>, at: Placement, residual: Option<&Tensor>) -> Result<Tensor> {
+        let GroupNorm { groups, affine, eps, activation } = norm;
+        match &self.kernel {
+            Kernel::Packed(conv) if conv.takes_pairs() && ours(x) && x.dim(1)?.is_multiple_of(2 * groups) => {
+                let pairs = ops::group_norm_in_pairs(x, groups, affine, eps, activation)?;
+                self.convolve(Picture::Pairs(&pairs), at, residual)
+            }
+            _ => self.convolve(Picture::Floats(&ops::group_norm(x, groups, affine, eps, activation)?), at, residual),
+        }
+    }
+
+    fn convolve(&self, picture: Picture<'_>, at: Placement, residual: Option<&Tensor>) -> Result<Tensor> {
+        let (x, of_each) = match picture {
+            Picture::Floats(x) => (x, 1),
+            Picture::Pairs(x) => (x, 2),
+        };
         let (b, c, h, w) = x.dims4()?;
         match &self.kernel {
             Kernel::Packed(conv) => {
                 let [c_out, c_in, size] = conv.dims();
-                if c != c_in {
-                    return Err(Error::Operands { reason: format!("{c} channels into a convolution of {c_in}") });
+                if of_each * c != c_in {
+                    return Err(Error::Operands { reason: format!("{} channels into a convolution of {c_in}", of_each * c) });
                 }
                 let Placement { stride, before, after } = at;
                 let geometry = Geometry { input: [h, w], stride, before, after };
@@ -127,7 +144,12 @@ impl Conv2d {
                 if let Some(residual) = residual.filter(|residual| residual.dims() != [b, c_out, out_h, out_w]) {
                     return Err(Error::Operands { reason: format!("{:?} to add to {shape:?}", residual.dims()) });
                 }
-                let run = |x: &[f32], residual: Option<&[f32]>| write(shape, |y| conv.run(x, geometry, residual, y));
+                let run = |x: &[f32], residual: Option<&[f32]>| {
+                    write(shape, |y| match picture {
+                        Picture::Floats(_) => conv.run(x, geometry, residual, y),
+                        Picture::Pairs(_) => conv.run_pairs(x, geometry, residual, y),
+                    })
+                };
                 let wide = x.to_dtype(DType::F32)?;
                 let y = match residual {
                     Some(residual) => read(&residual.to_dtype(DType::F32)?, |residual| read(&wide, |x| run(x, Some(residual))))??,
@@ -147,6 +169,28 @@ impl Conv2d {
             }
         }
     }
+}
+
+/// What is convolved.
+#[derive(Clone, Copy)]
+enum Picture<'a> {
+    /// `[B, C, H, W]`
+    Floats(&'a Tensor),
+    /// Rounded, `[B, C / 2, H, W]`: see [`ops::group_norm_in_pairs`].
+    Pairs(&'a Tensor),
+}
+
+/// A group norm before a convolution: see [`ops::group_norm`].
+#[derive(Clone, Copy, Debug)]
+pub struct GroupNorm<'a> {
+    /// How many groups of channels there are.
+    pub groups: usize,
+    /// Weight and bias, `[C]`.
+    pub affine: [&'a Tensor; 2],
+    /// Added to variances.
+    pub eps: f64,
+    /// What comes after it.
+    pub activation: Option<Activation>,
 }
 
 /// The weight, as it is stored if it is multiplied in that.

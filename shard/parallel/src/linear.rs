@@ -247,7 +247,7 @@ impl RowParallelLinear {
 }
 
 /// Some features of what goes into a layer.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub enum Part<'a> {
     /// `[.., d]`
     Tensor(&'a Tensor),

@@ -136,6 +136,25 @@ pub fn group_norm(x: &Tensor, groups: usize, affine: [&Tensor; 2], eps: f64, act
     activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
 }
 
+/// As [`group_norm`] of an f32 tensor of the CPU, rounded to bf16: `[B, C / 2, ..]`, whose floats have two channels in their bits, as a
+/// convolution takes it. Groups are of whole pairs.
+pub(crate) fn group_norm_in_pairs(
+    x: &Tensor,
+    groups: usize,
+    affine: [&Tensor; 2],
+    eps: f64,
+    activation: Option<Activation>,
+) -> Result<Tensor> {
+    let mut dims = x.dims().to_vec();
+    let spatial = dims[2..].iter().product();
+    dims[1] /= 2;
+    let [weight, bias] = [vector(affine[0])?, vector(affine[1])?];
+    let activation = activation.map(Activation::kernel);
+    let norm =
+        |x: &[f32]| write(dims, |y| rows::group_norm_in_pairs(x, y, [groups, spatial], [&weight, &bias], eps as f32, activation));
+    read(x, norm)?
+}
+
 /// RMS norm over the channels of every place of `x: [B, C, ..]` with `weight: [C]`, then `activation`. Where all channels are zero,
 /// so is the output.
 pub fn rms_norm_channels(x: &Tensor, weight: &Tensor, activation: Option<Activation>) -> Result<Tensor> {

@@ -54,8 +54,8 @@ pub(super) struct Bands {
 }
 
 impl Bands {
-    /// Of so many channels or pairs, for jobs of so many lines and columns at most, where they [`fit`].
-    pub(super) fn of(laid: &Laid, kernel: &MicroKernel, channels: usize, [lines, columns]: [usize; 2]) -> Self {
+    /// Of so many channels, or `pairs` of the picture's, for jobs of so many lines and columns at most, where they [`fit`].
+    pub(super) fn of(laid: &Laid, pairs: bool, channels: usize, [lines, columns]: [usize; 2]) -> Self {
         let (size, seen, line) = (laid.size, seen(laid), line(laid, columns));
         let channel = odd((lines + seen - 1) * line);
         let of_channel = |channel_at: usize| (0..size).flat_map(move |ky| (0..size).map(move |kx| channel_at + ky * line + kx));
@@ -64,7 +64,7 @@ impl Bands {
             let [down, right] = laid.shift(phase);
             down * line + right
         });
-        Self { pairs: kernel.pairs(), places, channels, strides: [line, channel], shifts, width: laid.output[1], seen }
+        Self { pairs, places, channels, strides: [line, channel], shifts, width: laid.output[1], seen }
     }
 
     /// Floats of all bands.

@@ -58,6 +58,16 @@ fn agrees(conv: &Conv2d, x: &[f32], batch: usize, g: Geometry, expected: &[f32])
     let item = x.len() / batch;
     let alone: Vec<f32> = x.chunks(item).flat_map(|x| run(conv, x, g)).collect();
     prop_assert_eq!(&alone, &y);
+    if conv.takes_pairs() {
+        let area = g.input.iter().product::<usize>();
+        let mut pairs = vec![f32::NAN; batch * conv.deep() * area];
+        for (x, pairs) in x.chunks(item).zip(pairs.chunks_mut(conv.deep() * area)) {
+            pair_channels(x, [conv.c_in, area], pairs);
+        }
+        let mut of_pairs = vec![f32::NAN; y.len()];
+        conv.run_pairs(&pairs, g, None, &mut of_pairs);
+        prop_assert_eq!(&of_pairs, &y);
+    }
     let (residual, mut with) = (values(y.len(), 5), vec![f32::NAN; y.len()]);
     conv.run(x, g, Some(&residual), &mut with);
     let expected: Vec<f32> = y.iter().zip(&residual).map(|(y, residual)| y + residual).collect();

@@ -1,9 +1,12 @@
 //! Floats as bf16, and back.
 #![allow(unsafe_code)] // intrinsics on pointers
 
+use std::mem::MaybeUninit;
+
 use half::bf16;
 
 use crate::cpu::{self, vectorised};
+use crate::memory::Output;
 
 /// Floats that are narrowed at once.
 const LINE: usize = 32;
@@ -53,7 +56,8 @@ vectorised! {
 }
 
 /// Pairs of what lies in two rows; of zeros where there is no second.
-pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut (impl Output + ?Sized)) {
+    let to = to.unread();
     assert!(lower.len() == to.len() && upper.is_none_or(|upper| upper.len() == to.len()), "as many of both");
     #[cfg(target_arch = "x86_64")]
     if cpu::has_bf16() && cpu::has_wide_vectors() && to.len() >= LINE / 2 {
@@ -64,16 +68,16 @@ pub(crate) fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) 
 }
 
 vectorised! {
-    fn narrow_short_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+    fn narrow_short_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [MaybeUninit<f32>]) {
         match upper {
             Some(upper) => {
                 for ((to, lower), upper) in to.iter_mut().zip(lower).zip(upper) {
-                    *to = f32::from_bits(nearest(*lower) | nearest(*upper) << 16);
+                    to.write(f32::from_bits(nearest(*lower) | nearest(*upper) << 16));
                 }
             }
             None => {
                 for (to, lower) in to.iter_mut().zip(lower) {
-                    *to = f32::from_bits(nearest(*lower));
+                    to.write(f32::from_bits(nearest(*lower)));
                 }
             }
         }
@@ -137,7 +141,7 @@ mod avx512 {
         __m512bh, __m512i, _mm512_cvtne2ps_pbh, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_setzero_ps,
         _mm512_storeu_si512,
     };
-    use std::mem::transmute;
+    use std::mem::{MaybeUninit, transmute};
 
     use half::bf16;
 
@@ -177,7 +181,7 @@ mod avx512 {
     /// # Safety
     /// The CPU has AVX-512 BF16 and BW; all have as many floats, a vector of them at least.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub(super) unsafe fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [f32]) {
+    pub(super) unsafe fn narrow_rows(lower: &[f32], upper: Option<&[f32]>, to: &mut [MaybeUninit<f32>]) {
         const LANES: usize = LINE / 2;
         // SAFETY: a vector of each, the last of which may begin in the one before it; any bits are a vector of whole numbers.
         unsafe {

@@ -1,6 +1,6 @@
 //! What encoder and decoder are built of.
 
-use parallel::convolution::Placement;
+use parallel::convolution::{self, Placement};
 use parallel::ops::{self, Activation};
 use parallel::{DType, Linear, Shard, Tensor, Weights};
 
@@ -68,8 +68,11 @@ impl GroupNorm {
         Ok(ops::group_norm(x, self.groups, [&self.weight, &self.bias], NORM_EPS, None)?)
     }
 
-    fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::group_norm(x, self.groups, [&self.weight, &self.bias], NORM_EPS, Some(Activation::Silu))?)
+    /// This norm, then SiLU and `conv`, plus a `residual: [B, C_out, H, W]` if there is one.
+    fn then(&self, conv: &Conv2d, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        let affine = [&self.weight, &self.bias];
+        let norm = convolution::GroupNorm { groups: self.groups, affine, eps: NORM_EPS, activation: Some(Activation::Silu) };
+        Ok(conv.conv.forward_normed(x, norm, Placement::same(conv.size), residual)?)
     }
 }
 
@@ -97,12 +100,9 @@ impl ResnetBlock {
 
     /// `[B, C_in, H, W]` gives `[B, C_out, H, W]`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let h = self.norm2.forward_silu(&h)?;
-        match &self.conv_shortcut {
-            Some(conv) => self.conv2.forward_plus(&h, &conv.forward(x)?),
-            None => self.conv2.forward_plus(&h, x),
-        }
+        let h = self.norm1.then(&self.conv1, x, None)?;
+        let shortcut = self.conv_shortcut.as_ref().map(|conv| conv.forward(x)).transpose()?;
+        self.norm2.then(&self.conv2, &h, Some(shortcut.as_ref().unwrap_or(x)))
     }
 }
 
