@@ -26,6 +26,8 @@ def keep_freed_pages():
 
 # Before the other side takes any memory: what imports PyTorch or stable-diffusion.cpp imports this first.
 KEPT = keep_freed_pages()
+# PyTorch asks for large pages too, as shard/kernels/src/memory.rs does.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def parser(description):

@@ -56,6 +56,7 @@ pub(crate) fn unread(floats: &mut [f32]) -> &mut [MaybeUninit<f32>] {
 #[allow(unsafe_code)] // memory that nobody has written yet
 pub fn written(len: usize, f: impl FnOnce(&mut [MaybeUninit<f32>]) -> &mut [f32]) -> Vec<f32> {
     let mut floats = Vec::with_capacity(len);
+    prefer_large_pages(floats.spare_capacity_mut());
     all(&mut floats.spare_capacity_mut()[..len], f);
     // SAFETY: they are floats, or nobody could have given them as such.
     unsafe { floats.set_len(len) };
@@ -94,6 +95,27 @@ fn all(fresh: &mut [MaybeUninit<f32>], f: impl FnOnce(&mut [MaybeUninit<f32>]) -
 pub(crate) unsafe fn seen(floats: &mut [MaybeUninit<f32>]) -> &mut [f32] {
     // SAFETY: as promised by the caller.
     unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), floats.len()) }
+}
+
+/// Asks for large pages where memory of some size is going to be: a walk through it crosses fewer of them, each of which is a wait. Linux gives
+/// them for the asking where it is set to (`madvise`, or `always`), where the memory has not been touched, and as far as there are any.
+pub(crate) fn prefer_large_pages<T>(memory: &[T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const LARGE: usize = 2 << 20;
+        let (start, end) = (memory.as_ptr().addr(), memory.as_ptr().addr() + size_of_val(memory));
+        let (first, last) = (start.next_multiple_of(LARGE), end / LARGE * LARGE);
+        if first < last {
+            let place = memory.as_ptr().cast::<libc::c_void>().cast_mut().wrapping_byte_add(first - start);
+            #[allow(unsafe_code)] // a system call
+            // SAFETY: it changes nothing that a program can see; the range lies inside `memory`.
+            unsafe {
+                libc::madvise(place, last - first, libc::MADV_HUGEPAGE);
+            }
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
 }
 
 /// Keeps freed pages instead of handing them back to the kernel.

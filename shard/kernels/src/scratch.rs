@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::fmt;
 
+use crate::memory::prefer_large_pages;
+
 /// Floats of a cache line, which is also the widest vector.
 const LINE: usize = 16;
 
@@ -19,6 +21,7 @@ impl Buffer {
     /// `len` zeros.
     pub(crate) fn zeros(len: usize) -> Self {
         let memory = vec![0.0; len + LINE - 1];
+        prefer_large_pages(&memory);
         let start = memory.as_ptr().align_offset(size_of::<[f32; LINE]>()).min(LINE - 1);
         Self { memory, start, len }
     }

@@ -8,6 +8,7 @@ use crate::cpu;
 use crate::gemm::narrow::narrow;
 use crate::gemm::turn::turn;
 use crate::gemm::{K_STEP, Rows, bf16};
+use crate::memory::prefer_large_pages;
 
 /// Most values that a step of K can touch: its own (as pairs, twice as many), and what is beside them in the blocks at its ends.
 const MOST: usize = 2 * K_STEP + 2 * MAX_BLOCK;
@@ -52,6 +53,7 @@ impl BlockRows {
         }
         let n = rows.iter().map(Range::len).sum();
         let mut copied = Vec::with_capacity(n * held * bytes);
+        prefer_large_pages(copied.spare_capacity_mut());
         for row in rows.iter().cloned().flatten() {
             let row = &data[row * whole..][..whole];
             blocks.iter().for_each(|blocks| copied.extend_from_slice(&row[blocks.clone()]));

@@ -15,6 +15,7 @@ use crate::gemm::narrow::{narrow, narrow_lines, widen, widen_pairs};
 use crate::gemm::pairs::turn_lines;
 use crate::gemm::turn::turn;
 use crate::gemm::{K_STEP, Piece, Rows, TILES_STEP};
+use crate::memory::prefer_large_pages;
 use crate::scratch::Buffer;
 
 /// `W: [N, K]`, packed once as `[N / nr][K][nr]`; the last panel is filled up with zeros.
@@ -83,7 +84,10 @@ fn pack_narrow<T: Element>(
     of: fn(Vec<T>) -> Panels,
 ) -> PackedWeight {
     let (n, k) = (weight.count(), columns(pieces));
-    let mut panels = vec![zero; n.next_multiple_of(kernel.nr) * k];
+    let len = n.next_multiple_of(kernel.nr) * k;
+    let mut panels = Vec::with_capacity(len);
+    prefer_large_pages(panels.spare_capacity_mut());
+    panels.resize(len, zero);
     pack_panels(&mut panels, weight, pieces, kernel.nr);
     PackedWeight { n, k, depth: k, panels: of(panels), kernel }
 }
