@@ -20,6 +20,7 @@ pub mod attention;
 pub mod channels;
 
 pub mod gemm;
+pub mod heads;
 pub mod limit;
 
 pub mod rope;

@@ -6,20 +6,9 @@ use crate::cpu::vectorised;
 use crate::memory::{Output, seen};
 use crate::threads;
 
-/// Rotates interleaved pairs: `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, L, N, Dh]`, `cos, sin: [L, Dh/2]`,
-/// or `[B, L, Dh/2]` with one table for each item; `dims` are `L`, `N` and `Dh`.
-pub fn rope_interleaved<'a>(
-    x: &[f32],
-    y: &'a mut (impl Output + ?Sized),
-    [tokens, heads, width]: [usize; 3],
-    cos: &[f32],
-    sin: &[f32],
-) -> &'a mut [f32] {
-    rope(x, y.unread(), Shape { tokens, heads, width, beside: heads }, cos, sin, rotate)
-}
-
-/// As [`rope_interleaved`] for pairs that lie half a head apart: `x0` in the first half, its `x1` at the same place of the second.
-/// `x, y: [B, N, L, Dh]`, `dims` are `N`, `L` and `Dh`.
+/// Rotates pairs that lie half a head apart, `x0` in the first half and its `x1` at the same place of the second:
+/// `(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin)`. `x, y: [B, N, L, Dh]`, `cos, sin: [L, Dh/2]`, or `[B, L, Dh/2]` with one table for each
+/// item; `dims` are `N`, `L` and `Dh`. For pairs beside each other see [`crate::heads`].
 pub fn rope_halves<'a>(
     x: &[f32],
     y: &'a mut (impl Output + ?Sized),
@@ -27,22 +16,7 @@ pub fn rope_halves<'a>(
     cos: &[f32],
     sin: &[f32],
 ) -> &'a mut [f32] {
-    rope(x, y.unread(), Shape { tokens, heads, width, beside: 1 }, cos, sin, rotate_halves)
-}
-
-struct Shape {
-    tokens: usize,
-    heads: usize,
-    width: usize,
-    /// Heads of one token that lie beside each other.
-    beside: usize,
-}
-
-/// Rotates one head of one token: input, output, cosines, sines.
-type Rotate = fn(&[f32], &mut [MaybeUninit<f32>], &[f32], &[f32]);
-
-fn rope<'a>(x: &[f32], y: &'a mut [MaybeUninit<f32>], shape: Shape, cos: &[f32], sin: &[f32], rotate: Rotate) -> &'a mut [f32] {
-    let Shape { tokens, heads, width, beside } = shape;
+    let y = y.unread();
     assert_eq!(x.len(), y.len());
     assert_eq!(cos.len(), sin.len());
     assert!(width.is_multiple_of(2), "pairs in {width}");
@@ -54,11 +28,10 @@ fn rope<'a>(x: &[f32], y: &'a mut [MaybeUninit<f32>], shape: Shape, cos: &[f32],
     let tables = cos.len() / (tokens * half);
     assert!(cos.len() == tables * tokens * half && (tables == 1 || tables * item == x.len()), "a table for all or for each");
     threads::over_rows(&mut *y, width, |first, y| {
-        for (i, y) in y.chunks_exact_mut(width).enumerate() {
-            let row = first + i;
+        for (row, y) in (first..).zip(y.chunks_exact_mut(width)) {
             let table = if tables == 1 { 0 } else { row / (heads * tokens) };
-            let at = (table * tokens + row / beside % tokens) * half;
-            rotate(&x[row * width..][..width], y, &cos[at..][..half], &sin[at..][..half]);
+            let at = (table * tokens + row % tokens) * half;
+            rotate_halves(&x[row * width..][..width], y, &cos[at..][..half], &sin[at..][..half]);
         }
     });
     #[allow(unsafe_code)] // floats from here on
@@ -69,7 +42,8 @@ fn rope<'a>(x: &[f32], y: &'a mut [MaybeUninit<f32>], shape: Shape, cos: &[f32],
 }
 
 vectorised! {
-    fn rotate(x: &[f32], y: &mut [MaybeUninit<f32>], cos: &[f32], sin: &[f32]) {
+    /// One head of one token, of interleaved pairs.
+    pub(crate) fn rotate(x: &[f32], y: &mut [MaybeUninit<f32>], cos: &[f32], sin: &[f32]) {
         for (((x, y), cos), sin) in x.as_chunks::<2>().0.iter().zip(y.as_chunks_mut::<2>().0).zip(cos).zip(sin) {
             *y = [x[0] * *cos - x[1] * *sin, x[1] * *cos + x[0] * *sin].map(MaybeUninit::new);
         }
@@ -101,14 +75,6 @@ mod tests {
             let angles: Vec<f32> = (0..if own { batch } else { 1 } * tokens * half).map(|i| i as f32 * 0.37).collect();
             let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
             let mut y = vec![f32::NAN; x.len()];
-            rope_interleaved(&x, &mut y, [tokens, heads, width], &cos, &sin);
-            for (i, y) in y.iter().enumerate() {
-                let (row, column) = (i / width, i % width);
-                let table = if own { row / (heads * tokens) } else { 0 };
-                let at = (table * tokens + row / heads % tokens) * half + column / 2;
-                let other = if column % 2 == 0 { -x[i + 1] } else { x[i - 1] };
-                prop_assert_eq!(*y, x[i] * cos[at] + other * sin[at]);
-            }
             rope_halves(&x, &mut y, [heads, tokens, width], &cos, &sin);
             for (i, y) in y.iter().enumerate() {
                 let (row, column) = (i / width, i % width);

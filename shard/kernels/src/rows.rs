@@ -324,7 +324,7 @@ vectorised! {
 }
 
 vectorised! {
-    fn rms_row(x: &[f32], y: &mut [MaybeUninit<f32>], weight: &[f32], eps: f32) {
+    pub(crate) fn rms_row(x: &[f32], y: &mut [MaybeUninit<f32>], weight: &[f32], eps: f32) {
         let scale = 1.0 / (lane_sum(x, |v| v * v) / x.len() as f32 + eps).sqrt();
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
             y.write(*x * scale * *w);

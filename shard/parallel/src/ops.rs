@@ -4,9 +4,9 @@
 use candle_core::{D, DType, Tensor};
 /// What is behind the operations on the CPU, for those who measure it.
 pub use kernels;
-use kernels::{channels, rope, rows};
+use kernels::{channels, heads, rope, rows};
 
-use crate::Result;
+use crate::{Error, Result};
 
 mod attention;
 mod blocks;
@@ -16,7 +16,7 @@ mod products;
 
 pub use attention::{attention, attention_of_tokens};
 pub use host::has_kernels;
-use host::{map, ours, produce, read, write};
+use host::{map, ours, produce, read, read_all, write};
 pub(crate) use matrix::{Chunks, Features, LaidOut, Matrix, Values};
 pub use products::Products;
 
@@ -172,19 +172,57 @@ pub fn rms_norm_channels(x: &Tensor, weight: &Tensor, activation: Option<Activat
     activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
 }
 
-/// Rotates interleaved pairs. `x: [B, L, N, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
-pub fn rope_interleaved(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    let (b, l, n, dh) = x.dims4()?;
-    if ours(x) && ours(cos) && ours(sin) {
-        let (cos, sin) = (vector(cos)?, vector(sin)?);
-        return produce(x, |x, y| rope::rope_interleaved(x, y, [l, n, dh], &cos, &sin));
+/// Heads of some tokens, as a projection leaves them.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadStream<'a> {
+    /// `[B, L, N, Dh]`
+    pub x: &'a Tensor,
+    /// The weight of an RMS norm of each head, `[Dh]`.
+    pub norm: Option<&'a Tensor>,
+}
+
+/// The streams' heads one after the other, `[B, L, N, Dh]` of all their tokens: normed, and with cosines and sines `[L, Dh/2]` (or
+/// `[B, L, Dh/2]`, one table per item) rotated in f32, whatever their type.
+pub fn join_heads(streams: &[HeadStream<'_>], eps: f64, rope: Option<[&Tensor; 2]>) -> Result<Tensor> {
+    let Some(HeadStream { x: first, .. }) = streams.first() else {
+        return Err(Error::Operands { reason: "no heads to join".to_owned() });
+    };
+    let (b, _, n, dh) = first.dims4()?;
+    let tokens = streams.iter().map(|stream| stream.x.dim(1)).collect::<Result<Vec<_>, _>>()?;
+    let fits = streams.iter().zip(&tokens).all(|(stream, tokens)| ours(stream.x) && stream.x.dims() == [b, *tokens, n, dh]);
+    if !fits || !rope.is_none_or(|tables| tables.into_iter().all(ours)) {
+        return join_heads_by_steps(streams, eps, rope);
     }
-    let pairs = x.reshape((b, l, n, dh / 2, 2))?; // [B, L, N, Dh/2, 2]
+    let norms = streams.iter().map(|stream| stream.norm.map(vector).transpose()).collect::<Result<Vec<_>>>()?;
+    let tables = match rope {
+        Some([cos, sin]) => Some([vector(cos)?, vector(sin)?]),
+        None => None,
+    };
+    let xs: Vec<&Tensor> = streams.iter().map(|stream| stream.x).collect();
+    let shape = (b, tokens.iter().sum::<usize>(), n, dh);
+    read_all(&xs, |xs| {
+        let parts = xs.iter().zip(&tokens).zip(&norms);
+        let parts: Vec<_> =
+            parts.map(|((x, tokens), norm)| heads::Stream { x, tokens: *tokens, norm: norm.as_deref() }).collect();
+        let tables = tables.as_ref().map(|[cos, sin]| [cos.as_slice(), sin]);
+        write(shape, |y| heads::join(&parts, y, [n, dh], eps as f32, tables))
+    })?
+}
+
+fn join_heads_by_steps(streams: &[HeadStream<'_>], eps: f64, rope: Option<[&Tensor; 2]>) -> Result<Tensor> {
+    let normed = streams.iter().map(|stream| match stream.norm {
+        Some(weight) => rms_norm(stream.x, weight, eps),
+        None => Ok(stream.x.clone()),
+    });
+    let x = Tensor::cat(&normed.collect::<Result<Vec<_>>>()?, 1)?;
+    let Some([cos, sin]) = rope else { return Ok(x) };
+    let (b, l, n, dh) = x.dims4()?;
+    let pairs = x.to_dtype(DType::F32)?.reshape((b, l, n, dh / 2, 2))?; // [B, L, N, Dh/2, 2]
     let (x0, x1) = (pairs.narrow(4, 0, 1)?.squeeze(4)?, pairs.narrow(4, 1, 1)?.squeeze(4)?);
     let (cos, sin) = (cos.unsqueeze(cos.rank() - 1)?, sin.unsqueeze(sin.rank() - 1)?); // [.., L, 1, Dh/2]
     let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
     let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
-    Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, l, n, dh))?)
+    Ok(Tensor::stack(&[y0, y1], 4)?.reshape((b, l, n, dh))?.to_dtype(x.dtype())?)
 }
 
 /// Rotates pairs that lie half a head apart. `x: [B, N, L, Dh]`; `cos, sin: [L, Dh/2]` (or `[B, L, Dh/2]`, one table per item).
@@ -293,9 +331,24 @@ mod tests {
         let angle = Tensor::randn(0f32, 1.0, (5, 4), &Device::Cpu).unwrap();
         let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
         let turned = |x: &Tensor| x.transpose(1, 2).unwrap().contiguous().unwrap();
-        let interleaved = turned(&rope_interleaved(&turned(&x), &cos, &sin).unwrap());
+        let of_tokens = turned(&x);
+        let stream = HeadStream { x: &of_tokens, norm: None };
+        let interleaved = turned(&join_heads(&[stream], 1e-6, Some([&cos, &sin])).unwrap());
         close(&interleaved, &candle_nn::rotary_emb::rope_i(&x, &cos, &sin).unwrap());
         close(&rope_halves(&x, &cos, &sin).unwrap(), &candle_nn::rotary_emb::rope(&x, &cos, &sin).unwrap());
+    }
+
+    #[test]
+    fn heads_are_joined_alike_by_candle_and_by_us() {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (text, image, weight, angle) = (random(&[2, 3, 2, 8]), random(&[2, 4, 2, 8]), random(&[8]), random(&[7, 4]));
+        let (cos, sin) = (angle.cos().unwrap(), angle.sin().unwrap());
+        let streams = [HeadStream { x: &text, norm: Some(&weight) }, HeadStream { x: &image, norm: None }];
+        for rope in [None, Some([&cos, &sin])] {
+            let ours = join_heads(&streams, 1e-6, rope).unwrap();
+            assert_eq!(ours.dims(), [2, 7, 2, 8]);
+            close(&ours, &join_heads_by_steps(&streams, 1e-6, rope).unwrap());
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Attention of text and image: heads divided over the ranks, q and k normalised per head and rotated by position.
 
-use parallel::{ColumnParallelLinear, DType, Shard, Tensor, Weights, ops};
+use parallel::{ColumnParallelLinear, Shard, Tensor, Weights, ops};
 
 use super::layers::{EPS, column};
 use crate::Result;
@@ -63,23 +63,25 @@ impl Qkv {
 
     /// `[B, L, D]`, equal on every rank, gives the attention of this rank's heads within it: `[B, L, D/tp]`.
     pub(crate) fn attend(&self, x: &Tensor, rope: Option<&Rope>) -> Result<Tensor> {
-        let [query, key, value] = self.project(x)?;
-        attention(&query, &key, &value, rope, None)
+        attention(&[self.project(x)?], rope, None)
     }
 
-    /// `[B, L, D]` gives three of `[B, L, N/tp, Dh]`, q and k normalised.
-    fn project(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let heads = |y: Tensor| -> Result<Tensor> {
+    /// `x: [B, L, D]`
+    fn project(&self, x: &Tensor) -> Result<Projected<'_>> {
+        let mut projected = ColumnParallelLinear::forward_all([&self.to_q, &self.to_k, &self.to_v], x)?;
+        for y in &mut projected {
             let (b, l, d) = y.dims3()?;
-            Ok(y.reshape((b, l, self.heads, d / self.heads))?)
-        };
-        let [query, key, value] = ColumnParallelLinear::forward_all([&self.to_q, &self.to_k, &self.to_v], x)?;
-        let (query, key, value) = (heads(query)?, heads(key)?, heads(value)?);
-        match &self.norms {
-            Some([norm_q, norm_k]) => Ok([ops::rms_norm(&query, norm_q, EPS)?, ops::rms_norm(&key, norm_k, EPS)?, value]),
-            None => Ok([query, key, value]),
+            *y = y.reshape((b, l, self.heads, d / self.heads))?;
         }
+        Ok(Projected { qkv: projected, norms: self.norms.as_ref() })
     }
+}
+
+/// One stream's query, key and value, and the norms of the first two that are still to come.
+struct Projected<'a> {
+    /// `[B, L, N/tp, Dh]`
+    qkv: [Tensor; 3],
+    norms: Option<&'a [Tensor; 2]>,
 }
 
 /// Which stream comes first where both attend together; tables of positions and masks are in this order.
@@ -113,28 +115,28 @@ impl JointQkv {
         rope: Option<&Rope>,
         mask: Option<&Tensor>,
     ) -> Result<(Tensor, Tensor)> {
-        let image = self.qkv.project(hidden_states)?; // [B, L_img, N/tp, Dh]
-        let text = self.added_qkv.project(encoder_hidden_states)?; // [B, L_txt, N/tp, Dh]
-        let (first, second) = if self.order == Order::TextImage { (text, image) } else { (image, text) };
-        let join = |i: usize| Tensor::cat(&[&first[i], &second[i]], 1);
-        let joint = attention(&join(0)?, &join(1)?, &join(2)?, rope, mask)?; // [B, L_txt + L_img, D/tp]
+        let image = self.qkv.project(hidden_states)?;
+        let text = self.added_qkv.project(encoder_hidden_states)?;
+        let streams = if self.order == Order::TextImage { [text, image] } else { [image, text] };
+        let joint = attention(&streams, rope, mask)?; // [B, L_txt + L_img, D/tp]
         let (l_img, l_txt) = (hidden_states.dim(1)?, encoder_hidden_states.dim(1)?);
         let (image_at, text_at) = if self.order == Order::TextImage { (l_txt, 0) } else { (0, l_img) };
         Ok((joint.narrow(1, image_at, l_img)?.contiguous()?, joint.narrow(1, text_at, l_txt)?.contiguous()?))
     }
 }
 
-/// `[B, L, N/tp, Dh]` each gives `[B, L, D/tp]`.
-fn attention(query: &Tensor, key: &Tensor, value: &Tensor, rope: Option<&Rope>, mask: Option<&Tensor>) -> Result<Tensor> {
+/// Of all streams' tokens together, `[B, L, D/tp]`.
+fn attention(streams: &[Projected<'_>], rope: Option<&Rope>, mask: Option<&Tensor>) -> Result<Tensor> {
+    let joined = |i: usize| {
+        let streams = streams
+            .iter()
+            .map(|Projected { qkv, norms }| ops::HeadStream { x: &qkv[i], norm: norms.and_then(|norms| norms.get(i)) });
+        // The reference rotates in f32, whatever the type of the weights.
+        let rope = rope.filter(|_| i < 2).map(|rope| [&rope.cos, &rope.sin]);
+        ops::join_heads(&streams.collect::<Vec<_>>(), EPS, rope)
+    };
+    let value = if let [Projected { qkv: [.., value], .. }] = streams { value.clone() } else { joined(2)? };
+    let (query, key) = (joined(0)?, joined(1)?);
     let scale = 1.0 / (query.dim(3)? as f64).sqrt();
-    Ok(match rope {
-        Some(rope) => ops::attention_of_tokens(&rotate(query, rope)?, &rotate(key, rope)?, value, scale, mask)?,
-        None => ops::attention_of_tokens(query, key, value, scale, mask)?,
-    })
-}
-
-/// The reference rotates in f32, whatever the type of the weights.
-fn rotate(x: &Tensor, rope: &Rope) -> Result<Tensor> {
-    let y = ops::rope_interleaved(&x.to_dtype(DType::F32)?, &rope.cos, &rope.sin)?;
-    Ok(y.to_dtype(x.dtype())?)
+    Ok(ops::attention_of_tokens(&query, &key, &value, scale, mask)?)
 }
