@@ -6,8 +6,8 @@
 //! binary tree.
 //!
 //! **Blocking.** A job is a block of rows by a block of columns. A tile of it is made in one go, all of K, in registers: what it reads comes
-//! from the second-level cache, or from the third, at a few bytes in a cycle, which the CPU foresees. Tiles of bf16 read too much for that
-//! (`gemm/blocked.rs`).
+//! from the second-level cache, or from the third, at a few bytes in a cycle, which the CPU foresees. Inputs are laid out for that before
+//! (`gemm/packed.rs`). Tiles of bf16 read too much for it (`gemm/blocked.rs`).
 
 use std::ops::Range;
 

@@ -115,7 +115,7 @@ mod tests {
             let weight = values(width, 2);
             let xs: Vec<Vec<f32>> = tokens.iter().enumerate().map(|(i, n)| values(batch * n * heads * width, 3 + i)).collect();
             // Every second stream has a norm.
-            let norm = |i: usize| (i % 2 == 0).then_some(weight.as_slice());
+            let norm = |i: usize| i.is_multiple_of(2).then_some(weight.as_slice());
             let streams: Vec<Stream<'_>> =
                 (0..xs.len()).map(|i| Stream { x: &xs[i], tokens: tokens[i], norm: norm(i) }).collect();
             let mut y = vec![f32::NAN; batch * all * heads * width];

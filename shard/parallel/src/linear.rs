@@ -297,3 +297,6 @@ impl fmt::Debug for RowParallelLinear {
         write!(f, "RowParallelLinear({:?}, rank {} of {})", self.weight, self.group.rank(), self.group.size())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,5 @@
 //! The packed inputs of a block of rows, kept by each thread from one job to the next: jobs beside each other have the same rows, and
-//! packing them for each is up to a tenth of a product.
+//! packing them for each is up to a tenth of a product. Of tiles alone: what others multiply is laid out before (`gemm/packed.rs`).
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -130,7 +130,7 @@ impl PackedInputs {
         });
     }
 
-    /// Whether a product with `weight` can be of them: it has their kernel, and as many columns.
+    /// Whether a product with `weight` can be of them: it has their kernel, and as many columns. That its chunks are theirs is up to the caller.
     pub fn fit(&self, weight: &PackedWeight) -> bool {
         std::ptr::eq(self.kernel, weight.kernel()) && self.k == weight.k() && self.depths.iter().sum::<usize>() == weight.depth()
     }

@@ -155,6 +155,8 @@ impl Matrix {
 pub(crate) struct LaidOut {
     /// Without the last one, the features.
     shape: Vec<usize>,
+    /// In which the features lie.
+    chunks: Arc<Chunks>,
     inputs: PackedInputs,
 }
 
@@ -216,12 +218,12 @@ impl Matrix {
             }
             if columns == weight.k() { PackedInputs::of(&sources, &self.chunks, weight) } else { None }
         })?;
-        Ok(inputs.map(|inputs| LaidOut { shape, inputs }))
+        Ok(inputs.map(|inputs| LaidOut { shape, chunks: self.chunks.clone(), inputs }))
     }
 
     /// Whether [`Self::product_of`] can be of `x`.
     pub(crate) fn takes(&self, x: &LaidOut) -> bool {
-        matches!(&self.weight, Weight::Packed(weight) if x.inputs.fit(weight))
+        matches!(&self.weight, Weight::Packed(weight) if self.chunks == x.chunks && x.inputs.fit(weight))
     }
 
     /// As [`Self::product`] of the same inputs.
@@ -368,6 +370,22 @@ mod tests {
             assert_eq!(product(products, &weight), product(products, &rounded));
         }
         assert_ne!(product(Products::F32, &weight), product(Products::F32, &rounded));
+    }
+
+    #[test]
+    fn inputs_laid_out_for_one_order_of_additions_are_not_taken_for_another() {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let (x, weight) = (random(&[2, 3, 64]), random(&[32, 64]));
+        let eight: Chunks = (0..8).map(|c| vec![(8 * c, 8)]).collect();
+        let (one, tree) = (Matrix::new(&weight).unwrap(), Matrix::in_chunks(&weight, eight).unwrap());
+        for (matrix, other) in [(&one, &tree), (&tree, &one)] {
+            let laid_out = matrix.lay_out(&[Features::Whole(&x)]).unwrap().unwrap();
+            assert!(matrix.takes(&laid_out) && matrix.clone().takes(&laid_out) && !other.takes(&laid_out));
+            let bits = |y: Tensor| y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(bits(matrix.product_of(&laid_out, None).unwrap()), bits(matrix.product(&x, None, None).unwrap()));
+        }
+        let narrow = random(&[2, 3, 63]);
+        assert!(one.lay_out(&[Features::Whole(&narrow)]).unwrap().is_none(), "another width");
     }
 
     #[test]
