@@ -14,6 +14,7 @@ mod pictures;
 mod plan;
 mod progress;
 mod quantise;
+mod reader;
 mod show;
 mod stop;
 mod top;
@@ -81,6 +82,9 @@ impl Command {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    if !matches!(args.command, Command::Up(_) | Command::Coordinator(_) | Command::Worker(_)) {
+        reader::end_when_gone();
+    }
     if args.command.computes() {
         kernels::memory::keep_freed_pages();
     }

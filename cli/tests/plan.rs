@@ -1,6 +1,6 @@
 //! `atelier plan` says what each rank takes, to people and to programs, and what is wrong with what it was asked.
 
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -34,6 +34,17 @@ fn people_get_a_line_for_each_rank() {
     let output = plan(&[BUNDLED, "--component", "transformer", "--tp", "4", "--cfg-parallel", "2"]);
     let text = String::from_utf8(output.stdout).unwrap();
     assert_eq!(text.lines().filter(|line| line.starts_with("transformer") && line.contains("tp4x1xcfg2")).count(), 8, "{text}");
+}
+
+#[test]
+fn a_reader_that_is_gone_is_no_error_of_ours() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_atelier"));
+    let output =
+        command.args(["plan", BUNDLED]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap().wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(141));
 }
 
 #[test]
