@@ -5,7 +5,7 @@
 //! Transcendental functions are our own ([`math`]), so that the host's C library has no say in a picture.
 //!
 //! **Paths.** [`cpu::path`] is found once. What is written in plain Rust and compiled for each ([`activation`], [`rows`],
-//! [`channels`], [`rope`]) gives the same bits on every path; the products ([`gemm`], [`attention`], [`conv`]) use fused
+//! [`channels`], [`heads`], [`rope`]) gives the same bits on every path; the products ([`gemm`], [`attention`], [`conv`]) use fused
 //! multiply-adds where there are any, and differ between paths in the last bits. Another instruction set is one more
 //! [`gemm::micro::MicroKernel`]; nothing else knows what the machine can do.
 
