@@ -1,6 +1,7 @@
 //! Pointwise functions of networks.
 
 use crate::cpu::vectorised;
+use crate::memory::{Output, seen};
 use crate::{math, threads};
 
 /// A pointwise function after a linear layer.
@@ -37,16 +38,28 @@ impl Activation {
 }
 
 /// `y = left activation(right)` where `x: [rows, 2 width]` holds `left` and `right` side by side (geglu), and `y: [rows, width]`.
-pub fn gated(x: &[f32], y: &mut [f32], width: usize, activation: Activation) {
+pub fn gated<'a>(x: &[f32], y: &'a mut (impl Output + ?Sized), width: usize, activation: Activation) -> &'a mut [f32] {
+    let y = y.unread();
     assert_eq!(x.len(), 2 * y.len(), "two halves of {width}");
-    threads::over_rows(y, width, |first, y| {
+    threads::over_rows(&mut *y, width, |first, y| {
         for (x, y) in x[2 * first * width..].chunks_exact(2 * width).zip(y.chunks_exact_mut(width)) {
             let (left, right) = x.split_at(width);
-            y.copy_from_slice(right);
+            let y = y.write_copy_of_slice(right);
             activation.apply(y);
-            y.iter_mut().zip(left).for_each(|(y, left)| *y *= left);
+            multiply(y, left);
         }
     });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every row is written.
+    unsafe {
+        seen(y)
+    }
+}
+
+vectorised! {
+    fn multiply(y: &mut [f32], by: &[f32]) {
+        y.iter_mut().zip(by).for_each(|(y, by)| *y *= *by);
+    }
 }
 
 vectorised! {

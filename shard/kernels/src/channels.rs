@@ -1,4 +1,4 @@
-//! Norms over the channels of each place, where channels are planes.
+//! Norms over the channels of each place, where channels are planes, and what is added to each channel.
 
 use std::mem::MaybeUninit;
 
@@ -57,6 +57,30 @@ pub fn rms_norm<'a>(
     // SAFETY: every channel of every place is written.
     unsafe {
         seen(y)
+    }
+}
+
+/// `y = x + by`, a number for each channel of each item. `x, y: [B, C, S]`, `by: [B, C]`; `places` is `S`.
+pub fn shift<'a>(x: &[f32], y: &'a mut (impl Output + ?Sized), places: usize, by: &[f32]) -> &'a mut [f32] {
+    let y = y.unread();
+    assert!(x.len() == y.len() && by.len() * places == y.len(), "a number for each channel");
+    threads::over_rows(&mut *y, places, |first, y| {
+        for (channel, y) in (first..).zip(y.chunks_exact_mut(places)) {
+            add_to_all(&x[channel * places..][..places], y, by[channel]);
+        }
+    });
+    #[allow(unsafe_code)] // floats from here on
+    // SAFETY: every channel is written.
+    unsafe {
+        seen(y)
+    }
+}
+
+vectorised! {
+    fn add_to_all(x: &[f32], y: &mut [MaybeUninit<f32>], by: f32) {
+        for (y, x) in y.iter_mut().zip(x) {
+            y.write(*x + by);
+        }
     }
 }
 

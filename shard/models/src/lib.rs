@@ -35,6 +35,7 @@ mod mmdit;
 pub mod flux_transformer;
 pub mod qwen_image_transformer;
 pub mod sd3_transformer;
+pub mod unet_2d_condition;
 
 pub mod checkpoint;
 pub mod denoise;

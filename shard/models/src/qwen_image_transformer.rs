@@ -229,7 +229,7 @@ impl BlockModel for QwenImageTransformer {
         if self.zero_cond_t {
             timestep = Tensor::cat(&[&timestep, &timestep.zeros_like()?], 0)?; // [2 B]
         }
-        let timesteps_proj = timestep_embedding(&timestep, TIME_SCALE)?.to_dtype(hidden_states.dtype())?;
+        let timesteps_proj = timestep_embedding(&timestep, TIME_CHANNELS, TIME_SCALE)?.to_dtype(hidden_states.dtype())?;
         let temb = embedders.timestep_embedder.forward(&timesteps_proj)?;
 
         let text = ops::rms_norm(inputs.get("encoder_hidden_states")?, &embedders.txt_norm, EPS)?;

@@ -11,6 +11,10 @@ use crate::ops::{Activation, Products};
 use crate::weights::{Shard, Weights};
 use crate::{Error, Result, ops};
 
+mod column;
+
+pub use column::ColumnParallelConv2d;
+
 /// Where the kernel is laid on the picture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placement {
@@ -29,7 +33,7 @@ impl Placement {
     }
 }
 
-/// A square convolution with bias, whole on every rank.
+/// A square convolution with bias: whole, or some of its output channels.
 #[derive(Clone)]
 pub struct Conv2d {
     kernel: Kernel,
@@ -47,15 +51,20 @@ enum Kernel {
 impl Conv2d {
     /// Reads `weight: [c_out, c_in, size, size]` and `bias: [c_out]`.
     pub fn load(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
-        let weight = stored(w, &[c_out, c_in, size, size], Shard::Replicated)?;
-        Self::of(w, weight, false)
+        Self::load_shard(w, [c_in, c_out], size, &Shard::Replicated, false)
     }
 
     /// As [`Self::load`], of a kernel that is laid on pictures enlarged to twice their size, each pixel repeated: they are not enlarged, but
     /// convolved with its sums. It takes only [`Placement::same`].
     pub fn load_doubling(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
-        let weight = stored(w, &[c_out, c_in, size, size], Shard::Replicated)?;
-        Self::of(w, weight, true)
+        Self::load_shard(w, [c_in, c_out], size, &Shard::Replicated, true)
+    }
+
+    /// The output channels of `shard`.
+    fn load_shard(w: &Weights, [c_in, c_out]: [usize; 2], size: usize, shard: &Shard, doubles: bool) -> Result<Self> {
+        let weight = stored(w, &[c_out, c_in, size, size], shard.clone())?;
+        let bias = w.get("bias", &[c_out], shard.clone())?;
+        Self::of(w, weight, bias, doubles)
     }
 
     /// Reads the last frame of `weight: [c_out, c_in, size, size, size]` and `bias: [c_out]`: what a causal convolution in time
@@ -63,13 +72,13 @@ impl Conv2d {
     pub fn load_last_frame(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
         let last = Shard::part(2, size.saturating_sub(1)..size);
         let weight = stored(w, &[c_out, c_in, size, size, size], last)?;
-        Self::of(w, weight.squeeze(2)?, false)
+        let bias = w.get("bias", &[c_out], Shard::Replicated)?;
+        Self::of(w, weight.squeeze(2)?, bias, false)
     }
 
-    /// `weight: [c_out, c_in, size, size]`
-    fn of(w: &Weights, weight: Tensor, doubles: bool) -> Result<Self> {
+    /// `weight: [c_out, c_in, size, size]`, `bias: [c_out]`
+    fn of(w: &Weights, weight: Tensor, bias: Tensor, doubles: bool) -> Result<Self> {
         let (c_out, c_in, size, _) = weight.dims4()?;
-        let bias = w.get("bias", &[c_out], Shard::Replicated)?;
         let dtype = w.dtype();
         let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {

@@ -34,7 +34,7 @@ pub mod rng;
 
 pub use candle_core::{DType, Device, Tensor};
 pub use collective::{Collective, Solo};
-pub use convolution::Conv2d;
+pub use convolution::{ColumnParallelConv2d, Conv2d};
 pub use error::{Error, Result};
 pub use in_process::InProcess;
 pub use linear::{ColumnParallelLinear, Linear, Part, RowParallelLinear};

@@ -256,6 +256,30 @@ pub fn gated(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
     Ok((x + y.broadcast_mul(&gate.unsqueeze(1)?)?)?)
 }
 
+/// GEGLU: `left gelu(right)` of the two halves of `x: [.., 2 D]`, `[.., D]`.
+pub fn geglu(x: &Tensor) -> Result<Tensor> {
+    let width = x.dim(D::Minus1)? / 2;
+    if ours(x) {
+        let mut shape = x.dims().to_vec();
+        shape[x.rank() - 1] = width;
+        return read(x, |x| write(shape, |y| kernels::activation::gated(x, y, width, Activation::Gelu.kernel())))?;
+    }
+    let half = |at: usize| x.narrow(D::Minus1, at * width, width);
+    Ok((half(0)? * activate(&half(1)?.contiguous()?, Activation::Gelu)?)?)
+}
+
+/// `x: [B, C, ..]` plus a number for each channel, `by: [B, C]`.
+pub fn shift_channels(x: &Tensor, by: &Tensor) -> Result<Tensor> {
+    let (b, c) = by.dims2()?;
+    let mut column = vec![1; x.rank()];
+    (column[0], column[1]) = (b, c);
+    if ours(x) && x.dims()[..2] == [b, c] {
+        let (places, by) = (x.dims()[2..].iter().product(), vector(by)?);
+        return produce(x, |x, y| channels::shift(x, y, places, &by));
+    }
+    Ok(x.broadcast_add(&by.reshape(column)?)?)
+}
+
 /// `[B, L, D1]` and `[B, L, D2]` give `[B, L, D1 + D2]`.
 pub fn join(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let ((items, l, first), (_, _, second)) = (a.dims3()?, b.dims3()?);
@@ -349,6 +373,18 @@ mod tests {
             assert_eq!(ours.dims(), [2, 7, 2, 8]);
             close(&ours, &join_heads_by_steps(&streams, 1e-6, rope).unwrap());
         }
+    }
+
+    #[test]
+    fn halves_and_channels_are_joined_alike_by_candle_and_by_us() {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1.0, dims, &Device::Cpu).unwrap();
+        let wide = |x: &Tensor| x.to_dtype(DType::F64).unwrap();
+        let narrow = |x: Result<Tensor>| x.unwrap().to_dtype(DType::F32).unwrap();
+        let halves = random(&[2, 5, 14]);
+        assert_eq!(geglu(&halves).unwrap().dims(), [2, 5, 7]);
+        close(&geglu(&halves).unwrap(), &narrow(geglu(&wide(&halves))));
+        let (x, by) = (random(&[2, 3, 4, 5]), random(&[2, 3]));
+        close(&shift_channels(&x, &by).unwrap(), &narrow(shift_channels(&wide(&x), &wide(&by))));
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod sd3;
 mod text_encoders;
 mod tokenizers;
 mod transformers;
+mod unet;
 
 #[test]
 fn every_case_equals_its_recording() {
@@ -83,6 +84,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "FluxTransformer2DModel") => flux::component(case),
         ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("component", "SD3Transformer2DModel") => sd3::component(case),
+        ("component", "UNet2DConditionModel") => unet::component(case),
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         ("pipeline", class) if class.starts_with("QwenImage") => qwen_image_pipeline::run(case),

@@ -9,7 +9,7 @@ use crate::Result;
 pub(crate) const TIME_CHANNELS: usize = 256;
 /// Longest period of the sinusoids.
 const MAX_PERIOD: f64 = 10_000.0;
-/// The frequencies of time that torch's f32 `exp` on the CPU rounds up although the f32 below is nearer (by 0.02 of a step).
+/// The frequencies of [`TIME_CHANNELS`] that torch's f32 `exp` on the CPU rounds up although the f32 below is nearer (by 0.02 of a step).
 /// Angles reach 1000 and more: at guidance 4 one such step moves a sine by 1e-4 and `temb` by 1e-5.
 const ROUNDED_UP: [usize; 2] = [12, 106];
 
@@ -35,7 +35,7 @@ impl TimeTextEmbed {
     /// `timestep, guidance: [B]`, of 0..1000, and `pooled_projections: [B, P]` give `temb: [B, D]`.
     pub(crate) fn forward(&self, timestep: &Tensor, guidance: Option<&Tensor>, pooled_projections: &Tensor) -> Result<Tensor> {
         let embed = |t: &Tensor, embedder: &Mlp| -> Result<Tensor> {
-            embedder.forward(&timestep_embedding(t, 1.0)?.to_dtype(pooled_projections.dtype())?)
+            embedder.forward(&timestep_embedding(t, TIME_CHANNELS, 1.0)?.to_dtype(pooled_projections.dtype())?)
         };
         let mut time_guidance_emb = embed(timestep, &self.timestep_embedder)?;
         if let (Some(embedder), Some(guidance)) = (&self.guidance_embedder, guidance) {
@@ -62,20 +62,21 @@ impl Mlp {
     }
 }
 
-/// `get_timestep_embedding` with `flip_sin_to_cos` and no shift: `[B]` gives `[B, 256]` in f32, cosines first. The angles are
-/// multiplied by `scale`.
+/// `get_timestep_embedding` with `flip_sin_to_cos` and no shift: `[B]` gives `[B, channels]` in f32, cosines first. The angles are
+/// multiplied by `scale`. `channels` is even.
 ///
 /// The reference's frequencies and angles are f32; at t = 1000 their rounding shows, so it is repeated here.
-pub(crate) fn timestep_embedding(t: &Tensor, scale: f32) -> Result<Tensor> {
-    let half = TIME_CHANNELS / 2;
+pub(crate) fn timestep_embedding(t: &Tensor, channels: usize, scale: f32) -> Result<Tensor> {
+    let half = channels / 2;
     let exponent = |i: usize| -(MAX_PERIOD.ln() as f32) * i as f32 / half as f32;
     let mut freqs: Vec<f32> = (0..half).map(|i| libm::exp(f64::from(exponent(i))) as f32).collect();
-    ROUNDED_UP.iter().for_each(|i| freqs[*i] = freqs[*i].next_up());
+    if channels == TIME_CHANNELS {
+        ROUNDED_UP.iter().for_each(|i| freqs[*i] = freqs[*i].next_up());
+    }
     let mut emb = Vec::new();
-    for t in t.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+    for t in t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()? {
         emb.extend(freqs.iter().map(|freq| libm::cos(f64::from(scale * (t * freq))) as f32));
         emb.extend(freqs.iter().map(|freq| libm::sin(f64::from(scale * (t * freq))) as f32));
     }
-    let b = emb.len() / TIME_CHANNELS;
-    Ok(Tensor::from_vec(emb, (b, TIME_CHANNELS), t.device())?)
+    Ok(Tensor::from_vec(emb, (t.elem_count(), channels), t.device())?)
 }
