@@ -40,8 +40,10 @@ impl Case {
     /// Reads a folder.
     pub fn open(dir: &Path) -> Result<Self, String> {
         let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let text = std::fs::read(dir.join("case.json")).map_err(|e| format!("case.json: {e}"))?;
-        let json: Value = serde_json::from_slice(&text).map_err(|e| format!("case.json: {e}"))?;
+        let text = std::fs::read_to_string(dir.join("case.json")).map_err(|e| format!("case.json: {e}"))?;
+        // Python writes an infinity that is no JSON.
+        let text = text.replace(": -Infinity", ": null");
+        let json: Value = serde_json::from_str(&text).map_err(|e| format!("case.json: {e}"))?;
         let mut tensors = HashMap::new();
         for file in json["tensors"].as_object().into_iter().flatten().map(|(file, _)| file) {
             tensors.extend(candle_core::safetensors::load(dir.join(file), &Device::Cpu).map_err(|e| format!("{file}: {e}"))?);

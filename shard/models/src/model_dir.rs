@@ -28,6 +28,8 @@ pub struct ModelDir {
     pipeline_class: String,
     /// `(library, class name)` by component.
     components: BTreeMap<String, (String, String)>,
+    /// What else the index says.
+    settings: BTreeMap<String, Value>,
 }
 
 /// One component's folder.
@@ -49,10 +51,13 @@ impl ModelDir {
         let index: BTreeMap<String, Value> = read_json(&path)?;
         let class = index.get("_class_name").and_then(Value::as_str);
         let pipeline_class = class.ok_or_else(|| bad(&path, "`_class_name` is missing or not a string"))?.to_owned();
-        let mut components = BTreeMap::new();
+        let (mut components, mut settings) = (BTreeMap::new(), BTreeMap::new());
         for (name, value) in &index {
-            // Other entries are settings of the pipeline; [null, null] is a component that this model does without.
-            let Some(pair) = value.as_array().filter(|_| !name.starts_with('_')) else { continue };
+            // [null, null] is a component that this model does without.
+            let Some(pair) = value.as_array().filter(|_| !name.starts_with('_')) else {
+                settings.insert(name.clone(), value.clone());
+                continue;
+            };
             if pair.len() == 2 && pair.iter().all(Value::is_null) {
                 continue;
             }
@@ -64,7 +69,7 @@ impl ModelDir {
             }
             components.insert(name.clone(), (library.clone(), class.clone()));
         }
-        Ok(Self { root: root.to_owned(), pipeline_class, components })
+        Ok(Self { root: root.to_owned(), pipeline_class, components, settings })
     }
 
     /// The directory.
@@ -75,6 +80,11 @@ impl ModelDir {
     /// The reference's pipeline class, such as `FluxPipeline`.
     pub fn pipeline_class(&self) -> &str {
         &self.pipeline_class
+    }
+
+    /// A setting of the pipeline, if the index has it.
+    pub fn setting(&self, name: &str) -> Option<&Value> {
+        self.settings.get(name)
     }
 
     /// The names of all components.
@@ -115,6 +125,27 @@ impl ModelDir {
         serde_json::from_value(config).map_err(|e| bad(&path, e.to_string()))
     }
 
+    /// The noise scheduler's class and `scheduler_config.json`, for families that have several. In it minus infinity, which is no JSON and which
+    /// the reference writes all the same, is null.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the file is another class's than the index says; and those of [`read_json`].
+    pub fn scheduler_file(&self) -> Result<(String, Value)> {
+        let scheduler = self.require(SCHEDULER)?;
+        let path = scheduler.path.join("scheduler_config.json");
+        let text = String::from_utf8(read_limited(&path)?).map_err(|e| bad(&path, e.to_string()))?;
+        let text = text.replace(": -Infinity", ": null");
+        let config: Value = serde_json::from_str(&text).map_err(|e| bad(&path, e.to_string()))?;
+        let class = scheduler.class.1;
+        match config.get("_class_name").filter(|own| *own != class.as_str()) {
+            None => Ok((class, config)),
+            Some(own) => Err(Error::Unsupported {
+                field: format!("{SCHEDULER} (scheduler_config.json: _class_name)"),
+                value: own.to_string(),
+            }),
+        }
+    }
+
     /// Bytes of a component's weight files.
     pub fn weight_bytes(&self, component: &str) -> Result<u64> {
         let size = |path: PathBuf| Ok(std::fs::metadata(&path).map_err(io(&path))?.len());
@@ -141,13 +172,17 @@ impl ModelDir {
 /// # Errors
 /// When it cannot be read or does not fit; the error names the file and the field.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_slice(&read_limited(path)?).map_err(|e| bad(path, e.to_string()))
+}
+
+fn read_limited(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(io(path))?;
     file.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut bytes).map_err(io(path))?;
     if bytes.len() as u64 > MAX_CONFIG_BYTES {
         return Err(bad(path, format!("it has more than {MAX_CONFIG_BYTES} bytes")));
     }
-    serde_json::from_slice(&bytes).map_err(|e| bad(path, e.to_string()))
+    Ok(bytes)
 }
 
 fn list_files(dir: &Path, prefix: &str, depth: usize, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {

@@ -6,10 +6,27 @@ use parallel::{DType, Tensor};
 
 use crate::{Error, Result};
 
+pub mod diffusion;
 pub mod flow_match_euler;
 pub mod flow_match_heun;
-mod sigmas;
 
+mod ddim;
+mod ddpm;
+mod dpm_solver_multistep;
+mod euler;
+mod heun;
+mod lcm;
+mod pndm;
+mod unipc_multistep;
+
+mod fields;
+mod multistep;
+mod noise_schedule;
+mod prediction;
+mod sigmas;
+mod steps;
+
+pub use diffusion::{DiffusionConfig, Run};
 pub use flow_match_euler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig};
 pub use flow_match_heun::{FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig};
 
@@ -23,6 +40,10 @@ pub trait Scheduler: Send + Debug {
     /// Scale of the initial noise.
     fn init_noise_sigma(&self) -> f64 {
         1.0
+    }
+    /// The noise of each evaluation of the whole schedule, and of what the last step ends at; none where a scheduler counts otherwise.
+    fn sigmas(&self) -> &[f32] {
+        &[]
     }
     /// What the model sees in place of `sample` at evaluation `step`.
     fn scale_model_input(&self, sample: &Tensor, _step: usize) -> Result<Tensor> {
@@ -75,8 +96,14 @@ impl Schedule {
 
 /// Fresh noise for schedulers that add some at every step.
 pub trait StepNoise: Send + Debug {
-    /// The noise of evaluation `step`. It depends on the step and not on earlier calls, so that a resumed run draws the same.
+    /// The noise of evaluation `step`, of those that draw some the first ones. It depends on the step and not on earlier calls, so that a
+    /// resumed run draws the same.
     fn draw(&mut self, step: usize, shape: &[usize]) -> Result<Tensor>;
+}
+
+/// The error of steps that need noise and have no source of it.
+fn no_noise() -> Error {
+    Error::Invalid { field: "noise", reason: "the scheduler's steps need some".into() }
 }
 
 /// `mu` for a picture of `image_seq_len` tokens: linear between the two published points.
