@@ -27,7 +27,11 @@ impl Published {
 
     /// Bytes of it.
     pub fn bytes(&self) -> u64 {
-        let size = if self.dtype == "F32" { 4 } else { 2 };
+        let size = match self.dtype.as_str() {
+            "I64" => 8,
+            "F32" => 4,
+            _ => 2,
+        };
         self.parameters() * size
     }
 }

@@ -9,6 +9,7 @@ use models::flux_transformer::FluxTransformerConfig;
 use models::sd3_transformer::Sd3TransformerConfig;
 
 pub mod qwen_image;
+pub mod unet_2d_condition;
 
 /// A small generator (SplitMix64) whose numbers depend on nothing but the seed.
 #[derive(Debug)]

@@ -77,6 +77,24 @@ const SD3: &[(&str, &str)] = &[
 ];
 const SD35: &[(&str, &str)] = &[SD3[0], SD3[1], SD3[2], SD3[3], SD3[4], SD3[5], ("*.attn.norm_*.weight", HEAD_NORM)];
 
+/// The U-Nets of Stable Diffusion; the embedding of sizes is XL's alone.
+const UNET: &[(&str, &str)] = &[
+    ("conv_in.*", EMBEDDER),
+    ("time_embedding.*", EMBEDDER),
+    ("*.norm1.*", NORM),
+    ("*.transformer_blocks.*.norm2.*", NORM),
+    ("*.norm3.*", NORM),
+    ("*.attentions.*.norm.*", NORM),
+    ("*.attn*.to_out.0.bias", AFTER_THE_SUM),
+    ("*.ff.net.2.bias", AFTER_THE_SUM),
+    ("conv_norm_out.*", NORM),
+    ("conv_out.*", OUTPUT),
+];
+const UNET_XL: &[(&str, &str)] =
+    &[UNET[0], UNET[1], UNET[2], UNET[3], UNET[4], UNET[5], UNET[6], UNET[7], UNET[8], UNET[9], ("add_embedding.*", EMBEDDER)];
+/// The autoencoder of Stable Diffusion, whose latents have 4 channels.
+const SD_VAE: Component = Component { parameters: 83_653_863, ..VAE };
+
 const MODELS: &[Model] = &[
     Model {
         name: "flux1-dev",
@@ -101,6 +119,28 @@ const MODELS: &[Model] = &[
                 ],
             ),
             VAE,
+        ],
+    },
+    Model {
+        name: "sd15",
+        recorded: &["sd15_txt2img/pipeline"],
+        components: &[
+            Component {
+                unread: &[("text_model.embeddings.position_ids", "a buffer of 0, 1, 2, ... in older files")],
+                ..Component::new("text_encoder", 123_060_557, 10, CLIP)
+            },
+            Component::new("unet", 859_520_964, 40, UNET),
+            SD_VAE,
+        ],
+    },
+    Model {
+        name: "sdxl",
+        recorded: &["sdxl_txt2img/pipeline"],
+        components: &[
+            Component::new("text_encoder", 123_060_480, 10, CLIP),
+            Component::new("text_encoder_2", 694_659_840, 30, CLIP_WITH_PROJECTION),
+            Component::new("unet", 2_567_463_684, 40, UNET_XL),
+            SD_VAE,
         ],
     },
     Model {

@@ -166,7 +166,7 @@ mod tests {
     #[test]
     fn gated_multiplies_the_left_half() {
         let mut y = [0.0; 4];
-        gated(&[1.0, 2.0, 3.0, -4.0, 5.0, 6.0, 7.0, 8.0], &mut y, 2, Relu);
+        gated(&[1.0, 2.0, 3.0, -4.0, 5.0, 6.0, 7.0, 8.0], &mut y[..], 2, Relu);
         assert_eq!(y, [3.0, 0.0, 35.0, 48.0]);
     }
 }

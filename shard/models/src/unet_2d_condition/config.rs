@@ -56,7 +56,7 @@ pub struct UNet2DConditionConfig {
     pub time_cond_proj_dim: Option<usize>,
     /// Whatever else the file says: refused where it would change the network.
     #[serde(flatten)]
-    other: BTreeMap<String, Value>,
+    pub other: BTreeMap<String, Value>,
 }
 
 /// A number for all resolutions, or one for each.
