@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use clap::Args;
 use proto::v1::job_event::Kind;
-use proto::v1::{CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, Lora, NoiseGenerator, WatchJobRequest};
+use proto::v1::{
+    CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, Lora, NoiseGenerator, Offset, Size, WatchJobRequest,
+};
 
 use tokio::sync::watch;
 
@@ -92,6 +94,30 @@ pub(crate) struct JobArgs {
     /// Shift of the flow-matching timesteps, in place of the model's own.
     #[arg(long)]
     shift: Option<f64>,
+    /// How much noise the scheduler's steps add (DDIM), 0 to 1.
+    #[arg(long)]
+    eta: Option<f64>,
+    /// How far guidance is brought back to the standard deviation of the conditional pass, 0 to 1.
+    #[arg(long)]
+    guidance_rescale: Option<f64>,
+    /// What Stable Diffusion XL is told: the size before scaling, WIDTHxHEIGHT.
+    #[arg(long, value_parser = size)]
+    original_size: Option<(u32, u32)>,
+    /// What was cropped, TOP,LEFT.
+    #[arg(long, value_parser = offset)]
+    crops_coords_top_left: Option<Offset>,
+    /// The size that is wanted, WIDTHxHEIGHT.
+    #[arg(long, value_parser = size)]
+    target_size: Option<(u32, u32)>,
+    /// The same for the unconditional pass.
+    #[arg(long, value_parser = size)]
+    negative_original_size: Option<(u32, u32)>,
+    /// The same for the unconditional pass.
+    #[arg(long, value_parser = offset)]
+    negative_crops_coords_top_left: Option<Offset>,
+    /// The same for the unconditional pass.
+    #[arg(long, value_parser = size)]
+    negative_target_size: Option<(u32, u32)>,
     /// Skip-layer guidance: the blocks that an extra, repelling pass leaves out, such as 7,8,9.
     #[arg(long, value_delimiter = ',')]
     skip_guidance_layers: Vec<u32>,
@@ -265,6 +291,14 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         negative_prompt_3: args.negative_3.clone(),
         clip_skip: args.clip_skip,
         shift: args.shift,
+        eta: args.eta,
+        guidance_rescale: args.guidance_rescale,
+        original_size: args.original_size.map(told),
+        crops_coords_top_left: args.crops_coords_top_left,
+        target_size: args.target_size.map(told),
+        negative_original_size: args.negative_original_size.map(told),
+        negative_crops_coords_top_left: args.negative_crops_coords_top_left,
+        negative_target_size: args.negative_target_size.map(told),
         skip_guidance_layers: args.skip_guidance_layers.clone(),
         skip_layer_guidance_scale: args.skip_layer_guidance_scale,
         skip_layer_guidance_start: args.skip_layer_guidance_start,
@@ -310,9 +344,25 @@ fn size(text: &str) -> Result<(u32, u32), String> {
     Ok((parse(width)?, parse(height)?))
 }
 
+fn told((width, height): (u32, u32)) -> Size {
+    Size { height, width }
+}
+
+fn offset(text: &str) -> Result<Offset, String> {
+    let parse = |s: &str| s.parse::<u32>().map_err(|_| format!("`{text}` is not TOP,LEFT"));
+    let (top, left) = text.split_once(',').ok_or_else(|| format!("`{text}` is not TOP,LEFT"))?;
+    Ok(Offset { top: parse(top)?, left: parse(left)? })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_offset_is_from_the_top_and_from_the_left() {
+        assert_eq!(offset("12,34"), Ok(Offset { top: 12, left: 34 }));
+        assert!(offset("12").is_err() && offset("12,-1").is_err());
+    }
 
     #[test]
     fn sizes_are_width_by_height() {

@@ -4,7 +4,7 @@
 
 use proto::{
     MAX_PROMPT_CHARS,
-    v1::{Adapter, JobSpec, ModelCard, NoiseGenerator, Parameter},
+    v1::{Adapter, JobSpec, ModelCard, NoiseGenerator, Offset, Parameter, Size},
 };
 
 use crate::error::{Error, Result, Violation};
@@ -104,7 +104,7 @@ pub fn is_blob_id(id: &str) -> bool {
 }
 
 /// The numeric fields of a specification that are set.
-fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 13] {
+fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 15] {
     [
         ("width", spec.width.map(f64::from)),
         ("height", spec.height.map(f64::from)),
@@ -116,9 +116,25 @@ fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 13] {
         ("strength", spec.strength),
         ("clip_skip", spec.clip_skip.map(f64::from)),
         ("shift", spec.shift),
+        ("eta", spec.eta),
+        ("guidance_rescale", spec.guidance_rescale),
         ("skip_layer_guidance_scale", spec.skip_layer_guidance_scale),
         ("skip_layer_guidance_start", spec.skip_layer_guidance_start),
         ("skip_layer_guidance_stop", spec.skip_layer_guidance_stop),
+    ]
+}
+
+/// The fields that are two numbers each, from above and from the left.
+fn pairs(spec: &JobSpec) -> [(&'static str, Option<[u32; 2]>); 6] {
+    let size = |size: Option<Size>| size.map(|size| [size.height, size.width]);
+    let offset = |offset: Option<Offset>| offset.map(|offset| [offset.top, offset.left]);
+    [
+        ("original_size", size(spec.original_size)),
+        ("crops_coords_top_left", offset(spec.crops_coords_top_left)),
+        ("target_size", size(spec.target_size)),
+        ("negative_original_size", size(spec.negative_original_size)),
+        ("negative_crops_coords_top_left", offset(spec.negative_crops_coords_top_left)),
+        ("negative_target_size", size(spec.negative_target_size)),
     ]
 }
 
@@ -151,6 +167,8 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
     spec.max_sequence_length = spec.max_sequence_length.or(whole("max_sequence_length"));
     spec.clip_skip = spec.clip_skip.or(whole("clip_skip"));
     spec.shift = spec.shift.or(default("shift"));
+    spec.eta = spec.eta.or(default("eta"));
+    spec.guidance_rescale = spec.guidance_rescale.or(default("guidance_rescale"));
     if !spec.skip_guidance_layers.is_empty() {
         spec.skip_layer_guidance_scale = spec.skip_layer_guidance_scale.or(default("skip_layer_guidance_scale"));
         spec.skip_layer_guidance_start = spec.skip_layer_guidance_start.or(default("skip_layer_guidance_start"));
@@ -231,7 +249,8 @@ impl Check<'_> {
 
     /// Refuses what the client set and the model does not take: ignoring it would give another picture than asked for.
     fn taken(&mut self, spec: &JobSpec) {
-        let set = numbers(spec).map(|(name, value)| (name, value.is_some())).into_iter().chain(others(spec));
+        let pairs = pairs(spec).map(|(name, value)| (name, value.is_some()));
+        let set = numbers(spec).map(|(name, value)| (name, value.is_some())).into_iter().chain(pairs).chain(others(spec));
         for (name, _) in set.filter(|(_, is_set)| *is_set) {
             if !ALWAYS_TAKEN.contains(&name) && parameter(self.card, name).is_none() {
                 self.refuse(name, format!("model {:?} does not take it", self.card.name));
@@ -257,6 +276,16 @@ impl Check<'_> {
         ] {
             if value.is_some() && spec.skip_guidance_layers.is_empty() {
                 self.refuse(field, "needs skip_guidance_layers");
+            }
+        }
+        let both = spec.negative_original_size.is_some() && spec.negative_target_size.is_some();
+        for (field, is_set) in [
+            ("negative_original_size", spec.negative_original_size.is_some()),
+            ("negative_target_size", spec.negative_target_size.is_some()),
+            ("negative_crops_coords_top_left", spec.negative_crops_coords_top_left.is_some()),
+        ] {
+            if is_set && !both {
+                self.refuse(field, "needs both negative_original_size and negative_target_size");
             }
         }
         if spec.image_blob_id.is_empty() && spec.strength.is_some() {
@@ -337,6 +366,12 @@ impl Check<'_> {
             if !value.is_finite() {
                 self.refuse(name, "must be a finite number");
             } else if let Some(problem) = parameter(self.card, name).and_then(|limits| outside(value, limits)) {
+                self.refuse(name, problem);
+            }
+        }
+        for (name, pair) in pairs(spec) {
+            let (Some(pair), Some(limits)) = (pair, parameter(self.card, name)) else { continue };
+            if let Some(problem) = pair.into_iter().find_map(|value| outside(f64::from(value), limits)) {
                 self.refuse(name, problem);
             }
         }

@@ -22,6 +22,22 @@ pub(crate) fn text(
     say("guidance_scale", spec.guidance_scale.map(|v| v.to_string()));
     say("true_cfg_scale", spec.true_cfg_scale.map(|v| v.to_string()));
     say("shift", spec.shift.map(|v| v.to_string()));
+    say("eta", spec.eta.filter(|eta| *eta > 0.0).map(|v| v.to_string()));
+    say("guidance_rescale", spec.guidance_rescale.filter(|part| *part > 0.0).map(|v| v.to_string()));
+    for (key, size) in [
+        ("original_size", spec.original_size),
+        ("target_size", spec.target_size),
+        ("negative_original_size", spec.negative_original_size),
+        ("negative_target_size", spec.negative_target_size),
+    ] {
+        say(key, size.map(|size| format!("{}x{}", size.width, size.height)));
+    }
+    for (key, offset) in [
+        ("crops_coords_top_left", spec.crops_coords_top_left),
+        ("negative_crops_coords_top_left", spec.negative_crops_coords_top_left),
+    ] {
+        say(key, offset.map(|offset| format!("{},{}", offset.top, offset.left)));
+    }
     say("clip_skip", spec.clip_skip.map(|v| v.to_string()));
     say("skip_layer_guidance", skip_layer_guidance(spec));
     say("loras", non_empty(&loras(spec)));

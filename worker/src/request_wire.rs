@@ -1,7 +1,7 @@
 //! A job's specification as a stage needs it.
 
 use models::Request;
-use models::request::{Lora, NoiseGenerator, SkipLayerGuidance};
+use models::request::{Lora, NoiseGenerator, SizeConditions, SkipLayerGuidance};
 use proto::v1::{self, JobSpec};
 
 use crate::{Error, Result};
@@ -27,6 +27,9 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         skip_layer_guidance: skip_layer_guidance(spec)?,
         clip_skip: spec.clip_skip.map(|layers| layers as usize),
         shift: spec.shift,
+        eta: spec.eta.unwrap_or_default(),
+        guidance_rescale: spec.guidance_rescale.unwrap_or_default(),
+        size_conditions: size_conditions(spec),
         seed: spec.seed.ok_or_else(|| missing("seed"))?,
         num_images_per_prompt: count("num_images_per_prompt", spec.num_images_per_prompt)?,
         strength: spec.strength,
@@ -37,6 +40,19 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         },
         loras: spec.loras.iter().map(|lora| Lora { name: lora.name.clone(), scale: lora.scale.unwrap_or(1.0) }).collect(),
     })
+}
+
+fn size_conditions(spec: &JobSpec) -> SizeConditions {
+    let size = |size: Option<v1::Size>| size.map(|size| [size.height, size.width]);
+    let offset = |offset: Option<v1::Offset>| offset.map(|offset| [offset.top, offset.left]);
+    SizeConditions {
+        original_size: size(spec.original_size),
+        crops_coords_top_left: offset(spec.crops_coords_top_left),
+        target_size: size(spec.target_size),
+        negative_original_size: size(spec.negative_original_size),
+        negative_crops_coords_top_left: offset(spec.negative_crops_coords_top_left),
+        negative_target_size: size(spec.negative_target_size),
+    }
 }
 
 fn skip_layer_guidance(spec: &JobSpec) -> Result<Option<SkipLayerGuidance>> {

@@ -78,14 +78,14 @@ impl StageCard {
     }
 
     /// The stages of a family whose text encoders each read their prompt alone: they and, with an input picture, the autoencoder
-    /// side by side, then `transformer`, then the autoencoder.
-    pub fn of_text_encoders(encoders: &[&str]) -> Vec<Self> {
+    /// side by side, then `denoiser`, then the autoencoder.
+    pub fn of_text_encoders(encoders: &[&str], denoiser: &str) -> Vec<Self> {
         let ids: Vec<String> = encoders.iter().map(|name| name.replace("text_encoder", "encode_text")).collect();
         let mut stages: Vec<Self> =
             ids.iter().zip(encoders).map(|(id, component)| Self::new(id, StageKind::EncodeText, component, &[])).collect();
         let inputs: Vec<&str> = ids.iter().map(String::as_str).chain(["encode_image"]).collect();
         stages.push(Self::new("encode_image", StageKind::EncodeImage, "vae", &[]));
-        stages.push(Self::new("denoise", StageKind::Denoise, "transformer", &inputs));
+        stages.push(Self::new("denoise", StageKind::Denoise, denoiser, &inputs));
         stages.push(Self::new("decode", StageKind::Decode, "vae", &["denoise"]));
         stages
     }

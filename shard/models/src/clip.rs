@@ -81,7 +81,8 @@ pub struct ClipOutput {
 
 /// A CLIP text encoder, as one rank of a group holds it.
 ///
-/// As a [`BlockModel`] it takes `input_ids: [B, L]` and gives `last_hidden_state`, `pooler_output` and `hidden_states.N`.
+/// As a [`BlockModel`] it takes `input_ids: [B, L]` and gives `last_hidden_state`, `pooler_output`, `hidden_states.N` and, after the final
+/// layer norm, `normed_states.N`.
 #[derive(Debug)]
 pub struct ClipTextEncoder {
     embeddings: Embeddings,
@@ -146,6 +147,7 @@ impl BlockModel for ClipTextEncoder {
         let output = self.forward(&hidden.take("input_ids")?)?;
         let mut tensors = Tensors::new().with("last_hidden_state", output.last_hidden_state).with("pooler_output", output.pooled);
         for (i, state) in output.hidden_states.into_iter().enumerate() {
+            tensors.insert(format!("normed_states.{i}"), self.final_layer_norm.forward(&state)?);
             tensors.insert(format!("hidden_states.{i}"), state);
         }
         Ok(tensors)

@@ -128,41 +128,50 @@ impl Latents<'_> {
 
     /// Latents of a picture, by the name it was encoded under: a draw from their distribution, scaled and packed.
     pub(crate) fn image_latents(&self, picture: &Tensors, name: &str, generator: &mut Generator) -> Result<Tensor> {
-        let moment = |part: &str| picture.get(&format!("{name}.{part}")).cloned();
-        let moments = Moments { mean: moment("mean")?, logvar: moment("logvar")? };
-        let noise = generator.randn(moments.mean.dims())?;
-        (self.pack)(&(self.scale)(&moments.sample(&noise)?)?)
+        (self.pack)(&(self.scale)(&sample(picture, name, generator)?)?)
     }
 
     /// `[1, 1, height, width]` at latent size, packed as the latents are: 1 where to repaint.
     fn mask(&self, mask: &Tensor) -> Result<Tensor> {
-        let (_, _, height, width) = mask.dims4()?;
-        // Nearest neighbour down to the latent grid picks the first pixel of every window.
-        let rows = Tensor::arange_step(0u32, height as u32, self.scale_factor as u32, mask.device())?;
-        let columns = Tensor::arange_step(0u32, width as u32, self.scale_factor as u32, mask.device())?;
-        let small = mask.index_select(&rows, 2)?.index_select(&columns, 3)?;
-        (self.pack)(&small.repeat((1, self.shape[0], 1, 1))?)
+        (self.pack)(&at_latents(mask, self.scale_factor)?.repeat((1, self.shape[0], 1, 1))?)
     }
+}
+
+/// A draw from the distribution of a picture's latents, by the name it was encoded under: `[1, C, H, W]`, not scaled.
+pub(crate) fn sample(picture: &Tensors, name: &str, generator: &mut Generator) -> Result<Tensor> {
+    let moment = |part: &str| picture.get(&format!("{name}.{part}")).cloned();
+    let moments = Moments { mean: moment("mean")?, logvar: moment("logvar")? };
+    let noise = generator.randn(moments.mean.dims())?;
+    moments.sample(&noise)
+}
+
+/// A mask at latent size: `[1, 1, h f, w f] -> [1, 1, h, w]`. Nearest neighbour picks the first pixel of every window.
+pub(crate) fn at_latents(mask: &Tensor, scale_factor: usize) -> Result<Tensor> {
+    let (_, _, height, width) = mask.dims4()?;
+    let rows = Tensor::arange_step(0u32, height as u32, scale_factor as u32, mask.device())?;
+    let columns = Tensor::arange_step(0u32, width as u32, scale_factor as u32, mask.device())?;
+    Ok(mask.index_select(&rows, 2)?.index_select(&columns, 3)?)
 }
 
 /// The scheduler's step by `model_output`; outside a mask the input picture, noised to the next timestep, takes its place.
 pub(crate) fn step(state: &mut DenoiseState, model_output: Tensor) -> Result<()> {
     let prev_sample = state.scheduler.step(&model_output, state.step, &state.latents)?;
-    state.latents = match state.tensors.find("mask") {
-        None => prev_sample.clone(),
-        Some(mask) => {
-            let image = state.tensors.get("image_latents")?;
-            let kept = if state.step + 1 < state.steps() {
-                state.scheduler.scale_noise(image, state.step + 1, state.tensors.get("noise")?)?
-            } else {
-                image.clone()
-            };
-            let outside = mask.affine(-1.0, 1.0)?;
-            (kept.broadcast_mul(&outside)? + prev_sample.broadcast_mul(mask)?)?
-        }
-    };
+    state.latents = outside_mask(state, &prev_sample)?;
     state.last = Some(LastStep { model_output, prev_sample });
     Ok(())
+}
+
+/// `prev_sample`, and outside a mask, if there is one, the input picture noised to the next timestep.
+pub(crate) fn outside_mask(state: &DenoiseState, prev_sample: &Tensor) -> Result<Tensor> {
+    let Some(mask) = state.tensors.find("mask") else { return Ok(prev_sample.clone()) };
+    let image = state.tensors.get("image_latents")?;
+    let kept = if state.step + 1 < state.steps() {
+        state.scheduler.scale_noise(image, state.step + 1, state.tensors.get("noise")?)?
+    } else {
+        image.clone()
+    };
+    let outside = mask.affine(-1.0, 1.0)?;
+    Ok((kept.broadcast_mul(&outside)? + prev_sample.broadcast_mul(mask)?)?)
 }
 
 /// `uncond + scale (cond - uncond)`: classifier-free guidance.

@@ -46,12 +46,15 @@ pub mod autoencoder_stage;
 pub mod engine;
 pub mod text_stage;
 
+mod diffusion;
 mod flow;
 mod packing;
 
 pub mod flux;
 pub mod qwen_image;
 pub mod sd3;
+pub mod stable_diffusion;
+pub mod stable_diffusion_xl;
 
 mod checkpoint_names;
 pub mod registry;

@@ -58,7 +58,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let vae: AutoencoderKlQwenImageConfig = dir.config("vae")?;
     let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
     QwenImageDenoiser::load(dir)?;
-    let mut stages = StageCard::of_text_encoders(&["text_encoder"]);
+    let mut stages = StageCard::of_text_encoders(&["text_encoder"], "transformer");
     for stage in stages.iter_mut().filter(|stage| stage.component == "text_encoder") {
         stage.with_pictures = edits(dir);
     }

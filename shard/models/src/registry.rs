@@ -15,7 +15,7 @@ use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
-use crate::{Error, Result, checkpoint_names, flux, qwen_image, sd3};
+use crate::{Error, Result, checkpoint_names, flux, qwen_image, sd3, stable_diffusion, stable_diffusion_xl};
 
 /// A rank with its weights.
 pub enum Rank {
@@ -81,6 +81,8 @@ pub fn outline(dir: &ModelDir) -> Result<Card> {
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::describe(dir),
         class if sd3::CLASSES.contains(&class) => sd3::describe(dir),
+        class if stable_diffusion::CLASSES.contains(&class) => stable_diffusion::describe(dir),
+        class if stable_diffusion_xl::CLASSES.contains(&class) => stable_diffusion_xl::describe(dir),
         other => Err(unknown(other)),
     }
 }
@@ -171,6 +173,8 @@ fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::load(spec, weights),
         class if sd3::CLASSES.contains(&class) => sd3::load(spec, weights),
+        class if stable_diffusion::CLASSES.contains(&class) => stable_diffusion::load(spec, weights),
+        class if stable_diffusion_xl::CLASSES.contains(&class) => stable_diffusion_xl::load(spec, weights),
         other => Err(unknown(other)),
     }
 }

@@ -33,6 +33,12 @@ pub struct Request {
     pub clip_skip: Option<usize>,
     /// Shift of the flow-matching timesteps, in place of the model's own.
     pub shift: Option<f64>,
+    /// How much noise DDIM's steps add, or gamma of TCD's.
+    pub eta: f64,
+    /// How far guidance is brought back to the conditional pass's standard deviation, 0 to 1.
+    pub guidance_rescale: f64,
+    /// Sizes and crops that Stable Diffusion XL is told of.
+    pub size_conditions: SizeConditions,
     /// Of the noise.
     pub seed: u64,
     /// Pictures drawn from one generator.
@@ -69,6 +75,25 @@ pub struct SkipLayerGuidance {
     pub stop: f64,
 }
 
+/// What Stable Diffusion XL is told of the picture it is to imitate, each a height and a width (or a distance from the top and from the left); none:
+/// the size of the picture that is drawn, not cropped. The negative ones are for the unconditional pass; none: as the others, if both sizes are
+/// not given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SizeConditions {
+    /// Before it was scaled.
+    pub original_size: Option<[u32; 2]>,
+    /// What was cropped above and to the left.
+    pub crops_coords_top_left: Option<[u32; 2]>,
+    /// The size that is wanted.
+    pub target_size: Option<[u32; 2]>,
+    /// See `original_size`.
+    pub negative_original_size: Option<[u32; 2]>,
+    /// See `crops_coords_top_left`.
+    pub negative_crops_coords_top_left: Option<[u32; 2]>,
+    /// See `target_size`.
+    pub negative_target_size: Option<[u32; 2]>,
+}
+
 /// The job of a test or an example: a square of 64 pixels, one step, no guidance.
 impl Default for Request {
     fn default() -> Self {
@@ -87,6 +112,9 @@ impl Default for Request {
             skip_layer_guidance: None,
             clip_skip: None,
             shift: None,
+            eta: 0.0,
+            guidance_rescale: 0.0,
+            size_conditions: SizeConditions::default(),
             seed: 0,
             num_images_per_prompt: 1,
             strength: None,

@@ -61,7 +61,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         scheduler: FlowMatchEulerDiscreteConfig::CLASS.into(),
         digest: String::new(),
         components,
-        stages: StageCard::of_text_encoders(&encoders),
+        stages: StageCard::of_text_encoders(&encoders, "transformer"),
         parameters: parts.parameters(),
         max_pixels: flow::MAX_PIXELS,
     };

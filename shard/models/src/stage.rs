@@ -96,6 +96,8 @@ pub struct Inputs {
     pub latents: Option<Tensor>,
     /// Noise to start from in place of drawing it, `[B, C, H, W]`: the reference's `latents` argument.
     pub noise: Option<Tensor>,
+    /// What its steps would draw, in place of drawing it.
+    pub step_noise: Vec<Tensor>,
     /// The job's own pictures, as uploaded.
     pub pictures: Pictures,
     /// Where to go on, for the denoiser.

@@ -18,6 +18,8 @@ pub enum Kept {
     Output(&'static str),
     /// `hidden_states[-n]`; the job's `clip_skip` is added to n. As in the reference, not for the negative prompt.
     HiddenState(usize),
+    /// The same after the encoder's final norm: of the last one, what `last_hidden_state` is.
+    NormedState(usize),
 }
 
 /// What a family does with one text encoder.
@@ -68,7 +70,7 @@ impl TextStage {
 
     /// What the denoiser is given for `text`, by its names.
     fn encode(&mut self, text: &str, request: &Request, clip_skip: usize) -> Result<Tensors> {
-        let skips = self.encoding.outputs.iter().any(|(kept, _)| matches!(kept, Kept::HiddenState(_)));
+        let skips = self.encoding.outputs.iter().any(|(kept, _)| matches!(kept, Kept::HiddenState(_) | Kept::NormedState(_)));
         let key = Key {
             text: text.to_owned(),
             tokens: self.encoding.tokens.unwrap_or(request.max_sequence_length),
@@ -85,7 +87,8 @@ impl TextStage {
         for (kept, name) in &self.encoding.outputs {
             let output = match kept {
                 Kept::Output(output) => network.take(output)?,
-                Kept::HiddenState(n) => hidden_state(&network, *n, clip_skip)?,
+                Kept::HiddenState(n) => hidden_state(&network, "hidden_states", *n, clip_skip)?,
+                Kept::NormedState(n) => hidden_state(&network, "normed_states", *n, clip_skip)?,
             };
             embeds.insert(*name, output);
         }
@@ -120,9 +123,9 @@ impl std::fmt::Debug for TextStage {
     }
 }
 
-/// `hidden_states[-(n + clip_skip)]`, where the first is the embeddings and the last the last block's output.
-fn hidden_state(network: &Tensors, n: usize, clip_skip: usize) -> Result<Tensor> {
-    let states = network.list("hidden_states");
+/// `states[-(n + clip_skip)]`, where the first is the embeddings and the last the last block's output.
+fn hidden_state(network: &Tensors, states: &str, n: usize, clip_skip: usize) -> Result<Tensor> {
+    let states = network.list(states);
     let at = n.checked_add(clip_skip).and_then(|n| states.len().checked_sub(n));
     let state = at.and_then(|at| states.into_iter().nth(at));
     state.ok_or_else(|| Error::Invalid { field: "clip_skip", reason: format!("{clip_skip} is more than the encoder's blocks") })
@@ -205,7 +208,8 @@ mod tests {
     fn clip_skip_counts_from_the_end_and_may_not_pass_the_beginning() {
         let state = |i: u32| (format!("hidden_states.{i}"), Tensor::new(&[i], &parallel::Device::Cpu).unwrap());
         let network: Tensors = (0..4).map(state).collect();
-        let at = |n, clip_skip| hidden_state(&network, n, clip_skip).map(|state| state.to_vec1::<u32>().unwrap()[0]);
+        let at =
+            |n, clip_skip| hidden_state(&network, "hidden_states", n, clip_skip).map(|state| state.to_vec1::<u32>().unwrap()[0]);
         assert_eq!((at(2, 0).unwrap(), at(2, 1).unwrap(), at(2, 2).unwrap()), (2, 1, 0));
         for too_many in [3, usize::MAX] {
             assert!(matches!(at(2, too_many), Err(Error::Invalid { field: "clip_skip", .. })));

@@ -34,7 +34,11 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
             ("encode_prompt.call1.0", "negative_prompt_embeds"),
             ("encode_prompt.call1.1", "negative_pooled_prompt_embeds"),
         ],
-        inputs: vec!["hidden_states", "timestep", "guidance", "img_ids", "txt_ids"],
+        network: "transformer",
+        inputs: vec!["hidden_states", "timestep", "guidance", "img_ids", "txt_ids"]
+            .into_iter()
+            .map(|name| (name, name))
+            .collect(),
         // The plain inpainting pipeline encodes the masked picture too, and makes no use of it.
         pictures: if dir.pipeline_class() == "FluxFillPipeline" { vec!["image", "masked_image"] } else { vec!["image"] },
         encode: if case.param("_auto_resize").as_bool() == Some(false) { Some(&own_size) } else { None },

@@ -19,6 +19,7 @@ mod qwen_image_pipeline;
 mod rng;
 mod schedulers;
 mod sd3;
+mod stable_diffusion;
 mod text_encoders;
 mod tokenizers;
 mod transformers;
@@ -86,6 +87,8 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "SD3Transformer2DModel") => sd3::component(case),
         ("component", "UNet2DConditionModel") => unet::component(case),
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
+        ("pipeline", class) if class.starts_with("StableDiffusionXL") => stable_diffusion::xl(case),
+        ("pipeline", class) if class.starts_with("StableDiffusion") => stable_diffusion::pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         ("pipeline", class) if class.starts_with("QwenImage") => qwen_image_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),

@@ -35,8 +35,10 @@ pub(crate) struct Family<'a> {
     pub(crate) encoders: Vec<TextEncoder>,
     /// Recorded embeddings, and what the denoiser calls them.
     pub(crate) embeds: Vec<(&'static str, &'static str)>,
-    /// Inputs of the network that are compared at the first step, where they are recorded.
-    pub(crate) inputs: Vec<&'static str>,
+    /// The component that denoises.
+    pub(crate) network: &'static str,
+    /// Inputs of the network that are compared at the first step, where they are recorded: as what, and what they are called.
+    pub(crate) inputs: Vec<(&'static str, &'static str)>,
     /// Pictures that the autoencoder encodes, in the order it is called.
     pub(crate) pictures: Vec<&'static str>,
     /// How it encodes them, if not as the model's stage does.
@@ -63,7 +65,7 @@ pub(crate) fn generation(case: &mut Case, dir: &ModelDir, family: &Family<'_>) -
     let states = start(family, &jobs, &inputs)?;
     check_embeds(case, family, &states)?;
     check_start(case, family, &states)?;
-    let latents = denoise(case, dir, &jobs, &inputs)?;
+    let latents = denoise(case, dir, family.network, &jobs, &inputs)?;
     decode(case, dir, family, &jobs, latents)
 }
 
@@ -76,6 +78,8 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
     };
     let number = |name: &str| case.param(name).as_f64();
     let size = |name: &str| number(name).map(|v| v as usize);
+    // Cases that start from a picture leave its size to it: they draw one of the same.
+    let side = |name: &str, dim: usize| size(name).or_else(|| case.tensor("image").ok()?.dims().get(dim).copied());
     let loras = loras(case)?;
     let [second, third, negative] = ["prompt_2", "prompt_3", "negative_prompt"].map(list);
     let job = |(i, prompt): (usize, String)| {
@@ -84,14 +88,17 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             prompt_2: second.get(i).cloned(),
             prompt_3: third.get(i).cloned(),
             negative_prompt: negative.get(i).cloned(),
-            width: size("width")?,
-            height: size("height")?,
+            width: side("width", 2)?,
+            height: side("height", 1)?,
             num_inference_steps: size("num_inference_steps")?,
             guidance_scale: number("guidance_scale"),
             true_cfg_scale: number("true_cfg_scale").unwrap_or(1.0),
             seed: case.json["generator_seed"].as_u64()?,
             num_images_per_prompt: size("num_images_per_prompt").unwrap_or(1),
             strength: number("strength"),
+            clip_skip: size("clip_skip"),
+            eta: number("eta").unwrap_or_default(),
+            guidance_rescale: number("guidance_rescale").unwrap_or_default(),
             // Cases of Qwen-Image leave the reference's default.
             max_sequence_length: size("max_sequence_length").unwrap_or(512),
             loras: loras.clone(),
@@ -113,7 +120,8 @@ pub(crate) fn check_ids(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jo
             case.check_within(&format!("{component}.call{call}.input_ids"), &Tensor::new(rows, &Device::Cpu).map_err(text)?, 0.0)
         };
         check(case, 0, jobs.iter().map(|job| ids(job.prompt_of(*encoder))).collect::<Result<_, String>>()?)?;
-        if jobs[0].cfg_scale(family.guidance).is_some() {
+        // XL's unconditional pass may be given zeros, of no text.
+        if jobs[0].cfg_scale(family.guidance).is_some() && case.has(&format!("{component}.call1.input_ids")) {
             let negative = jobs.iter().filter_map(|job| job.negative_prompt_of(*encoder, family.guidance));
             check(case, 1, negative.map(ids).collect::<Result<_, String>>()?)?;
         }
@@ -220,8 +228,8 @@ pub(crate) fn check_start(case: &mut Case, family: &Family<'_>, states: &[Denois
     let latents: Vec<Tensor> = states.iter().map(|s| s.latents.clone()).collect();
     case.check_within("latents_init", &Tensor::cat(&latents, 0).map_err(text)?, tolerance)?;
     let branches = family.denoiser.branches(&states[0]).map_err(text)?;
-    for name in &family.inputs {
-        let recorded = format!("transformer.call0.in.{name}");
+    for (recorded, name) in &family.inputs {
+        let recorded = format!("{}.call0.in.{recorded}", family.network);
         if states.len() > 1 || !case.has(&recorded) {
             continue;
         }
@@ -230,14 +238,14 @@ pub(crate) fn check_start(case: &mut Case, family: &Family<'_>, states: &[Denois
         let one = case.tensor(&recorded)?.dims()[0] == each[0].dims()[0];
         let got = if one { each[0].clone() } else { Tensor::cat(&each, 0).map_err(text)? };
         // What the network is given of the latents has no tolerance of its own: it is made of the first step's sample.
-        let of_latents = if *name == "hidden_states" { tolerance } else { NOISE_TOLERANCE };
+        let of_latents = if ["hidden_states", "sample"].contains(name) { tolerance } else { NOISE_TOLERANCE };
         let tolerance = case.tolerance(&recorded).unwrap_or(of_latents);
         case.check_within(&recorded, &got, tolerance)?;
     }
     Ok(())
 }
 
-/// Several prompts of one generator: each job gets its rows of the one draw. A single job draws for itself.
+/// Several prompts of one generator: each job gets its rows of every draw. A single job draws for itself.
 pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
     if jobs.len() == 1 {
         return Ok(());
@@ -247,14 +255,23 @@ pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -
     let noise = if noise.rank() == 5 { noise.squeeze(1).map_err(text)? } else { noise.clone() };
     for (i, inputs) in inputs.iter_mut().enumerate() {
         let rows = jobs[i].num_images_per_prompt;
-        inputs.noise = Some(noise.narrow(0, i * rows, rows).map_err(text)?);
+        let own = |noise: &Tensor| noise.narrow(0, i * rows, rows).map_err(text);
+        inputs.noise = Some(own(&noise)?);
+        let of_steps = (1..).map_while(|draw| case.tensor(&format!("randn{draw:02}")).ok());
+        inputs.step_noise = of_steps.map(own).collect::<Result<_, _>>()?;
     }
     Ok(())
 }
 
 /// All jobs at once in one engine.
-pub(crate) fn denoise(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &[Inputs]) -> Result<Vec<Payload>, String> {
-    let mut stage = load(case, dir, "transformer")?;
+pub(crate) fn denoise(
+    case: &mut Case,
+    dir: &ModelDir,
+    network: &str,
+    jobs: &[Request],
+    inputs: &[Inputs],
+) -> Result<Vec<Payload>, String> {
+    let mut stage = load(case, dir, network)?;
     let tasks: Vec<_> = jobs.iter().cloned().zip(inputs.iter().cloned()).collect();
     let mut steps: Vec<Vec<Tensor>> = Vec::new();
     let outputs = run_stage(&mut *stage, &tasks, |step, sample| {

@@ -26,7 +26,8 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
         guidance: Guidance::TrueCfg,
         encoders: Vec::new(), // the prompts are in templates and not padded: see `encode_prompts`
         embeds: Vec::new(),
-        inputs: vec!["timestep"],
+        network: "transformer",
+        inputs: vec!["timestep"].into_iter().map(|name| (name, name)).collect(),
         pictures: Vec::new(), // encoded at a size of their own: see `encode_pictures`
         encode: None,
         // The reference's have a frame: [B, C, 1, H, W].
@@ -49,7 +50,7 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
         let given = denoiser.branches(&states[0]).map_err(text)?.remove(0).take("hidden_states").map_err(text)?;
         case.check_within("transformer.call0.in.hidden_states", &given, tolerance)?;
     }
-    let latents = denoise(case, &dir, &jobs, &inputs)?;
+    let latents = denoise(case, &dir, "transformer", &jobs, &inputs)?;
     decode(case, &dir, &family, &jobs, latents)
 }
 

@@ -74,7 +74,8 @@ pub(crate) fn pipeline(case: &mut Case) -> Outcome {
             ("encode_prompt.call0.3", "negative_pooled_prompt_embeds"),
         ],
         // The embeddings among them are compared above, at their own tolerances.
-        inputs: vec!["timestep"],
+        network: "transformer",
+        inputs: vec!["timestep"].into_iter().map(|name| (name, name)).collect(),
         pictures: vec!["image"],
         encode: None,
         unscale: &|latents| vae.unscale(latents),

@@ -31,7 +31,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             // One head, and small beside the rest: held whole.
             ComponentCard::of(dir, "vae", 1, 1)?,
         ],
-        stages: StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"]),
+        stages: StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"], "transformer"),
         parameters: parameters(Kind::of(dir), &transformer, &scheduler, &vae),
         max_pixels: flow::MAX_PIXELS,
     };

@@ -1,0 +1,106 @@
+//! Stable Diffusion 1 and XL: whole generations through the stages that workers run. Cases: `sd15_*`, `sdxl_*`.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use candle_core::Tensor;
+use models::autoencoder_kl::AutoencoderKlConfig;
+use models::model_dir::{ModelDir, read_json};
+use models::request::{Encoder, Guidance};
+use models::stable_diffusion::StableDiffusionDenoiser;
+use models::stable_diffusion_xl::StableDiffusionXlDenoiser;
+use serde_json::Value;
+use tests::golden::{Case, Outcome};
+
+use crate::pipeline::{Family, TextEncoder, generation, text};
+
+pub(crate) fn pipeline(case: &mut Case) -> Outcome {
+    let model = Model::of(case)?;
+    let (dir, vae) = (&model.dir, &model.vae);
+    let family = Family {
+        denoiser: &StableDiffusionDenoiser::load(dir).map_err(text)?,
+        guidance: Guidance::Cfg,
+        encoders: vec![clip("text_encoder", "tokenizer", Encoder::First)],
+        embeds: vec![("encode_prompt.call0.0", "prompt_embeds"), ("encode_prompt.call0.1", "negative_prompt_embeds")],
+        network: "unet",
+        inputs: vec![("arg0", "sample")],
+        pictures: pictures(case),
+        encode: None,
+        unscale: &|latents| vae.unscale(latents),
+    };
+    generation(case, dir, &family)
+}
+
+pub(crate) fn xl(case: &mut Case) -> Outcome {
+    let model = Model::of(case)?;
+    let (dir, vae) = (&model.dir, &model.vae);
+    let family = Family {
+        denoiser: &StableDiffusionXlDenoiser::load(dir).map_err(text)?,
+        guidance: Guidance::Cfg,
+        encoders: vec![clip("text_encoder", "tokenizer", Encoder::First), clip("text_encoder_2", "tokenizer_2", Encoder::Second)],
+        embeds: vec![
+            ("encode_prompt.call0.0", "prompt_embeds"),
+            ("encode_prompt.call0.1", "negative_prompt_embeds"),
+            ("encode_prompt.call0.2", "pooled_prompt_embeds"),
+            ("encode_prompt.call0.3", "negative_pooled_prompt_embeds"),
+        ],
+        network: "unet",
+        inputs: vec![("arg0", "sample"), ("added_cond_kwargs.time_ids", "added_cond_kwargs.time_ids")],
+        // Of the masked picture nothing is made by a network of 4 channels, and its tolerance is none: XL's autoencoder stayed in float32
+        // where the reference was run in float64 to measure it.
+        pictures: pictures(case).into_iter().filter(|picture| *picture == "image").collect(),
+        encode: None,
+        unscale: &|latents: &Tensor| vae.unscale(latents),
+    };
+    generation(case, dir, &family)
+}
+
+/// Each CLIP reads 77 tokens, always.
+fn clip(component: &'static str, tokenizer: &'static str, encoder: Encoder) -> TextEncoder {
+    TextEncoder { component, tokenizer, encoder, tokens: Some(77) }
+}
+
+/// What the reference encodes: of a picture to repaint from noise by a network that is given the rest of it, only that rest.
+fn pictures(case: &Case) -> Vec<&'static str> {
+    match (case.has("vae_encode.call0.mean"), case.has("vae_encode.call1.mean"), case.param("mask_image")) {
+        (false, ..) => vec![],
+        (true, false, Value::Null) => vec!["image"],
+        (true, false, _) => vec!["masked_image"],
+        (true, true, _) => vec!["image", "masked_image"],
+    }
+}
+
+/// The case's model with the case's own scheduler: several share the weights of one.
+struct Model {
+    dir: ModelDir,
+    vae: AutoencoderKlConfig,
+    _folder: tempfile::TempDir,
+}
+
+impl Model {
+    fn of(case: &Case) -> Result<Self, String> {
+        let (weights, folder) = (case.folder("weights")?, tempfile::tempdir().map_err(text)?);
+        let weights = weights.canonicalize().map_err(text)?;
+        for entry in fs::read_dir(&weights).map_err(text)? {
+            let entry = entry.map_err(text)?;
+            if entry.file_name() != "scheduler" && entry.file_name() != "model_index.json" {
+                symlink(entry.path(), folder.path().join(entry.file_name())).map_err(text)?;
+            }
+        }
+        let (class, mut config) = (&case.json["scheduler"]["class"], case.json["scheduler"]["config"].clone());
+        config["_class_name"] = class.clone();
+        let mut index: Value = read_json(&weights.join("model_index.json")).map_err(text)?;
+        index["scheduler"][1] = class.clone();
+        fs::create_dir(folder.path().join("scheduler")).map_err(text)?;
+        write(&folder.path().join("scheduler/scheduler_config.json"), &config)?;
+        write(&folder.path().join("model_index.json"), &index)?;
+        let dir = ModelDir::open(folder.path()).map_err(text)?;
+        let vae = dir.config("vae").map_err(text)?;
+        Ok(Self { dir, vae, _folder: folder })
+    }
+}
+
+fn write(path: &Path, json: &Value) -> Outcome {
+    fs::write(path, json.to_string()).map_err(text)
+}
