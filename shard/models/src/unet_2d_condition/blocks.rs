@@ -11,7 +11,7 @@ use super::{Error, Result};
 #[derive(Debug)]
 pub(super) enum Block {
     Down(DownBlock),
-    Mid(MidBlock),
+    Mid(Box<MidBlock>),
     Up(UpBlock),
 }
 
@@ -29,7 +29,7 @@ impl Block {
         let n = config.resolutions();
         Ok(match index.checked_sub(n) {
             None => Self::Down(DownBlock::load(&w.pp("down_blocks").pp(index), config, index)?),
-            Some(0) => Self::Mid(MidBlock::load(&w.pp("mid_block"), config)?),
+            Some(0) => Self::Mid(Box::new(MidBlock::load(&w.pp("mid_block"), config)?)),
             Some(up) => Self::Up(UpBlock::load(&w.pp("up_blocks").pp(up - 1), config, up - 1)?),
         })
     }
