@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use models::flux_transformer::FluxTransformerConfig;
 use models::sd3_transformer::Sd3TransformerConfig;
 
+pub mod dit;
 pub mod qwen_image;
 pub mod unet_2d_condition;
 

@@ -18,6 +18,7 @@ pub mod block_runner;
 
 pub mod tokenizer;
 
+pub mod bert;
 pub mod clip;
 pub mod qwen2_5_vl;
 pub mod t5;
@@ -32,7 +33,10 @@ pub mod scheduler;
 
 mod mmdit;
 
+pub mod dit_transformer;
 pub mod flux_transformer;
+pub mod hunyuan_dit;
+pub mod pixart_transformer;
 pub mod qwen_image_transformer;
 pub mod sd3_transformer;
 pub mod unet_2d_condition;

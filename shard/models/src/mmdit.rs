@@ -6,13 +6,18 @@
 //! `models/embeddings.py`. Heads and MLP columns are divided over the tensor-parallel ranks, and so is AdaLN modulation,
 //! which diffusers' plans leave whole on every rank.
 
+use std::collections::BTreeMap;
+
 use parallel::Weights;
+use serde_json::Value;
 
 use crate::{Error, Result};
 
 pub(crate) mod attention;
+pub(crate) mod cross_attention;
 pub(crate) mod embeddings;
 pub(crate) mod layers;
+pub(crate) mod patches;
 pub(crate) mod residuals;
 pub(crate) mod stream;
 
@@ -25,6 +30,17 @@ pub(crate) const MAX_WIDTH: usize = 1 << 20;
 pub(crate) fn check_widths<'a>(widths: impl IntoIterator<Item = (&'a str, usize)>) -> Result<()> {
     match widths.into_iter().find(|(_, width)| !(1..=MAX_WIDTH).contains(width)) {
         Some((field, width)) => Err(unsupported(field, &width)),
+        None => Ok(()),
+    }
+}
+
+/// Refuses the first field of `found` that says something else than `fixed`. A number may be written in another way, as `1` and `1.0`.
+pub(crate) fn check_fixed(found: &BTreeMap<String, Value>, fixed: &[(&str, Value)]) -> Result<()> {
+    let same = |a: &Value, b: &Value| a == b || matches!((a.as_f64(), b.as_f64()), (Some(a), Some(b)) if a == b);
+    let other =
+        fixed.iter().find_map(|(field, value)| found.get(*field).filter(|found| !same(found, value)).map(|v| (*field, v)));
+    match other {
+        Some((field, value)) => Err(unsupported(field, value)),
         None => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ use crate::blocks::{BlockModel, RangeOf};
 use crate::mmdit::attention::Heads;
 use crate::mmdit::embeddings::TimeTextEmbed;
 use crate::mmdit::layers::{AdaLayerNorm, linear};
+use crate::mmdit::patches::{indices, unpatchify};
 use crate::mmdit::residuals::Residuals;
 use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, not_held, unsupported};
 use crate::{Error, Result};
@@ -258,24 +259,9 @@ impl BlockModel for Sd3Transformer {
         let head = self.head.as_ref().ok_or_else(|| not_held("output layers"))?;
         let hidden_states = head.norm_out.continuous(hidden.get("hidden_states")?, hidden.get("temb")?)?;
         let patches = head.proj_out.forward(&hidden_states)?; // [B, L_img, p p C_out]
-        let sample = unpatchify(&patches, &indices(hidden.get("grid")?)?, self.config.patch_size)?;
+        let sample = unpatchify(&patches, hidden.get("grid")?, self.config.patch_size)?;
         Ok(Tensors::new().with("sample", sample))
     }
-}
-
-fn indices(tensor: &Tensor) -> Result<Vec<usize>> {
-    Ok(tensor.to_vec1::<u32>()?.into_iter().map(|i| i as usize).collect())
-}
-
-/// `[B, h w, p p C] -> [B, C, h p, w p]`.
-fn unpatchify(patches: &Tensor, grid: &[usize], p: usize) -> Result<Tensor> {
-    let (b, tokens, width) = patches.dims3()?;
-    let [h, w] = *grid else {
-        return Err(Error::Invalid { field: "grid", reason: format!("{} numbers for {tokens} tokens", grid.len()) });
-    };
-    let c = width / (p * p);
-    let rows = patches.reshape((b, h, w, p, p, c))?.permute((0, 5, 1, 3, 2, 4))?; // [B, C, h, p, w, p]
-    Ok(rows.contiguous()?.reshape((b, c, h * p, w * p))?)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use tests::golden::{Case, Outcome};
 
 mod autoencoders;
+mod dit;
 mod flux;
 mod flux_pipeline;
 mod pipeline;
@@ -86,6 +87,10 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("component", "SD3Transformer2DModel") => sd3::component(case),
         ("component", "UNet2DConditionModel") => unet::component(case),
+        ("component", "PixArtTransformer2DModel") => dit::pixart(case),
+        ("component", "DiTTransformer2DModel") => dit::dit(case),
+        ("component", "HunyuanDiT2DModel") => dit::hunyuan(case),
+        ("component", "BertModel") => dit::bert(case),
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("StableDiffusionXL") => stable_diffusion::xl(case),
         ("pipeline", class) if class.starts_with("StableDiffusion") => stable_diffusion::pipeline(case),

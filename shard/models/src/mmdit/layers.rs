@@ -45,6 +45,26 @@ impl AdaLayerNorm {
     }
 }
 
+/// A layer norm with weights of its own, whole on every rank.
+#[derive(Debug)]
+pub(crate) struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    pub(crate) fn load(w: &Weights, d: usize, eps: f64) -> Result<Self> {
+        let get = |name| w.get(name, &[d], Shard::Replicated);
+        Ok(Self { weight: get("weight")?, bias: get("bias")?, eps })
+    }
+
+    /// Over the last dimension.
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(ops::layer_norm(x, Some(&self.weight), Some(&self.bias), self.eps)?)
+    }
+}
+
 /// `FeedForward` with `gelu-approximate`.
 #[derive(Debug)]
 pub(crate) struct FeedForward {
@@ -80,7 +100,7 @@ pub(crate) fn row(w: &Weights, d_in: &[usize], d_out: usize) -> Result<RowParall
 }
 
 /// Every linear layer of these networks has a bias, and layers take a checkpoint without one for a layer without one.
-fn with_bias(w: &Weights) -> Result<&Weights> {
+pub(crate) fn with_bias(w: &Weights) -> Result<&Weights> {
     if !w.contains("bias") {
         w.get("bias", &[], Shard::Replicated)?; // a `MissingTensor` with the full name
     }

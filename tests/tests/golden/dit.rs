@@ -1,0 +1,108 @@
+//! DiT, PixArt and Hunyuan-DiT alone, whole and cut, and BERT. Cases: `pixart_transformer_*`, `dit_transformer`, `hunyuan_transformer_*`, `bert`.
+
+use std::sync::Arc;
+
+use models::bert::{BertConfig, BertEncoder};
+use models::blocks::{BlockModel, Layout, RangeOf};
+use models::dit_transformer::{DiTTransformer, DiTTransformerConfig};
+use models::hunyuan_dit::{HunyuanDiT, HunyuanDiTConfig};
+use models::model_dir::read_json;
+use models::pixart_transformer::{PixArtTransformer, PixArtTransformerConfig};
+use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
+use tests::golden::{Case, Outcome};
+use tests::ranks::run_block_model;
+
+use crate::pipeline::text;
+use crate::transformers::{at_every_layout, block_by_block, inputs};
+
+pub(crate) fn pixart(case: &mut Case) -> Outcome {
+    let dir = case.folder("weights")?;
+    let config: PixArtTransformerConfig = read_json(&dir.join("config.json")).map_err(text)?;
+    let load = |w: &Weights, range: RangeOf| PixArtTransformer::load(w, &config, range);
+    let check_embedded = |case: &mut Case, hidden: &Tensors| {
+        let taps = [
+            ("tap.pos_embed", "hidden_states"),
+            ("tap.adaln_single.0", "timestep"),
+            ("tap.adaln_single.1", "embedded_timestep"),
+            ("tap.caption_projection", "encoder_hidden_states"),
+        ];
+        taps.into_iter().try_for_each(|(tap, name)| check_reshaped(case, tap, hidden, name))
+    };
+    block_by_block(case, &dir, config.num_layers, load, check_embedded, check_block("transformer_blocks"))?;
+    at_every_layout(case, &dir, config.num_attention_heads, load)
+}
+
+pub(crate) fn dit(case: &mut Case) -> Outcome {
+    let dir = case.folder("weights")?;
+    let config: DiTTransformerConfig = read_json(&dir.join("config.json")).map_err(text)?;
+    let load = |w: &Weights, range: RangeOf| DiTTransformer::load(w, &config, range);
+    let check_embedded = |case: &mut Case, hidden: &Tensors| check_reshaped(case, "tap.pos_embed", hidden, "hidden_states");
+    block_by_block(case, &dir, config.num_layers, load, check_embedded, check_block("transformer_blocks"))?;
+    at_every_layout(case, &dir, config.num_attention_heads, load)
+}
+
+pub(crate) fn hunyuan(case: &mut Case) -> Outcome {
+    let dir = case.folder("weights")?;
+    let config: HunyuanDiTConfig = read_json(&dir.join("config.json")).map_err(text)?;
+    let load = |w: &Weights, range: RangeOf| HunyuanDiT::load(w, &config, range);
+    let check_embedded = |case: &mut Case, hidden: &Tensors| {
+        check_reshaped(case, "tap.pos_embed", hidden, "hidden_states")?;
+        check_reshaped(case, "tap.time_extra_emb", hidden, "temb")?;
+        check_t5(case, &config, hidden)
+    };
+    block_by_block(case, &dir, config.num_layers, load, check_embedded, check_block("blocks"))?;
+    at_every_layout(case, &dir, config.num_attention_heads, load)
+}
+
+/// Recorded is T5's text before its padding is replaced: what was not replaced is compared.
+fn check_t5(case: &mut Case, config: &HunyuanDiTConfig, hidden: &Tensors) -> Outcome {
+    let name = "tap.text_embedder";
+    let got = hidden.get("encoder_hidden_states").and_then(|text| Ok(text.narrow(1, config.text_len, config.text_len_t5)?));
+    let got = got.and_then(|got| Ok(got.flatten_to(1)?)).map_err(text)?; // [B, L, D] -> [B L, D]
+    let kept = |mask: &Tensor, recorded: &Tensor| {
+        let mask = mask.to_dtype(DType::U8)?.reshape(((), 1))?.broadcast_as(got.shape())?;
+        mask.where_cond(&got, recorded)
+    };
+    let got = kept(case.tensor("in.text_embedding_mask_t5")?, case.tensor(name)?).map_err(text)?;
+    case.check(name, &got)
+}
+
+fn check_reshaped(case: &mut Case, tap: &str, hidden: &Tensors, name: &str) -> Outcome {
+    let recorded = case.tensor(tap)?.shape().clone();
+    let got = hidden.get(name).and_then(|got| Ok(got.reshape(recorded)?)).map_err(text)?;
+    case.check(tap, &got)
+}
+
+fn check_block(blocks: &'static str) -> impl FnMut(&mut Case, &Tensors, usize) -> Outcome {
+    move |case, hidden, block| case.check(&format!("tap.{blocks}.{block}"), hidden.get("hidden_states").map_err(text)?)
+}
+
+pub(crate) fn bert(case: &mut Case) -> Outcome {
+    let dir = case.folder("weights")?;
+    let config: BertConfig = read_json(&dir.join("config.json")).map_err(text)?;
+    let load = |w: &Weights, range: RangeOf| BertEncoder::load(w, &config, range);
+    let inputs = inputs(case);
+    let whole = Weights::open(&dir, Arc::new(Solo), DType::F32, &Device::Cpu).map_err(|e| e.to_string())?;
+    let embedded = load(&whole, RangeOf::WHOLE).and_then(|model| model.embed(&inputs)).map_err(text)?;
+    case.check("out.hidden_states.0", embedded.get("hidden_states").map_err(text)?)?;
+    for layers in 1..=config.num_hidden_layers {
+        // A network of the first layers alone.
+        let first = BertConfig { num_hidden_layers: layers, ..config.clone() };
+        let load = |w: &Weights, _: RangeOf| {
+            (layers..config.num_hidden_layers).for_each(|i| w.skip(format!("encoder.layer.{i}")));
+            BertEncoder::load(w, &first, RangeOf::WHOLE)
+        };
+        let ran = run_block_model(&dir, Layout::SOLO, &inputs, load).map_err(text)?;
+        case.check(&format!("out.hidden_states.{layers}"), ran.output("last_hidden_state").map_err(text)?)?;
+    }
+    for (tp, block_ranges) in [(1, 1), (2, 1), (4, 1), (1, 2), (1, 3), (2, 2), (4, 3)] {
+        let ran = run_block_model(&dir, Layout::new(tp, block_ranges), &inputs, load).map_err(text)?;
+        for output in &ran.outputs {
+            for name in ["last_hidden_state", "pooler_output"] {
+                let got = output.get(name).map_err(text)?;
+                case.check(&format!("out.{name}"), got).map_err(|e| format!("at tp {tp} x {block_ranges} ranges: {e}"))?;
+            }
+        }
+    }
+    Ok(())
+}
