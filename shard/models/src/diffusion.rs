@@ -30,6 +30,8 @@ pub(crate) const GUIDANCE: Guidance = Guidance::Cfg;
 /// Tokens each CLIP reads, always.
 pub(crate) const CLIP_TOKENS: usize = 77;
 const MAX_STEPS: usize = 500;
+/// Of the waves that a guidance scale is embedded in.
+const LONGEST_PERIOD: f64 = 10_000.0;
 
 /// Where a family differs in what every job may set.
 #[derive(Debug)]
@@ -293,9 +295,11 @@ fn deviation(x: &Tensor) -> Result<Tensor> {
 /// `get_guidance_scale_embedding`: sines and cosines of the scale, `[pictures, width]`.
 fn guidance_scale_embedding(scale: f64, width: usize, pictures: usize) -> Result<Tensor> {
     let half = width / 2;
-    let frequency = |i: usize| (-(10_000f64.ln() as f32) / (half as f32 - 1.0) * i as f32).exp();
-    let angles: Vec<f32> = (0..half).map(|i| scale as f32 * 1000.0 * frequency(i)).collect();
-    let mut row: Vec<f32> = angles.iter().map(|angle| angle.sin()).chain(angles.iter().map(|angle| angle.cos())).collect();
+    let step = libm::log(LONGEST_PERIOD) as f32 / (half as f32 - 1.0);
+    let frequency = |i: usize| libm::exp(f64::from(i as f32 * -step)) as f32;
+    let angles: Vec<f64> = (0..half).map(|i| f64::from(scale as f32 * 1000.0 * frequency(i))).collect();
+    let waves = angles.iter().map(|angle| libm::sin(*angle)).chain(angles.iter().map(|angle| libm::cos(*angle)));
+    let mut row: Vec<f32> = waves.map(|wave| wave as f32).collect();
     row.resize(width, 0.0);
     flow::per_picture(&Tensor::from_vec(row, (1, width), &parallel::Device::Cpu)?, pictures)
 }
@@ -332,5 +336,55 @@ impl StepNoise for Drawn {
         }
         self.made += 1;
         Ok(self.generator.randn(shape)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use parallel::Device;
+
+    use super::*;
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn a_guidance_scale_is_embedded_as_the_reference_does() {
+        // get_guidance_scale_embedding(tensor([6.5]), embedding_dim=8)
+        let expected =
+            [-0.044_784_74, 0.110_189_155, 0.991_123_26, 0.605_186_34, -0.998_996_7, 0.993_910_6, 0.132_946_03, 0.796_083_87];
+        let embedding = guidance_scale_embedding(6.5, 8, 2).unwrap();
+        assert_eq!(embedding.dims(), [2, 8]);
+        // Angles are up to 6,500: the last digit of a frequency is one of 4e-4 of a turn.
+        assert!(values(&embedding)[..8].iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-3), "{embedding:?}");
+    }
+
+    #[test]
+    fn guidance_is_brought_back_to_the_conditional_pass_deviation() {
+        let tensor = |values: &[f32]| Tensor::from_slice(values, (1, 4), &Device::Cpu).unwrap();
+        let (guided, cond) = (tensor(&[0.0, 2.0, 4.0, 6.0]), tensor(&[0.0, 1.0, 2.0, 3.0]));
+        assert_eq!(values(&rescaled(guided.clone(), &cond, 0.0).unwrap()), [0.0, 2.0, 4.0, 6.0]);
+        assert_eq!(values(&rescaled(guided.clone(), &cond, 1.0).unwrap()), [0.0, 1.0, 2.0, 3.0]);
+        assert_eq!(values(&rescaled(guided, &cond, 0.5).unwrap()), [0.0, 1.5, 3.0, 4.5]);
+    }
+
+    #[test]
+    fn a_resumed_run_draws_what_the_steps_before_it_left() {
+        let drawn = || Drawn::new(Generator::cpu(7), Vec::new());
+        let mut straight = drawn();
+        let all: Vec<Vec<f32>> = (0..4).map(|step| values(&straight.draw(step, &[2, 9]).unwrap())).collect();
+        for first in 0..4 {
+            let mut resumed = drawn();
+            for (step, expected) in all.iter().enumerate().skip(first) {
+                assert_eq!(&values(&resumed.draw(step, &[2, 9]).unwrap()), expected, "step {step} from {first}");
+            }
+        }
+        // A step that is drawn again, whatever was drawn since.
+        assert_eq!(values(&straight.draw(1, &[2, 9]).unwrap()), all[1]);
+        let given = Tensor::ones((2, 9), parallel::DType::F32, &Device::Cpu).unwrap();
+        let mut given = Drawn::new(Generator::cpu(7), vec![given]);
+        assert_eq!(values(&given.draw(0, &[2, 9]).unwrap()), [1.0; 18]);
+        assert!(given.draw(1, &[2, 9]).is_err());
     }
 }

@@ -8,12 +8,13 @@ use models::denoise::{DenoiseState, Denoiser, LastStep};
 use models::engine::Engine;
 use models::registry::Limits;
 use models::scheduler::{
-    FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig, Schedule,
-    Scheduler, StepNoise,
+    DiffusionConfig, FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig,
+    Run as DiffusionRun, Schedule, Scheduler, StepNoise,
 };
 use models::stage::{Inputs, Stage, StageEvent};
 use models::{Checkpoint, Error, Payload, Request, Result};
 use parallel::{DType, Device, Tensor, Tensors};
+use serde_json::json;
 
 const STEPS: usize = 4;
 
@@ -50,9 +51,31 @@ enum Kind {
     Stochastic,
     Heun,
     HeunBegun,
+    /// A class of the diffusion schedulers, its order or algorithm, and evaluations that are left out.
+    Diffusion(&'static str, &'static str, usize),
 }
 
-const KINDS: [Kind; 4] = [Kind::Euler, Kind::Stochastic, Kind::Heun, Kind::HeunBegun];
+const KINDS: [Kind; 19] = [
+    Kind::Euler,
+    Kind::Stochastic,
+    Kind::Heun,
+    Kind::HeunBegun,
+    Kind::Diffusion("EulerDiscreteScheduler", "", 0),
+    Kind::Diffusion("EulerAncestralDiscreteScheduler", "", 1),
+    Kind::Diffusion("DDIMScheduler", "", 0),
+    Kind::Diffusion("DDPMScheduler", "", 0),
+    Kind::Diffusion("LCMScheduler", "", 0),
+    Kind::Diffusion("PNDMScheduler", "", 0),
+    Kind::Diffusion("PNDMScheduler", "", 1),
+    Kind::Diffusion("HeunDiscreteScheduler", "", 0),
+    Kind::Diffusion("HeunDiscreteScheduler", "", 2),
+    Kind::Diffusion("DPMSolverMultistepScheduler", "dpmsolver++", 0),
+    Kind::Diffusion("DPMSolverMultistepScheduler", "sde-dpmsolver++", 1),
+    Kind::Diffusion("DPMSolverMultistepScheduler", "of order 3", 0),
+    Kind::Diffusion("UniPCMultistepScheduler", "", 0),
+    Kind::Diffusion("UniPCMultistepScheduler", "", 1),
+    Kind::Diffusion("UniPCMultistepScheduler", "of order 3", 0),
+];
 
 impl Kind {
     fn scheduler(self) -> Box<dyn Scheduler> {
@@ -64,6 +87,16 @@ impl Kind {
             Kind::Stochastic => Box::new(FlowMatchEulerDiscrete::stochastic(&euler, &schedule, Box::new(Counted)).unwrap()),
             Kind::Heun => Box::new(heun()),
             Kind::HeunBegun => Box::new(heun().with_begin(2).unwrap()),
+            Kind::Diffusion(class, which, begin) => {
+                let mut config = json!({ "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": true });
+                match which {
+                    "" => {}
+                    "of order 3" => config["solver_order"] = json!(3),
+                    algorithm => config["algorithm_type"] = json!(algorithm),
+                }
+                let run = DiffusionRun { num_inference_steps: STEPS + 1, begin, eta: 0.5, ..Default::default() };
+                DiffusionConfig::new(class, &config).unwrap().start(&run, Some(Box::new(Counted))).unwrap()
+            }
         }
     }
 }

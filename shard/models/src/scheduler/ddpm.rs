@@ -94,8 +94,9 @@ impl Scheduler for Ddpm {
             next = match (variance, learned) {
                 (Variance::LearnedRange, Some(learned)) => {
                     let part = learned.affine(0.5, 0.5)?;
-                    let log = part.affine(current_beta.ln() - small.ln(), small.ln())?;
-                    (next + ((log * 0.5)?.exp()? * noise)?)?
+                    let (least, most) = (libm::log(small), libm::log(current_beta));
+                    let log = part.affine(most - least, least)?;
+                    (next + (exp(&(log * 0.5)?)? * noise)?)?
                 }
                 (Variance::FixedLarge, _) => sum(&[(1.0, &next), (current_beta.sqrt(), &noise)])?,
                 _ => sum(&[(1.0, &next), (small.sqrt(), &noise)])?,
@@ -125,4 +126,10 @@ fn halves(model_output: &Tensor, sample: &Tensor, variance: Variance) -> Result<
     }
     let half = |at: usize| model_output.narrow(1, at * own, own)?.contiguous();
     Ok((half(0)?, Some(half(1)?)))
+}
+
+/// Of each element, by the crate's own exponential: no C library has a say in a picture.
+fn exp(x: &Tensor) -> Result<Tensor> {
+    let values = x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(|x| libm::exp(f64::from(x)) as f32).collect();
+    Ok(Tensor::from_vec(values, x.shape(), x.device())?)
 }

@@ -117,7 +117,7 @@ impl DpmSolverMultistep {
         let heun = self.config.heun || order == 3;
         match self.config.algorithm {
             Algorithm::DpmPlus => {
-                let e = (-h).exp_m1();
+                let e = libm::expm1(-h);
                 Factors {
                     sample: to.sigma / from.sigma,
                     prediction: -to.alpha * e,
@@ -127,7 +127,7 @@ impl DpmSolverMultistep {
                 }
             }
             Algorithm::Dpm => {
-                let e = h.exp_m1();
+                let e = libm::expm1(h);
                 Factors {
                     sample: to.alpha / from.alpha,
                     prediction: -to.sigma * e,
@@ -137,9 +137,9 @@ impl DpmSolverMultistep {
                 }
             }
             Algorithm::SdePlus => {
-                let e = -(-2.0 * h).exp_m1();
+                let e = -libm::expm1(-2.0 * h);
                 Factors {
-                    sample: to.sigma / from.sigma * (-h).exp(),
+                    sample: to.sigma / from.sigma * libm::exp(-h),
                     prediction: to.alpha * e,
                     first: if heun { to.alpha * (1.0 - e / (2.0 * h)) } else { 0.5 * to.alpha * e },
                     second: to.alpha * ((e - 2.0 * h) / (4.0 * h * h) - 0.5),
@@ -147,13 +147,13 @@ impl DpmSolverMultistep {
                 }
             }
             Algorithm::Sde => {
-                let e = h.exp_m1();
+                let e = libm::expm1(h);
                 Factors {
                     sample: to.alpha / from.alpha,
                     prediction: -2.0 * to.sigma * e,
                     first: if heun { -2.0 * to.sigma * (e / h - 1.0) } else { -to.sigma * e },
                     second: 0.0,
-                    noise: to.sigma * (2.0 * h).exp_m1().sqrt(),
+                    noise: to.sigma * libm::expm1(2.0 * h).sqrt(),
                 }
             }
         }

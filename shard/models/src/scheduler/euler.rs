@@ -6,8 +6,9 @@ use parallel::Tensor;
 use serde_json::json;
 
 use super::fields::Fields;
-use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, THREE, TWO, ZeroSnr, exponential, karras};
+use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, THREE, TWO, ZeroSnr};
 use super::prediction::predicted;
+use super::sigmas::{exponential, karras};
 use super::steps::{Steps, sum};
 use super::{Run, Scheduler, SchedulerState, StepNoise, no_noise, sigma_pair};
 use crate::Result;

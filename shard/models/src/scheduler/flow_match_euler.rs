@@ -235,18 +235,11 @@ fn sigmas_of(config: &FlowMatchEulerDiscreteConfig, schedule: &Schedule) -> Resu
     }
     let (Some(&max), Some(&min)) = (sigmas.first(), sigmas.last()) else { return Ok(sigmas) };
     if config.use_karras_sigmas {
-        sigmas = karras(max, min, steps);
+        sigmas = sigmas::karras([max, min], steps);
     } else if config.use_exponential_sigmas {
-        sigmas = sigmas::linspace(libm::log(max), libm::log(min), steps).into_iter().map(libm::exp).collect();
+        sigmas = sigmas::exponential([max, min], steps);
     }
     Ok(sigmas)
-}
-
-/// Equation 5 of <https://arxiv.org/abs/2206.00364>.
-fn karras(max: f64, min: f64, steps: usize) -> Vec<f64> {
-    const RHO: f64 = 7.0;
-    let (max, min) = (libm::pow(max, 1.0 / RHO), libm::pow(min, 1.0 / RHO));
-    sigmas::linspace(0.0, 1.0, steps).into_iter().map(|ramp| libm::pow(max + ramp * (min - max), RHO)).collect()
 }
 
 #[cfg(test)]

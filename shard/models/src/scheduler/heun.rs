@@ -7,8 +7,9 @@ use serde_json::json;
 
 use super::euler::of_sigma;
 use super::fields::{Fields, refused};
-use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, THREE, ZeroSnr, exponential, karras};
+use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, THREE, ZeroSnr};
 use super::prediction::Bounds;
+use super::sigmas::{exponential, karras};
 use super::steps::{Steps, sum};
 use super::{Run, Scheduler, SchedulerState};
 use crate::checkpoint::fits;

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 
 use super::Run;
 use super::fields::{Fields, refused};
-use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, WITH_FLOW, ZeroSnr, exponential, karras};
-use super::sigmas::linspace;
+use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, WITH_FLOW, ZeroSnr};
+use super::sigmas::{exponential, karras, linspace};
 use super::steps::Steps;
 use crate::Result;
 
@@ -151,6 +151,6 @@ impl Points {
         let sigma = self.sigmas.get(place).copied().map_or(0.0, f64::from);
         let alpha = if self.flow { 1.0 - sigma } else { 1.0 / (sigma * sigma + 1.0).sqrt() };
         let sigma = if self.flow { sigma } else { sigma * alpha };
-        Point { alpha, sigma, lambda: alpha.ln() - sigma.ln() }
+        Point { alpha, sigma, lambda: libm::log(alpha) - libm::log(sigma) }
     }
 }

@@ -13,8 +13,8 @@ use crate::{Error, Result};
 
 /// Most timesteps that a network is believed to be trained on; the published ones have 1,000.
 const MAX_TRAIN_TIMESTEPS: usize = 100_000;
-/// The exponent of [`karras`].
-const RHO: f64 = 7.0;
+/// 2^-24
+const LITTLE: f32 = 1.0 / (1 << 24) as f32;
 
 /// What the network's output is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ impl NoiseSchedule {
         if defaults.zero_snr != ZeroSnr::Never && fields.flag("rescale_betas_zero_snr", false)? {
             alphas_cumprod = without_picture_at_the_end(&alphas_cumprod);
             if let (ZeroSnr::Little, Some(last)) = (defaults.zero_snr, alphas_cumprod.last_mut()) {
-                *last = 2f32.powi(-24);
+                *last = LITTLE;
             }
         }
         Ok(Self {
@@ -190,26 +190,15 @@ impl NoiseSchedule {
 
     /// `_sigma_to_t`: the timestep of each sigma, between its neighbours by the logarithm.
     pub(super) fn timesteps_of(&self, sigmas: &[f64]) -> Vec<f64> {
-        let logs: Vec<f64> = self.sigmas().into_iter().map(|sigma| f64::from((sigma as f32).ln())).collect();
+        let logs: Vec<f64> = self.sigmas().into_iter().map(|sigma| f64::from(libm::logf(sigma as f32))).collect();
         let of = |sigma: &f64| {
-            let log = sigma.max(1e-10).ln();
+            let log = libm::log(sigma.max(1e-10));
             let low = logs.partition_point(|other| *other <= log).saturating_sub(1).min(logs.len() - 2);
             let w = ((logs[low] - log) / (logs[low] - logs[low + 1])).clamp(0.0, 1.0);
             (1.0 - w) * low as f64 + w * (low + 1) as f64
         };
         sigmas.iter().map(of).collect()
     }
-}
-
-/// `_convert_to_karras` (T. Karras et al., <https://arxiv.org/abs/2206.00364>): `n` sigmas from the largest to the least.
-pub(super) fn karras([largest, least]: [f64; 2], n: usize) -> Vec<f64> {
-    let [from, to] = [largest, least].map(|sigma| sigma.powf(1.0 / RHO));
-    linspace(0.0, 1.0, n).into_iter().map(|ramp| (from + ramp * (to - from)).powf(RHO)).collect()
-}
-
-/// `_convert_to_exponential`: evenly spaced in the logarithm. With an exponent of 1 `_convert_to_lu` does the same.
-pub(super) fn exponential([largest, least]: [f64; 2], n: usize) -> Vec<f64> {
-    linspace(largest.ln(), least.ln(), n).into_iter().map(f64::exp).collect()
 }
 
 fn betas(fields: Fields<'_>, defaults: Defaults, n: usize) -> Result<Vec<f32>> {
@@ -232,7 +221,8 @@ fn betas(fields: Fields<'_>, defaults: Defaults, n: usize) -> Result<Vec<f32>> {
         "linear" => linspace_f32(start, end, n),
         "scaled_linear" => linspace_f32(start.sqrt(), end.sqrt(), n).into_iter().map(|root| root * root).collect(),
         _ => {
-            let left = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+            let root = |t: f64| libm::cos((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2);
+            let left = |t: f64| root(t) * root(t);
             let at = |i: usize| left(i as f64 / n as f64);
             (0..n).map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32).collect()
         }
@@ -261,7 +251,7 @@ fn without_picture_at_the_end(alphas_cumprod: &[f32]) -> Vec<f32> {
     let roots: Vec<f32> = alphas_cumprod.iter().map(|a| a.sqrt()).collect();
     let (first, last) = (roots[0], roots[roots.len() - 1]);
     let scale = first / (first - last);
-    let bars: Vec<f32> = roots.iter().map(|root| ((root - last) * scale).powi(2)).collect();
+    let bars: Vec<f32> = roots.iter().map(|root| (root - last) * scale).map(|root| root * root).collect();
     let alphas = std::iter::once(bars[0]).chain(bars.windows(2).map(|two| two[1] / two[0]));
     cumprod(&alphas.map(|alpha| 1.0 - alpha).collect::<Vec<_>>())
 }

@@ -1,10 +1,13 @@
-//! What the flow schedulers share: sigmas computed with the roundings of the reference.
+//! What the flow schedulers share: sigmas computed with the roundings of the reference; and the ways to space them that all have.
 //!
 //! The reference computes sigmas it was given in float32 (numpy keeps the array's type) and its own in float64, and turns
 //! both into float32 at the end. [`Precision`] follows it, so the recorded sigmas come out bit for bit.
 
 use super::{MAX_INFERENCE_STEPS, Schedule};
 use crate::{Error, Result};
+
+/// The exponent of [`karras`].
+const RHO: f64 = 7.0;
 
 /// In which type the reference holds the sigmas while it shifts them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,17 @@ pub(super) fn linspace(start: f64, stop: f64, n: usize) -> Vec<f64> {
         values[n - 1] = stop;
     }
     values
+}
+
+/// `_convert_to_karras` (T. Karras et al., <https://arxiv.org/abs/2206.00364>): `n` sigmas from the largest to the least.
+pub(super) fn karras([largest, least]: [f64; 2], n: usize) -> Vec<f64> {
+    let [from, to] = [largest, least].map(|sigma| libm::pow(sigma, 1.0 / RHO));
+    linspace(0.0, 1.0, n).into_iter().map(|ramp| libm::pow(from + ramp * (to - from), RHO)).collect()
+}
+
+/// `_convert_to_exponential`: evenly spaced in the logarithm. With an exponent of 1 `_convert_to_lu` does the same.
+pub(super) fn exponential([largest, least]: [f64; 2], n: usize) -> Vec<f64> {
+    linspace(libm::log(largest), libm::log(least), n).into_iter().map(libm::exp).collect()
 }
 
 /// The scheduler's own sigmas, before `set_timesteps` shifts them (a second time: the range is shifted already).

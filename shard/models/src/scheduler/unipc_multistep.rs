@@ -85,7 +85,7 @@ impl UniPcMultistep {
 
     fn sizes(&self, h: f64, order: usize) -> Step {
         let hh = if self.config.predict_x0 { -h } else { h };
-        let phi = hh.exp_m1();
+        let phi = libm::expm1(hh);
         let b = if self.config.bh1 { hh } else { phi };
         let (mut phi_k, mut factorial) = (phi / hh - 1.0, 1.0);
         let mut right = Vec::new();
@@ -158,7 +158,7 @@ impl UniPcMultistep {
 fn solve(ratios: &[f64], right: &[f64]) -> Vec<f64> {
     let n = ratios.len();
     let mut rows: Vec<Vec<f64>> =
-        (0..n).map(|i| ratios.iter().map(|ratio| ratio.powi(i as i32)).chain(std::iter::once(right[i])).collect()).collect();
+        (0..n).map(|i| ratios.iter().map(|ratio| power(*ratio, i)).chain(std::iter::once(right[i])).collect()).collect();
     for at in 0..n {
         let largest = (at..n).max_by(|a, b| rows[*a][at].abs().total_cmp(&rows[*b][at].abs())).unwrap_or(at);
         rows.swap(at, largest);
@@ -170,6 +170,10 @@ fn solve(ratios: &[f64], right: &[f64]) -> Vec<f64> {
         }
     }
     rows.iter().enumerate().map(|(i, row)| row[n] / row[i]).collect()
+}
+
+fn power(x: f64, n: usize) -> f64 {
+    std::iter::repeat_n(x, n).product()
 }
 
 impl Scheduler for UniPcMultistep {
