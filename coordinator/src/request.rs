@@ -488,6 +488,34 @@ mod tests {
     }
 
     #[test]
+    fn sizes_that_a_model_is_told_of_are_checked_number_by_number_and_those_of_the_other_pass_come_together() {
+        let mut xl = card();
+        let names =
+            ["original_size", "target_size", "negative_original_size", "negative_target_size", "negative_crops_coords_top_left"];
+        let told = |name: &str| Parameter { name: name.into(), maximum: 4096.0, multiple_of: 1.0, ..Parameter::default() };
+        xl.parameters.extend(names.map(told));
+        let spec = JobSpec { model: "emoji".into(), prompt: "a fox".into(), ..JobSpec::default() };
+        let context = Context { seed: 7, max_pixels: u64::MAX, missing_blobs: &[] };
+        let refused = |spec: JobSpec, card: &ModelCard| match Request::parse(spec, card, context) {
+            Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|violation| violation.field).collect(),
+            other => panic!("{other:?}"),
+        };
+        let size = |height, width| Some(Size { height, width });
+        let good = JobSpec { original_size: size(512, 640), ..spec.clone() };
+        assert_eq!(Request::parse(good.clone(), &xl, context).unwrap().spec().original_size, size(512, 640));
+        let none: Vec<String> = refused(good, &card());
+        assert_eq!(none, ["spec.original_size"], "a model that is told nothing");
+        assert_eq!(refused(JobSpec { target_size: size(64, 4097), ..spec.clone() }, &xl), ["spec.target_size"]);
+        let alone = JobSpec { negative_original_size: size(64, 64), ..spec.clone() };
+        assert_eq!(refused(alone, &xl), ["spec.negative_original_size"]);
+        let crop = JobSpec { negative_crops_coords_top_left: Some(Offset { top: 1, left: 2 }), ..spec.clone() };
+        assert_eq!(refused(crop, &xl), ["spec.negative_crops_coords_top_left"]);
+        let both = JobSpec { negative_original_size: size(64, 64), negative_target_size: size(64, 64), ..spec.clone() };
+        assert!(Request::parse(both, &xl, context).is_ok());
+        assert_eq!(refused(JobSpec { eta: Some(0.5), ..spec }, &xl), ["spec.eta"]);
+    }
+
+    #[test]
     fn a_prompt_is_enough_and_every_default_is_filled_in() {
         let spec = parse(spec()).unwrap().into_spec();
         assert_eq!((spec.width, spec.height, spec.num_inference_steps), (Some(256), Some(256), Some(20)));

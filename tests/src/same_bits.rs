@@ -22,6 +22,8 @@ pub struct Model<'a> {
     pub dir: &'a Path,
     /// Its text encoders.
     pub encoders: &'a [&'a str],
+    /// The component that denoises.
+    pub denoiser: &'a str,
     /// The text encoders are cut so at most.
     pub text_tp: usize,
     /// The job of a key.
@@ -73,7 +75,7 @@ pub fn draw(model: &Model<'_>, layout: Layout, threads: usize) -> [Vec<String>; 
     let inputs = conditioning(model, layout.tp, threads);
     let mut texts: Vec<String> = inputs[0].conditioning.iter().map(|(name, t)| format!("{name} {}", sha256(t))).collect();
     texts.sort();
-    let runs = with_leader(model, "transformer", layout, threads, |stage| {
+    let runs = with_leader(model, model.denoiser, layout, threads, |stage| {
         let all: Vec<(u64, Inputs)> = (0..).zip(inputs).collect();
         [all[..1].to_vec(), all].map(|jobs| drain(model, stage, jobs))
     });
@@ -128,5 +130,5 @@ fn request(key: u64) -> Request {
 #[must_use]
 pub fn emoji() -> Model<'static> {
     let dir = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../bundled/emoji"));
-    Model { dir, encoders: &["text_encoder", "text_encoder_2"], text_tp: 8, request }
+    Model { dir, encoders: &["text_encoder", "text_encoder_2"], denoiser: "transformer", text_tp: 8, request }
 }

@@ -13,6 +13,8 @@ use tests::stages;
 
 #[path = "same_bits/sd3.rs"]
 mod sd3;
+#[path = "same_bits/sdxl.rs"]
+mod sdxl;
 
 #[test]
 fn latents_and_pictures_have_the_same_bits_on_every_layout_alone_and_batched() {

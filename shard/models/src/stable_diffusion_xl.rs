@@ -219,3 +219,38 @@ impl Denoiser for StableDiffusionXlDenoiser {
         Ok(Payload::Latents(Tensors::new().with("latents", state.latents)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rows(request: &Request, pass: usize, guided: bool) -> Vec<Vec<f32>> {
+        time_ids_of(request, pass, guided).unwrap().to_vec2().unwrap()
+    }
+
+    #[test]
+    fn the_network_is_told_the_sizes_of_the_job_or_else_its_pictures() {
+        let plain = Request { height: 48, width: 64, ..Request::default() };
+        let own = vec![vec![48.0, 64.0, 0.0, 0.0, 48.0, 64.0]];
+        assert_eq!((rows(&plain, 0, true), rows(&plain, 1, true), rows(&plain, 0, false)), (own.clone(), own.clone(), own));
+        // As the recorded case `sdxl_micro_conditioning` has them: both sizes of the unconditional pass, or none.
+        let size_conditions = SizeConditions {
+            original_size: Some([512, 640]),
+            crops_coords_top_left: Some([12, 34]),
+            target_size: Some([1024, 768]),
+            negative_original_size: Some([256, 256]),
+            negative_crops_coords_top_left: Some([1, 2]),
+            negative_target_size: Some([300, 200]),
+        };
+        let (negative, positive) = (vec![256.0, 256.0, 1.0, 2.0, 300.0, 200.0], vec![512.0, 640.0, 12.0, 34.0, 1024.0, 768.0]);
+        let told = Request { size_conditions, ..plain.clone() };
+        assert_eq!((rows(&told, 0, true), rows(&told, 1, true)), (vec![negative.clone()], vec![positive.clone()]));
+        assert_eq!(rows(&told, 0, false), [positive.clone()], "without guidance there is one pass");
+        let half = SizeConditions { negative_target_size: None, ..told.size_conditions.clone() };
+        assert_eq!(rows(&Request { size_conditions: half, ..plain }, 0, true), [positive.clone()]);
+        // The reference's rows go by turns through all pictures of both passes: with an odd number of pictures the passes differ.
+        let three = Request { num_images_per_prompt: 3, ..told };
+        assert_eq!(rows(&three, 0, true), [negative.clone(), positive.clone(), negative.clone()]);
+        assert_eq!(rows(&three, 1, true), [positive.clone(), negative, positive]);
+    }
+}
