@@ -39,6 +39,23 @@ impl BlockModel for Model {
     }
 }
 
+/// The first range of one, whose output is the hidden states.
+struct FirstRange(Model);
+
+impl BlockModel for FirstRange {
+    fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
+        self.0.embed(inputs)
+    }
+
+    fn blocks(&self, hidden: Tensors) -> Result<Tensors> {
+        self.0.blocks(hidden)
+    }
+
+    fn output(&self, hidden: Tensors) -> Result<Tensors> {
+        Ok(hidden)
+    }
+}
+
 fn pixart(json: Value) -> Config {
     Config::PixArt(serde_json::from_value(json).unwrap())
 }
@@ -70,13 +87,13 @@ fn small() -> [Config; 5] {
     ]
 }
 
-/// PixArt XL, DiT XL/2, Hunyuan-DiT 1.1.
-fn published() -> [Config; 3] {
-    let dit = json!({ "out_channels": 8 });
+/// PixArt XL, DiT XL/2, Hunyuan-DiT 1.1; or as many of their blocks.
+fn published(blocks: Option<usize>) -> [Config; 3] {
+    let dit = json!({ "out_channels": 8, "num_layers": blocks.unwrap_or(28) });
     [
-        pixart(json!({ "caption_channels": 4096 })),
+        pixart(json!({ "caption_channels": 4096, "num_layers": blocks.unwrap_or(28) })),
         Config::DiT(serde_json::from_value(dit).unwrap()),
-        hunyuan(json!({ "num_layers": 40, "hidden_size": 1408, "mlp_ratio": 4.3637 })),
+        hunyuan(json!({ "num_layers": blocks.unwrap_or(40), "hidden_size": 1408, "mlp_ratio": 4.3637 })),
     ]
 }
 
@@ -95,6 +112,12 @@ impl Config {
             Self::DiT(config) => dit::dit_inputs(config, batch, 8, 2).unwrap(),
             Self::Hunyuan(config) => dit::hunyuan_inputs(config, batch, [10, 6], 2).unwrap(),
         }
+    }
+
+    /// Whether a tensor belongs to the first range, of two that have a block each.
+    fn is_of_first_range(name: &str) -> bool {
+        let second = ["transformer_blocks.1.", "blocks.1.", "proj_out", "norm_out", "scale_shift_table"];
+        !second.iter().any(|prefix| name.starts_with(prefix))
     }
 
     fn load(&self, w: &Weights, range: RangeOf) -> Result<Model> {
@@ -179,7 +202,7 @@ fn every_layout_computes_the_same_bits_and_split_tensors_are_read_once_over_all_
 
 #[test]
 fn less_than_one_percent_of_the_published_networks_is_replicated() {
-    for config in published() {
+    for config in published(None) {
         let count = |wanted: &dyn Fn(&str) -> bool| -> usize {
             let shapes = config.shapes().into_iter().filter(|(name, _)| wanted(name));
             shapes.map(|(_, shape)| shape.iter().product::<usize>()).sum()
@@ -270,5 +293,28 @@ fn a_degree_that_does_not_divide_the_heads_is_a_typed_error() {
     match config.run(dir.path(), (4, 1), &Tensors::new()) {
         Err(Error::Parallel(parallel::Error::Indivisible { what, size: 6, tp: 4 })) => assert_eq!(what, "num_attention_heads"),
         other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_block_of_the_published_width_computes_the_same_bits_at_every_tp() {
+    for config in published(Some(2)) {
+        let shapes = config.shapes().into_iter().filter(|(name, _)| Config::is_of_first_range(name)).collect();
+        let mut tensors = dit::transformer(shapes, 5).unwrap();
+        tensors.values_mut().for_each(|t| *t = t.to_dtype(DType::BF16).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        synthetic::write(dir.path(), &tensors).unwrap();
+        drop(tensors);
+        let inputs = config.inputs(1);
+        let load = |w: &Weights, _: RangeOf| Ok(FirstRange(config.load(w, RangeOf { index: 0, count: 2 })?));
+        let run = |tp| run_block_model(dir.path(), Layout::new(tp, 1), &inputs, load).unwrap();
+        let solo = run(1);
+        for tp in [2, 4, 8] {
+            for output in &run(tp).outputs {
+                for (name, expected) in solo.outputs[0].iter().filter(|(_, t)| t.dtype() == DType::F32) {
+                    assert!(bits(output.get(name).unwrap()) == bits(expected), "{name} at tp {tp}, {config:?}");
+                }
+            }
+        }
     }
 }

@@ -96,7 +96,7 @@ impl BertConfig {
 /// A range of a BERT encoder's layers, as one rank of a group holds it.
 ///
 /// Inputs `input_ids: [B, L]` and, if padding is to be masked, `attention_mask: [B, L]` of zeros and ones; outputs
-/// `last_hidden_state: [B, L, D]` and, if the checkpoint has a pooler, `pooler_output: [B, D]`.
+/// `last_hidden_state: [B, L, D]`, of its type that mask, and, if the checkpoint has a pooler, `pooler_output: [B, D]`.
 #[derive(Debug)]
 pub struct BertEncoder {
     /// On the first range.
@@ -151,6 +151,9 @@ impl BlockModel for BertEncoder {
         }
         let last_hidden_state = hidden.take("hidden_states")?;
         let mut output = Tensors::new();
+        if let Some(mask) = hidden.find("attention_mask") {
+            output.insert("attention_mask", mask.to_dtype(last_hidden_state.dtype())?);
+        }
         if let Some(pooler) = &self.pooler {
             let first = last_hidden_state.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?; // [B, L, D] -> [B, D]
             output.insert("pooler_output", pooler.forward_gathered(&first)?.tanh()?);

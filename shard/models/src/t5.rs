@@ -61,8 +61,8 @@ fn default_feed_forward() -> String {
 
 /// A range of a T5 encoder's blocks, as one rank of a group holds it.
 ///
-/// Inputs `input_ids: [B, L]` and, if padding is to be masked, `attention_mask: [B, L]` of zeros and ones; output
-/// `last_hidden_state: [B, L, D]`. FLUX and SD3 give no mask.
+/// Inputs `input_ids: [B, L]` and, if padding is to be masked, `attention_mask: [B, L]` of zeros and ones; outputs
+/// `last_hidden_state: [B, L, D]` and, of its type, that mask, which who attends to these states needs too. FLUX and SD3 give none.
 #[derive(Debug)]
 pub struct T5Encoder {
     config: T5Config,
@@ -131,7 +131,12 @@ impl BlockModel for T5Encoder {
         let weight =
             self.final_layer_norm.as_ref().ok_or(Error::Payload { stage: "t5 final norm", got: "earlier block range's" })?;
         let x = ops::rms_norm(hidden.get("hidden_states")?, weight, self.config.layer_norm_epsilon)?;
-        Ok(Tensors::new().with("last_hidden_state", x))
+        let mask = hidden.find("attention_mask").map(|mask| mask.to_dtype(x.dtype())).transpose()?;
+        let output = Tensors::new().with("last_hidden_state", x);
+        Ok(match mask {
+            Some(mask) => output.with("attention_mask", mask),
+            None => output,
+        })
     }
 }
 

@@ -36,6 +36,8 @@ pub struct Encoding {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     pad_id: u32,
+    /// Whether texts are taken in lower case and without white space around them.
+    captions: bool,
 }
 
 impl Tokenizer {
@@ -64,10 +66,15 @@ impl Tokenizer {
         special.add_to(&mut inner, dir)?;
         let pad = special.token("pad_token").ok_or_else(|| malformed(dir, "it names no pad_token"))?;
         let pad_id = inner.token_to_id(&pad.content).ok_or_else(|| malformed(dir, "its pad_token is not in the vocabulary"))?;
-        let tokenizer = Self { inner, pad_id };
+        let tokenizer = Self { inner, pad_id, captions: false };
         // A table that points outside itself shows when it is used.
         tokenizer.ids("A photo of naïve ①２ 日本 😀.").map_err(|e| malformed(dir, e))?;
         Ok(tokenizer)
+    }
+
+    /// The same, of texts in lower case and without white space around them: PixArt's and IF's captions, before they are cleaned of markup.
+    pub fn of_captions(self) -> Self {
+        Self { captions: true, ..self }
     }
 
     /// The ids of `text`, exactly `max_length` of them: padded on the right, or cut so that the closing token stays.
@@ -100,6 +107,8 @@ impl Tokenizer {
 
     /// All ids of `text`, and how many of them close it.
     fn ids(&self, text: &str) -> Result<(Vec<u32>, usize)> {
+        let caption = self.captions.then(|| text.to_lowercase());
+        let text = caption.as_deref().map_or(text, str::trim);
         let encode = || self.inner.encode_fast(text, true);
         // The crate indexes the tables of its files unchecked. The error must not hold the text, nor does the panic's.
         let encoding = catch_unwind(AssertUnwindSafe(encode))
@@ -297,6 +306,20 @@ mod tests {
         let cut = tokenizer.encode("ab ab ab ab", 4).unwrap();
         assert_eq!((cut.input_ids, cut.attention_mask), (vec![4, 3, 3, 5], vec![1; 4]));
         assert!(matches!(tokenizer.encode("ab", 0), Err(Error::Invalid { .. })));
+    }
+
+    #[test]
+    fn captions_are_taken_in_lower_case_and_without_white_space_around_them() {
+        let dir = tempfile::tempdir().unwrap();
+        tiny(dir.path());
+        // One that tells cases apart.
+        std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"tokenizer_class": "Qwen2Tokenizer"}"#).unwrap();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let plain = tokenizer.encode("ab", 4).unwrap();
+        assert_ne!(tokenizer.encode(" AB\n", 4).unwrap(), plain);
+        let tokenizer = tokenizer.of_captions();
+        assert_eq!(tokenizer.encode(" AB\n", 4).unwrap(), plain);
+        assert_eq!(tokenizer.count(" AB\n").unwrap(), tokenizer.count("ab").unwrap());
     }
 
     #[test]
