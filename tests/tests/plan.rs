@@ -95,6 +95,16 @@ const UNET_XL: &[(&str, &str)] =
 /// The autoencoder of Stable Diffusion, whose latents have 4 channels.
 const SD_VAE: Component = Component { parameters: 83_653_863, ..VAE };
 
+/// PixArt's transformer.
+const PIXART: &[(&str, &str)] = &[
+    ("adaln_single.emb.*", EMBEDDER),
+    ("caption_projection.linear_2.bias", AFTER_THE_SUM),
+    ("proj_out.*", OUTPUT),
+    ("*scale_shift_table", "scales and shifts of all channels, of which every rank has all"),
+    ("transformer_blocks.*.to_out.0.bias", AFTER_THE_SUM),
+    ("transformer_blocks.*.net.2.bias", AFTER_THE_SUM),
+];
+
 const MODELS: &[Model] = &[
     Model {
         name: "flux1-dev",
@@ -142,6 +152,11 @@ const MODELS: &[Model] = &[
             Component::new("unet", 2_567_463_684, 40, UNET_XL),
             SD_VAE,
         ],
+    },
+    Model {
+        name: "pixart-xl-1024",
+        recorded: &["pixart_pipeline/pipeline"],
+        components: &[Component { name: "text_encoder", ..T5 }, Component::new("transformer", 611_349_152, 50, PIXART), SD_VAE],
     },
     Model {
         name: "sd3-medium",

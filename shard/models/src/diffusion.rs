@@ -1,5 +1,5 @@
 //! What the families of Stable Diffusion 1, 2 and XL do alike around their U-Nets: how a job starts from noise or from a picture, guidance, the
-//! step, the masked picture of inpainting, and what a job may set.
+//! step, the masked picture of inpainting, and what a job may set. Of it PixArt and Hunyuan-DiT share how a job starts from noise.
 //!
 //! Follows diffusers 0.42.1, `pipeline_stable_diffusion*.py`. The order of random draws is theirs: latents of the input picture first, then
 //! the noise, then latents of the masked picture, then what the steps draw.
@@ -20,7 +20,7 @@ use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
 use crate::request::Guidance;
-use crate::scheduler::{DiffusionConfig, Run, StepNoise};
+use crate::scheduler::{DiffusionConfig, Run, Scheduler, StepNoise};
 use crate::stage::Inputs;
 use crate::text_stage::{TextEncoding, TextStage};
 use crate::unet_2d_condition::{UNet2DConditionConfig, UNet2DConditionModel};
@@ -29,7 +29,7 @@ use crate::{Error, Request, Result};
 pub(crate) const GUIDANCE: Guidance = Guidance::Cfg;
 /// Tokens each CLIP reads, always.
 pub(crate) const CLIP_TOKENS: usize = 77;
-const MAX_STEPS: usize = 500;
+pub(crate) const MAX_STEPS: usize = 500;
 /// Of the waves that a guidance scale is embedded in.
 const LONGEST_PERIOD: f64 = 10_000.0;
 
@@ -99,16 +99,7 @@ impl Space {
         let (unet, latents) = (&self.unet, self.vae.latent_channels);
         refuse("unet: in_channels", unet.in_channels, unet.in_channels == latents || unet.in_channels == 2 * latents + 1)?;
         refuse("unet: out_channels", unet.out_channels, unet.out_channels == latents)?;
-        // The reference multiplies by the factor alone, or in XL by these as well.
-        for (field, given) in [("vae: latents_mean", &self.vae.latents_mean), ("vae: latents_std", &self.vae.latents_std)] {
-            if let Some(values) = given {
-                return Err(Error::Unsupported { field: field.into(), value: format!("{values:?}") });
-            }
-        }
-        match self.vae.shift_factor {
-            None => Ok(()),
-            Some(shift) => Err(Error::Unsupported { field: "vae: shift_factor".into(), value: shift.to_string() }),
-        }
+        check_scaling(&self.vae)
     }
 
     /// Refuses text of another width than the network's.
@@ -270,9 +261,41 @@ impl Space {
     }
 }
 
+/// Refuses an autoencoder whose latents are scaled by more than a factor: the reference multiplies by that alone, or in XL by the others as well.
+pub(crate) fn check_scaling(vae: &AutoencoderKlConfig) -> Result<()> {
+    for (field, given) in [("vae: latents_mean", &vae.latents_mean), ("vae: latents_std", &vae.latents_std)] {
+        if let Some(values) = given {
+            return Err(Error::Unsupported { field: field.into(), value: format!("{values:?}") });
+        }
+    }
+    match vae.shift_factor {
+        None => Ok(()),
+        Some(shift) => Err(Error::Unsupported { field: "vae: shift_factor".into(), value: shift.to_string() }),
+    }
+}
+
+/// A job's scheduler, and the noise it starts from where it has no picture: `[C, H, W]` for each of those it draws.
+pub(crate) fn from_noise(
+    config: &DiffusionConfig,
+    request: &Request,
+    inputs: &mut Inputs,
+    [c, h, w]: [usize; 3],
+) -> Result<(Box<dyn Scheduler>, Tensor)> {
+    let mut generator = flow::generator(request);
+    let noise = match inputs.noise.take() {
+        Some(noise) => noise,
+        None => generator.randn(&[request.num_images_per_prompt, c, h, w])?,
+    };
+    let drawn = Drawn::new(generator, std::mem::take(&mut inputs.step_noise));
+    let run = Run { num_inference_steps: request.num_inference_steps, eta: request.eta, ..Run::default() };
+    let scheduler = config.start(&run, Some(Box::new(drawn)))?;
+    let latents = (noise * scheduler.init_noise_sigma())?;
+    Ok((scheduler, latents))
+}
+
 /// `rescale_noise_cfg` (S. Lin et al., <https://arxiv.org/abs/2305.08891>, section 3.4): brings the guided output back to the standard deviation of
 /// the conditional one, by a part.
-fn rescaled(guided: Tensor, cond: &Tensor, part: f64) -> Result<Tensor> {
+pub(crate) fn rescaled(guided: Tensor, cond: &Tensor, part: f64) -> Result<Tensor> {
     if part <= 0.0 {
         return Ok(guided);
     }

@@ -55,6 +55,8 @@ mod flow;
 mod packing;
 
 pub mod flux;
+pub mod hunyuan;
+pub mod pixart;
 pub mod qwen_image;
 pub mod sd3;
 pub mod stable_diffusion;

@@ -15,7 +15,7 @@ use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
-use crate::{Error, Result, checkpoint_names, flux, qwen_image, sd3, stable_diffusion, stable_diffusion_xl};
+use crate::{Error, Result, checkpoint_names, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl};
 
 /// A rank with its weights.
 pub enum Rank {
@@ -79,6 +79,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 pub fn outline(dir: &ModelDir) -> Result<Card> {
     match dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
+        class if hunyuan::CLASSES.contains(&class) => hunyuan::describe(dir),
+        class if pixart::CLASSES.contains(&class) => pixart::describe(dir),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::describe(dir),
         class if sd3::CLASSES.contains(&class) => sd3::describe(dir),
         class if stable_diffusion::CLASSES.contains(&class) => stable_diffusion::describe(dir),
@@ -171,6 +173,8 @@ pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Ne
 fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     match spec.dir.pipeline_class() {
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
+        class if hunyuan::CLASSES.contains(&class) => hunyuan::load(spec, weights),
+        class if pixart::CLASSES.contains(&class) => pixart::load(spec, weights),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::load(spec, weights),
         class if sd3::CLASSES.contains(&class) => sd3::load(spec, weights),
         class if stable_diffusion::CLASSES.contains(&class) => stable_diffusion::load(spec, weights),

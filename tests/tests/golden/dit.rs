@@ -1,18 +1,27 @@
-//! DiT, PixArt and Hunyuan-DiT alone, whole and cut, and BERT. Cases: `pixart_transformer_*`, `dit_transformer`, `hunyuan_transformer_*`, `bert`.
+//! DiT, PixArt and Hunyuan-DiT alone, whole and cut, BERT, and whole generations of PixArt and Hunyuan-DiT. Cases: `pixart_*`,
+//! `dit_transformer`, `hunyuan_*`, `bert`.
 
 use std::sync::Arc;
 
+use models::autoencoder_kl::AutoencoderKlConfig;
 use models::bert::{BertConfig, BertEncoder};
 use models::blocks::{BlockModel, Layout, RangeOf};
 use models::dit_transformer::{DiTTransformer, DiTTransformerConfig};
+use models::hunyuan::HunyuanDenoiser;
 use models::hunyuan_dit::{HunyuanDiT, HunyuanDiTConfig};
-use models::model_dir::read_json;
+use models::model_dir::{ModelDir, read_json};
+use models::pixart::PixArtDenoiser;
 use models::pixart_transformer::{PixArtTransformer, PixArtTransformerConfig};
+use models::request::{Encoder, Guidance};
+use models::stage::Inputs;
+use models::tokenizer::{Encoding, Tokenizer};
 use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
 use tests::golden::{Case, Outcome};
 use tests::ranks::run_block_model;
 
-use crate::pipeline::text;
+use crate::pipeline::{
+    Family, TextEncoder, add, check_draws, check_embeds, check_start, decode, denoise, generation, jobs, one_by_one, start, text,
+};
 use crate::transformers::{at_every_layout, block_by_block, inputs};
 
 pub(crate) fn pixart(case: &mut Case) -> Outcome {
@@ -105,4 +114,69 @@ pub(crate) fn bert(case: &mut Case) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// Captions are taken in lower case, so that their ids are compared here.
+pub(crate) fn pixart_pipeline(case: &mut Case) -> Outcome {
+    let dir = ModelDir::open(&case.folder("weights")?).map_err(text)?;
+    let vae: AutoencoderKlConfig = dir.config("vae").map_err(text)?;
+    let family = Family {
+        denoiser: &PixArtDenoiser::load(&dir).map_err(text)?,
+        guidance: Guidance::Cfg,
+        encoders: Vec::new(),
+        embeds: vec![("encode_prompt.call0.0", "prompt_embeds"), ("encode_prompt.call0.2", "negative_prompt_embeds")],
+        network: "transformer",
+        inputs: ["timestep", "encoder_attention_mask", "added_cond_kwargs.resolution", "added_cond_kwargs.aspect_ratio"]
+            .into_iter()
+            .map(|name| (name, name))
+            .chain([("arg0", "hidden_states")])
+            .collect(),
+        pictures: Vec::new(),
+        encode: None,
+        unscale: &|latents| vae.unscale(latents),
+    };
+    let jobs = jobs(case)?;
+    let tokenizer = Tokenizer::load(&dir.root().join("tokenizer")).map_err(text)?.of_captions();
+    for (call, caption) in [Some(jobs[0].prompt.as_str()), jobs[0].negative_prompt.as_deref()].into_iter().flatten().enumerate() {
+        let Encoding { input_ids, attention_mask } = tokenizer.encode(caption, jobs[0].max_sequence_length).map_err(text)?;
+        for (name, row) in [("input_ids", input_ids), ("attention_mask", attention_mask)] {
+            let row = Tensor::new(vec![row], &Device::Cpu).map_err(|e| e.to_string())?;
+            case.check_within(&format!("text_encoder.call{call}.{name}"), &row, 0.0)?;
+        }
+    }
+    check_draws(case)?;
+    let mut inputs = vec![Inputs::default(); jobs.len()];
+    let outputs = one_by_one(case, &dir, "text_encoder", &jobs, &inputs)?;
+    add(&mut inputs, outputs)?;
+    let states = start(&family, &jobs, &inputs)?;
+    check_embeds(case, &family, &states)?;
+    check_start(case, &family, &states)?;
+    let latents = denoise(case, &dir, family.network, &jobs, &inputs)?;
+    decode(case, &dir, &family, &jobs, latents)
+}
+
+pub(crate) fn hunyuan_pipeline(case: &mut Case) -> Outcome {
+    let dir = ModelDir::open(&case.folder("weights")?).map_err(text)?;
+    let vae: AutoencoderKlConfig = dir.config("vae").map_err(text)?;
+    let encoder =
+        |component, tokenizer, tokens| TextEncoder { component, tokenizer, encoder: Encoder::First, tokens: Some(tokens) };
+    let named =
+        ["text_embedding_mask", "text_embedding_mask_t5", "image_meta_size", "style", "image_rotary_emb.0", "image_rotary_emb.1"];
+    let family = Family {
+        denoiser: &HunyuanDenoiser::load(&dir).map_err(text)?,
+        guidance: Guidance::Cfg,
+        encoders: vec![encoder("text_encoder", "tokenizer", 77), encoder("text_encoder_2", "tokenizer_2", 256)],
+        embeds: vec![
+            ("encode_prompt.call0.0", "prompt_embeds"),
+            ("encode_prompt.call0.1", "negative_prompt_embeds"),
+            ("encode_prompt.call1.0", "prompt_embeds_2"),
+            ("encode_prompt.call1.1", "negative_prompt_embeds_2"),
+        ],
+        network: "transformer",
+        inputs: named.into_iter().map(|name| (name, name)).chain([("arg0", "hidden_states"), ("arg1", "timestep")]).collect(),
+        pictures: Vec::new(),
+        encode: None,
+        unscale: &|latents| vae.unscale(latents),
+    };
+    generation(case, &dir, &family)
 }

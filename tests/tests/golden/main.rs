@@ -94,6 +94,8 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("StableDiffusionXL") => stable_diffusion::xl(case),
         ("pipeline", class) if class.starts_with("StableDiffusion") => stable_diffusion::pipeline(case),
+        ("pipeline", class) if class.starts_with("HunyuanDiT") => dit::hunyuan_pipeline(case),
+        ("pipeline", class) if class.starts_with("PixArt") => dit::pixart_pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
         ("pipeline", class) if class.starts_with("QwenImage") => qwen_image_pipeline::run(case),
         (kind, class) => Err(format!("nothing runs a {kind} of `{class}`, and UNSUPPORTED.toml does not list it")),
