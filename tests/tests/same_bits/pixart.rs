@@ -51,7 +51,7 @@ fn pipeline() -> tempfile::TempDir {
 #[test]
 fn pixart_has_the_same_bits_on_every_layout_alone_and_batched() {
     let dir = pipeline();
-    let model = Model { dir: dir.path(), encoders: &["text_encoder"], text_tp: 2, request };
+    let model = Model { dir: dir.path(), encoders: &["text_encoder"], denoiser: "transformer", text_tp: 2, request };
     check_every_layout(&model);
     check_lanes(&model, &[Layout::new(2, 1).with_cfg_parallel(2), Layout::new(1, 2).with_cfg_parallel(3)]);
 }
