@@ -9,6 +9,7 @@ use models::blocks::Layout;
 use models::card::{Card, ComponentCard, StageKind};
 use models::model_dir::ModelDir;
 use models::registry;
+use parallel::ops::Products;
 use serde::Serialize;
 
 use crate::error::Error;
@@ -33,6 +34,9 @@ pub(crate) struct PlanArgs {
     /// Lanes of the component that denoises: how many times it is held whole, to do the passes of guidance side by side.
     #[arg(long, default_value_t = 1)]
     cfg_parallel: usize,
+    /// What the model is multiplied in (`products` in models.toml): convolutions are held as they are multiplied.
+    #[arg(long, default_value_t = Products::F32)]
+    products: Products,
     /// Memory of each worker's device, in GiB. Default: this machine's.
     #[arg(long)]
     memory: Option<f64>,
@@ -46,6 +50,8 @@ pub(crate) struct PlanArgs {
 struct Plan {
     family: String,
     pipeline_class: String,
+    /// What it is multiplied in.
+    products: String,
     /// Of each rank's device.
     memory_bytes: u64,
     components: Vec<ComponentPlan>,
@@ -77,7 +83,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
     let card = registry::outline(&dir)?;
     let memory_bytes = args.memory.map_or_else(machine_memory, |gib| (gib * f64::from(1 << 30)) as u64);
     let components = layouts(&card, args)?.into_iter().map(|(component, layout)| {
-        let needs = registry::measure(&dir, &component.name, layout)?;
+        let needs = args.products.scope(|| registry::measure(&dir, &component.name, layout))?;
         let ranks = needs.iter().enumerate().map(|(rank, need)| RankPlan {
             rank,
             reads_bytes: need.read_bytes,
@@ -88,7 +94,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
         Ok(ComponentPlan { name: component.name.clone(), layout, stored_bytes: component.weight_bytes, ranks: ranks.collect() })
     });
     let components = components.collect::<Result<_, Error>>()?;
-    let plan = Plan { family: card.family.clone(), pipeline_class: card.pipeline_class.clone(), memory_bytes, components };
+    let (family, pipeline_class) = (card.family.clone(), card.pipeline_class.clone());
+    let plan = Plan { family, pipeline_class, products: args.products.to_string(), memory_bytes, components };
     if args.json {
         println!("{}", serde_json::json!(plan));
     } else {
@@ -98,7 +105,10 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
 }
 
 fn print(plan: &Plan) {
-    println!("{} ({}), weights of 16 bits and in blocks are held as stored, others as f32", plan.family, plan.pipeline_class);
+    let Plan { family, pipeline_class, products, .. } = plan;
+    println!(
+        "{family} ({pipeline_class}), weights of 16 bits and in blocks are held as stored, others as f32; convolutions in {products}"
+    );
     let memory = plan.memory_bytes as f64 / f64::from(1 << 30);
     println!(
         "{:<16} {:<14} {:>4} {:>14} {:>14} {:>14}  fits {memory:.1} GiB",

@@ -30,6 +30,18 @@ fn lanes_hold_the_denoiser_again_and_the_rest_once() {
 }
 
 #[test]
+fn convolutions_are_planned_as_they_are_multiplied() {
+    let holds = |products: &str| {
+        let output = plan(&[BUNDLED, "--component", "vae", "--products", products, "--json"]);
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(plan["products"], products);
+        plan["components"][0]["ranks"][0]["holds_bytes"].as_u64().unwrap()
+    };
+    let [wide, narrow] = ["f32", "bf16"].map(holds);
+    assert!(narrow < wide, "{narrow} and {wide}");
+}
+
+#[test]
 fn people_get_a_line_for_each_rank() {
     let output = plan(&[BUNDLED, "--component", "transformer", "--tp", "4", "--cfg-parallel", "2"]);
     let text = String::from_utf8(output.stdout).unwrap();

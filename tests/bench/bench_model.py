@@ -73,6 +73,44 @@ def vae(_options, side, dtype):
     return model.decode, {"z": torch.randn(1, 16, side // 8, side // 8, dtype=dtype).to(memory_format=torch.channels_last)}
 
 
+def sd15(options, side, dtype):
+    """Stable Diffusion 1.5's U-Net, and the latents of one picture."""
+    return unet(side, dtype, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sdxl(options, side, dtype):
+    """XL's."""
+    network = unet(
+        side,
+        dtype,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    told = torch.tensor([[side, side, 0, 0, side, side]], dtype=dtype)
+    network[1]["added_cond_kwargs"] = {"text_embeds": torch.randn(1, 1280, dtype=dtype), "time_ids": told}
+    return network
+
+
+def unet(side, dtype, **config):
+    """A U-Net and its inputs."""
+    from diffusers import UNet2DConditionModel
+
+    with made(dtype):
+        model = UNet2DConditionModel(**config)
+    model = model.eval().to(memory_format=torch.channels_last)
+    latents = torch.randn(1, 4, side // 8, side // 8, dtype=dtype).to(memory_format=torch.channels_last)
+    text = torch.randn(1, 77, config["cross_attention_dim"], dtype=dtype)
+    return model, {"sample": latents, "timestep": 500, "encoder_hidden_states": text, "return_dict": False}
+
+
 class made:
     """What is made inside has weights of this type from the start."""
 
@@ -98,6 +136,9 @@ def works(options):
     if "vae" in options.family:
         for side in options.side:
             yield f"FLUX.1's autoencoder, decoding {side} px", vae, side, ["--family", "vae", "--side", side]
+    for name, family, make in [("1.5", "sd15", sd15), ("XL", "sdxl", sdxl)]:
+        for side in options.side if family in options.family else []:
+            yield f"Stable Diffusion {name}'s U-Net, {side} px", make, side, ["--family", family, "--side", side]
     if "t5" in options.family:
         name = f"T5-XXL, {options.t5_blocks} blocks, {options.text_tokens} tokens"
         yield name, t5, None, ["--family", "t5", "--blocks", options.t5_blocks, *text]
@@ -124,7 +165,7 @@ def measure(options, work, weights):
 def main():
     """See README.md."""
     about = "Atelier's networks beside PyTorch's, by turns. Seconds; a ratio over 1 says that Atelier is faster."
-    parser = sides.network_parser(about, TYPES)
+    parser = sides.network_parser(about, TYPES, others=["sd15", "sdxl"])
     parser.add_argument("--t5-blocks", type=sides.positive, default=2)
     parser.add_argument("--text-tokens", type=sides.positive, default=512)
     options = parser.parse_args()

@@ -40,13 +40,13 @@ def parser(description):
     return options
 
 
-def network_parser(description, weights, **defaults):
-    """The options of those that run whole networks with weights of these types. All run where `defaults` do not choose."""
+def network_parser(description, weights, others=(), **defaults):
+    """The options of those that run whole networks with weights of these types. All but `others` run where `defaults` do not choose."""
     families = ["flux", "vae", "t5"]
     options = parser(description)
-    options.add_argument("--family", nargs="+", choices=families, default=families)
+    options.add_argument("--family", nargs="+", choices=[*families, *others], default=families)
     options.add_argument("--weights", nargs="+", choices=weights, default=list(weights))
-    options.add_argument("--side", nargs="+", type=positive, default=[256, 512], help="of FLUX.1's picture, in pixels")
+    options.add_argument("--side", nargs="+", type=positive, default=[256, 512], help="of the picture, in pixels")
     options.add_argument("--blocks", type=positive, default=1, help="of FLUX.1, with two streams")
     options.add_argument("--single-blocks", type=positive, default=2, help="of FLUX.1, with one stream")
     options.add_argument("--steps", type=positive, default=2, help="forwards in each turn")

@@ -7,6 +7,7 @@ use std::thread;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use models::blocks::{Layout, RankGroup};
+use models::unet_2d_condition::UNet2DConditionConfig;
 use parallel::Device;
 use parallel::ops::Products;
 use parallel::ops::kernels::blocks::BlockType;
@@ -17,6 +18,7 @@ use self::forwards::{Work, forwards};
 use self::memory::Memory;
 use super::synthetic::flux::{self, Flux};
 use super::synthetic::t5::{self, T5};
+use super::synthetic::unet::{self, UNet};
 use super::synthetic::vae::Vae;
 use super::synthetic::{Checkpoint, Format, Network};
 use super::table::{Row, print};
@@ -81,6 +83,10 @@ enum Family {
     T5,
     /// FLUX.1's autoencoder, decoding a picture.
     Vae,
+    /// Stable Diffusion 1.5's U-Net, 0.86 billion weights.
+    Sd15,
+    /// Stable Diffusion XL's U-Net, 2.6 billion weights.
+    Sdxl,
 }
 
 pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
@@ -98,6 +104,8 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
         Family::Flux => args.blocks.unwrap_or(flux::BLOCKS[0]) + args.single_blocks.unwrap_or(flux::BLOCKS[1]),
         Family::T5 => args.blocks.unwrap_or(t5::BLOCKS),
         Family::Vae => 1,
+        Family::Sd15 => unet::sd15().blocks(),
+        Family::Sdxl => unet::sdxl().blocks(),
     };
     if !(1..=network_ranges.min(8)).contains(&args.block_ranges) {
         return flag("--block-ranges", "must be 1 to 8, and no more than there are blocks");
@@ -149,7 +157,24 @@ pub(super) fn run(args: &ModelArgs) -> Result<(), Error> {
             }
             measure(args, format!("FLUX.1's autoencoder, decoding {0} x {0}", args.side), Vae { side: args.side })
         }
+        Family::Sd15 => measure_unet(args, "1.5", unet::sd15()),
+        Family::Sdxl => measure_unet(args, "XL", unet::sdxl()),
     }
+}
+
+fn measure_unet(args: &ModelArgs, version: &str, config: UNet2DConditionConfig) -> Result<(), Error> {
+    let flag = |flag, reason: String| Err(Error::Flag { flag, reason });
+    if args.blocks.or(args.single_blocks).is_some() {
+        return flag("--blocks", "a U-Net has none to leave out".into());
+    }
+    let multiple = 8 * config.multiple();
+    if !args.side.is_multiple_of(multiple) {
+        return flag("--side", format!("must be a multiple of {multiple} for this network"));
+    }
+    if !config.shares().is_multiple_of(args.tp) {
+        return flag("--tp", format!("must divide {}, what its heads and groups have in common", config.shares()));
+    }
+    measure(args, format!("Stable Diffusion {version}'s U-Net, {0} x {0}", args.side), UNet { config, side: args.side })
 }
 
 fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(), Error> {
@@ -161,7 +186,8 @@ fn measure<N: Network>(args: &ModelArgs, name: String, network: N) -> Result<(),
     })?;
     bar.finish_and_clear();
     let layout = Layout::new(args.tp, args.block_ranges);
-    let planned = planned(&checkpoint, layout)?;
+    // Convolutions are held as they are multiplied.
+    let planned = args.products.scope(|| planned(&checkpoint, layout))?;
     let most = || match args.products {
         Products::F32 => limit::gflops(),
         Products::Bf16 => limit::gflops_bf16(Order::Pairs),

@@ -8,7 +8,9 @@ use models::blocks::{BlockModel, RangeOf, RankGroup, recv_tensors, send_tensors}
 use parallel::{DType, Device, Tensor, Tensors, Weights};
 
 pub(super) mod flux;
+mod layers;
 pub(super) mod t5;
+pub(super) mod unet;
 pub(super) mod vae;
 mod write;
 

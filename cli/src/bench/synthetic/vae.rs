@@ -4,6 +4,7 @@ use models::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use models::blocks::RangeOf;
 use parallel::{Device, Tensor, Tensors, Weights};
 
+use super::layers::Layers;
 use super::{Model, Network};
 
 /// Channels at each resolution, the finest first.
@@ -18,35 +19,7 @@ pub(in crate::bench) struct Vae {
     pub(in crate::bench) side: usize,
 }
 
-/// Tensors, and the operations of the decoder's.
-#[derive(Default)]
-struct Layers {
-    shapes: Vec<(String, Vec<usize>)>,
-    flops: f64,
-}
-
 impl Layers {
-    fn affine(&mut self, name: &str, channels: usize) {
-        self.shapes.extend(["weight", "bias"].map(|part| (format!("{name}.{part}"), vec![channels])));
-    }
-
-    /// A convolution of `size` by `size` at `pixels` places.
-    fn conv(&mut self, name: &str, [c_in, c_out]: [usize; 2], size: usize, pixels: usize) {
-        self.flops += (2 * c_in * c_out * size * size * pixels) as f64;
-        self.tensors_of_conv(name, [c_in, c_out], size);
-    }
-
-    /// One of 3 x 3 that makes `pixels` of a quarter of them: 2 x 2 are different where it looks.
-    fn doubling_conv(&mut self, name: &str, channels: usize, pixels: usize) {
-        self.flops += (2 * channels * channels * 2 * 2 * pixels) as f64;
-        self.tensors_of_conv(name, [channels; 2], 3);
-    }
-
-    fn tensors_of_conv(&mut self, name: &str, [c_in, c_out]: [usize; 2], size: usize) {
-        self.shapes.push((format!("{name}.weight"), vec![c_out, c_in, size, size]));
-        self.shapes.push((format!("{name}.bias"), vec![c_out]));
-    }
-
     fn resnet(&mut self, name: &str, [c_in, c_out]: [usize; 2], pixels: usize) {
         self.affine(&format!("{name}.norm1"), c_in);
         self.conv(&format!("{name}.conv1"), [c_in, c_out], 3, pixels);
