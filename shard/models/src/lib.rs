@@ -54,6 +54,7 @@ mod diffusion;
 mod flow;
 mod packing;
 
+pub mod dit;
 pub mod flux;
 pub mod hunyuan;
 pub mod pixart;

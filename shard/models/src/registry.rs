@@ -15,7 +15,9 @@ use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
-use crate::{Error, Result, checkpoint_names, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl};
+use crate::{
+    Error, Result, checkpoint_names, dit, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl,
+};
 
 /// A rank with its weights.
 pub enum Rank {
@@ -78,6 +80,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 /// The same, from its configurations alone: the digest is empty.
 pub fn outline(dir: &ModelDir) -> Result<Card> {
     match dir.pipeline_class() {
+        class if dit::CLASSES.contains(&class) => dit::describe(dir),
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         class if hunyuan::CLASSES.contains(&class) => hunyuan::describe(dir),
         class if pixart::CLASSES.contains(&class) => pixart::describe(dir),
@@ -172,6 +175,7 @@ pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Ne
 
 fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     match spec.dir.pipeline_class() {
+        class if dit::CLASSES.contains(&class) => dit::load(spec, weights),
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
         class if hunyuan::CLASSES.contains(&class) => hunyuan::load(spec, weights),
         class if pixart::CLASSES.contains(&class) => pixart::load(spec, weights),

@@ -1,11 +1,14 @@
-//! DiT, PixArt and Hunyuan-DiT alone, whole and cut, BERT, and whole generations of PixArt and Hunyuan-DiT. Cases: `pixart_*`,
-//! `dit_transformer`, `hunyuan_*`, `bert`.
+//! DiT, PixArt and Hunyuan-DiT alone, whole and cut, BERT, and whole generations. Cases: `pixart_*`, `dit_*`, `hunyuan_*`,
+//! `bert`.
 
 use std::sync::Arc;
 
+use models::Request;
 use models::autoencoder_kl::AutoencoderKlConfig;
 use models::bert::{BertConfig, BertEncoder};
 use models::blocks::{BlockModel, Layout, RangeOf};
+use models::denoise::Denoiser;
+use models::dit::DiTDenoiser;
 use models::dit_transformer::{DiTTransformer, DiTTransformerConfig};
 use models::hunyuan::HunyuanDenoiser;
 use models::hunyuan_dit::{HunyuanDiT, HunyuanDiTConfig};
@@ -16,11 +19,13 @@ use models::request::{Encoder, Guidance};
 use models::stage::Inputs;
 use models::tokenizer::{Encoding, Tokenizer};
 use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
+use serde_json::Value;
 use tests::golden::{Case, Outcome};
 use tests::ranks::run_block_model;
 
 use crate::pipeline::{
-    Family, TextEncoder, add, check_draws, check_embeds, check_start, decode, denoise, generation, jobs, one_by_one, start, text,
+    Family, NOISE_TOLERANCE, TextEncoder, add, check_draws, check_embeds, check_start, decode, denoise, feed_noise, generation,
+    jobs, load, one_by_one, run_stage, start, text,
 };
 use crate::transformers::{at_every_layout, block_by_block, inputs};
 
@@ -179,4 +184,59 @@ pub(crate) fn hunyuan_pipeline(case: &mut Case) -> Outcome {
         unscale: &|latents| vae.unscale(latents),
     };
     generation(case, &dir, &family)
+}
+
+/// Classes in place of prompts. Recorded of every step are both halves of the reference's batch, which are alike.
+pub(crate) fn dit_pipeline(case: &mut Case) -> Outcome {
+    let dir = ModelDir::open(&case.folder("weights")?).map_err(text)?;
+    let vae: AutoencoderKlConfig = dir.config("vae").map_err(text)?;
+    let denoiser = DiTDenoiser::load(&dir).map_err(text)?;
+    let family = Family {
+        denoiser: &denoiser,
+        guidance: Guidance::Cfg,
+        encoders: Vec::new(),
+        embeds: Vec::new(),
+        network: "transformer",
+        inputs: Vec::new(),
+        pictures: Vec::new(),
+        encode: None,
+        unscale: &|latents| vae.unscale(latents),
+    };
+    let number = |name: &str| case.param(name).as_f64().ok_or_else(|| format!("no {name}"));
+    let (steps, scale) = (number("num_inference_steps")? as usize, number("guidance_scale")?);
+    let job = |class: &Value| Request {
+        prompt: class.to_string(),
+        num_inference_steps: steps,
+        guidance_scale: Some(scale),
+        ..Request::default()
+    };
+    let jobs: Vec<Request> = case.param("class_labels").as_array().into_iter().flatten().map(job).collect();
+    check_draws(case)?;
+    let mut inputs = vec![Inputs::default(); jobs.len()];
+    feed_noise(case, &jobs, &mut inputs)?;
+    let branches: Vec<_> =
+        start(&family, &jobs, &inputs)?.iter().map(|state| denoiser.branches(state).map_err(text)).collect::<Result<_, _>>()?;
+    for (recorded, name) in [("arg0", "hidden_states"), ("timestep", "timestep"), ("class_labels", "class_labels")] {
+        let halves = (0..2).flat_map(|half| branches.iter().map(move |of_job| of_job[half].get(name).cloned()));
+        let halves = halves.collect::<Result<Vec<_>, _>>().map_err(text)?;
+        let given = Tensor::cat(&halves, 0).map_err(|e| e.to_string())?;
+        case.check_within(&format!("transformer.call0.in.{recorded}"), &given, NOISE_TOLERANCE)?;
+    }
+    // Several labels of a class, as the index has them.
+    let named = |prompt: &str| denoiser.start(Request { prompt: prompt.into(), ..jobs[0].clone() }, Inputs::default());
+    for (label, class) in [("golden retriever", 207u32), ("Carassius auratus", 1)] {
+        let found =
+            named(label).map_err(text)?.tensors.get("class_labels").and_then(|t| Ok(t.to_vec1::<u32>()?)).map_err(text)?;
+        assert_eq!(found, [class], "{label}");
+    }
+    assert!(named("a red fox").is_err() && named("1000").is_err() && named("-1").is_err());
+    let mut stage = load(case, &dir, family.network)?;
+    let tasks: Vec<_> = jobs.iter().cloned().zip(inputs).collect();
+    let mut samples = vec![Vec::new(); steps];
+    let latents = run_stage(&mut *stage, &tasks, |step, sample| samples[step - 1].push(sample.clone()))?;
+    for (step, rows) in samples.into_iter().enumerate() {
+        let both = Tensor::cat(&[rows.clone(), rows].concat(), 0).map_err(|e| e.to_string())?;
+        case.check(&format!("step{step:02}.prev_sample"), &both)?;
+    }
+    decode(case, &dir, &family, &jobs, latents)
 }

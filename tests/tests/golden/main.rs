@@ -94,6 +94,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("StableDiffusionXL") => stable_diffusion::xl(case),
         ("pipeline", class) if class.starts_with("StableDiffusion") => stable_diffusion::pipeline(case),
+        ("pipeline", "DiTPipeline") => dit::dit_pipeline(case),
         ("pipeline", class) if class.starts_with("HunyuanDiT") => dit::hunyuan_pipeline(case),
         ("pipeline", class) if class.starts_with("PixArt") => dit::pixart_pipeline(case),
         ("pipeline", class) if class.starts_with("Flux") => flux_pipeline::run(case),
