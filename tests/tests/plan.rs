@@ -102,6 +102,13 @@ const BERT: &[(&str, &str)] = &[
     ("*.LayerNorm.*", NORM),
     ("encoder.layer.*.output.dense.bias", AFTER_THE_SUM),
 ];
+/// DiT's transformer.
+const DIT: &[(&str, &str)] = &[
+    ("proj_out_2.*", OUTPUT),
+    ("*.linear_2.bias", AFTER_THE_SUM),
+    ("*.to_out.0.bias", AFTER_THE_SUM),
+    ("*.net.2.bias", AFTER_THE_SUM),
+];
 /// Hunyuan-DiT's transformer.
 const HUNYUAN: &[(&str, &str)] = &[
     ("text_embedding_padding", "333 rows in place of all channels of tokens"),
@@ -176,6 +183,11 @@ const MODELS: &[Model] = &[
             Component::new("unet", 2_567_463_684, 40, UNET_XL),
             SD_VAE,
         ],
+    },
+    Model {
+        name: "dit-xl-2-256",
+        recorded: &["dit_pipeline/pipeline"],
+        components: &[Component::new("transformer", 749_826_464, 5, DIT), SD_VAE],
     },
     Model {
         name: HUNYUAN_NAME,
