@@ -12,11 +12,15 @@ pub mod flow_match_heun;
 
 mod ddim;
 mod ddpm;
+mod dpm_solver;
 mod dpm_solver_multistep;
+mod dpm_solver_singlestep;
 mod euler;
 mod heun;
+mod k_dpm_2;
 mod lcm;
 mod pndm;
+mod tcd;
 mod unipc_multistep;
 
 mod fields;

@@ -55,7 +55,7 @@ enum Kind {
     Diffusion(&'static str, &'static str, usize),
 }
 
-const KINDS: [Kind; 19] = [
+const KINDS: [Kind; 28] = [
     Kind::Euler,
     Kind::Stochastic,
     Kind::Heun,
@@ -72,6 +72,15 @@ const KINDS: [Kind; 19] = [
     Kind::Diffusion("DPMSolverMultistepScheduler", "dpmsolver++", 0),
     Kind::Diffusion("DPMSolverMultistepScheduler", "sde-dpmsolver++", 1),
     Kind::Diffusion("DPMSolverMultistepScheduler", "of order 3", 0),
+    Kind::Diffusion("DPMSolverSinglestepScheduler", "", 0),
+    Kind::Diffusion("DPMSolverSinglestepScheduler", "sde-dpmsolver++", 1),
+    Kind::Diffusion("DPMSolverSinglestepScheduler", "of order 3", 0),
+    Kind::Diffusion("DPMSolverSinglestepScheduler", "of order 3", 1),
+    Kind::Diffusion("KDPM2DiscreteScheduler", "", 0),
+    Kind::Diffusion("KDPM2DiscreteScheduler", "", 2),
+    Kind::Diffusion("KDPM2AncestralDiscreteScheduler", "", 0),
+    Kind::Diffusion("KDPM2AncestralDiscreteScheduler", "", 2),
+    Kind::Diffusion("TCDScheduler", "", 1),
     Kind::Diffusion("UniPCMultistepScheduler", "", 0),
     Kind::Diffusion("UniPCMultistepScheduler", "", 1),
     Kind::Diffusion("UniPCMultistepScheduler", "of order 3", 0),

@@ -3,7 +3,10 @@
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{Scheduler, StepNoise, ddim, ddpm, dpm_solver_multistep, euler, heun, lcm, pndm, unipc_multistep};
+use super::{
+    Scheduler, StepNoise, ddim, ddpm, dpm_solver_multistep, dpm_solver_singlestep, euler, heun, k_dpm_2, lcm, pndm, tcd,
+    unipc_multistep,
+};
 use crate::model_dir::ModelDir;
 use crate::{Error, Result};
 
@@ -16,11 +19,15 @@ enum Kind {
     Ddim(ddim::Config),
     Ddpm(ddpm::Config),
     DpmSolverMultistep(dpm_solver_multistep::Config),
+    DpmSolverSinglestep(dpm_solver_singlestep::Config),
     Euler(euler::Config),
     EulerAncestral(euler::Config),
     Heun(heun::Config),
+    KDpm2(k_dpm_2::Config),
+    KDpm2Ancestral(k_dpm_2::Config),
     Lcm(lcm::Config),
     Pndm(pndm::Config),
+    Tcd(tcd::Config),
     UniPcMultistep(unipc_multistep::Config),
 }
 
@@ -31,9 +38,9 @@ pub struct Run {
     pub num_inference_steps: usize,
     /// Evaluations of the whole schedule that are left out at its beginning; those of the run count from there.
     pub begin: usize,
-    /// How much noise DDIM's steps add.
+    /// How much noise the steps of DDIM and TCD add, from 0 to 1.
     pub eta: f64,
-    /// How many steps a latent consistency model was distilled for; its own where there is none.
+    /// How many steps a latent consistency model was distilled for; its own where there is none, as always with TCD.
     pub original_inference_steps: Option<usize>,
     /// The part of those steps that a run of it is spread over; all where there is none.
     pub original_strength: Option<f64>,
@@ -59,11 +66,15 @@ impl DiffusionConfig {
             "DDIMScheduler" => Kind::Ddim(ddim::Config::read(fields)?),
             "DDPMScheduler" => Kind::Ddpm(ddpm::Config::read(fields)?),
             "DPMSolverMultistepScheduler" => Kind::DpmSolverMultistep(dpm_solver_multistep::Config::read(fields)?),
+            "DPMSolverSinglestepScheduler" => Kind::DpmSolverSinglestep(dpm_solver_singlestep::Config::read(fields)?),
             "EulerDiscreteScheduler" => Kind::Euler(euler::Config::read(fields)?),
             "EulerAncestralDiscreteScheduler" => Kind::EulerAncestral(euler::Config::read_ancestral(fields)?),
             "HeunDiscreteScheduler" => Kind::Heun(heun::Config::read(fields)?),
+            "KDPM2DiscreteScheduler" => Kind::KDpm2(k_dpm_2::Config::read(fields)?),
+            "KDPM2AncestralDiscreteScheduler" => Kind::KDpm2Ancestral(k_dpm_2::Config::read_ancestral(fields)?),
             "LCMScheduler" => Kind::Lcm(lcm::Config::read(fields)?),
             "PNDMScheduler" => Kind::Pndm(pndm::Config::read(fields)?),
+            "TCDScheduler" => Kind::Tcd(tcd::Config::read(fields)?),
             "UniPCMultistepScheduler" => Kind::UniPcMultistep(unipc_multistep::Config::read(fields)?),
             other => return Err(Error::Unsupported { field: "scheduler (model_index.json)".into(), value: other.into() }),
         }))
@@ -75,11 +86,15 @@ impl DiffusionConfig {
             Kind::Ddim(_) => "DDIMScheduler",
             Kind::Ddpm(_) => "DDPMScheduler",
             Kind::DpmSolverMultistep(_) => "DPMSolverMultistepScheduler",
+            Kind::DpmSolverSinglestep(_) => "DPMSolverSinglestepScheduler",
             Kind::Euler(_) => "EulerDiscreteScheduler",
             Kind::EulerAncestral(_) => "EulerAncestralDiscreteScheduler",
             Kind::Heun(_) => "HeunDiscreteScheduler",
+            Kind::KDpm2(_) => "KDPM2DiscreteScheduler",
+            Kind::KDpm2Ancestral(_) => "KDPM2AncestralDiscreteScheduler",
             Kind::Lcm(_) => "LCMScheduler",
             Kind::Pndm(_) => "PNDMScheduler",
+            Kind::Tcd(_) => "TCDScheduler",
             Kind::UniPcMultistep(_) => "UniPCMultistepScheduler",
         }
     }
@@ -91,12 +106,27 @@ impl DiffusionConfig {
 
     /// Evaluations of a step, as `scheduler.order`.
     pub fn order(&self) -> usize {
-        if matches!(self.0, Kind::Heun(_)) { 2 } else { 1 }
+        match self.0 {
+            Kind::Heun(_) => 2,
+            Kind::KDpm2(_) | Kind::KDpm2Ancestral(_) => k_dpm_2::ORDER,
+            _ => 1,
+        }
     }
 
     /// Whether a step takes `eta`.
     pub fn takes_eta(&self) -> bool {
-        matches!(self.0, Kind::Ddim(_))
+        matches!(self.0, Kind::Ddim(_) | Kind::Tcd(_))
+    }
+
+    /// Whether steps may draw noise for this `eta`.
+    pub fn draws(&self, eta: f64) -> bool {
+        match &self.0 {
+            Kind::Ddim(_) | Kind::Tcd(_) => eta > 0.0,
+            Kind::Ddpm(_) | Kind::EulerAncestral(_) | Kind::KDpm2Ancestral(_) | Kind::Lcm(_) => true,
+            Kind::DpmSolverMultistep(config) => config.draws(),
+            Kind::DpmSolverSinglestep(config) => config.draws(),
+            Kind::Euler(_) | Kind::Heun(_) | Kind::KDpm2(_) | Kind::Pndm(_) | Kind::UniPcMultistep(_) => false,
+        }
     }
 
     /// A job's scheduler: diffusers' `set_timesteps` and `set_begin_index`.
@@ -108,10 +138,13 @@ impl DiffusionConfig {
             Kind::Ddim(config) => Box::new(config.start(run, noise)?),
             Kind::Ddpm(config) => Box::new(config.start(run, noise)?),
             Kind::DpmSolverMultistep(config) => Box::new(config.start(run, noise)?),
+            Kind::DpmSolverSinglestep(config) => Box::new(config.start(run, noise)?),
             Kind::Euler(config) | Kind::EulerAncestral(config) => Box::new(config.start(run, noise)?),
             Kind::Heun(config) => Box::new(config.start(run)?),
+            Kind::KDpm2(config) | Kind::KDpm2Ancestral(config) => Box::new(config.start(run, noise)?),
             Kind::Lcm(config) => Box::new(config.start(run, noise)?),
             Kind::Pndm(config) => Box::new(config.start(run)?),
+            Kind::Tcd(config) => Box::new(config.start(run, noise)?),
             Kind::UniPcMultistep(config) => Box::new(config.start(run)?),
         })
     }

@@ -120,12 +120,7 @@ impl Scheduler for Euler {
     fn step(&mut self, model_output: &Tensor, step: usize, sample: &Tensor) -> Result<Tensor> {
         let [sigma, next] = self.pair(step)?;
         let original = of_sigma(self.config.schedule.prediction, sigma, model_output, sample)?;
-        let up = if self.noise.is_some() {
-            (next * next * (sigma * sigma - next * next) / (sigma * sigma)).max(0.0).sqrt()
-        } else {
-            0.0
-        };
-        let down = (next * next - up * up).max(0.0).sqrt();
+        let [down, up] = if self.noise.is_some() { down_and_up(sigma, next) } else { [next, 0.0] };
         let derivative = (sum(&[(1.0, sample), (-1.0, &original)])? / sigma)?;
         let previous = sum(&[(1.0, sample), (down - sigma, &derivative)])?;
         let previous = match &mut self.noise {
@@ -143,6 +138,12 @@ impl Scheduler for Euler {
     fn checkpoint(&self) -> SchedulerState {
         SchedulerState::default()
     }
+}
+
+/// Where an ancestral step from `sigma` to `next` goes, below `next`, and the noise that brings it up again.
+pub(super) fn down_and_up(sigma: f64, next: f64) -> [f64; 2] {
+    let up = (next * next * (sigma * sigma - next * next) / (sigma * sigma)).max(0.0).sqrt();
+    [(next * next - up * up).max(0.0).sqrt(), up]
 }
 
 /// The picture that an output at noise of deviation `sigma`, beside a picture of 1, stands for.

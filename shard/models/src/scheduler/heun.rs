@@ -7,13 +7,17 @@ use serde_json::json;
 
 use super::euler::of_sigma;
 use super::fields::{Fields, refused};
-use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, THREE, ZeroSnr};
+use super::noise_schedule::{self, Defaults, NoiseSchedule, Spacing, THREE, TWO, ZeroSnr};
 use super::prediction::Bounds;
 use super::sigmas::{exponential, karras};
 use super::steps::{Steps, sum};
 use super::{Run, Scheduler, SchedulerState};
 use crate::checkpoint::fits;
 use crate::{Error, Result};
+
+/// Of this scheduler and of KDPM2.
+pub(super) const DEFAULTS: Defaults =
+    Defaults { betas: [0.00085, 0.012], ..Defaults::new(Spacing::Linspace, TWO, ZeroSnr::Never) };
 
 /// `scheduler_config.json` of a `HeunDiscreteScheduler`.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +30,6 @@ pub(super) struct Config {
 
 impl Config {
     pub(super) fn read(fields: Fields<'_>) -> Result<Self> {
-        let defaults = Defaults { betas: [0.00085, 0.012], ..Defaults::new(Spacing::Linspace, THREE, ZeroSnr::Never) };
         noise_schedule::refuse_other_sigmas(fields)?;
         let (karras, exponential) = (fields.flag("use_karras_sigmas", false)?, fields.flag("use_exponential_sigmas", false)?);
         if karras && exponential {
@@ -35,7 +38,12 @@ impl Config {
         // It has no dynamic thresholding.
         let clips = fields.flag("clip_sample", false)?;
         let bounds = if clips { Bounds::Clip(fields.number("clip_sample_range", 1.0)?) } else { Bounds::None };
-        Ok(Self { schedule: NoiseSchedule::read(fields, defaults)?, bounds, karras, exponential })
+        Ok(Self {
+            schedule: NoiseSchedule::read(fields, Defaults { predictions: THREE, ..DEFAULTS })?,
+            bounds,
+            karras,
+            exponential,
+        })
     }
 
     pub(super) fn start(&self, run: &Run) -> Result<Heun> {

@@ -15,6 +15,10 @@ use crate::{Error, Result};
 
 const SIGMA_DATA: f64 = 0.5;
 
+/// Of this scheduler and of TCD.
+pub(super) const DEFAULTS: Defaults =
+    Defaults { betas: [0.00085, 0.012], scaled_linear: true, ..Defaults::new(Spacing::Leading, THREE, ZeroSnr::Nothing) };
+
 /// `scheduler_config.json` of an `LCMScheduler`.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Config {
@@ -26,9 +30,7 @@ pub(super) struct Config {
 
 impl Config {
     pub(super) fn read(fields: Fields<'_>) -> Result<Self> {
-        let defaults =
-            Defaults { betas: [0.00085, 0.012], scaled_linear: true, ..Defaults::new(Spacing::Leading, THREE, ZeroSnr::Nothing) };
-        let schedule = NoiseSchedule::read(fields, defaults)?;
+        let schedule = NoiseSchedule::read(fields, DEFAULTS)?;
         let timestep_scaling = fields.number("timestep_scaling", 10.0)?;
         if timestep_scaling <= 0.0 {
             return Err(refused("timestep_scaling", &json!(timestep_scaling)));
@@ -42,19 +44,23 @@ impl Config {
     }
 
     pub(super) fn start(&self, run: &Run, noise: Option<Box<dyn StepNoise>>) -> Result<Lcm> {
-        let n = self.schedule.check(run)?;
         let original = run.original_inference_steps.unwrap_or(self.original_inference_steps);
-        let stride = self.schedule.train_timesteps() / original.max(1);
-        // Of those it was distilled for, the last first, n as evenly spaced as can be.
-        let all = (original as f64 * run.original_strength.unwrap_or(1.0)) as usize;
-        if all < n || stride == 0 {
-            let reason = format!("{n} is more than the {all} that the model was distilled for");
-            return Err(Error::Invalid { field: "num_inference_steps", reason });
-        }
-        let at = |i: usize| ((all - (i as f64 * (all as f64 / n as f64)) as usize) * stride - 1) as f64;
-        let steps = Steps::new((0..n).map(at).collect(), run.begin)?;
+        let steps = Steps::new(distilled_timesteps(&self.schedule, original, run)?, run.begin)?;
         Ok(Lcm { steps, noise: noise.ok_or_else(no_noise)?, config: self.clone() })
     }
+}
+
+/// Of those a model was distilled for, the last first, as many as the run has steps, as evenly spaced as can be.
+pub(super) fn distilled_timesteps(schedule: &NoiseSchedule, original: usize, run: &Run) -> Result<Vec<f64>> {
+    let n = schedule.check(run)?;
+    let stride = schedule.train_timesteps() / original.max(1);
+    let all = (original as f64 * run.original_strength.unwrap_or(1.0)) as usize;
+    if all < n || stride == 0 {
+        let reason = format!("{n} is more than the {all} that the model was distilled for");
+        return Err(Error::Invalid { field: "num_inference_steps", reason });
+    }
+    let at = |i: usize| ((all - (i as f64 * (all as f64 / n as f64)) as usize) * stride - 1) as f64;
+    Ok((0..n).map(at).collect())
 }
 
 /// The scheduler of one job.

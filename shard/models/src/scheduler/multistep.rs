@@ -21,14 +21,16 @@ pub(super) enum Sigmas {
     Flow(f64),
 }
 
-/// The reference's two solvers differ in details.
+/// The reference's solvers differ in details.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Solver {
     Dpm,
+    /// DPM-Solver of single steps.
+    Singlestep,
     UniPc,
 }
 
-/// The part of a configuration that both have.
+/// The part of a configuration that all have.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Multistep {
     pub(super) schedule: NoiseSchedule,
@@ -49,7 +51,7 @@ impl Multistep {
             ("use_lu_lambdas", Sigmas::Lu),
             ("use_flow_sigmas", Sigmas::Flow(fields.number("flow_shift", 1.0)?)),
         ] {
-            // Of UniPC's fields it is none.
+            // The others have no such field.
             let known = solver == Solver::Dpm || name != "use_lu_lambdas";
             if known && fields.flag(name, false)? {
                 chosen.push((name, sigmas));
@@ -65,11 +67,15 @@ impl Multistep {
             return Err(refused("flow_shift", &json!(shift)));
         }
         fields.only("shift_terminal", &Value::Null)?;
+        let single = solver == Solver::Singlestep;
+        let zero_snr = if single { ZeroSnr::Never } else { ZeroSnr::Little };
+        let schedule = NoiseSchedule::read(fields, Defaults::new(Spacing::Linspace, WITH_FLOW, zero_snr))?;
         Ok(Self {
-            schedule: NoiseSchedule::read(fields, Defaults::new(Spacing::Linspace, WITH_FLOW, ZeroSnr::Little))?,
+            // It has no other spacing.
+            schedule: if single { schedule.evenly_spaced() } else { schedule },
             sigmas,
             ends_at_least: fields.choice("final_sigmas_type", false, &[("zero", false), ("sigma_min", true)])?,
-            rounds: solver == Solver::UniPc || !fields.says("beta_schedule", "squaredcos_cap_v2"),
+            rounds: solver != Solver::Dpm || !fields.says("beta_schedule", "squaredcos_cap_v2"),
             solver,
         })
     }
@@ -115,7 +121,7 @@ impl Multistep {
     fn of_flow(&self, shift: f64, n: usize) -> Vec<f64> {
         let shifted = |sigma: f64| shift * sigma / (1.0 + (shift - 1.0) * sigma);
         let even = linspace(1.0, 1.0 / self.schedule.train_timesteps() as f64, n + 1);
-        if self.solver == Solver::Dpm {
+        if self.solver != Solver::UniPc {
             return even.into_iter().map(|alpha| shifted(1.0 - alpha)).rev().take(n).collect();
         }
         let mut sigmas: Vec<f64> = even.into_iter().map(shifted).take(n).collect();

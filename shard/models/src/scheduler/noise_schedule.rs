@@ -105,6 +105,11 @@ impl NoiseSchedule {
         })
     }
 
+    /// The same, whatever the file says of its spacing.
+    pub(super) fn evenly_spaced(self) -> Self {
+        Self { spacing: Spacing::Linspace, ..self }
+    }
+
     /// Timesteps the network was trained on.
     pub(super) fn train_timesteps(&self) -> usize {
         self.alphas_cumprod.len()
