@@ -1,18 +1,21 @@
 //! Schedulers: every run of a case, evaluation by evaluation.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use models::scheduler::{
     DiffusionConfig, FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig,
     Run, Schedule, Scheduler, StepNoise,
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use tests::golden::{Case, Outcome};
 
-/// How far sigmas may be off, over the largest, and timesteps: what the case `sched_timesteps` says.
-const SIGMAS: f64 = 1e-5;
+/// How far each sigma may be off, over itself, and timesteps: what the case `sched_timesteps` says.
+const SIGMAS: f32 = 1e-5;
 const TIMESTEPS: f32 = 1e-3;
 
 pub(crate) fn run(case: &mut Case) -> Outcome {
+    if let Some(configs) = case.json["configs"].as_object().cloned() {
+        return configs.iter().try_for_each(|(name, config)| schedule(case, name, config).map_err(|e| format!("{name}: {e}")));
+    }
     let runs = case.json["runs"].as_object().ok_or("case.json has no `runs`")?.clone();
     runs.iter().try_for_each(|(name, run)| one(case, name, run).map_err(|e| format!("{name}: {e}")))
 }
@@ -22,17 +25,12 @@ fn one(case: &mut Case, name: &str, run: &Value) -> Outcome {
     let begin = run["options"]["begin"].as_u64().unwrap_or(0) as usize;
     // Those of flows bit for bit: they are a handful of roundings. Others go through logarithms and powers.
     let is_flow = run["class"].as_str().is_some_and(|class| class.starts_with("FlowMatch"));
-    if case.has(&format!("{name}.sigmas")) && !sigmas.is_empty() {
-        let tolerance = if is_flow { 0.0 } else { SIGMAS * f64::from(sigmas.iter().copied().fold(0.0, f32::max)) };
-        case.check_within(&format!("{name}.sigmas"), &tensor(sigmas)?, tolerance)?;
+    let (of_sigmas, of_timesteps) = if is_flow { (0.0, 0.0) } else { (SIGMAS, TIMESTEPS) };
+    if case.has(&format!("{name}.sigmas")) {
+        check_near("sigmas", &sigmas, &numbers(case, &format!("{name}.sigmas"))?, |b| of_sigmas * b.abs())?;
     }
-    let timesteps: Vec<f32> = scheduler.timesteps().iter().map(|t| *t as f32).collect();
-    let recorded = case.tensor(&format!("{name}.timesteps"))?.to_dtype(DType::F32).map_err(err)?;
-    let recorded = recorded.narrow(0, begin, recorded.elem_count() - begin).and_then(|t| t.to_vec1::<f32>()).map_err(err)?;
-    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= if is_flow { 0.0 } else { TIMESTEPS };
-    if timesteps.len() != recorded.len() || !timesteps.iter().zip(&recorded).all(near) {
-        return Err(format!("timesteps {timesteps:?}, expected {recorded:?}"));
-    }
+    let timesteps = numbers(case, &format!("{name}.timesteps"))?;
+    check_near("timesteps", &f32s(scheduler.timesteps()), &timesteps[begin..], |_| of_timesteps)?;
     check_noised_start(case, name, &*scheduler)?;
     let steps = run["n_steps_made"].as_u64().ok_or("no `n_steps_made`")? as usize;
     let tolerance = case.tolerance(&format!("{name}.step{:02}.prev_sample", steps - 1))?;
@@ -48,6 +46,55 @@ fn one(case: &mut Case, name: &str, run: &Value) -> Outcome {
         case.check_within(&of("prev_sample"), &sample, tolerance)?;
     }
     Ok(())
+}
+
+/// One schedule of a case that has no steps. Its name is `CLASS.SPACING.STEPS`.
+fn schedule(case: &Case, name: &str, config: &Value) -> Outcome {
+    let (class, steps) = name.split_once('.').zip(name.rsplit_once('.')).map(|(a, b)| (a.0, b.1)).ok_or("no class")?;
+    let steps: usize = steps.parse().map_err(err)?;
+    let is_plms = class == "PNDMScheduler";
+    let mut config = config.clone();
+    if is_plms {
+        // By default it begins with Runge-Kutta steps, which are refused. What follows them is here.
+        match DiffusionConfig::new(class, if config.is_object() { &config } else { &Value::Null }) {
+            Err(models::Error::Unsupported { field, .. }) if field.ends_with("skip_prk_steps") => {}
+            other => return Err(format!("its Runge-Kutta steps are not refused: {other:?}")),
+        }
+        if !config.is_object() {
+            // The reference refuses so few steps with them.
+            return Ok(());
+        }
+        config["skip_prk_steps"] = Value::Bool(true);
+    }
+    let (of_sigmas, of_timesteps) = (&case.json["tolerance"]["sigmas"], &case.json["tolerance"]["timesteps"]);
+    let (of_sigmas, of_timesteps) = (of_sigmas["suggested_rtol"].as_f64(), of_timesteps["suggested_atol"].as_f64());
+    let (of_sigmas, of_timesteps) = of_sigmas.zip(of_timesteps).ok_or("no tolerances")?;
+    let run = json!({ "class": class, "full_config": config, "num_inference_steps": steps });
+    let (scheduler, sigmas) = build(case, name, &run)?;
+    if case.has(&format!("{name}.sigmas")) {
+        check_near("sigmas", &sigmas, &numbers(case, &format!("{name}.sigmas"))?, |b| of_sigmas as f32 * b.abs())?;
+    }
+    let (timesteps, recorded) = (f32s(scheduler.timesteps()), numbers(case, &format!("{name}.timesteps"))?);
+    // The first step is made twice, and the first three by Runge-Kutta.
+    let (made, others) = if is_plms { (4, recorded.len().saturating_sub(steps - 3)) } else { (0, 0) };
+    check_near("timesteps", &timesteps[made..], &recorded[others..], |_| of_timesteps as f32)
+}
+
+/// That numbers are as many as were recorded, each within the tolerance of its recording.
+fn check_near(what: &str, got: &[f32], recorded: &[f32], tolerance: impl Fn(f32) -> f32) -> Outcome {
+    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= tolerance(*b);
+    if got.len() == recorded.len() && got.iter().zip(recorded).all(near) {
+        return Ok(());
+    }
+    Err(format!("{what} {got:?}, expected {recorded:?}"))
+}
+
+fn numbers(case: &Case, name: &str) -> Result<Vec<f32>, String> {
+    case.tensor(name)?.to_dtype(DType::F32).and_then(|t| t.to_vec1()).map_err(err)
+}
+
+fn f32s(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|x| *x as f32).collect()
 }
 
 fn build(case: &Case, name: &str, run: &Value) -> Result<(Box<dyn Scheduler>, Vec<f32>), String> {
@@ -119,11 +166,6 @@ impl StepNoise for Recorded {
         let missing = || models::Error::Invalid { field: "step", reason: format!("no noise was recorded for {step}") };
         self.0.get(step).cloned().ok_or_else(missing)
     }
-}
-
-fn tensor(values: Vec<f32>) -> Result<Tensor, String> {
-    let len = values.len();
-    Tensor::from_vec(values, len, &Device::Cpu).map_err(err)
 }
 
 fn err(e: impl std::fmt::Display) -> String {
