@@ -234,11 +234,12 @@ fn betas(fields: Fields<'_>, defaults: Defaults, n: usize) -> Result<Vec<f32>> {
     })
 }
 
-/// torch's `linspace` in float32: from both ends to the middle.
+/// torch's `linspace` in float32: from both ends to the middle, each rounded once.
 fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     let step = (end - start) / (n - 1) as f32;
-    let at = |i: usize| if i < n / 2 { start + step * i as f32 } else { end - step * (n - 1 - i) as f32 };
+    let from = |end: f32, step: f32, i: usize| step.mul_add(i as f32, end);
+    let at = |i: usize| if i < n / 2 { from(start, step, i) } else { from(end, -step, n - 1 - i) };
     (0..n).map(at).collect()
 }
 
@@ -264,4 +265,28 @@ fn without_picture_at_the_end(alphas_cumprod: &[f32]) -> Vec<f32> {
 /// Refuses ways to choose sigmas that are not here.
 pub(super) fn refuse_other_sigmas(fields: Fields<'_>) -> Result<()> {
     ["use_beta_sigmas", "use_dynamic_shifting"].into_iter().try_for_each(|name| fields.only(name, &Value::Bool(false)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_between_two_are_torchs_to_the_bit() {
+        // torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32)
+        let all = linspace_f32(0.00085f64.sqrt(), 0.012f64.sqrt(), 1000);
+        let expected = [
+            (1, 0x3cef_7eb8u32),
+            (7, 0x3cf3_7345),
+            (333, 0x3d65_2d3c),
+            (499, 0x3d8d_f216),
+            (500, 0x3d8e_1c46),
+            (501, 0x3d8e_4677),
+            (777, 0x3dbb_c2c9),
+            (998, 0x3de0_2eae),
+        ];
+        for (at, bits) in expected {
+            assert_eq!(all[at].to_bits(), bits, "{at}: {}", all[at]);
+        }
+    }
 }
