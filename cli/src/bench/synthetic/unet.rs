@@ -49,7 +49,7 @@ impl UNet {
     fn layers(&self) -> Layers {
         let (config, widths) = (&self.config, &self.config.block_out_channels);
         let (n, first) = (widths.len(), widths[0]);
-        let pixels = |at: usize| (self.side / SCALE >> at).pow(2);
+        let pixels = |at: usize| ((self.side / SCALE) >> at).pow(2);
         let mut layers = Layers::default();
         layers.conv("conv_in", [config.in_channels, first], 3, pixels(0));
         layers.linear("time_embedding.linear_1", [first, 4 * first], 1);
