@@ -22,7 +22,7 @@ mod transformer_2d;
 
 use blocks::{Block, Conditions};
 pub use config::{DownBlockType, OneOrMany, UNet2DConditionConfig, UpBlockType};
-use resnet::GroupNorm;
+use resnet::{GroupNorm, of_time};
 
 /// Side of the first and the last kernel.
 const SIZE: usize = 3;
@@ -94,11 +94,11 @@ impl Embedders {
     fn load(w: &Weights, config: &UNet2DConditionConfig) -> Result<Self> {
         let (c, d) = (config.block_out_channels[0], config.time_embed_dim());
         let cond_proj = |width| Linear::load(&w.pp("time_embedding.cond_proj"), width, c);
-        let add = |width| Mlp::load(&w.pp("add_embedding"), width, d);
+        let add = |width| of_time(|| Mlp::load(&w.pp("add_embedding"), width, d));
         let added = config.projection_class_embeddings_input_dim.filter(|_| config.has_text_time());
         Ok(Self {
             conv_in: Conv2d::load(&w.pp("conv_in"), [config.in_channels, c], SIZE)?,
-            time_embedding: Mlp::load(&w.pp("time_embedding"), c, d)?,
+            time_embedding: of_time(|| Mlp::load(&w.pp("time_embedding"), c, d))?,
             time_cond_proj: config.time_cond_proj_dim.map(cond_proj).transpose()?,
             add_embedding: added.map(add).transpose()?,
         })

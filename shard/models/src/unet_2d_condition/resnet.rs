@@ -1,7 +1,7 @@
 //! `ResnetBlock2D`, and what changes the resolution.
 
 use parallel::convolution::{self, Placement};
-use parallel::ops::{self, Activation};
+use parallel::ops::{self, Activation, Products};
 use parallel::{ColumnParallelConv2d, ColumnParallelLinear, Shard, Tensor, Weights};
 
 use super::UNet2DConditionConfig;
@@ -10,6 +10,12 @@ use crate::mmdit::layers::column;
 
 /// Side of the kernels.
 const SIZE: usize = 3;
+
+/// Loads a layer of the timestep's embedding, of one row: it is multiplied in f32 whatever the network is, since it goes into every place of every
+/// picture and costs nothing.
+pub(super) fn of_time<T>(load: impl FnOnce() -> Result<T>) -> Result<T> {
+    Products::F32.scope(load)
+}
 
 /// A group norm over `[B, C, H, W]`, of all channels or of a rank's.
 #[derive(Debug)]
@@ -68,7 +74,7 @@ impl ResnetBlock2D {
         Ok(Self {
             norm1: GroupNorm::load(&w.pp("norm1"), c_in, groups, eps)?,
             conv1: ColumnParallelConv2d::load(&w.pp("conv1"), [c_in, c_out], SIZE)?,
-            time_emb_proj: column(&w.pp("time_emb_proj"), config.time_embed_dim(), c_out)?,
+            time_emb_proj: of_time(|| column(&w.pp("time_emb_proj"), config.time_embed_dim(), c_out))?,
             norm2: GroupNorm::load_split(&w.pp("norm2"), c_out, groups, eps)?,
             conv2: ColumnParallelConv2d::load(&w.pp("conv2"), [c_out, c_out], SIZE)?,
             conv_shortcut: (c_in != c_out).then(shortcut).transpose()?,
