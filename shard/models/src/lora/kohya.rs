@@ -2,7 +2,8 @@
 //!
 //! `lora_unet_` is the denoiser whatever it is, `lora_te_` and `lora_te1_` the first text encoder, `lora_te2_` and `lora_te3_` the
 //! others; where a model has two, T5 is the third all the same (`Sites::without_third_text_encoder`). Underscores cannot be told from dots, so names are compared with those of the network, flattened likewise. Where
-//! kohya trains on the original code of a model, the layers have the original names: see [`super::flux_original`].
+//! kohya trains on the original code of a model, the layers have the original names: see [`super::flux_original`] and
+//! [`super::sgm`].
 
 use super::Part;
 

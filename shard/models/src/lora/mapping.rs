@@ -8,7 +8,7 @@ use parallel::lora::{Factors, Site};
 
 use super::file::AdapterFile;
 use super::peft::Role;
-use super::{Part, bad, flux_original, kohya, listed, peft};
+use super::{Part, bad, flux_original, kohya, listed, peft, sgm};
 use crate::Result;
 
 const SECOND: &str = "text_encoder_2";
@@ -59,12 +59,26 @@ impl Sites {
             return one(site);
         }
         let flat = kohya::flattened(name);
-        if let Some(site) = self.by_flat.get(&flat).and_then(|name| self.by_name.get(name)) {
+        if let Some(site) = self.flat(&flat) {
+            return one(site);
+        }
+        if let Some(site) = sgm::diffusers(&flat, self.layers_per_block()).and_then(|flat| self.flat(&flat)) {
             return one(site);
         }
         let original = flux_original::original(&flat)?;
         let sites = original.sites.iter().map(|name| self.by_name.get(name)).collect::<Option<_>>()?;
         Some(Targets { sites, halves_swapped: original.halves_swapped })
+    }
+
+    /// The layer of a flattened name.
+    fn flat(&self, flat: &str) -> Option<&Site> {
+        self.by_flat.get(flat).and_then(|name| self.by_name.get(name))
+    }
+
+    /// Residual blocks in each block down of a U-Net.
+    fn layers_per_block(&self) -> usize {
+        let has = |i: &usize| self.by_name.contains_key(&format!("down_blocks.0.resnets.{i}.time_emb_proj"));
+        (0..).take_while(has).count()
     }
 }
 
@@ -98,8 +112,8 @@ impl Change {
     pub fn factors(&self, file: &AdapterFile) -> Result<Factors> {
         let up = file.tensor(&self.up)?;
         let rows: Vec<Tensor> = self.rows.iter().map(|rows| up.narrow(0, rows.start, rows.len())).collect::<Result<_, _>>()?;
-        let b = Tensor::cat(&rows, 0)?;
-        Ok(Factors { site: self.site.clone(), a: file.tensor(&self.down)?, b, factor: self.factor })
+        let (a, b) = (file.tensor(&self.down)?.flatten_from(1)?, Tensor::cat(&rows, 0)?.flatten_from(1)?);
+        Ok(Factors { site: self.site.clone(), a, b, factor: self.factor })
     }
 }
 
@@ -170,13 +184,7 @@ fn of_module(file: &AdapterFile, sites: &Sites, targets: &Targets<'_>, tensors: 
     };
     let d_in = targets.sites.first().map_or(0, |site| site.d_in);
     let d_out: usize = targets.sites.iter().map(|site| site.d_out).sum();
-    let rank = match file.shape(down) {
-        Some([rank, width]) if *width == d_in && *rank > 0 => *rank,
-        found => return Err(shape(file, down, found, &format!("[rank, {d_in}]"))),
-    };
-    if file.shape(up) != Some([d_out, rank].as_slice()) {
-        return Err(shape(file, up, file.shape(up), &format!("[{d_out}, {rank}]")));
-    }
+    let rank = rank(file, [down, up], [d_in, d_out])?;
     let mut changes = Vec::new();
     let mut start = 0;
     for site in &targets.sites {
@@ -193,6 +201,22 @@ fn of_module(file: &AdapterFile, sites: &Sites, targets: &Targets<'_>, tensors: 
         changes.push(Change { component, site, down: down.clone(), up: up.clone(), rows, factor, elements });
     }
     Ok(changes)
+}
+
+/// The rank of a layer's two factors, whose shapes fit it.
+fn rank(file: &AdapterFile, [down, up]: [&str; 2], [d_in, d_out]: [usize; 2]) -> Result<usize> {
+    // Of a layer that was a convolution of single pixels both factors are such: the same numbers as of matrices.
+    let pixel: &[usize] = if matches!(file.shape(up), Some([_, _, 1, 1])) { &[1, 1] } else { &[] };
+    let width = [&[d_in], pixel].concat();
+    let rank = match file.shape(down) {
+        Some([rank, rest @ ..]) if *rank > 0 && *rest == *width => *rank,
+        found => return Err(shape(file, down, found, &format!("[rank, {}", format!("{width:?}").trim_start_matches('[')))),
+    };
+    let expected = [&[d_out, rank], pixel].concat();
+    match file.shape(up) {
+        Some(found) if *found == *expected => Ok(rank),
+        found => Err(shape(file, up, found, &format!("{expected:?}"))),
+    }
 }
 
 fn shape(file: &AdapterFile, key: &str, found: Option<&[usize]>, expected: &str) -> crate::Error {

@@ -170,6 +170,41 @@ fn a_wrong_shape_and_a_factor_without_the_other_name_the_tensor() {
 }
 
 #[test]
+fn factors_of_single_pixels_are_matrices_if_both_are() {
+    let (down, up) = (format!("transformer.{Q}.lora_A.weight"), format!("transformer.{Q}.lora_B.weight"));
+    let dir = tempfile::tempdir().unwrap();
+    let file = AdapterFile::open(&write(dir.path(), &[(&down, &[2, 4, 1, 1]), (&up, &[4, 2, 1, 1])], None)).unwrap();
+    let found = changes(&file, &[transformer()], false).unwrap();
+    let factors = found[0].factors(&file).unwrap();
+    assert_eq!((found[0].elements, factors.a.dims(), factors.b.dims()), (16, [2, 4].as_slice(), [4, 2].as_slice()));
+    assert!(reason(map(&[(&down, &[2, 4]), (&up, &[4, 2, 1, 1])], None)).contains(&format!("`{down}` has shape [2, 4]")));
+    assert!(
+        reason(map(&[(&down, &[2, 4, 1, 1]), (&up, &[4, 3, 1, 1])], None)).contains(&format!("`{up}` has shape [4, 3, 1, 1]"))
+    );
+    assert!(
+        reason(map(&[(&down, &[2, 4, 3, 3]), (&up, &[4, 2, 1, 1])], None)).contains(&format!("`{down}` has shape [2, 4, 3, 3]"))
+    );
+}
+
+#[test]
+fn the_blocks_of_the_original_u_net_are_as_long_as_the_models() {
+    let unet = |layers: usize| {
+        let site = |name: String| Site { name, d_in: 4, d_out: 4, cut: Cut::Whole };
+        let resnets = (0..layers).map(|i| site(format!("down_blocks.0.resnets.{i}.time_emb_proj")));
+        let blocks = (0..3).map(|block| site(format!("down_blocks.{block}.attentions.0.proj_in")));
+        Sites::new("unet", resnets.chain(blocks))
+    };
+    let module = "lora_unet_input_blocks_4_1_proj_in";
+    let (down, up) = (format!("{module}.lora_down.weight"), format!("{module}.lora_up.weight"));
+    let dir = tempfile::tempdir().unwrap();
+    let file = AdapterFile::open(&write(dir.path(), &[(&down, &[2, 4]), (&up, &[4, 2])], None)).unwrap();
+    let found = |layers: usize| changes(&file, &[unet(layers)], false).map(|found| found[0].site.clone());
+    assert_eq!(found(2).unwrap(), "down_blocks.1.attentions.0.proj_in");
+    assert_eq!(found(3).unwrap_err().to_string().matches("for no layer").count(), 1, "the fourth step of four has a downsampler");
+    assert!(found(0).is_err(), "it has no such blocks");
+}
+
+#[test]
 fn two_tensors_for_one_layer_are_refused() {
     let (a, b) = (format!("transformer.{Q}.lora_A.weight"), format!("transformer.{Q}.lora_B.weight"));
     let (c, d) = (format!("{Q}.lora_down.weight"), format!("{Q}.lora_up.weight"));
