@@ -23,9 +23,13 @@ fn sites() -> Sites {
         "single_transformer_blocks.0.attn.to_v",
         "norm_out.linear",
         "x_embedder",
+        "down_blocks.0.resnets.0.time_emb_proj",
+        "down_blocks.1.attentions.0.proj_in",
     ];
-    let site = |name: &str| Site { name: name.to_owned(), d_in: 4, d_out: 4, cut: Cut::Whole };
-    Sites::new("transformer", names.map(site))
+    let convolutions = ["down_blocks.0.resnets.0.conv1", "up_blocks.0.upsamplers.0.conv"];
+    let site = |name: &str, kernel| Site { name: name.to_owned(), d_in: 4, d_out: 4, kernel, cut: Cut::Whole };
+    let linear = names.iter().map(|name| site(name, None));
+    Sites::new("transformer", linear.chain(convolutions.iter().map(|name| site(name, Some(3)))))
 }
 
 /// A safetensors file of these keys, all zeros.
@@ -58,7 +62,8 @@ fuzz_target!(|text: &str| {
             assert_eq!(change.component, "transformer");
             if let Ok(factors) = change.factors(&file) {
                 assert_eq!(factors.a.dims().len(), 2);
-                assert_eq!(factors.a.dims()[1], 4, "as wide as the layer's input");
+                let width = if change.site.contains("conv") { 4 * 3 * 3 } else { 4 };
+                assert_eq!(factors.a.dims()[1], width, "as wide as the layer's input");
                 assert_eq!(factors.b.dims(), [4, factors.a.dims()[0]], "as tall as its output");
             }
         }

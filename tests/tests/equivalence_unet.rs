@@ -3,12 +3,14 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
-use models::blocks::{Layout, RangeOf};
+use models::blocks::{BlockModel, Layout, RangeOf};
 use models::unet_2d_condition::{OneOrMany, UNet2DConditionConfig, UNet2DConditionModel};
 use models::{Error, Result};
+use parallel::lora::{Activated, Factors};
 use parallel::ops::Products;
-use parallel::{DType, Device, Tensor, Tensors, Weights};
+use parallel::{DType, Device, Solo, Tensor, Tensors, Weights};
 use tempfile::TempDir;
 use tests::ranks::{Ran, run_block_model};
 use tests::synthetic::unet_2d_condition::{self as synthetic, sd15, sdxl};
@@ -154,6 +156,62 @@ fn products_in_bf16_have_the_same_bits_at_every_layout() {
                     assert!(bits(got) == bits(expected), "{products} at tp {tp} x {block_ranges}");
                 }
             });
+        }
+    }
+}
+
+/// A network, and the adapters on what it is given.
+struct Adapted {
+    network: UNet2DConditionModel,
+    _active: Activated,
+}
+
+impl BlockModel for Adapted {
+    fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
+        self.network.embed(inputs)
+    }
+
+    fn blocks(&self, hidden: Tensors) -> Result<Tensors> {
+        self.network.blocks(hidden)
+    }
+
+    fn output(&self, hidden: Tensors) -> Result<Tensors> {
+        self.network.output(hidden)
+    }
+}
+
+#[test]
+fn adapters_on_every_layer_give_the_same_bits_at_every_layout_and_leave_other_items_alone() {
+    for config in small() {
+        let (dir, tensors) = write(&config);
+        let w = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap().measuring();
+        UNet2DConditionModel::load(&w, &config, RangeOf::WHOLE).unwrap();
+        let sites = w.adapters().sites();
+        assert_eq!(sites.len(), tensors.values().filter(|tensor| tensor.rank() > 1).count(), "every layer is a site");
+        let mut random = Random::new(5);
+        let factors = sites.into_iter().map(|site| {
+            let (a, b) = (random.tensor(&[2, site.width()], 0.0, 0.1)?, random.tensor(&[site.d_out, 2], 0.0, 0.1)?);
+            Ok(Factors { site: site.name, a, b, factor: 1.0 })
+        });
+        let factors: Vec<Factors> = factors.collect::<candle_core::Result<_>>().unwrap();
+        let inputs = inputs(&config, 2);
+        let adapted = |tp: usize, block_ranges: usize, scale: f64| {
+            let load = |w: &Weights, range: RangeOf| {
+                let network = UNet2DConditionModel::load(w, &config, range)?;
+                let adapter = Arc::new(w.adapters().adapter::<parallel::Error>(factors.iter().cloned().map(Ok))?);
+                let _active = w.adapters().activate(vec![(1, vec![(adapter, scale)]), (1, vec![])]);
+                Ok(Adapted { network, _active })
+            };
+            let ran = run_block_model(dir.path(), Layout::new(tp, block_ranges), &inputs, load).unwrap();
+            ran.output("sample").unwrap().clone()
+        };
+        let item = |x: &Tensor, i: usize| bits(&x.narrow(0, i, 1).unwrap());
+        let plain = run(dir.path(), &config, 1, 1, &inputs).unwrap().output("sample").unwrap().clone();
+        let expected = adapted(1, 1, 1.0);
+        assert!(item(&expected, 0) != item(&plain, 0) && item(&expected, 1) == item(&plain, 1));
+        assert!(item(&expected, 0) != item(&adapted(1, 1, 0.5), 0));
+        for (tp, block_ranges) in [(1, 3), (2, 1), (4, 2), (8, 1)] {
+            assert!(bits(&adapted(tp, block_ranges, 1.0)) == bits(&expected), "tp {tp} x {block_ranges}");
         }
     }
 }

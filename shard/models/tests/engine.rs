@@ -329,7 +329,7 @@ fn adapter(dir: &Path, name: &str) -> Source {
 }
 
 fn with_adapters(named: Vec<Source>, cache_bytes: u64) -> RankGroup {
-    let sites = Sites::new("transformer", [Site { name: "block".into(), d_in: 4, d_out: 4, cut: Cut::Whole }]);
+    let sites = Sites::new("transformer", [Site { name: "block".into(), d_in: 4, d_out: 4, kernel: None, cut: Cut::Whole }]);
     let store = AdapterStore::new(Arc::new(Adapters::on(&Device::Cpu)), sites, Sources { named, cache_bytes });
     RankGroup::solo().with_adapters(Arc::new(store))
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use kernels::conv::{self, Geometry};
 
+use crate::lora::{Cut, Patch, Site};
 use crate::ops::host::{has_kernels, ours, read, read_as, write};
 use crate::ops::{Activation, Products};
 use crate::weights::{Shard, Weights};
@@ -38,6 +39,7 @@ impl Placement {
 pub struct Conv2d {
     kernel: Kernel,
     dtype: DType,
+    patch: Option<Patch>,
 }
 
 #[derive(Clone)]
@@ -51,24 +53,27 @@ enum Kernel {
 impl Conv2d {
     /// Reads `weight: [c_out, c_in, size, size]` and `bias: [c_out]`.
     pub fn load(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
-        Self::load_shard(w, [c_in, c_out], size, &Shard::Replicated, false)
+        Self::load_cut(w, [c_in, c_out], size, Cut::Whole, false)
     }
 
     /// As [`Self::load`], of a kernel that is laid on pictures enlarged to twice their size, each pixel repeated: they are not enlarged, but
     /// convolved with its sums. It takes only [`Placement::same`].
     pub fn load_doubling(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
-        Self::load_shard(w, [c_in, c_out], size, &Shard::Replicated, true)
+        Self::load_cut(w, [c_in, c_out], size, Cut::Whole, true)
     }
 
-    /// The output channels of `shard`.
-    fn load_shard(w: &Weights, [c_in, c_out]: [usize; 2], size: usize, shard: &Shard, doubles: bool) -> Result<Self> {
+    /// This rank's output channels: all, or its share of them.
+    fn load_cut(w: &Weights, [c_in, c_out]: [usize; 2], size: usize, cut: Cut, doubles: bool) -> Result<Self> {
+        let shard = if cut == Cut::Whole { Shard::Replicated } else { Shard::split(0, c_out) };
         let weight = stored(w, &[c_out, c_in, size, size], shard.clone())?;
-        let bias = w.get("bias", &[c_out], shard.clone())?;
-        Self::of(w, weight, bias, doubles)
+        let bias = w.get("bias", &[c_out], shard)?;
+        let site = Site { name: w.prefix().to_owned(), d_in: c_in, d_out: c_out, kernel: Some(size), cut };
+        let patch = Some(w.adapters().register(site, w.group()));
+        Ok(Self { patch, ..Self::of(w, weight, bias, doubles)? })
     }
 
     /// Reads the last frame of `weight: [c_out, c_in, size, size, size]` and `bias: [c_out]`: what a causal convolution in time
-    /// and space does to a picture that has none before it.
+    /// and space does to a picture that has none before it. Adapters do not change it.
     pub fn load_last_frame(w: &Weights, [c_in, c_out]: [usize; 2], size: usize) -> Result<Self> {
         let last = Shard::part(2, size.saturating_sub(1)..size);
         let weight = stored(w, &[c_out, c_in, size, size, size], last)?;
@@ -97,7 +102,19 @@ impl Conv2d {
         } else {
             Kernel::Whole { weight, bias, doubles }
         };
-        Ok(Self { kernel, dtype })
+        Ok(Self { kernel, dtype, patch: None })
+    }
+
+    /// Of an adapter: `weight: [c_out, c_in, size, size]` in f32, in which it is multiplied whatever layers are, without a bias.
+    pub(crate) fn of_factor(weight: &Tensor) -> Result<Self> {
+        let (c_out, c_in, size, _) = weight.dims4()?;
+        let kernel = if has_kernels(weight.device()) {
+            Kernel::Packed(Arc::new(read(weight, |w| conv::Conv2d::pack(w, [c_out, c_in, size], None))?))
+        } else {
+            let bias = Tensor::zeros(c_out, DType::F32, weight.device())?;
+            Kernel::Whole { weight: weight.clone(), bias, doubles: false }
+        };
+        Ok(Self { kernel, dtype: DType::F32, patch: None })
     }
 
     /// Of what flows through.
@@ -110,25 +127,47 @@ impl Conv2d {
     /// # Errors
     /// Channels or a placement that are not this convolution's.
     pub fn forward(&self, x: &Tensor, at: Placement) -> Result<Tensor> {
-        self.convolve(Picture::Floats(x), at, None)
+        self.adapted(x, at, self.convolve(Picture::Floats(x), at, None)?)
     }
 
     /// As [`Self::forward`], plus `residual: [B, C_out, H', W']`, in one pass.
     pub fn forward_plus(&self, x: &Tensor, at: Placement, residual: &Tensor) -> Result<Tensor> {
-        self.convolve(Picture::Floats(x), at, Some(residual))
+        self.adapted(x, at, self.convolve(Picture::Floats(x), at, Some(residual))?)
     }
 
     /// As [`Self::forward`] of [`ops::group_norm`], plus a `residual` if there is one: what goes between the two is written in the bits in which it
-    /// is multiplied.
+    /// is multiplied, unless adapters have to see it.
     pub fn forward_normed(&self, x: &Tensor, norm: GroupNorm<'_>, at: Placement, residual: Option<&Tensor>) -> Result<Tensor> {
         let GroupNorm { groups, affine, eps, activation } = norm;
         match &self.kernel {
-            Kernel::Packed(conv) if conv.takes_pairs() && ours(x) && x.dim(1)?.is_multiple_of(2 * groups) => {
+            Kernel::Packed(conv)
+                if conv.takes_pairs() && ours(x) && x.dim(1)?.is_multiple_of(2 * groups) && !self.is_adapted() =>
+            {
                 let pairs = ops::group_norm_in_pairs(x, groups, affine, eps, activation)?;
                 self.convolve(Picture::Pairs(&pairs), at, residual)
             }
-            _ => self.convolve(Picture::Floats(&ops::group_norm(x, groups, affine, eps, activation)?), at, residual),
+            _ => {
+                let x = ops::group_norm(x, groups, affine, eps, activation)?;
+                self.adapted(&x, at, self.convolve(Picture::Floats(&x), at, residual)?)
+            }
         }
+    }
+
+    /// Whether adapters change it now.
+    fn is_adapted(&self) -> bool {
+        self.patch.as_ref().is_some_and(Patch::is_active)
+    }
+
+    /// `y`, made of `x`, with what adapters add.
+    fn adapted(&self, x: &Tensor, at: Placement, y: Tensor) -> Result<Tensor> {
+        let Some(patch) = self.patch.as_ref().filter(|patch| patch.is_active()) else { return Ok(y) };
+        let doubles = match &self.kernel {
+            Kernel::Packed(conv) => conv.doubles(),
+            Kernel::Whole { doubles, .. } => *doubles,
+        };
+        // An adapter's kernel is laid on the enlarged picture itself.
+        let enlarged = doubles.then(|| ops::upsample_nearest2x(x)).transpose()?;
+        Ok(patch.add_convolved(enlarged.as_ref().unwrap_or(x), y, at)?.to_dtype(x.dtype())?)
     }
 
     fn convolve(&self, picture: Picture<'_>, at: Placement, residual: Option<&Tensor>) -> Result<Tensor> {
@@ -261,9 +300,9 @@ mod tests {
         for (stride, before, after, doubles) in [(1, 1, 1, false), (2, 0, 1, false), (1, 1, 1, true)] {
             let pack = if doubles { conv::Conv2d::pack_doubling } else { conv::Conv2d::pack };
             let packed = read(&weight, |w| pack(w, [6, 5, 3], Some(&values))).unwrap();
-            let ours = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
+            let ours = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32, patch: None };
             let theirs = Kernel::Whole { weight: weight.clone(), bias: bias.clone(), doubles };
-            let theirs = Conv2d { kernel: theirs, dtype: DType::F32 };
+            let theirs = Conv2d { kernel: theirs, dtype: DType::F32, patch: None };
             let at = Placement { stride, before, after };
             let (ours, theirs) = (ours.forward(&x, at).unwrap(), theirs.forward(&x, at).unwrap());
             let difference = (ours - theirs).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
@@ -274,7 +313,7 @@ mod tests {
     #[test]
     fn a_doubling_kernel_takes_no_other_placement() {
         let packed = conv::Conv2d::pack_doubling(&[1.0; 9], [1, 1, 3], None);
-        let conv = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32 };
+        let conv = Conv2d { kernel: Kernel::Packed(Arc::new(packed)), dtype: DType::F32, patch: None };
         let x = Tensor::zeros((1, 1, 4, 4), DType::F32, &Device::Cpu).unwrap();
         assert_eq!(conv.forward(&x, Placement::same(3)).unwrap().dims(), [1, 1, 8, 8]);
         let error = conv.forward(&x, Placement { stride: 2, before: 0, after: 1 }).unwrap_err();

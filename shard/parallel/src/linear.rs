@@ -103,7 +103,7 @@ impl Linear {
 
 /// The layer's place among those that adapters can change.
 fn patch(w: &Weights, d_in: usize, d_out: usize, cut: Cut) -> Patch {
-    w.adapters().register(Site { name: w.prefix().to_owned(), d_in, d_out, cut }, w.group())
+    w.adapters().register(Site { name: w.prefix().to_owned(), d_in, d_out, kernel: None, cut }, w.group())
 }
 
 /// `y = x W^T + b`, with the rows of `W` (output features) divided over the group.

@@ -1,11 +1,13 @@
 //! Low-rank adapters (LoRA, <https://arxiv.org/abs/2106.09685>), never merged: a layer that adapters are active on gives
-//! `W x + b + sum_i scale_i (alpha_i / rank_i) B_i (A_i x)`.
+//! `W x + b + sum_i scale_i (alpha_i / rank_i) B_i (A_i x)`. Of a convolution, `A_i` is one that is laid where the layer's kernel is,
+//! and `B_i` one of single pixels.
 //!
-//! Every linear layer has a *site* here, by the full name of its weight, which it registers when it loads. What is active is said
-//! for each item (dimension 0) of a forward, so items of one batch can have adapters of their own; an item without any keeps its
-//! exact bits, and what is added to an item does not depend on its neighbours. Products are in f32, and each is cut as the layer
-//! is: a column-parallel layer holds `A` whole and its rows of `B`, a row-parallel one its columns of `A` (in the layer's own
-//! eight chunks, with one sum of `[.., rank]` over the group) and `B` whole. So every tp gives the same bits here, too.
+//! Every linear layer and every convolution has a *site* here, by the full name of its weight, which it registers when it loads.
+//! What is active is said for each item (dimension 0) of a forward, so items of one batch can have adapters of their own; an item
+//! without any keeps its exact bits, and what is added to an item does not depend on its neighbours. Products are in f32, and each
+//! is cut as the layer is: a column-parallel layer holds `A` whole and its rows (or channels) of `B`, a row-parallel one its columns
+//! of `A` (in the layer's own eight chunks, with one sum of `[.., rank]` over the group) and `B` whole. So every tp gives the same
+//! bits here, too.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,21 +18,33 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, Tensor};
 
 use crate::collective::Collective;
-use crate::linear::chunks;
-use crate::ops::Matrix;
+use crate::convolution::Placement;
 use crate::{Error, Result};
 
-/// A linear layer that adapters can change.
+mod pair;
+
+use pair::Pair;
+
+/// A layer that adapters can change: linear, or a convolution.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Site {
     /// The full name of the layer in its checkpoint, such as `transformer_blocks.0.attn.to_q`.
     pub name: String,
-    /// Input features, over all ranks.
+    /// Input features or channels, over all ranks.
     pub d_in: usize,
-    /// Output features, over all ranks.
+    /// Output features or channels, over all ranks.
     pub d_out: usize,
+    /// Side of a convolution's kernel; `None`: a linear layer.
+    pub kernel: Option<usize>,
     /// How the layer is divided over the ranks.
     pub cut: Cut,
+}
+
+impl Site {
+    /// Numbers that each output is made of: the columns of `A`.
+    pub fn width(&self) -> usize {
+        self.d_in * self.kernel.map_or(1, |size| size * size)
+    }
 }
 
 /// How a layer is divided over the ranks of its group.
@@ -51,7 +65,7 @@ pub enum Cut {
 pub struct Factors {
     /// The site's name.
     pub site: String,
-    /// `A: [rank, d_in]`
+    /// `A: [rank, d_in]`; of a convolution `[rank, d_in size size]`, flattened in the kernel's order.
     pub a: Tensor,
     /// `B: [d_out, rank]`
     pub b: Tensor,
@@ -62,12 +76,6 @@ pub struct Factors {
 /// What one rank holds of an adapter: its slices, for the sites it has.
 pub struct Adapter {
     pairs: HashMap<usize, Pair>,
-}
-
-struct Pair {
-    a: Matrix,
-    b: Matrix,
-    factor: f64,
 }
 
 /// Consecutive items of a forward, and the adapters that are active on them, each with its scale.
@@ -161,51 +169,6 @@ impl Drop for Activated {
     }
 }
 
-impl Pair {
-    fn of(factors: &Factors, site: &Site, group: &dyn Collective, device: &Device) -> Result<Self> {
-        let Factors { a, b, factor, .. } = factors;
-        let shape = |name: &str, found: &Tensor, expected: [usize; 2]| {
-            let name = format!("{}.{name}", site.name);
-            if found.dims() == expected {
-                return Ok(());
-            }
-            Err(Error::Shape { name, found: found.dims().to_vec(), expected: expected.to_vec() })
-        };
-        let rank = a.dim(0)?;
-        shape("lora_A", a, [rank, site.d_in])?;
-        shape("lora_B", b, [site.d_out, rank])?;
-        let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
-        // The file's factors are the host's; what is kept of them is where the layer multiplies.
-        let whole = |x: &Tensor| Matrix::new(&x.to_device(device)?);
-        let (a, b) = match &site.cut {
-            Cut::Whole => (whole(&a)?, whole(&b)?),
-            Cut::Outputs(parts) => (whole(&a)?, whole(&slice(&b, 0, parts, group)?)?),
-            Cut::Rows(rows) => {
-                let mine = rows.iter().map(|rows| b.narrow(0, rows.start, rows.len())).collect::<Result<Vec<_>, _>>()?;
-                (whole(&a)?, whole(&Tensor::cat(&mine, 0)?)?)
-            }
-            Cut::Inputs(parts) => {
-                let pieces = chunks(parts, group.size(), group.rank());
-                (Matrix::in_chunks(&slice(&a, 1, parts, group)?.to_device(device)?, pieces)?, whole(&b)?)
-            }
-        };
-        Ok(Self { a, b, factor: *factor })
-    }
-}
-
-/// This rank's share of every part packed along `dim`.
-fn slice(x: &Tensor, dim: usize, parts: &[usize], group: &dyn Collective) -> Result<Tensor> {
-    let (rank, tp) = (group.rank(), group.size());
-    let mut start = 0;
-    let mut mine = Vec::new();
-    for part in parts {
-        let (from, to) = (rank * part / tp, (rank + 1) * part / tp); // as the layers are, which may be uneven
-        mine.push(x.narrow(dim, start + from, to - from)?);
-        start += part;
-    }
-    Ok(Tensor::cat(&mine, dim)?.contiguous()?)
-}
-
 /// A layer's end: adds what is active on its site.
 #[derive(Clone)]
 pub(crate) struct Patch {
@@ -228,9 +191,18 @@ impl Patch {
         self.adapters.active().is_some_and(|runs| holds(&runs))
     }
 
-    /// `y`, the layer's own output for `x` before it is rounded, and what is active on it. `x: [items, .., d_in]`, or all items
+    /// `y`, a linear layer's own output for `x` before it is rounded, and what is active on it. `x: [items, .., d_in]`, or all items
     /// several times, one time after the other: a modulation that is made for two timesteps at once.
     pub(crate) fn add(&self, x: &Tensor, y: Tensor) -> Result<Tensor> {
+        self.add_each(x, y, |pair, x| pair.product(x, self.reduce.as_deref()))
+    }
+
+    /// As [`Self::add`], of a convolution whose kernel is laid on `x: [items, C_in, H, W]` as `at` says.
+    pub(crate) fn add_convolved(&self, x: &Tensor, y: Tensor, at: Placement) -> Result<Tensor> {
+        self.add_each(x, y, |pair, x| pair.convolved(x, at))
+    }
+
+    fn add_each(&self, x: &Tensor, y: Tensor, change: impl Fn(&Pair, &Tensor) -> Result<Tensor>) -> Result<Tensor> {
         let Some(runs) = self.adapters.active().filter(|_| self.is_active()) else { return Ok(y) };
         let items: usize = runs.iter().map(|(items, _)| items).sum();
         if x.rank() < 2 || items == 0 || !x.dim(0)?.is_multiple_of(items) {
@@ -247,7 +219,7 @@ impl Patch {
             let x = x.narrow(0, start, items)?;
             for (adapter, scale) in uses {
                 if let Some(pair) = adapter.pairs.get(&self.index) {
-                    let change = (self.product(pair, &x)? * (scale * pair.factor))?;
+                    let change = (change(pair, &x)? * (scale * pair.factor))?;
                     sum = (sum + change.to_dtype(y.dtype())?)?;
                 }
             }
@@ -255,16 +227,6 @@ impl Patch {
             start += items;
         }
         Ok(Tensor::cat(&rows, 0)?)
-    }
-
-    /// `B (A x)`, in f32.
-    fn product(&self, pair: &Pair, x: &Tensor) -> Result<Tensor> {
-        let inner = pair.a.product(&x.to_dtype(DType::F32)?, None, None)?;
-        let inner = match &self.reduce {
-            Some(group) => group.all_reduce(&inner)?,
-            None => inner,
-        };
-        pair.b.product(&inner, None, None)
     }
 }
 

@@ -182,9 +182,7 @@ fn of_module(file: &AdapterFile, sites: &Sites, targets: &Targets<'_>, tensors: 
         let alone: Vec<String> = tensors.values().cloned().collect();
         return Err(bad(file.path(), format!("a layer has one factor without the other: {}", listed(&alone))));
     };
-    let d_in = targets.sites.first().map_or(0, |site| site.d_in);
-    let d_out: usize = targets.sites.iter().map(|site| site.d_out).sum();
-    let rank = rank(file, [down, up], [d_in, d_out])?;
+    let rank = rank(file, [down, up], &targets.sites)?;
     let mut changes = Vec::new();
     let mut start = 0;
     for site in &targets.sites {
@@ -196,23 +194,27 @@ fn of_module(file: &AdapterFile, sites: &Sites, targets: &Targets<'_>, tensors: 
             Some(alpha) => file.number(alpha)? / rank as f64,
             None => peft::configured_factor(file, &sites.component, &site.name, rank)?.unwrap_or(1.0),
         };
-        let elements = (rank * (site.d_in + site.d_out)) as u64;
+        let elements = (rank * (site.width() + site.d_out)) as u64;
         let (component, site) = (sites.component.clone(), site.name.clone());
         changes.push(Change { component, site, down: down.clone(), up: up.clone(), rows, factor, elements });
     }
     Ok(changes)
 }
 
-/// The rank of a layer's two factors, whose shapes fit it.
-fn rank(file: &AdapterFile, [down, up]: [&str; 2], [d_in, d_out]: [usize; 2]) -> Result<usize> {
-    // Of a layer that was a convolution of single pixels both factors are such: the same numbers as of matrices.
-    let pixel: &[usize] = if matches!(file.shape(up), Some([_, _, 1, 1])) { &[1, 1] } else { &[] };
-    let width = [&[d_in], pixel].concat();
+/// The rank of the two factors for layers that share `A`, whose shapes fit them.
+fn rank(file: &AdapterFile, [down, up]: [&str; 2], sites: &[&Site]) -> Result<usize> {
+    let (d_in, kernel) = sites.first().map_or((0, None), |site| (site.d_in, site.kernel));
+    let d_out: usize = sites.iter().map(|site| site.d_out).sum();
+    let size = kernel.unwrap_or(1);
+    // Of single pixels a file may have matrices or kernels, as the trained layer was: the same numbers.
+    let kernels = size > 1 || matches!(file.shape(up), Some([_, _, 1, 1]));
+    let side = |size: usize| if kernels { vec![size; 2] } else { vec![] };
+    let width = [vec![d_in], side(size)].concat();
     let rank = match file.shape(down) {
         Some([rank, rest @ ..]) if *rank > 0 && *rest == *width => *rank,
         found => return Err(shape(file, down, found, &format!("[rank, {}", format!("{width:?}").trim_start_matches('[')))),
     };
-    let expected = [&[d_out, rank], pixel].concat();
+    let expected = [vec![d_out, rank], side(1)].concat();
     match file.shape(up) {
         Some(found) if *found == *expected => Ok(rank),
         found => Err(shape(file, up, found, &format!("{expected:?}"))),

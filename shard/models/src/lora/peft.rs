@@ -11,9 +11,9 @@ use crate::Result;
 /// Which of a layer's tensors a key names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
-    /// `A: [rank, d_in]`
+    /// `A: [rank, d_in]`, or of a convolution `[rank, C_in, k, k]`.
     Down,
-    /// `B: [d_out, rank]`
+    /// `B: [d_out, rank]`, or of a convolution `[C_out, rank, 1, 1]`.
     Up,
     /// One number.
     Alpha,

@@ -10,7 +10,8 @@ use candle_core::Tensor;
 
 use super::{Conv2d, GroupNorm, Placement};
 use crate::collective::Collective;
-use crate::weights::{Shard, Weights};
+use crate::lora::Cut;
+use crate::weights::Weights;
 use crate::{Error, Result};
 
 /// A square convolution with bias. A rank holds `C_out/tp` of its output channels, and takes all input channels.
@@ -39,7 +40,7 @@ impl ColumnParallelConv2d {
         if !c_out.is_multiple_of(tp) {
             return Err(Error::Indivisible { what: format!("{}: channels", w.prefix()), size: c_out, tp });
         }
-        let conv = Conv2d::load_shard(w, [c_in, c_out], size, &Shard::split(0, c_out), doubles)?;
+        let conv = Conv2d::load_cut(w, [c_in, c_out], size, Cut::Outputs(vec![c_out]), doubles)?;
         Ok(Self { conv, group })
     }
 

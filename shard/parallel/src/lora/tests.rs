@@ -8,6 +8,8 @@ use crate::linear::share;
 use crate::mesh::Mesh;
 use crate::{ColumnParallelLinear, InProcess, Linear, RowParallelLinear, Solo, Weights};
 
+mod convolutions;
+
 const D: usize = 32;
 const PARTS: [usize; 2] = [16, 48];
 
@@ -150,7 +152,7 @@ fn items_that_come_twice_have_their_adapters_both_times() {
 fn factors_that_do_not_fit_their_site_are_named_and_those_of_no_site_are_anothers() {
     let layers = Layers::load(&checkpoint(), Arc::new(Solo));
     let sites = layers.adapters.sites();
-    assert_eq!(sites[1], Site { name: "column".into(), d_in: D, d_out: 64, cut: Cut::Outputs(PARTS.to_vec()) });
+    assert_eq!(sites[1], Site { name: "column".into(), d_in: D, d_out: 64, kernel: None, cut: Cut::Outputs(PARTS.to_vec()) });
     let one = |site: &str, a: [usize; 2], b: [usize; 2]| {
         let factors = Factors { site: site.into(), a: random(&a), b: random(&b), factor: 1.0 };
         layers.adapters.adapter([Ok::<_, Error>(factors)])

@@ -8,7 +8,7 @@ use super::*;
 
 /// Two attention layers, a fused pair's targets, and a modulation of two halves.
 fn transformer() -> Sites {
-    let site = |name: &str, d_in, d_out| Site { name: name.into(), d_in, d_out, cut: Cut::Whole };
+    let site = |name: &str, d_in, d_out| Site { name: name.into(), d_in, d_out, kernel: None, cut: Cut::Whole };
     let block = "single_transformer_blocks.0";
     Sites::new(
         "transformer",
@@ -23,7 +23,10 @@ fn transformer() -> Sites {
 }
 
 fn encoder() -> Sites {
-    Sites::new("text_encoder", [Site { name: "encoder.layers.0.mlp.fc1".into(), d_in: 3, d_out: 5, cut: Cut::Whole }])
+    Sites::new(
+        "text_encoder",
+        [Site { name: "encoder.layers.0.mlp.fc1".into(), d_in: 3, d_out: 5, kernel: None, cut: Cut::Whole }],
+    )
 }
 
 /// Tensors whose elements count from 0, saved with `config` as diffusers' metadata.
@@ -77,7 +80,8 @@ fn every_style_of_key_finds_its_layer() {
 #[test]
 fn kohyas_third_text_encoder_is_the_second_of_a_model_that_has_two() {
     let t5 = || {
-        let site = Site { name: "encoder.block.0.layer.0.SelfAttention.q".into(), d_in: 3, d_out: 5, cut: Cut::Whole };
+        let site =
+            Site { name: "encoder.block.0.layer.0.SelfAttention.q".into(), d_in: 3, d_out: 5, kernel: None, cut: Cut::Whole };
         Sites::new("text_encoder_2", [site])
     };
     let map = |module: &str, sites: Sites| {
@@ -187,9 +191,41 @@ fn factors_of_single_pixels_are_matrices_if_both_are() {
 }
 
 #[test]
+fn a_convolutions_factors_have_its_kernel_and_single_pixels() {
+    let site = |name: &str, size| Site { name: name.into(), d_in: 4, d_out: 6, kernel: Some(size), cut: Cut::Whole };
+    let unet = Sites::new("unet", [site("conv_in", 3), site("down_blocks.0.resnets.0.conv_shortcut", 1)]);
+    let map = |module: &str, a: &[usize], b: &[usize]| -> Result<Factors> {
+        let dir = tempfile::tempdir().unwrap();
+        let (down, up) = (format!("{module}.lora_A.weight"), format!("{module}.lora_B.weight"));
+        let file = AdapterFile::open(&write(dir.path(), &[(&down, a), (&up, b)], None))?;
+        let found = changes(&file, std::slice::from_ref(&unet), false)?.remove(0);
+        let factors = found.factors(&file)?;
+        assert_eq!(bytes_of(std::slice::from_ref(&found), "unet"), 4 * (factors.a.elem_count() + factors.b.elem_count()) as u64);
+        Ok(factors)
+    };
+    for module in ["unet.conv_in", "lora_unet_conv_in", "lora_unet_input_blocks_0_0"] {
+        let factors = map(module, &[2, 4, 3, 3], &[6, 2, 1, 1]).unwrap();
+        assert_eq!((factors.a.dims(), factors.b.dims()), ([2, 36].as_slice(), [6, 2].as_slice()), "{module}");
+    }
+    let shortcut = "unet.down_blocks.0.resnets.0.conv_shortcut";
+    for (a, b) in [(&[2, 4][..], &[6, 2][..]), (&[2, 4, 1, 1], &[6, 2, 1, 1])] {
+        assert_eq!(map(shortcut, a, b).unwrap().a.dims(), [2, 4]);
+    }
+    let refused = |a: &[usize], b: &[usize], factor: &str, found: &[usize]| {
+        let error = map("unet.conv_in", a, b).unwrap_err().to_string();
+        assert!(error.contains(&format!("`unet.conv_in.{factor}.weight` has shape {found:?}")), "{error}");
+    };
+    refused(&[2, 4, 1, 1], &[6, 2, 1, 1], "lora_A", &[2, 4, 1, 1]);
+    refused(&[2, 4, 3], &[6, 2, 1, 1], "lora_A", &[2, 4, 3]);
+    refused(&[2, 36], &[6, 2], "lora_A", &[2, 36]);
+    refused(&[2, 4, 3, 3], &[6, 2], "lora_B", &[6, 2]);
+    refused(&[2, 4, 3, 3], &[6, 2, 3, 3], "lora_B", &[6, 2, 3, 3]);
+}
+
+#[test]
 fn the_blocks_of_the_original_u_net_are_as_long_as_the_models() {
     let unet = |layers: usize| {
-        let site = |name: String| Site { name, d_in: 4, d_out: 4, cut: Cut::Whole };
+        let site = |name: String| Site { name, d_in: 4, d_out: 4, kernel: None, cut: Cut::Whole };
         let resnets = (0..layers).map(|i| site(format!("down_blocks.0.resnets.{i}.time_emb_proj")));
         let blocks = (0..3).map(|block| site(format!("down_blocks.{block}.attentions.0.proj_in")));
         Sites::new("unet", resnets.chain(blocks))
