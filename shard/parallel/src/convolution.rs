@@ -85,6 +85,12 @@ impl Conv2d {
     fn of(w: &Weights, weight: Tensor, bias: Tensor, doubles: bool) -> Result<Self> {
         let (c_out, c_in, size, _) = weight.dims4()?;
         let dtype = w.dtype();
+        if doubles && has_kernels(w.device()) {
+            // It is held as four kernels, of the sums that pixels of each kind meet.
+            let (kernels, window) = (4, size / 2 + 1);
+            let held = weight.elem_count() * weight.dtype().size_in_bytes();
+            w.holds_more(held * (kernels * window * window).saturating_sub(size * size) / (size * size).max(1));
+        }
         let packs = matches!(dtype, DType::F32 | DType::BF16) && has_kernels(w.device()) && !w.is_measuring();
         let kernel = if packs {
             let (dims, bias) = ([c_out, c_in, size], ops::vector(&bias)?);

@@ -354,6 +354,11 @@ impl Weights {
         }
     }
 
+    /// Counts bytes that a layer holds beyond what it took.
+    pub(crate) fn holds_more(&self, bytes: usize) {
+        self.count(0, bytes);
+    }
+
     fn count(&self, read: usize, held: usize) {
         self.taken.bytes_read.fetch_add(read as u64, Ordering::Relaxed);
         self.taken.bytes_held.fetch_add(held as u64, Ordering::Relaxed);
