@@ -125,17 +125,14 @@ impl ModelDir {
         serde_json::from_value(config).map_err(|e| bad(&path, e.to_string()))
     }
 
-    /// The noise scheduler's class and `scheduler_config.json`, for families that have several. In it minus infinity, which is no JSON and which
-    /// the reference writes all the same, is null.
+    /// The noise scheduler's class and `scheduler_config.json`, for families that have several.
     ///
     /// # Errors
     /// [`Error::Unsupported`] when the file is another class's than the index says; and those of [`read_json`].
     pub fn scheduler_file(&self) -> Result<(String, Value)> {
         let scheduler = self.require(SCHEDULER)?;
         let path = scheduler.path.join("scheduler_config.json");
-        let text = String::from_utf8(read_limited(&path)?).map_err(|e| bad(&path, e.to_string()))?;
-        let text = text.replace(": -Infinity", ": null");
-        let config: Value = serde_json::from_str(&text).map_err(|e| bad(&path, e.to_string()))?;
+        let config: Value = read_json(&path)?;
         let class = scheduler.class.1;
         match config.get("_class_name").filter(|own| *own != class.as_str()) {
             None => Ok((class, config)),
@@ -167,12 +164,14 @@ impl ModelDir {
     }
 }
 
-/// Reads a JSON file of limited size into `T`; keys that `T` does not have are ignored.
+/// Reads a JSON file of limited size into `T`; keys that `T` does not have are ignored. Minus infinity, which is no JSON and which Python
+/// writes all the same (diffusers' `lambda_min_clipped`), is null.
 ///
 /// # Errors
 /// When it cannot be read or does not fit; the error names the file and the field.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    serde_json::from_slice(&read_limited(path)?).map_err(|e| bad(path, e.to_string()))
+    let text = String::from_utf8(read_limited(path)?).map_err(|e| bad(path, e.to_string()))?;
+    serde_json::from_str(&text.replace(": -Infinity", ": null")).map_err(|e| bad(path, e.to_string()))
 }
 
 fn read_limited(path: &Path) -> Result<Vec<u8>> {

@@ -74,11 +74,11 @@ impl Case {
     /// What of it only the sources' tests set up.
     fn unsupported(&self) -> Option<&'static str> {
         let has = |name: &str| !self.param(name).is_null();
-        if self.param("prompt").is_array() {
+        if self.param("prompt").is_array() || self.param("class_labels").is_array() {
             Some("several prompts share a generator; the tests of the sources run it")
         } else if self.json["lora"].is_array() {
             Some("it takes an adapter; the tests of the sources run it")
-        } else if has("_auto_resize") || has("working_area_pixels") {
+        } else if has("_auto_resize") || has("working_area_pixels") || !has("width") {
             Some("its picture has a size of its own; the tests of the sources run it")
         } else {
             None
@@ -159,6 +159,9 @@ impl Case {
             seed: self.json["generator_seed"].as_u64().ok_or_else(|| self.bad("no generator_seed"))?,
             num_images_per_prompt: size("num_images_per_prompt").unwrap_or(1),
             strength: number("strength"),
+            clip_skip: size("clip_skip").ok(),
+            eta: number("eta").unwrap_or_default(),
+            guidance_rescale: number("guidance_rescale").unwrap_or_default(),
             max_sequence_length: size("max_sequence_length").unwrap_or(512),
             ..Request::default()
         })
@@ -172,7 +175,7 @@ impl Case {
         Ok(Pictures { image: read("image")?, mask_image: read("mask_image")? })
     }
 
-    /// The case's weights as a model of the case's class: several were recorded with the weights of one.
+    /// The case's weights as a model of the case's class, with its scheduler: several were recorded with the weights of one.
     fn as_pipeline(&self) -> models::Result<tempfile::TempDir> {
         let named = self.json["weights"].as_str().ok_or_else(|| self.bad("it names no weights"))?;
         let weights = self.dir.parent().unwrap_or(&self.dir).join(named);
@@ -185,7 +188,13 @@ impl Case {
         let index = folder.path().join("model_index.json");
         let mut json: Value = read_json(&index)?;
         json["_class_name"] = self.json["pipeline_class"].clone();
+        let mut scheduler = self.json["scheduler"]["config"].clone();
+        scheduler["_class_name"] = self.json["scheduler"]["class"].clone();
+        json["scheduler"][1] = scheduler["_class_name"].clone();
+        let schedulers = folder.path().join("scheduler");
         std::fs::remove_file(&index).and_then(|()| std::fs::write(&index, json.to_string())).map_err(io)?;
+        std::fs::remove_file(&schedulers).and_then(|()| std::fs::create_dir(&schedulers)).map_err(io)?;
+        std::fs::write(schedulers.join("scheduler_config.json"), scheduler.to_string()).map_err(io)?;
         Ok(folder)
     }
 
