@@ -2,7 +2,7 @@
 //! of them.
 //!
 //! A network knows nothing of this: its layers are sites by their full names ([`parallel::lora`]), and a file's keys are mapped to
-//! those names, one file a style ([`peft`], [`kohya`], [`flux_original`], [`sgm`]). A worker checks a file against all of a model's sites
+//! those names, one file a style ([`peft`], [`processors`], [`kohya`], [`flux_original`], [`sgm`]). A worker checks a file against all of a model's sites
 //! before it is offered ([`card`]); a rank reads its slice when a job first needs it ([`store`]).
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,7 @@ pub mod flux_original;
 pub mod kohya;
 pub mod mapping;
 pub mod peft;
+pub mod processors;
 pub mod sgm;
 pub mod store;
 

@@ -8,7 +8,7 @@ use parallel::lora::{Factors, Site};
 
 use super::file::AdapterFile;
 use super::peft::Role;
-use super::{Part, bad, flux_original, kohya, listed, peft, sgm};
+use super::{Part, bad, flux_original, kohya, listed, peft, processors, sgm};
 use crate::Result;
 
 const SECOND: &str = "text_encoder_2";
@@ -55,7 +55,8 @@ impl Sites {
     /// The layers a name is for.
     fn targets(&self, name: &str) -> Option<Targets<'_>> {
         let one = |site| Some(Targets { sites: vec![site], halves_swapped: false });
-        if let Some(site) = peft::spellings(name).iter().find_map(|name| self.by_name.get(name)) {
+        let named = |name: &str| peft::spellings(name).iter().find_map(|name| self.by_name.get(name));
+        if let Some(site) = named(name).or_else(|| named(&processors::current(name)?)) {
             return one(site);
         }
         let flat = kohya::flattened(name);

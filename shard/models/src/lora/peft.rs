@@ -19,7 +19,7 @@ pub enum Role {
     Alpha,
 }
 
-const ROLES: [(&str, Role); 11] = [
+const ROLES: [(&str, Role); 13] = [
     (".lora_A.default.weight", Role::Down),
     (".lora_B.default.weight", Role::Up),
     (".lora_A.weight", Role::Down),
@@ -28,6 +28,8 @@ const ROLES: [(&str, Role); 11] = [
     (".lora_up.weight", Role::Up),
     (".lora.down.weight", Role::Down),
     (".lora.up.weight", Role::Up),
+    ("_lora.down.weight", Role::Down),
+    ("_lora.up.weight", Role::Up),
     (".lora_linear_layer.down.weight", Role::Down),
     (".lora_linear_layer.up.weight", Role::Up),
     (".alpha", Role::Alpha),

@@ -78,6 +78,29 @@ fn every_style_of_key_finds_its_layer() {
 }
 
 #[test]
+fn the_oldest_keys_are_named_after_the_attentions_processor() {
+    let site = |name: &str| Site { name: name.to_owned(), d_in: 4, d_out: 4, kernel: None, cut: Cut::Whole };
+    let attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1";
+    let unet = Sites::new("unet", ["to_q", "to_out.0"].map(|name| site(&format!("{attention}.{name}"))));
+    let clip = Sites::new("text_encoder", ["q_proj", "out_proj"].map(|name| site(&format!("encoder.layers.0.self_attn.{name}"))));
+    let found = |module: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let [down, up] = ["down", "up"].map(|factor| format!("{module}_lora.{factor}.weight"));
+        let file = AdapterFile::open(&write(dir.path(), &[(&down, &[2, 4]), (&up, &[4, 2])], None))?;
+        Ok::<_, crate::Error>(changes(&file, &[clip.clone(), unet.clone()], false)?.remove(0).site)
+    };
+    for prefix in ["", "unet."] {
+        assert_eq!(found(&format!("{prefix}{attention}.processor.to_q")).unwrap(), format!("{attention}.to_q"));
+        assert_eq!(found(&format!("{prefix}{attention}.processor.to_out")).unwrap(), format!("{attention}.to_out.0"));
+    }
+    let text = "text_encoder.text_model.encoder.layers.0.self_attn";
+    assert_eq!(found(&format!("{text}.to_q")).unwrap(), "encoder.layers.0.self_attn.q_proj");
+    assert_eq!(found(&format!("{text}.to_out")).unwrap(), "encoder.layers.0.self_attn.out_proj");
+    let error = found(&format!("{attention}.processor.add_k_proj")).unwrap_err().to_string();
+    assert!(error.contains("for no layer of the model"), "{error}");
+}
+
+#[test]
 fn kohyas_third_text_encoder_is_the_second_of_a_model_that_has_two() {
     let t5 = || {
         let site =
