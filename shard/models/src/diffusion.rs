@@ -147,8 +147,8 @@ impl Space {
             ParameterCard::number("num_inference_steps", self.scheduler.least_steps() as f64, MAX_STEPS as f64, 50.0)
                 .multiple(1.0),
             ParameterCard::number("num_images_per_prompt", 1.0, 10.0, 1.0).multiple(1.0),
-            // Above nothing: the least strength still makes one step.
-            ParameterCard::number("strength", 0.001, 1.0, if self.inpaints() { 1.0 } else { defaults.strength }),
+            // `int(n strength)` steps are made: less than this leaves none of any number, and of few a job is refused when it starts.
+            ParameterCard::number("strength", 1.0 / MAX_STEPS as f64, 1.0, if self.inpaints() { 1.0 } else { defaults.strength }),
             picture("image_blob_id"),
             picture("mask_image_blob_id"),
             ParameterCard::field("noise_generator"),
