@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use models::model_dir::read_json;
 use serde_json::Value;
 
 /// One case folder.
@@ -40,10 +41,7 @@ impl Case {
     /// Reads a folder.
     pub fn open(dir: &Path) -> Result<Self, String> {
         let name = dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        let text = std::fs::read_to_string(dir.join("case.json")).map_err(|e| format!("case.json: {e}"))?;
-        // Python writes an infinity that is no JSON.
-        let text = text.replace(": -Infinity", ": null");
-        let json: Value = serde_json::from_str(&text).map_err(|e| format!("case.json: {e}"))?;
+        let json: Value = read_json(&dir.join("case.json")).map_err(|e| e.to_string())?;
         let mut tensors = HashMap::new();
         for file in json["tensors"].as_object().into_iter().flatten().map(|(file, _)| file) {
             tensors.extend(candle_core::safetensors::load(dir.join(file), &Device::Cpu).map_err(|e| format!("{file}: {e}"))?);

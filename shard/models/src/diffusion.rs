@@ -9,12 +9,12 @@ use parallel::{Tensor, Tensors, Weights};
 
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
-use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
 use crate::card::ParameterCard;
 use crate::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::denoise::{DenoiseState, Denoiser, LastStep};
 use crate::engine::Engine;
+use crate::error::check_fits;
 use crate::flow;
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
@@ -72,14 +72,12 @@ pub(crate) fn load<D: Denoiser + 'static>(
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is no component of it") }),
     };
-    if !group.is_leader() {
-        return Ok(Rank::Follower(Follower::new(model, group)));
-    }
-    let runner = BlockRunner::new(model, group);
-    Ok(Rank::Leader(match component {
-        "unet" => Box::new(Engine::new(Box::new(denoiser()?), runner, limits)),
-        _ => Box::new(TextStage::new(encoding(component)?, runner, limits.prompt_cache_bytes)),
-    }))
+    Rank::of(model, group, |runner| {
+        Ok(match component {
+            "unet" => Box::new(Engine::new(Box::new(denoiser()?), runner, limits)),
+            _ => Box::new(TextStage::new(encoding(component)?, runner, limits.prompt_cache_bytes)),
+        })
+    })
 }
 
 /// Reads a directory's network, autoencoder and scheduler.
@@ -93,12 +91,9 @@ impl Space {
     /// Refuses parts that do not fit together.
     fn check(&self) -> Result<()> {
         self.unet.validate()?;
-        let refuse = |field: &str, value: usize, fits: bool| -> Result<()> {
-            if fits { Ok(()) } else { Err(Error::Unsupported { field: field.into(), value: value.to_string() }) }
-        };
         let (unet, latents) = (&self.unet, self.vae.latent_channels);
-        refuse("unet: in_channels", unet.in_channels, unet.in_channels == latents || unet.in_channels == 2 * latents + 1)?;
-        refuse("unet: out_channels", unet.out_channels, unet.out_channels == latents)?;
+        check_fits("unet: in_channels", unet.in_channels, unet.in_channels == latents || unet.in_channels == 2 * latents + 1)?;
+        check_fits("unet: out_channels", unet.out_channels, unet.out_channels == latents)?;
         check_scaling(&self.vae)
     }
 

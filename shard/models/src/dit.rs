@@ -11,12 +11,12 @@ use parallel::{Device, Tensor, Tensors, Weights};
 
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
-use crate::block_runner::{BlockRunner, Follower};
 use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::diffusion::{self, GUIDANCE, MAX_STEPS};
 use crate::dit_transformer::{DiTTransformer, DiTTransformerConfig};
 use crate::engine::Engine;
+use crate::error::check_fits;
 use crate::flow;
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
@@ -94,18 +94,15 @@ impl Parts {
     fn check(&self) -> Result<()> {
         let Self { transformer, vae, scheduler, labels } = self;
         transformer.validate()?;
-        let refuse = |field: &str, value: usize, fits: bool| -> Result<()> {
-            if fits { Ok(()) } else { Err(Error::Unsupported { field: field.into(), value: value.to_string() }) }
-        };
         let classes = transformer.num_embeds_ada_norm;
-        refuse("transformer: num_embeds_ada_norm", classes, classes == NO_CLASS)?;
+        check_fits("transformer: num_embeds_ada_norm", classes, classes == NO_CLASS)?;
         let last = labels.values().max().copied().unwrap_or_default();
-        refuse("model_index.json: id2label", last, last < classes)?;
+        check_fits("model_index.json: id2label", last, last < classes)?;
         let (channels, out_channels) = (transformer.in_channels, transformer.channels_out());
-        refuse("transformer: in_channels", channels, channels == vae.latent_channels)?;
-        refuse("transformer: out_channels", out_channels, out_channels == channels || out_channels == 2 * channels)?;
+        check_fits("transformer: in_channels", channels, channels == vae.latent_channels)?;
+        check_fits("transformer: out_channels", out_channels, out_channels == channels || out_channels == 2 * channels)?;
         let (size, patch) = (transformer.sample_size, transformer.patch_size);
-        refuse("transformer: sample_size", size, size.is_multiple_of(patch) && self.side() <= flow::MAX_SIDE)?;
+        check_fits("transformer: sample_size", size, size.is_multiple_of(patch) && self.side() <= flow::MAX_SIDE)?;
         if !SCHEDULERS.contains(&scheduler.class()) {
             return Err(Error::Unsupported { field: "scheduler (model_index.json)".into(), value: scheduler.class().into() });
         }
@@ -147,11 +144,7 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         "transformer" => {
             let config: DiTTransformerConfig = dir.config(component)?;
             let model = Box::new(DiTTransformer::load(weights, &config, group.range)?);
-            if !group.is_leader() {
-                return Ok(Rank::Follower(Follower::new(model, group)));
-            }
-            let runner = BlockRunner::new(model, group);
-            Ok(Rank::Leader(Box::new(Engine::new(Box::new(DiTDenoiser::load(dir)?), runner, limits))))
+            Rank::of(model, group, |runner| Ok(Box::new(Engine::new(Box::new(DiTDenoiser::load(dir)?), runner, limits))))
         }
         "vae" => {
             let vae = AutoencoderKl::load(weights, &dir.config::<AutoencoderKlConfig>(component)?)?;

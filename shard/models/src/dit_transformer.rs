@@ -18,7 +18,7 @@ use crate::mmdit::cross_attention::Attention;
 use crate::mmdit::embeddings::{ParallelMlp, TIME_CHANNELS, shifted_timestep_embedding};
 use crate::mmdit::layers::{AdaLayerNorm, EPS, FeedForward, linear};
 use crate::mmdit::patches::{PatchEmbed, Positions, unpatchify};
-use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_fixed, check_heads, check_widths, load_if, not_held, unsupported};
+use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_fixed, check_heads, check_widths, load_if, load_range, not_held, unsupported};
 use crate::token_embedding::TokenEmbedding;
 use crate::{Error, Result};
 
@@ -158,14 +158,11 @@ impl DiTTransformer {
     pub fn load(w: &Weights, config: &DiTTransformerConfig, range: RangeOf) -> Result<Self> {
         config.validate()?;
         check_heads(w, config.num_attention_heads)?;
-        let blocks = range.of(config.num_layers);
-        let others = (0..config.num_layers).filter(|i| !blocks.contains(i));
-        others.for_each(|i| w.skip(format!("transformer_blocks.{i}")));
         let before = ["pos_embed", FIRST_EMBEDDER];
         let embedders = load_if(range.is_first(), w, &before, || Embedders::load(w, config))?;
         let head = load_if(range.is_last(), w, &["proj_out_1", "proj_out_2"], || Head::load(w, config))?;
-        let block = |i| BasicTransformerBlock::load(&w.pp("transformer_blocks").pp(i), config, i);
-        let transformer_blocks = blocks.map(block).collect::<Result<_>>()?;
+        let transformer_blocks =
+            load_range(w, "transformer_blocks", config.num_layers, range, |w, i| BasicTransformerBlock::load(w, config, i))?;
         w.finish()?;
         Ok(Self { embedders, transformer_blocks, head, patch_size: config.patch_size })
     }

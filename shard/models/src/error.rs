@@ -94,3 +94,8 @@ impl From<candle_core::Error> for Error {
 
 /// The crate's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Refuses a number of a configuration unless it `fits` the others.
+pub(crate) fn check_fits(field: &str, value: usize, fits: bool) -> Result<()> {
+    if fits { Ok(()) } else { Err(Error::Unsupported { field: field.into(), value: value.to_string() }) }
+}

@@ -11,7 +11,6 @@ use parallel::Weights;
 
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
-use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
 use crate::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::engine::Engine;
@@ -84,15 +83,13 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
-    if !group.is_leader() {
-        return Ok(Rank::Follower(Follower::new(model, group)));
-    }
-    let runner = BlockRunner::new(model, group);
-    Ok(Rank::Leader(match component {
-        "text_encoder" => Box::new(TextStage::new(clip_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
-        "text_encoder_2" => Box::new(TextStage::new(t5_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
-        _ => Box::new(Engine::new(Box::new(FluxDenoiser::load(dir)?), runner, limits)),
-    }))
+    Rank::of(model, group, |runner| {
+        Ok(match component {
+            "text_encoder" => Box::new(TextStage::new(clip_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
+            "text_encoder_2" => Box::new(TextStage::new(t5_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
+            _ => Box::new(Engine::new(Box::new(FluxDenoiser::load(dir)?), runner, limits)),
+        })
+    })
 }
 
 fn clip_encoding(dir: &Path) -> Result<TextEncoding> {

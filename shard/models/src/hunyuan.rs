@@ -10,12 +10,12 @@ use parallel::{DType, Device, Tensor, Tensors, Weights};
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
 use crate::bert::{BertConfig, BertEncoder};
-use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
 use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::diffusion::{self, GUIDANCE, MAX_STEPS};
 use crate::engine::Engine;
+use crate::error::check_fits;
 use crate::flow;
 use crate::hunyuan_dit::{HunyuanDiT, HunyuanDiTConfig};
 use crate::image_io::PictureLimits;
@@ -109,23 +109,20 @@ impl Parts {
         let Self { bert, t5, transformer, vae, .. } = self;
         transformer.validate()?;
         bert.validate()?;
-        let refuse = |field: &str, value: usize, fits: bool| -> Result<()> {
-            if fits { Ok(()) } else { Err(Error::Unsupported { field: field.into(), value: value.to_string() }) }
-        };
-        refuse("text_encoder: hidden_size", bert.hidden_size, bert.hidden_size == transformer.cross_attention_dim)?;
-        refuse("text_encoder_2: d_model", t5.d_model, t5.d_model == transformer.cross_attention_dim_t5)?;
+        check_fits("text_encoder: hidden_size", bert.hidden_size, bert.hidden_size == transformer.cross_attention_dim)?;
+        check_fits("text_encoder_2: d_model", t5.d_model, t5.d_model == transformer.cross_attention_dim_t5)?;
         let longest = bert.max_position_embeddings;
-        refuse("text_encoder: max_position_embeddings", longest, longest >= TOKENS[0])?;
-        refuse("transformer: text_len", transformer.text_len, transformer.text_len == TOKENS[0])?;
-        refuse("transformer: text_len_t5", transformer.text_len_t5, transformer.text_len_t5 == TOKENS[1])?;
+        check_fits("text_encoder: max_position_embeddings", longest, longest >= TOKENS[0])?;
+        check_fits("transformer: text_len", transformer.text_len, transformer.text_len == TOKENS[0])?;
+        check_fits("transformer: text_len_t5", transformer.text_len_t5, transformer.text_len_t5 == TOKENS[1])?;
         let channels = transformer.in_channels;
-        refuse("transformer: in_channels", channels, channels == vae.latent_channels)?;
+        check_fits("transformer: in_channels", channels, channels == vae.latent_channels)?;
         // Half of the output is dropped, whatever it is.
-        refuse("transformer: learn_sigma", transformer.channels_out(), transformer.learn_sigma)?;
+        check_fits("transformer: learn_sigma", transformer.channels_out(), transformer.learn_sigma)?;
         // Positions are turned by pairs, half of them for each direction.
         let width = transformer.attention_head_dim;
-        refuse("transformer: attention_head_dim", width, width.is_multiple_of(4))?;
-        refuse("vae: block_out_channels", vae.scale_factor(), vae.scale_factor() == SCALE_FACTOR)?;
+        check_fits("transformer: attention_head_dim", width, width.is_multiple_of(4))?;
+        check_fits("vae: block_out_channels", vae.scale_factor(), vae.scale_factor() == SCALE_FACTOR)?;
         diffusion::check_scaling(vae)
     }
 
@@ -174,14 +171,12 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
-    if !group.is_leader() {
-        return Ok(Rank::Follower(Follower::new(model, group)));
-    }
-    let runner = BlockRunner::new(model, group);
-    Ok(Rank::Leader(match component {
-        "transformer" => Box::new(Engine::new(Box::new(HunyuanDenoiser::load(dir)?), runner, limits)),
-        _ => Box::new(TextStage::new(text_encoding(dir, component)?, runner, limits.prompt_cache_bytes)),
-    }))
+    Rank::of(model, group, |runner| {
+        Ok(match component {
+            "transformer" => Box::new(Engine::new(Box::new(HunyuanDenoiser::load(dir)?), runner, limits)),
+            _ => Box::new(TextStage::new(text_encoding(dir, component)?, runner, limits.prompt_cache_bytes)),
+        })
+    })
 }
 
 /// What is made of a text encoder: its states, and which of them are padding.

@@ -20,7 +20,7 @@ use crate::mmdit::cross_attention::Text;
 use crate::mmdit::embeddings::ParallelMlp;
 use crate::mmdit::layers::{AdaLayerNorm, linear};
 use crate::mmdit::patches::{PatchEmbed, unpatchify};
-use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_fixed, check_heads, check_widths, load_if, not_held, unsupported};
+use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_fixed, check_heads, check_widths, load_if, load_range, not_held, unsupported};
 use crate::{Error, Result};
 
 mod block;
@@ -196,15 +196,11 @@ impl HunyuanDiT {
     pub fn load(w: &Weights, config: &HunyuanDiTConfig, range: RangeOf) -> Result<Self> {
         config.validate()?;
         check_heads(w, config.num_attention_heads)?;
-        let blocks = range.of(config.num_layers);
-        let others = (0..config.num_layers).filter(|i| !blocks.contains(i));
-        others.for_each(|i| w.skip(format!("blocks.{i}")));
         let before = ["pos_embed", "time_extra_emb", "text_embedder", "text_embedding_padding"];
         let embedders = load_if(range.is_first(), w, &before, || Embedders::load(w, config))?;
         let head = load_if(range.is_last(), w, &["norm_out", "proj_out"], || Head::load(w, config))?;
-        let start = blocks.start;
-        let block = |i| HunyuanDiTBlock::load(&w.pp("blocks").pp(i), config, i);
-        let blocks = blocks.map(block).collect::<Result<_>>()?;
+        let start = range.of(config.num_layers).start;
+        let blocks = load_range(w, "blocks", config.num_layers, range, |w, i| HunyuanDiTBlock::load(w, config, i))?;
         w.finish()?;
         Ok(Self { embedders, blocks, start, head, config: config.clone() })
     }

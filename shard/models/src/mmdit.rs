@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use parallel::Weights;
 use serde_json::Value;
 
+use crate::blocks::RangeOf;
 use crate::{Error, Result};
 
 pub(crate) mod attention;
@@ -66,6 +67,19 @@ pub(crate) fn load_if<T>(held: bool, w: &Weights, names: &[&str], load: impl FnO
     }
     names.iter().for_each(|name| w.skip(name));
     Ok(None)
+}
+
+/// Loads this range's of `count` blocks, `name.0` and on, each by its place in the row; the tensors of the others are somebody else's.
+pub(crate) fn load_range<T>(
+    w: &Weights,
+    name: &str,
+    count: usize,
+    range: RangeOf,
+    load: impl Fn(&Weights, usize) -> Result<T>,
+) -> Result<Vec<T>> {
+    let held = range.of(count);
+    (0..count).filter(|i| !held.contains(i)).for_each(|i| w.skip(format!("{name}.{i}")));
+    held.map(|i| load(&w.pp(name).pp(i), i)).collect()
 }
 
 /// The error of a part that [`load_if`] left to another range.

@@ -9,12 +9,12 @@ use parallel::{Device, Tensor, Tensors, Weights};
 
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
-use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
 use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::diffusion::{self, GUIDANCE, MAX_STEPS};
 use crate::engine::Engine;
+use crate::error::check_fits;
 use crate::flow;
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
@@ -86,14 +86,11 @@ impl Parts {
     fn check(&self) -> Result<()> {
         let Self { t5, transformer, vae, .. } = self;
         transformer.validate()?;
-        let refuse = |field: &str, value: usize, fits: bool| -> Result<()> {
-            if fits { Ok(()) } else { Err(Error::Unsupported { field: field.into(), value: value.to_string() }) }
-        };
         let text = transformer.caption_channels.or(transformer.cross_attention_dim);
-        refuse("text_encoder: d_model", t5.d_model, text == Some(t5.d_model))?;
+        check_fits("text_encoder: d_model", t5.d_model, text == Some(t5.d_model))?;
         let (channels, out_channels) = (transformer.in_channels, transformer.channels_out());
-        refuse("transformer: in_channels", channels, channels == vae.latent_channels)?;
-        refuse("transformer: out_channels", out_channels, out_channels == channels || out_channels == 2 * channels)?;
+        check_fits("transformer: in_channels", channels, channels == vae.latent_channels)?;
+        check_fits("transformer: out_channels", out_channels, out_channels == channels || out_channels == 2 * channels)?;
         diffusion::check_scaling(vae)
     }
 
@@ -140,14 +137,12 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
-    if !group.is_leader() {
-        return Ok(Rank::Follower(Follower::new(model, group)));
-    }
-    let runner = BlockRunner::new(model, group);
-    Ok(Rank::Leader(match component {
-        "transformer" => Box::new(Engine::new(Box::new(PixArtDenoiser::load(dir)?), runner, limits)),
-        _ => Box::new(TextStage::new(text_encoding(dir)?, runner, limits.prompt_cache_bytes)),
-    }))
+    Rank::of(model, group, |runner| {
+        Ok(match component {
+            "transformer" => Box::new(Engine::new(Box::new(PixArtDenoiser::load(dir)?), runner, limits)),
+            _ => Box::new(TextStage::new(text_encoding(dir)?, runner, limits.prompt_cache_bytes)),
+        })
+    })
 }
 
 /// What is made of the text encoder: its states, and which of them are padding.

@@ -19,7 +19,7 @@ use crate::mmdit::cross_attention::{Attention, Text, masked_scores};
 use crate::mmdit::embeddings::{Mlp, ParallelMlp, TIME_CHANNELS, timestep_embedding};
 use crate::mmdit::layers::{EPS, FeedForward, column, linear};
 use crate::mmdit::patches::{PatchEmbed, Positions, unpatchify};
-use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_fixed, check_heads, check_widths, load_if, not_held, unsupported};
+use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_fixed, check_heads, check_widths, load_if, load_range, not_held, unsupported};
 
 /// Side of the latents of networks that are told the picture's size, if the configuration does not say it.
 const SIZED: usize = 128;
@@ -197,14 +197,11 @@ impl PixArtTransformer {
     pub fn load(w: &Weights, config: &PixArtTransformerConfig, range: RangeOf) -> Result<Self> {
         config.validate()?;
         check_heads(w, config.num_attention_heads)?;
-        let blocks = range.of(config.num_layers);
-        let others = (0..config.num_layers).filter(|i| !blocks.contains(i));
-        others.for_each(|i| w.skip(format!("transformer_blocks.{i}")));
         let before = ["pos_embed", "adaln_single", "caption_projection"];
         let embedders = load_if(range.is_first(), w, &before, || Embedders::load(w, config))?;
         let head = load_if(range.is_last(), w, &["scale_shift_table", "proj_out"], || Head::load(w, config))?;
-        let block = |i| BasicTransformerBlock::load(&w.pp("transformer_blocks").pp(i), config);
-        let transformer_blocks = blocks.map(block).collect::<Result<_>>()?;
+        let transformer_blocks =
+            load_range(w, "transformer_blocks", config.num_layers, range, |w, _| BasicTransformerBlock::load(w, config))?;
         w.finish()?;
         Ok(Self { embedders, transformer_blocks, head, patch_size: config.patch_size })
     }

@@ -12,7 +12,6 @@ use parallel::Weights;
 
 use crate::autoencoder_kl_qwen::{AutoencoderKlQwenImage, AutoencoderKlQwenImageConfig};
 use crate::autoencoder_stage::AutoencoderStage;
-use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
 use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
 use crate::engine::Engine;
@@ -135,12 +134,10 @@ pub fn load_with(spec: LoadSpec<'_>, weights: &Weights, working_area: usize) -> 
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
-    if !group.is_leader() {
-        return Ok(Rank::Follower(Follower::new(model, group)));
-    }
-    let runner = BlockRunner::new(model, group);
-    Ok(Rank::Leader(match component {
-        "text_encoder" => Box::new(PromptStage::load(dir, runner, limits.prompt_cache_bytes, working_area)?),
-        _ => Box::new(Engine::new(Box::new(QwenImageDenoiser::load(dir)?), runner, limits)),
-    }))
+    Rank::of(model, group, |runner| {
+        Ok(match component {
+            "text_encoder" => Box::new(PromptStage::load(dir, runner, limits.prompt_cache_bytes, working_area)?),
+            _ => Box::new(Engine::new(Box::new(QwenImageDenoiser::load(dir)?), runner, limits)),
+        })
+    })
 }

@@ -15,7 +15,7 @@ use crate::mmdit::attention::{Heads, Rope};
 use crate::mmdit::embeddings::{Mlp, TIME_CHANNELS, timestep_embedding};
 use crate::mmdit::layers::{AdaLayerNorm, EPS, linear};
 use crate::mmdit::residuals::Residuals;
-use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, not_held, unsupported};
+use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, load_range, not_held, unsupported};
 
 mod block;
 mod embeddings;
@@ -173,15 +173,13 @@ impl QwenImageTransformer {
     pub fn load(w: &Weights, config: &QwenImageTransformerConfig, range: RangeOf) -> Result<Self> {
         config.validate()?;
         check_heads(w, config.num_attention_heads)?;
-        let blocks = range.of(config.num_layers);
-        let others = (0..config.num_layers).filter(|i| !blocks.contains(i));
-        others.for_each(|i| w.skip(format!("transformer_blocks.{i}")));
         let before = ["time_text_embed", "txt_norm", "txt_in", "img_in"];
-        let block = |i| QwenImageTransformerBlock::load(&w.pp("transformer_blocks").pp(i), config);
         let model = Self {
             embedders: load_if(range.is_first(), w, &before, || Embedders::load(w, config))?,
-            transformer_blocks: blocks.clone().map(block).collect::<Result<_>>()?,
-            start: blocks.start,
+            transformer_blocks: load_range(w, "transformer_blocks", config.num_layers, range, |w, _| {
+                QwenImageTransformerBlock::load(w, config)
+            })?,
+            start: range.of(config.num_layers).start,
             head: load_if(range.is_last(), w, &["norm_out", "proj_out"], || Head::load(w, config))?,
             zero_cond_t: config.zero_cond_t,
             residuals: Residuals { name: "controlnet_block_samples", blocks: config.num_layers },

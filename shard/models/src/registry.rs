@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parallel::weights::Measured;
 use parallel::{Collective, DType, Device, Weights};
 
-use crate::block_runner::Follower;
-use crate::blocks::{Layout, RankGroup};
+use crate::block_runner::{BlockRunner, Follower};
+use crate::blocks::{BlockModel, Layout, RankGroup};
 use crate::card::Card;
 use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
@@ -25,6 +25,20 @@ pub enum Rank {
     Leader(Box<dyn Stage>),
     /// Any other rank: does the forwards it is handed.
     Follower(Follower),
+}
+
+impl Rank {
+    /// A rank of a group that holds `model` together; its leader runs the stage that is made with them.
+    pub(crate) fn of(
+        model: Box<dyn BlockModel>,
+        group: RankGroup,
+        stage: impl FnOnce(BlockRunner) -> Result<Box<dyn Stage>>,
+    ) -> Result<Self> {
+        if group.is_leader() {
+            return stage(BlockRunner::new(model, group)).map(Self::Leader);
+        }
+        Ok(Self::Follower(Follower::new(model, group)))
+    }
 }
 
 /// What a rank needs in order to load.

@@ -8,12 +8,12 @@ use parallel::{DType, Device, Tensor, Tensors, Weights};
 
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
-use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::BlockModel;
 use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
 use crate::clip::{ClipTextConfig, ClipTextEncoder};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::engine::Engine;
+use crate::error::check_fits;
 use crate::flow::{self, Defaults, Latents};
 use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
@@ -94,20 +94,17 @@ impl Parts {
     fn check(&self) -> Result<()> {
         let Self { clips, t5, transformer, vae, .. } = self;
         transformer.validate()?;
-        let refuse = |field: &str, value: usize, fits: bool| -> Result<()> {
-            if fits { Ok(()) } else { Err(Error::Unsupported { field: field.into(), value: value.to_string() }) }
-        };
         let joint = transformer.joint_attention_dim;
         // CLIP's embeddings are padded to T5's width.
         let clip_width = clips.iter().fold(0usize, |sum, clip| sum.saturating_add(clip.hidden_size));
-        refuse("text_encoder: hidden_size", clip_width, clip_width <= joint)?;
+        check_fits("text_encoder: hidden_size", clip_width, clip_width <= joint)?;
         if let Some(t5) = t5 {
-            refuse("text_encoder_3: d_model", t5.d_model, t5.d_model == joint)?;
+            check_fits("text_encoder_3: d_model", t5.d_model, t5.d_model == joint)?;
         }
         // The wider inputs of inpainting checkpoints are not here, nor are they published.
-        refuse("transformer: in_channels", transformer.in_channels, transformer.in_channels == vae.latent_channels)?;
+        check_fits("transformer: in_channels", transformer.in_channels, transformer.in_channels == vae.latent_channels)?;
         let out_channels = transformer.out_channels.unwrap_or(transformer.in_channels);
-        refuse("transformer: out_channels", out_channels, out_channels == transformer.in_channels)
+        check_fits("transformer: out_channels", out_channels, out_channels == transformer.in_channels)
     }
 
     /// Pixels of a picture to one token, along a side.
@@ -164,14 +161,12 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
-    if !group.is_leader() {
-        return Ok(Rank::Follower(Follower::new(model, group)));
-    }
-    let runner = BlockRunner::new(model, group);
-    Ok(Rank::Leader(match component {
-        "transformer" => Box::new(Engine::new(Box::new(Sd3Denoiser::load(dir)?), runner, limits)),
-        _ => Box::new(TextStage::new(text_encoding(dir, component)?, runner, limits.prompt_cache_bytes)),
-    }))
+    Rank::of(model, group, |runner| {
+        Ok(match component {
+            "transformer" => Box::new(Engine::new(Box::new(Sd3Denoiser::load(dir)?), runner, limits)),
+            _ => Box::new(TextStage::new(text_encoding(dir, component)?, runner, limits.prompt_cache_bytes)),
+        })
+    })
 }
 
 /// What is made of a text encoder; T5 gets no attention mask, so padding takes part.

@@ -15,7 +15,7 @@ use crate::mmdit::embeddings::TimeTextEmbed;
 use crate::mmdit::layers::{AdaLayerNorm, linear};
 use crate::mmdit::patches::{indices, unpatchify};
 use crate::mmdit::residuals::Residuals;
-use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, not_held, unsupported};
+use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, load_range, not_held, unsupported};
 use crate::{Error, Result};
 
 mod block;
@@ -176,17 +176,15 @@ impl Sd3Transformer {
     pub fn load(w: &Weights, config: &Sd3TransformerConfig, range: RangeOf) -> Result<Self> {
         config.validate()?;
         check_heads(w, config.num_attention_heads)?;
-        let blocks = range.of(config.num_layers);
-        let others = (0..config.num_layers).filter(|i| !blocks.contains(i));
-        others.for_each(|i| w.skip(format!("transformer_blocks.{i}")));
         let before = ["pos_embed", "time_text_embed", "context_embedder"];
         let embedders = load_if(range.is_first(), w, &before, || Embedders::load(w, config))?;
         let head = load_if(range.is_last(), w, &["norm_out", "proj_out"], || Head::load(w, config))?;
-        let block = |i| JointTransformerBlock::load(&w.pp("transformer_blocks").pp(i), config, i);
         let model = Self {
             embedders,
-            start: blocks.start,
-            transformer_blocks: blocks.map(block).collect::<Result<_>>()?,
+            start: range.of(config.num_layers).start,
+            transformer_blocks: load_range(w, "transformer_blocks", config.num_layers, range, |w, i| {
+                JointTransformerBlock::load(w, config, i)
+            })?,
             head,
             residuals: Residuals { name: "block_controlnet_hidden_states", blocks: config.num_layers - 1 },
             config: config.clone(),
