@@ -5,7 +5,9 @@ use coordinator::plan::Plan;
 use coordinator::request::{Context, Request};
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
-use proto::v1::{Adapter, AdapterDefault, JobSpec, ModelCard, Parameter, StageCondition, StageKind, StageTemplate};
+use proto::v1::{
+    Adapter, AdapterDefault, Control, ControlNetwork, JobSpec, ModelCard, Parameter, StageCondition, StageKind, StageTemplate,
+};
 
 const MOST_PIXELS: u64 = 1 << 24;
 
@@ -21,6 +23,7 @@ fn stage(id: &str, kind: StageKind, inputs: &[&str], condition: StageCondition) 
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: condition as i32,
         with_pictures: kind == StageKind::EncodeImage,
+        with_controls: kind == StageKind::EncodeImage,
     }
 }
 
@@ -45,6 +48,7 @@ fn card() -> ModelCard {
         name: "model".into(),
         max_pixels: MOST_PIXELS,
         parameters,
+        controls: vec![ControlNetwork { name: "c".into(), modes: 3, multiple_of: 32, ..ControlNetwork::default() }],
         adapters: vec![Adapter { name: "a".into(), defaults, ..Adapter::default() }],
         stages: vec![
             stage("text", StageKind::EncodeText, &[], StageCondition::Unspecified),
@@ -66,6 +70,9 @@ fuzz_target!(|bytes: &[u8]| {
     assert!((1..=MOST_PIXELS).contains(&pixels), "{pixels} pixels");
     assert!(spec.seed.is_some() && spec.prompt.chars().count() <= proto::MAX_PROMPT_CHARS);
     assert!(spec.loras.iter().all(|lora| lora.name == "a" && lora.scale.is_some_and(f64::is_finite)));
+    let well =
+        |control: &Control| control.name == "c" && control.mode.is_some_and(|mode| mode < 3) && !control.image_blob_id.is_empty();
+    assert!(spec.controls.iter().all(well) && !spec.guess_mode);
     let again = Request::parse(spec.clone(), &card, context).expect("it was taken before");
     assert_eq!(again.spec(), spec);
     drop(Plan::new(&request, &card));

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use coordinator::models_file::{self, MAX_ADAPTERS, MAX_GROUP_RANKS, TP_DEGREES};
+use coordinator::models_file::{self, MAX_ADAPTERS, MAX_CONTROLS, MAX_GROUP_RANKS, TP_DEGREES};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
@@ -13,6 +13,8 @@ fuzz_target!(|text: &str| {
             for model in models {
                 assert!(model.adapters.len() <= MAX_ADAPTERS);
                 assert!(model.adapters.iter().all(|adapter| !adapter.name.contains(['/', '\\']) && adapter.name != ".."));
+                assert!(model.controls.len() <= MAX_CONTROLS);
+                assert!(model.controls.iter().all(|control| !control.name.contains(['/', '\\']) && control.name != ".."));
                 for component in model.components.values() {
                     assert!(TP_DEGREES.contains(&component.tp) && component.replicas > 0);
                     let ranks = u64::from(component.tp) * u64::from(component.block_ranges) * u64::from(component.cfg_parallel);

@@ -72,7 +72,7 @@ fn with_leader<T: Send>(
     let load = move |rank: usize, link: InProcess| {
         let group = RankGroup::new(Arc::new(link), layout).unwrap();
         let spec = LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() };
-        registry::load_with(spec, adapters(rank), &mut |_| ()).unwrap()
+        registry::load_with(spec, adapters(rank), &[], &mut |_| ()).unwrap()
     };
     // A pool for each rank: ranks wait for each other.
     let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();

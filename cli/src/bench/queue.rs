@@ -35,6 +35,7 @@ impl Fleet {
             products: coordinator::models_file::DEFAULT_PRODUCTS,
             components: components.map(|(name, replicas)| (name.to_owned(), component(replicas))).into(),
             adapters: vec![],
+            controls: vec![],
         };
         let settings = Settings {
             models: vec![model],

@@ -4,6 +4,7 @@ use parallel::{Tensor, Tensors};
 
 use crate::autoencoder_kl::{AutoencoderKl, Moments, Tiling};
 use crate::autoencoder_kl_qwen::AutoencoderKlQwenImage;
+use crate::control::conditions::{ENCODED, of_control};
 use crate::image_io::{self, Picture, PictureLimits};
 use crate::stage::{Inputs, OneAtATime, Waiting};
 use crate::{Error, Payload, Request, Result};
@@ -96,30 +97,48 @@ impl AutoencoderStage {
         if inputs.latents.is_some() { self.decode(inputs.latents()?) } else { self.encode(request, inputs) }
     }
 
+    /// Of what the job has: `control.k.mean, control.k.logvar: [1, C, H, W]` of each control picture, and those of the picture that it starts from,
+    /// see [`Self::encode_image`].
+    fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
+        let mut out = Tensors::new();
+        for (k, control) in inputs.pictures.controls.iter().enumerate() {
+            let picture = image_io::decode_picture(control, &self.limits).map_err(of_control)?;
+            let image = image_io::preprocess(&picture, request.width, request.height)?;
+            self.moments(&format!("{ENCODED}.{k}"), &image, &mut out)?;
+        }
+        match &inputs.pictures.image {
+            Some(image) => self.encode_image(request, image, inputs.pictures.mask_image.as_deref(), &mut out)?,
+            None if out.is_empty() => return Err(Error::Invalid { field: "image", reason: "there is none".into() }),
+            None => {}
+        }
+        Ok(Payload::ImageLatents(out))
+    }
+
+    /// Puts the distribution of a picture's latents, `[1, C, H, W]`, under its name.
+    fn moments(&self, name: &str, image: &Tensor, out: &mut Tensors) -> Result<()> {
+        let (_, _, height, width) = image.dims4()?;
+        let moments = self.vae.encode(image, self.tiling(width, height))?;
+        out.insert(format!("{name}.mean"), moments.mean);
+        out.insert(format!("{name}.logvar"), moments.logvar);
+        Ok(())
+    }
+
     /// `image.mean, image.logvar: [1, C, H, W]`; when there is a mask `mask: [1, 1, height, width]` and, if asked for, the
     /// moments of `masked_image`.
-    fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
-        let missing = || Error::Invalid { field: "image", reason: "there is none".into() };
-        let picture = image_io::decode_picture(inputs.pictures.image.as_deref().ok_or_else(missing)?, &self.limits)?;
+    fn encode_image(&self, request: &Request, image: &[u8], mask: Option<&[u8]>, out: &mut Tensors) -> Result<()> {
+        let picture = image_io::decode_picture(image, &self.limits)?;
         let (width, height) = (self.size)(request, &picture, self.vae.scale_factor())?;
         let image = image_io::preprocess(&picture, width, height)?;
-        let mut out = Tensors::new();
-        let encode = |name: &str, image: &Tensor, out: &mut Tensors| -> Result<()> {
-            let moments = self.vae.encode(image, self.tiling(width, height))?;
-            out.insert(format!("{name}.mean"), moments.mean);
-            out.insert(format!("{name}.logvar"), moments.logvar);
-            Ok(())
-        };
-        encode("image", &image, &mut out)?;
-        if let Some(mask) = &inputs.pictures.mask_image {
+        self.moments("image", &image, out)?;
+        if let Some(mask) = mask {
             let mask = image_io::decode_picture(mask, &self.limits).map_err(of_mask)?;
             let mask = image_io::preprocess_mask(&mask, width, height)?;
             if self.masked_picture {
-                encode("masked_image", &image.broadcast_mul(&mask.affine(-1.0, 1.0)?)?, &mut out)?;
+                self.moments("masked_image", &image.broadcast_mul(&mask.affine(-1.0, 1.0)?)?, out)?;
             }
             out.insert("mask", mask);
         }
-        Ok(Payload::ImageLatents(out))
+        Ok(())
     }
 
     fn tiling(&self, width: usize, height: usize) -> Tiling {

@@ -15,6 +15,7 @@ use std::collections::VecDeque;
 use parallel::{Device, Tensors};
 
 use crate::blocks::{BlockModel, RankGroup, broadcast_tensors, from_tensor, recv_tensors, send_tensors, to_tensor};
+use crate::control::ControlFacts;
 use crate::lora::Share;
 use crate::request::Lora;
 use crate::{Error, Result};
@@ -42,6 +43,11 @@ impl BlockRunner {
     /// How many forwards can be under way before every lane's first range would wait for its last.
     pub fn depth(&self) -> usize {
         self.group.range.count * self.group.layout().cfg_parallel
+    }
+
+    /// What is known of the control networks that its jobs may name.
+    pub fn controls(&self) -> &[ControlFacts] {
+        self.group.controls().facts()
     }
 
     /// The lane with the fewest forwards under way. Of several the last, so that the leader's own comes after the others: it

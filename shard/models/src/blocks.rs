@@ -15,6 +15,7 @@ use parallel::mesh::{Link, Mesh};
 use parallel::{Collective, Device, Solo, Tensor, Tensors};
 use serde::{Deserialize, Serialize};
 
+use crate::control::ControlNetworks;
 use crate::lora::Share;
 use crate::lora::store::AdapterStore;
 use crate::{Error, Result};
@@ -134,6 +135,8 @@ pub struct RankGroup {
     layout: Layout,
     /// This rank's own; none where no adapter is registered.
     adapters: Option<Arc<AdapterStore>>,
+    /// This rank's part of them.
+    controls: Arc<ControlNetworks>,
 }
 
 impl RankGroup {
@@ -146,6 +149,7 @@ impl RankGroup {
             device: Device::Cpu,
             layout: Layout::SOLO,
             adapters: None,
+            controls: Arc::default(),
         }
     }
 
@@ -159,14 +163,14 @@ impl RankGroup {
         let first = rank - rank % layout.tp;
         let peers: Vec<usize> = (first..first + layout.tp).collect();
         let tensor = Arc::new(whole.subgroup(&peers)?);
-        Ok(Self { whole: Arc::new(whole), tensor, range: range_of(rank, layout), device: Device::Cpu, layout, adapters: None })
+        Ok(Self { whole: Arc::new(whole), tensor, range: range_of(rank, layout), layout, ..Self::solo() })
     }
 
     /// A place in a group that exists on paper only: enough to measure what a rank would load.
     pub fn placeholder(rank: usize, layout: Layout) -> Self {
         let whole = Arc::new(Placeholder { rank, size: layout.ranks() });
         let tensor = Arc::new(Placeholder { rank: rank % layout.tp, size: layout.tp });
-        Self { whole, tensor, range: range_of(rank, layout), device: Device::Cpu, layout, adapters: None }
+        Self { whole, tensor, range: range_of(rank, layout), layout, ..Self::solo() }
     }
 
     /// The same place, computing on `device`.
@@ -177,6 +181,16 @@ impl RankGroup {
     /// The same place, with the adapters that jobs may name.
     pub fn with_adapters(self, adapters: Arc<AdapterStore>) -> Self {
         Self { adapters: Some(adapters), ..self }
+    }
+
+    /// The same place, with the control networks that jobs may name.
+    pub fn with_controls(self, controls: ControlNetworks) -> Self {
+        Self { controls: Arc::new(controls), ..self }
+    }
+
+    /// This rank's control networks.
+    pub fn controls(&self) -> &Arc<ControlNetworks> {
+        &self.controls
     }
 
     /// This rank's adapters, if there are any to name.

@@ -55,10 +55,12 @@ pub struct StageCard {
     pub component: String,
     /// Ids of the stages whose outputs it takes.
     pub inputs: Vec<String>,
-    /// Only in jobs that start from a picture.
+    /// Only in jobs that start from a picture, or are given controls and it takes their pictures.
     pub with_image: bool,
     /// It is given the job's own pictures.
     pub with_pictures: bool,
+    /// It is given the pictures of the job's controls.
+    pub with_controls: bool,
 }
 
 impl ComponentCard {
@@ -74,7 +76,21 @@ impl StageCard {
     pub fn new(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> Self {
         let pictures = kind == StageKind::EncodeImage;
         let inputs = inputs.iter().map(|input| (*input).to_owned()).collect();
-        Self { id: id.into(), kind, component: component.into(), inputs, with_image: pictures, with_pictures: pictures }
+        Self {
+            id: id.into(),
+            kind,
+            component: component.into(),
+            inputs,
+            with_image: pictures,
+            with_pictures: pictures,
+            with_controls: false,
+        }
+    }
+
+    /// Those of a family whose control networks are given pictures as they are (the denoiser is given them) or their latents (the autoencoder is).
+    pub fn with_controls(mut stages: Vec<Self>, kind: StageKind) -> Vec<Self> {
+        stages.iter_mut().filter(|stage| stage.kind == kind).for_each(|stage| stage.with_controls = true);
+        stages
     }
 
     /// The stages of a family whose text encoders each read their prompt alone: they and, with an input picture, the autoencoder

@@ -12,6 +12,8 @@ use crate::autoencoder_stage::AutoencoderStage;
 use crate::blocks::BlockModel;
 use crate::card::ParameterCard;
 use crate::clip::{ClipTextConfig, ClipTextEncoder};
+use crate::control::ControlFacts;
+use crate::control::conditions::{self, Conditions, Pass};
 use crate::denoise::{DenoiseState, Denoiser, LastStep};
 use crate::engine::Engine;
 use crate::error::check_fits;
@@ -50,13 +52,14 @@ pub(crate) struct Space {
     pub(crate) unet: UNet2DConditionConfig,
     pub(crate) vae: AutoencoderKlConfig,
     pub(crate) scheduler: DiffusionConfig,
+    pub(crate) controls: Conditions,
 }
 
 /// Loads one rank of one component: a CLIP text encoder, the U-Net or the autoencoder.
 pub(crate) fn load<D: Denoiser + 'static>(
     spec: LoadSpec<'_>,
     weights: &Weights,
-    denoiser: impl FnOnce() -> Result<D>,
+    denoiser: impl FnOnce(&[ControlFacts]) -> Result<D>,
     encoding: impl FnOnce(&str) -> Result<TextEncoding>,
 ) -> Result<Rank> {
     let LoadSpec { dir, component, group, limits, .. } = spec;
@@ -74,7 +77,7 @@ pub(crate) fn load<D: Denoiser + 'static>(
     };
     Rank::of(model, group, |runner| {
         Ok(match component {
-            "unet" => Box::new(Engine::new(Box::new(denoiser()?), runner, limits)),
+            "unet" => Box::new(Engine::new(Box::new(denoiser(runner.controls())?), runner, limits)),
             _ => Box::new(TextStage::new(encoding(component)?, runner, limits.prompt_cache_bytes)),
         })
     })
@@ -82,7 +85,12 @@ pub(crate) fn load<D: Denoiser + 'static>(
 
 /// Reads a directory's network, autoencoder and scheduler.
 pub(crate) fn space(dir: &ModelDir) -> Result<Space> {
-    let space = Space { unet: dir.config("unet")?, vae: dir.config("vae")?, scheduler: DiffusionConfig::of(dir)? };
+    let space = Space {
+        unet: dir.config("unet")?,
+        vae: dir.config("vae")?,
+        scheduler: DiffusionConfig::of(dir)?,
+        controls: Conditions::default(),
+    };
     space.check()?;
     Ok(space)
 }
@@ -166,6 +174,7 @@ impl Space {
 
     /// A job at its first step. `tensors` are what the family keeps for it.
     pub(crate) fn start(&self, request: Request, mut inputs: Inputs, mut tensors: Tensors) -> Result<DenoiseState> {
+        self.controls.start(&request, &mut tensors, |k, _| conditions::pixels(&request, &inputs, k))?;
         let mut generator = flow::generator(&request);
         let picture = inputs.image_latents.take();
         let mask = picture.as_ref().and_then(|picture| picture.find("mask")).cloned();
@@ -223,8 +232,9 @@ impl Space {
         (n - ((n as f64 * strength) as usize).min(n)) * self.scheduler.order()
     }
 
-    /// The network's inputs of one pass: `sample`, `timestep`, and the guidance scale if it takes that.
-    pub(crate) fn pass(&self, state: &DenoiseState) -> Result<Tensors> {
+    /// The network's inputs of the pass of this index (the unconditional one first): `sample`, `timestep`, the guidance scale if it takes that,
+    /// and the job's controls.
+    pub(crate) fn pass(&self, state: &DenoiseState, index: usize) -> Result<Tensors> {
         let pictures = state.pictures();
         let mut sample = state.scheduler.scale_model_input(&state.latents, state.step)?;
         if let Some(beside) = state.tensors.find("beside") {
@@ -236,7 +246,19 @@ impl Space {
             let scale = state.request.guidance_scale.unwrap_or_default() - 1.0;
             inputs.insert("timestep_cond", guidance_scale_embedding(scale, width, pictures)?);
         }
+        self.controls.add(state, self.control_pass(state, index), &mut inputs)?;
         Ok(inputs)
+    }
+
+    fn control_pass(&self, state: &DenoiseState, index: usize) -> Pass {
+        Pass { index, unconditional: index == 0 && self.cfg_scale(&state.request).is_some() }
+    }
+
+    /// Passes over pictures of one size go together if the same controls take part: texts are all of one length.
+    pub(crate) fn batch_key(&self, state: &DenoiseState, index: usize) -> Vec<usize> {
+        let (h, w) = self.grid(&state.request);
+        let controls = self.controls.key(state, self.control_pass(state, index));
+        [h, w].into_iter().chain(controls).collect()
     }
 
     /// Guidance, the scheduler's step, and outside a mask the input picture noised to the next timestep.

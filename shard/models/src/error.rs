@@ -59,6 +59,14 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// A control network that a job cannot be given.
+    #[error("control `{name}`: {reason}")]
+    Control {
+        /// Its name.
+        name: String,
+        /// Why.
+        reason: String,
+    },
     /// A checkpoint that does not fit the job it is to be taken up in.
     #[error("checkpoint: {field} {reason}")]
     Checkpoint {

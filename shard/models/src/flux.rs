@@ -87,7 +87,10 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         Ok(match component {
             "text_encoder" => Box::new(TextStage::new(clip_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
             "text_encoder_2" => Box::new(TextStage::new(t5_encoding(dir.root())?, runner, limits.prompt_cache_bytes)),
-            _ => Box::new(Engine::new(Box::new(FluxDenoiser::load(dir)?), runner, limits)),
+            _ => {
+                let denoiser = FluxDenoiser::load(dir)?.with_controls(runner.controls());
+                Box::new(Engine::new(Box::new(denoiser), runner, limits))
+            }
         })
     })
 }

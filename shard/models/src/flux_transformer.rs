@@ -22,7 +22,10 @@ use crate::mmdit::residuals::Residuals;
 use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, not_held, unsupported};
 
 mod blocks;
+mod controlnet;
 mod pos_embed;
+
+pub use controlnet::{FluxControlNet, FluxControlNetConfig};
 
 use blocks::{FluxSingleTransformerBlock, FluxTransformerBlock};
 use pos_embed::FluxPosEmbed;

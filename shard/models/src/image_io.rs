@@ -78,6 +78,14 @@ pub fn preprocess(picture: &Picture, width: usize, height: usize) -> Result<Tens
     Ok(Tensor::from_vec(values, (1, 3, height, width), &Device::Cpu)?)
 }
 
+/// What a control network is given: `[1, 3, height, width]`, f32 in 0..1. Resized (Lanczos) if its size differs.
+pub fn in_unit_range(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    let pixels = resized(picture, width, height)?;
+    let planes = (0..3).flat_map(|c| pixels.iter().skip(c).step_by(3)); // [H, W, C] -> [C, H, W]
+    let values: Vec<f32> = planes.map(|v| f32::from(*v) / 255.0).collect();
+    Ok(Tensor::from_vec(values, (1, 3, height, width), &Device::Cpu)?)
+}
+
 /// A mask: `[1, 1, height, width]`, f32, 1 where the picture is to be made anew (at least half white). Resized (Lanczos) if
 /// its size differs.
 pub fn preprocess_mask(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {

@@ -14,6 +14,8 @@ pub mod blocks;
 
 pub mod lora;
 
+pub mod control;
+
 pub mod block_runner;
 
 pub mod tokenizer;
@@ -39,6 +41,7 @@ pub mod hunyuan_dit;
 pub mod pixart_transformer;
 pub mod qwen_image_transformer;
 pub mod sd3_transformer;
+pub mod t2i_adapter;
 pub mod unet_2d_condition;
 
 pub mod checkpoint;

@@ -152,16 +152,21 @@ impl ModelDir {
     /// sha256, in hex, over the relative name and the sha256 of every file, in the order of their names. Hidden files and
     /// folders (a download tool's notes) do not count. Reads everything once: seconds per gigabyte.
     pub fn digest(&self) -> Result<String> {
-        let mut files = BTreeMap::new();
-        list_files(&self.root, "", 0, &mut files)?;
-        let mut digest = Sha256::new();
-        for (name, path) in files {
-            digest.update((name.len() as u64).to_le_bytes());
-            digest.update(name.as_bytes());
-            digest.update(hash_file(&path)?);
-        }
-        Ok(hex(&digest.finalize()))
+        digest_of(&self.root)
     }
+}
+
+/// As [`ModelDir::digest`], of any folder.
+pub(crate) fn digest_of(folder: &Path) -> Result<String> {
+    let mut files = BTreeMap::new();
+    list_files(folder, "", 0, &mut files)?;
+    let mut digest = Sha256::new();
+    for (name, path) in files {
+        digest.update((name.len() as u64).to_le_bytes());
+        digest.update(name.as_bytes());
+        digest.update(hash_file(&path)?);
+    }
+    Ok(hex(&digest.finalize()))
 }
 
 /// Reads a JSON file of limited size into `T`; keys that `T` does not have are ignored. Minus infinity, which is no JSON and which Python

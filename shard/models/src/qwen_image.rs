@@ -13,7 +13,7 @@ use parallel::Weights;
 use crate::autoencoder_kl_qwen::{AutoencoderKlQwenImage, AutoencoderKlQwenImageConfig};
 use crate::autoencoder_stage::AutoencoderStage;
 use crate::blocks::BlockModel;
-use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::engine::Engine;
 use crate::flow::{self, Defaults};
 use crate::image_io::PictureLimits;
@@ -57,7 +57,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let vae: AutoencoderKlQwenImageConfig = dir.config("vae")?;
     let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
     QwenImageDenoiser::load(dir)?;
-    let mut stages = StageCard::of_text_encoders(&["text_encoder"], "transformer");
+    let stages = StageCard::of_text_encoders(&["text_encoder"], "transformer");
+    let mut stages = StageCard::with_controls(stages, StageKind::EncodeImage);
     for stage in stages.iter_mut().filter(|stage| stage.component == "text_encoder") {
         stage.with_pictures = edits(dir);
     }
@@ -137,7 +138,10 @@ pub fn load_with(spec: LoadSpec<'_>, weights: &Weights, working_area: usize) -> 
     Rank::of(model, group, |runner| {
         Ok(match component {
             "text_encoder" => Box::new(PromptStage::load(dir, runner, limits.prompt_cache_bytes, working_area)?),
-            _ => Box::new(Engine::new(Box::new(QwenImageDenoiser::load(dir)?), runner, limits)),
+            _ => {
+                let denoiser = QwenImageDenoiser::load(dir)?.with_controls(runner.controls());
+                Box::new(Engine::new(Box::new(denoiser), runner, limits))
+            }
         })
     })
 }

@@ -18,9 +18,11 @@ use crate::mmdit::residuals::Residuals;
 use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, load_range, not_held, unsupported};
 
 mod block;
+mod controlnet;
 mod embeddings;
 
 use block::QwenImageTransformerBlock;
+pub use controlnet::{QwenImageControlNet, QwenImageControlNetConfig};
 use embeddings::{PictureShapes, QwenEmbedRope, padding_bias};
 
 /// Frame, row, column.
@@ -200,6 +202,39 @@ impl Embedders {
             img_in: linear(&w.pp("img_in"), config.in_channels, d)?,
         })
     }
+
+    /// With `zero_cond_t`, `temb` is `[2 B, D]`, the second half as at timestep 0.
+    fn forward(&self, inputs: &Tensors, zero_cond_t: bool) -> Result<Embedded> {
+        let hidden_states = self.img_in.forward(inputs.get("hidden_states")?)?; // [B, L_img, D]
+        let (b, l_img, _) = hidden_states.dims3()?;
+        let shapes = PictureShapes::of(inputs.get("img_shapes")?, l_img)?;
+
+        let mut timestep = inputs.get("timestep")?.to_dtype(hidden_states.dtype())?;
+        if zero_cond_t {
+            timestep = Tensor::cat(&[&timestep, &timestep.zeros_like()?], 0)?; // [2 B]
+        }
+        let timesteps_proj = timestep_embedding(&timestep, TIME_CHANNELS, TIME_SCALE)?.to_dtype(hidden_states.dtype())?;
+        let temb = self.timestep_embedder.forward(&timesteps_proj)?;
+
+        let text = ops::rms_norm(inputs.get("encoder_hidden_states")?, &self.txt_norm, EPS)?;
+        let encoder_hidden_states = self.txt_in.forward(&text)?; // [B, L_txt, D]
+        let l_txt = encoder_hidden_states.dim(1)?;
+        let rope = self.pos_embed.forward(&shapes, l_txt, hidden_states.device())?;
+        let bias = match inputs.find("encoder_hidden_states_mask") {
+            Some(mask) => padding_bias(mask, [b, l_txt], l_img)?,
+            None => None,
+        };
+        Ok(Embedded { hidden_states, encoder_hidden_states, temb, rope, bias })
+    }
+}
+
+/// What the blocks are given.
+struct Embedded {
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    rope: Rope,
+    bias: Option<Tensor>,
 }
 
 impl Head {
@@ -219,21 +254,7 @@ impl Head {
 impl BlockModel for QwenImageTransformer {
     fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
         let embedders = self.embedders.as_ref().ok_or_else(|| not_held("embedders"))?;
-        let hidden_states = embedders.img_in.forward(inputs.get("hidden_states")?)?; // [B, L_img, D]
-        let (b, l_img, _) = hidden_states.dims3()?;
-        let shapes = PictureShapes::of(inputs.get("img_shapes")?, l_img)?;
-
-        let mut timestep = inputs.get("timestep")?.to_dtype(hidden_states.dtype())?;
-        if self.zero_cond_t {
-            timestep = Tensor::cat(&[&timestep, &timestep.zeros_like()?], 0)?; // [2 B]
-        }
-        let timesteps_proj = timestep_embedding(&timestep, TIME_CHANNELS, TIME_SCALE)?.to_dtype(hidden_states.dtype())?;
-        let temb = embedders.timestep_embedder.forward(&timesteps_proj)?;
-
-        let text = ops::rms_norm(inputs.get("encoder_hidden_states")?, &embedders.txt_norm, EPS)?;
-        let encoder_hidden_states = embedders.txt_in.forward(&text)?; // [B, L_txt, D]
-        let l_txt = encoder_hidden_states.dim(1)?;
-        let rope = embedders.pos_embed.forward(&shapes, l_txt, hidden_states.device())?;
+        let Embedded { hidden_states, encoder_hidden_states, temb, rope, bias } = embedders.forward(inputs, self.zero_cond_t)?;
         let mut hidden = Tensors::new()
             .with("hidden_states", hidden_states)
             .with("encoder_hidden_states", encoder_hidden_states)
@@ -243,9 +264,7 @@ impl BlockModel for QwenImageTransformer {
         if self.zero_cond_t {
             hidden.insert("img_shapes", inputs.get("img_shapes")?.clone());
         }
-        if let Some(mask) = inputs.find("encoder_hidden_states_mask")
-            && let Some(bias) = padding_bias(mask, [b, l_txt], l_img)?
-        {
+        if let Some(bias) = bias {
             hidden.insert("attention_bias", bias);
         }
         self.residuals.place(inputs, &mut hidden, |block, residuals| block / self.residuals.blocks.div_ceil(residuals));

@@ -11,6 +11,7 @@ use parallel::{Collective, DType, Device, Weights};
 use crate::block_runner::{BlockRunner, Follower};
 use crate::blocks::{BlockModel, Layout, RankGroup};
 use crate::card::Card;
+use crate::control::{ControlSource, Controlled, OpenControls};
 use crate::lora::mapping::Sites;
 use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
@@ -18,6 +19,9 @@ use crate::stage::Stage;
 use crate::{
     Error, Result, checkpoint_names, dit, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl,
 };
+
+/// The components that denoise: control networks are held beside them.
+const DENOISERS: [&str; 2] = ["unet", "transformer"];
 
 /// A rank with its weights.
 pub enum Rank {
@@ -30,10 +34,13 @@ pub enum Rank {
 impl Rank {
     /// A rank of a group that holds `model` together; its leader runs the stage that is made with them.
     pub(crate) fn of(
-        model: Box<dyn BlockModel>,
+        mut model: Box<dyn BlockModel>,
         group: RankGroup,
         stage: impl FnOnce(BlockRunner) -> Result<Box<dyn Stage>>,
     ) -> Result<Self> {
+        if group.controls().are_held() {
+            model = Box::new(Controlled::new(model, group.controls().clone()));
+        }
         if group.is_leader() {
             return stage(BlockRunner::new(model, group)).map(Self::Leader);
         }
@@ -76,10 +83,29 @@ impl Default for Limits {
 /// How far a rank is with its weights.
 #[derive(Clone, Debug)]
 pub struct LoadProgress {
-    /// Bytes read so far.
-    pub read: Arc<AtomicU64>,
-    /// About how many there will be: the checkpoint's bytes over the ranks that hold it once.
+    /// Bytes read so far, of each of its checkpoints.
+    read: Vec<Arc<AtomicU64>>,
+    /// About how many there will be: a checkpoint's bytes over the ranks that hold it once.
     pub total: u64,
+}
+
+impl LoadProgress {
+    /// Of one checkpoint.
+    pub fn new(read: Arc<AtomicU64>, total: u64) -> Self {
+        Self { read: vec![read], total }
+    }
+
+    /// Bytes read so far.
+    pub fn read(&self) -> u64 {
+        self.read.iter().map(|read| read.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The same, with another checkpoint.
+    fn with(mut self, weights: &Weights, ranks: u64) -> Self {
+        self.read.push(weights.bytes_read());
+        self.total += weights.total_bytes() / ranks;
+        self
+    }
 }
 
 /// Says what the model in `dir` is, by what it holds: reads every byte of it once.
@@ -111,19 +137,30 @@ pub fn outline(dir: &ModelDir) -> Result<Card> {
 /// # Errors
 /// When the component does not exist, cannot be cut so, or its checkpoint is not what its configuration says.
 pub fn load(spec: LoadSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
-    load_with(spec, Sources::default(), on_open)
+    load_with(spec, Sources::default(), &[], on_open)
 }
 
-/// As [`load`], with adapters that jobs may name. None is read before a job needs it.
+/// As [`load`], with adapters and control networks that jobs may name. No adapter is read before a job needs it; control networks are read at once.
 ///
 /// # Errors
-/// As [`load`].
-pub fn load_with(spec: LoadSpec<'_>, adapters: Sources, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
+/// As [`load`], and [`Error::Control`] with the first that cannot be held.
+pub fn load_with(
+    spec: LoadSpec<'_>,
+    adapters: Sources,
+    controls: &[ControlSource],
+    on_open: &mut dyn FnMut(LoadProgress),
+) -> Result<Rank> {
     let LoadSpec { dir, component, mut group, device, limits } = spec;
     let path = dir.require(component)?.path;
     let weights = open(dir, &path, group.tensor.clone(), &device)?;
     let ranks = group.layout().lane_ranks() as u64;
-    on_open(LoadProgress { read: weights.bytes_read(), total: weights.total_bytes() / ranks });
+    let mut progress = LoadProgress::new(weights.bytes_read(), weights.total_bytes() / ranks);
+    let controls = OpenControls::open(if DENOISERS.contains(&component) { controls } else { &[] }, &group, &device)?;
+    for (_, weights) in controls.weights() {
+        progress = progress.with(weights, group.layout().tp as u64);
+    }
+    on_open(progress);
+    group = group.with_controls(controls.load()?);
     if !adapters.named.is_empty() {
         let store = AdapterStore::new(weights.adapters().clone(), sites(dir, component)?, adapters);
         group = group.with_adapters(Arc::new(store));
@@ -171,6 +208,11 @@ pub struct Need {
 }
 
 impl Need {
+    fn of(weights: &Weights) -> Self {
+        let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
+        Self { read_bytes, held_bytes: weights.bytes_held(), tensors: weights.measured() }
+    }
+
     /// Of [`Self::read_bytes`] those of tensors that every rank of its range reads whole.
     pub fn whole_bytes(&self) -> u64 {
         self.tensors.values().filter(|tensor| tensor.whole).map(|tensor| tensor.bytes).sum()
@@ -179,10 +221,25 @@ impl Need {
 
 /// What each rank of a component would need, in rank order, by running its loading code without reading.
 pub fn measure(dir: &ModelDir, component: &str, layout: Layout) -> Result<Vec<Need>> {
+    measure_with(dir, component, &[], layout)
+}
+
+/// The same of a component with its control networks, whose tensors are under their names.
+pub fn measure_with(dir: &ModelDir, component: &str, controls: &[ControlSource], layout: Layout) -> Result<Vec<Need>> {
+    let controls = if DENOISERS.contains(&component) { controls } else { &[] };
     let rank = |rank: usize| {
-        let (_, weights) = measured(dir, component, RankGroup::placeholder(rank, layout))?;
-        let read_bytes = weights.bytes_read().load(Ordering::Relaxed);
-        Ok(Need { read_bytes, held_bytes: weights.bytes_held(), tensors: weights.measured() })
+        let group = RankGroup::placeholder(rank, layout);
+        let (_, weights) = measured(dir, component, group.clone())?;
+        let mut need = Need::of(&weights);
+        let controls = OpenControls::open(controls, &group, &Device::Cpu)?.measuring();
+        controls.load()?;
+        for (name, weights) in controls.weights() {
+            let Need { read_bytes, held_bytes, tensors } = Need::of(weights);
+            need.read_bytes += read_bytes;
+            need.held_bytes += held_bytes;
+            need.tensors.extend(tensors.into_iter().map(|(tensor, measured)| (format!("{name}/{tensor}"), measured)));
+        }
+        Ok(need)
     };
     (0..layout.ranks()).map(rank).collect()
 }

@@ -51,6 +51,25 @@ pub struct Request {
     pub noise_generator: NoiseGenerator,
     /// What the weights are changed by, each with its scale.
     pub loras: Vec<Lora>,
+    /// What pictures say of the one that is drawn; several add up.
+    pub controls: Vec<Control>,
+    /// ControlNets act on the conditional pass alone, the more the deeper: for prompts that say little.
+    pub guess_mode: bool,
+}
+
+/// A control network that takes part in a job; its picture is in the same place among [`crate::stage::Pictures::controls`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Control {
+    /// Its name in the cluster.
+    pub name: String,
+    /// What its output is multiplied by.
+    pub conditioning_scale: f64,
+    /// It takes part from this part of the steps on, 0 to 1.
+    pub guidance_start: f64,
+    /// Up to this part of the steps, 0 to 1.
+    pub guidance_end: f64,
+    /// Which kind of picture it is, of a network that knows several.
+    pub mode: Option<usize>,
 }
 
 /// An adapter that takes part in a job.
@@ -121,6 +140,8 @@ impl Default for Request {
             max_sequence_length: 512,
             noise_generator: NoiseGenerator::TorchCpu,
             loras: Vec::new(),
+            controls: Vec::new(),
+            guess_mode: false,
         }
     }
 }

@@ -9,8 +9,10 @@ use parallel::{DType, Device, Tensor, Tensors, Weights};
 use crate::autoencoder_kl::{AutoencoderKl, AutoencoderKlConfig};
 use crate::autoencoder_stage::AutoencoderStage;
 use crate::blocks::BlockModel;
-use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::clip::{ClipTextConfig, ClipTextEncoder};
+use crate::control::conditions::{self, Conditions, Pass};
+use crate::control::kind::{ControlFacts, ControlKind};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::engine::Engine;
 use crate::error::check_fits;
@@ -34,6 +36,8 @@ const GUIDANCE: Guidance = Guidance::Cfg;
 /// Tokens each CLIP reads, always.
 const CLIP_TOKENS: usize = 77;
 const COMPONENTS: [&str; 5] = ["text_encoder", "text_encoder_2", T5, "transformer", "vae"];
+/// Makes a seed for the draws of control pictures' latents that no other draws have.
+const CONTROL_SEED: u64 = 0x9e37_79b9_7f4a_7c15;
 /// The index of skip-layer guidance's branch.
 const SKIP_LAYERS_BRANCH: usize = 2;
 /// The component that a directory may do without.
@@ -61,7 +65,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         scheduler: FlowMatchEulerDiscreteConfig::CLASS.into(),
         digest: String::new(),
         components,
-        stages: StageCard::of_text_encoders(&encoders, "transformer"),
+        stages: StageCard::with_controls(StageCard::of_text_encoders(&encoders, "transformer"), StageKind::EncodeImage),
         parameters: parts.parameters(),
         max_pixels: flow::MAX_PIXELS,
     };
@@ -163,7 +167,10 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     };
     Rank::of(model, group, |runner| {
         Ok(match component {
-            "transformer" => Box::new(Engine::new(Box::new(Sd3Denoiser::load(dir)?), runner, limits)),
+            "transformer" => {
+                let denoiser = Sd3Denoiser::load(dir)?.with_controls(runner.controls());
+                Box::new(Engine::new(Box::new(denoiser), runner, limits))
+            }
             _ => Box::new(TextStage::new(text_encoding(dir, component)?, runner, limits.prompt_cache_bytes)),
         })
     })
@@ -186,12 +193,34 @@ fn text_encoding(dir: &ModelDir, component: &str) -> Result<TextEncoding> {
 #[derive(Debug)]
 pub struct Sd3Denoiser {
     parts: Parts,
+    controls: Conditions,
 }
 
 impl Sd3Denoiser {
     /// From a model's configurations.
     pub fn load(dir: &ModelDir) -> Result<Self> {
-        Ok(Self { parts: Parts::read(dir)? })
+        Ok(Self { parts: Parts::read(dir)?, controls: Conditions::default() })
+    }
+
+    /// The same, for jobs that may name these control networks.
+    pub fn with_controls(self, facts: &[ControlFacts]) -> Self {
+        Self { controls: Conditions::new(facts), ..self }
+    }
+
+    /// The latents of control pictures, one for each picture of each of the two passes, as the reference draws them; it draws from torch's global
+    /// generator, here they are drawn from one that the job's seed alone begins.
+    fn start_controls(&self, request: &Request, inputs: &mut Inputs, kept: &mut Tensors) -> Result<()> {
+        let encoded = conditions::take_encoded(inputs);
+        let passes = if request.cfg_scale(GUIDANCE).is_some() { 2 } else { 1 };
+        let rows = passes * request.num_images_per_prompt;
+        let own_seed = Request { seed: request.seed ^ CONTROL_SEED, ..request.clone() };
+        let mut generator = flow::generator(&own_seed);
+        let (scale, shift) = (self.parts.vae.scaling_factor, self.parts.vae.shift_factor.unwrap_or_default());
+        self.controls.start(request, kept, |k, facts| {
+            let latents = conditions::latents(&encoded, inputs, k, rows, &mut generator)?;
+            let unshifted = matches!(&facts.kind, ControlKind::Sd3(config) if config.force_zeros_for_pooled_projection);
+            Ok(((latents - if unshifted { 0.0 } else { shift })? * scale)?)
+        })
     }
 
     /// Height and width of the latents.
@@ -243,6 +272,10 @@ impl Sd3Denoiser {
     }
 }
 
+fn pass(index: usize) -> Pass {
+    Pass { index, unconditional: false }
+}
+
 /// The job's skip-layer guidance, if it is on at this step.
 fn skip_layer_guidance(state: &DenoiseState) -> Option<&SkipLayerGuidance> {
     let (step, steps) = (state.step as f64, state.steps() as f64);
@@ -258,6 +291,7 @@ impl Denoiser for Sd3Denoiser {
         if request.cfg_scale(GUIDANCE).is_some() {
             tensors.extend(self.join(&inputs.conditioning, "negative_", &request)?.into_iter().collect());
         }
+        self.start_controls(&request, &mut inputs, &mut tensors)?;
         let (h, w) = self.grid(&request);
         let space = Latents {
             shape: [self.parts.transformer.in_channels, h, w],
@@ -273,33 +307,36 @@ impl Denoiser for Sd3Denoiser {
     fn branches(&self, state: &DenoiseState) -> Result<Vec<Tensors>> {
         let pictures = state.pictures();
         let timestep = state.scheduler.timesteps()[state.step] as f32;
-        let branch = |prefix: &str| -> Result<Tensors> {
+        let branch = |index: usize, prefix: &str| -> Result<Tensors> {
             let embeds = |name: &str| flow::per_picture(state.tensors.get(&format!("{prefix}{name}"))?, pictures);
-            Ok(Tensors::new()
+            let mut inputs = Tensors::new()
                 .with("hidden_states", state.latents.clone())
                 .with("timestep", flow::each(timestep, pictures)?)
                 .with("pooled_projections", embeds("pooled_prompt_embeds")?)
-                .with("encoder_hidden_states", embeds("prompt_embeds")?))
+                .with("encoder_hidden_states", embeds("prompt_embeds")?);
+            self.controls.add(state, pass(index), &mut inputs)?;
+            Ok(inputs)
         };
         if state.request.cfg_scale(GUIDANCE).is_none() {
-            return Ok(vec![branch("")?]);
+            return Ok(vec![branch(0, "")?]);
         }
-        let mut branches = vec![branch("negative_")?, branch("")?];
+        let mut branches = vec![branch(0, "negative_")?, branch(1, "")?];
         if let Some(guidance) = skip_layer_guidance(state) {
             let layers: Vec<u32> = guidance.layers.iter().map(|layer| *layer as u32).collect();
-            branches.push(branch("")?.with("skip_layers", Tensor::new(layers, &Device::Cpu)?));
+            branches.push(branch(SKIP_LAYERS_BRANCH, "")?.with("skip_layers", Tensor::new(layers, &Device::Cpu)?));
         }
         Ok(branches)
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
-        &["skip_layers"]
+        &["controls", "skip_layers"]
     }
 
     /// Branches of one picture size and one text length go together, if they leave out the same blocks.
     fn batch_key(&self, state: &DenoiseState, branch: usize) -> Vec<usize> {
         let (h, w) = self.grid(&state.request);
         let mut key = vec![h, w, state.request.max_sequence_length];
+        key.extend(self.controls.key(state, pass(branch)));
         if branch == SKIP_LAYERS_BRANCH {
             key.extend(state.request.skip_layer_guidance.iter().flat_map(|guidance| &guidance.layers));
         }

@@ -19,9 +19,11 @@ use crate::mmdit::{MAX_BLOCKS, MAX_WIDTH, check_heads, check_widths, load_if, lo
 use crate::{Error, Result};
 
 mod block;
+mod controlnet;
 mod patch_embed;
 
 use block::JointTransformerBlock;
+pub use controlnet::{Sd3ControlNet, Sd3ControlNetConfig};
 use patch_embed::PatchEmbed;
 
 /// `config.json` of an `SD3Transformer2DModel`.

@@ -5,8 +5,10 @@
 
 use parallel::{Tensor, Tensors, Weights};
 
-use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::clip::ClipTextConfig;
+use crate::control::ControlFacts;
+use crate::control::conditions::Conditions;
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::diffusion::{self, CLIP_TOKENS, Defaults, GUIDANCE, Space};
 use crate::flow;
@@ -39,7 +41,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             // One head, and small beside the rest: held whole.
             ComponentCard::of(dir, "vae", 1, 1)?,
         ],
-        stages: StageCard::of_text_encoders(&["text_encoder"], "unet"),
+        stages: StageCard::with_controls(StageCard::of_text_encoders(&["text_encoder"], "unet"), StageKind::Denoise),
         parameters,
         max_pixels: flow::MAX_PIXELS,
     };
@@ -68,7 +70,12 @@ impl Parts {
 /// Loads one rank of one component.
 pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     let dir = spec.dir;
-    diffusion::load(spec, weights, || StableDiffusionDenoiser::load(dir), |_| text_encoding(dir))
+    diffusion::load(
+        spec,
+        weights,
+        |controls| Ok(StableDiffusionDenoiser::load(dir)?.with_controls(controls)),
+        |_| text_encoding(dir),
+    )
 }
 
 fn text_encoding(dir: &ModelDir) -> Result<TextEncoding> {
@@ -93,6 +100,12 @@ impl StableDiffusionDenoiser {
     pub fn load(dir: &ModelDir) -> Result<Self> {
         Ok(Self { space: Parts::read(dir)?.space })
     }
+
+    /// The same, for jobs that may name these control networks.
+    pub fn with_controls(mut self, facts: &[ControlFacts]) -> Self {
+        self.space.controls = Conditions::new(facts);
+        self
+    }
 }
 
 impl Denoiser for StableDiffusionDenoiser {
@@ -107,24 +120,22 @@ impl Denoiser for StableDiffusionDenoiser {
 
     /// Unconditional first.
     fn branches(&self, state: &DenoiseState) -> Result<Vec<Tensors>> {
-        let branch = |name: &str| -> Result<Tensors> {
+        let branch = |index: usize, name: &str| -> Result<Tensors> {
             let embeds = flow::per_picture(state.tensors.get(name)?, state.pictures())?;
-            Ok(self.space.pass(state)?.with("encoder_hidden_states", embeds))
+            Ok(self.space.pass(state, index)?.with("encoder_hidden_states", embeds))
         };
         Ok(match self.space.cfg_scale(&state.request) {
-            Some(_) => vec![branch("negative_prompt_embeds")?, branch("prompt_embeds")?],
-            None => vec![branch("prompt_embeds")?],
+            Some(_) => vec![branch(0, "negative_prompt_embeds")?, branch(1, "prompt_embeds")?],
+            None => vec![branch(0, "prompt_embeds")?],
         })
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
-        &[]
+        &["controls"]
     }
 
-    /// Branches of one picture size go together: texts are all of one length.
-    fn batch_key(&self, state: &DenoiseState, _branch: usize) -> Vec<usize> {
-        let (h, w) = self.space.grid(&state.request);
-        vec![h, w]
+    fn batch_key(&self, state: &DenoiseState, branch: usize) -> Vec<usize> {
+        self.space.batch_key(state, branch)
     }
 
     fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()> {

@@ -7,8 +7,10 @@
 use parallel::{DType, Device, Tensor, Tensors, Weights};
 use serde_json::Value;
 
-use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::clip::ClipTextConfig;
+use crate::control::ControlFacts;
+use crate::control::conditions::Conditions;
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::diffusion::{self, CLIP_TOKENS, Defaults, GUIDANCE, Space};
 use crate::flow;
@@ -60,7 +62,10 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             // One head, and small beside the rest: held whole.
             ComponentCard::of(dir, "vae", 1, 1)?,
         ],
-        stages: StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"], "unet"),
+        stages: StageCard::with_controls(
+            StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"], "unet"),
+            StageKind::Denoise,
+        ),
         parameters,
         max_pixels: flow::MAX_PIXELS,
     };
@@ -100,7 +105,12 @@ impl Parts {
 /// Loads one rank of one component.
 pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     let dir = spec.dir;
-    diffusion::load(spec, weights, || StableDiffusionXlDenoiser::load(dir), |component| text_encoding(dir, component))
+    diffusion::load(
+        spec,
+        weights,
+        |controls| Ok(StableDiffusionXlDenoiser::load(dir)?.with_controls(controls)),
+        |component| text_encoding(dir, component),
+    )
 }
 
 /// Of both encoders the last layer but one is taken; the pooled text is the second one's.
@@ -126,6 +136,12 @@ impl StableDiffusionXlDenoiser {
     /// From a model's configurations.
     pub fn load(dir: &ModelDir) -> Result<Self> {
         Ok(Self { parts: Parts::read(dir)? })
+    }
+
+    /// The same, for jobs that may name these control networks.
+    pub fn with_controls(mut self, facts: &[ControlFacts]) -> Self {
+        self.parts.space.controls = Conditions::new(facts);
+        self
     }
 
     /// `prompt_embeds: [1, 77, D]`, both encoders' side by side, and `pooled_prompt_embeds: [1, P]` of one pass.
@@ -192,7 +208,7 @@ impl Denoiser for StableDiffusionXlDenoiser {
         let guided = self.parts.space.cfg_scale(&state.request).is_some();
         let branch = |pass: usize, prefix: &str| -> Result<Tensors> {
             let embeds = |name: &str| flow::per_picture(state.tensors.get(&format!("{prefix}{name}"))?, state.pictures());
-            let inputs = self.parts.space.pass(state)?;
+            let inputs = self.parts.space.pass(state, pass)?;
             Ok(inputs
                 .with("encoder_hidden_states", embeds("prompt_embeds")?)
                 .with("added_cond_kwargs.text_embeds", embeds(POOLED)?)
@@ -202,13 +218,11 @@ impl Denoiser for StableDiffusionXlDenoiser {
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
-        &[]
+        &["controls"]
     }
 
-    /// Branches of one picture size go together: texts are all of one length.
-    fn batch_key(&self, state: &DenoiseState, _branch: usize) -> Vec<usize> {
-        let (h, w) = self.parts.space.grid(&state.request);
-        vec![h, w]
+    fn batch_key(&self, state: &DenoiseState, branch: usize) -> Vec<usize> {
+        self.parts.space.batch_key(state, branch)
     }
 
     fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()> {

@@ -98,6 +98,8 @@ pub struct Inputs {
     pub noise: Option<Tensor>,
     /// What its steps would draw, in place of drawing it.
     pub step_noise: Vec<Tensor>,
+    /// What latents of control pictures are drawn with, in place of drawing it, in the job's order.
+    pub control_noise: Vec<Tensor>,
     /// The job's own pictures, as uploaded.
     pub pictures: Pictures,
     /// Where to go on, for the denoiser.
@@ -111,6 +113,8 @@ pub struct Pictures {
     pub image: Option<Vec<u8>>,
     /// Where to repaint.
     pub mask_image: Option<Vec<u8>>,
+    /// One for each of the job's controls, in their order.
+    pub controls: Vec<Vec<u8>>,
 }
 
 impl Inputs {

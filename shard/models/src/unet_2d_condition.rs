@@ -17,11 +17,13 @@ use crate::{Error, Result};
 
 mod blocks;
 mod config;
+mod controlnet;
 mod resnet;
 mod transformer_2d;
 
 use blocks::{Block, Conditions};
 pub use config::{DownBlockType, OneOrMany, UNet2DConditionConfig, UpBlockType};
+pub use controlnet::{ControlNetConfig, ControlNetModel};
 use resnet::{GroupNorm, of_time};
 
 /// Side of the first and the last kernel.
@@ -32,7 +34,7 @@ const SKIPS: &str = "down_block_res_samples";
 const DOWN_RESIDUALS: &str = "down_block_additional_residuals";
 const MID_RESIDUAL: &str = "mid_block_additional_residual";
 /// A T2I-Adapter's, one for each block down, and another for the middle if it is of that size.
-const FEATURES: &str = "down_intrablock_additional_residuals";
+pub(crate) const FEATURES: &str = "down_intrablock_additional_residuals";
 
 /// `UNet2DConditionModel`, or one rank's part of it.
 ///

@@ -71,7 +71,7 @@ fn bits(payload: &Payload) -> Vec<u32> {
 #[test]
 fn flux_goes_on_from_any_step_with_the_same_bits() {
     let dir = ModelDir::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bundled/emoji")).unwrap();
-    let repaint = Pictures { image: Some(png()), mask_image: Some(png()) };
+    let repaint = Pictures { image: Some(png()), mask_image: Some(png()), ..Pictures::default() };
     for (request, pictures) in [(request(None), None), (request(Some(0.75)), Some(repaint))] {
         let mut inputs = Inputs::default();
         for encoder in ["text_encoder", "text_encoder_2"] {

@@ -14,6 +14,7 @@ use parallel::{DType, Device, Solo, Weights};
 use serde_json::Value;
 use tests::golden::{Case, Outcome};
 
+use crate::controlled;
 use crate::pipeline::{Family, TextEncoder, generation, run_stage, text};
 
 pub(crate) fn run(case: &mut Case) -> Outcome {
@@ -22,7 +23,7 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
     let vae: AutoencoderKlConfig = dir.config("vae").map_err(text)?;
     let own_size = |jobs: &[Request], inputs: &[Inputs]| encode_at_own_size(&dir, jobs, inputs);
     let family = Family {
-        denoiser: &FluxDenoiser::load(&dir).map_err(text)?,
+        denoiser: &FluxDenoiser::load(&dir).map_err(text)?.with_controls(&controlled::facts(case, &dir)?),
         guidance: Guidance::TrueCfg,
         encoders: vec![
             TextEncoder { component: "text_encoder", tokenizer: "tokenizer", encoder: Encoder::First, tokens: Some(77) },
@@ -40,7 +41,11 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
             .map(|name| (name, name))
             .collect(),
         // The plain inpainting pipeline encodes the masked picture too, and makes no use of it.
-        pictures: if dir.pipeline_class() == "FluxFillPipeline" { vec!["image", "masked_image"] } else { vec!["image"] },
+        pictures: match dir.pipeline_class() {
+            _ if controlled::is_controlled(case) => vec!["control.0"],
+            "FluxFillPipeline" => vec!["image", "masked_image"],
+            _ => vec!["image"],
+        },
         encode: if case.param("_auto_resize").as_bool() == Some(false) { Some(&own_size) } else { None },
         unscale: &|latents| vae.unscale(latents),
     };
@@ -56,7 +61,8 @@ fn as_pipeline(case: &Case) -> Result<tempfile::TempDir, String> {
     }
     let index = folder.path().join("model_index.json");
     let mut json: Value = serde_json::from_slice(&std::fs::read(&index).map_err(text)?).map_err(text)?;
-    json["_class_name"] = case.json["pipeline_class"].clone();
+    // A pipeline with control networks is the model's own.
+    json["_class_name"] = case.json["pipeline_class"].as_str().unwrap_or_default().replace("ControlNet", "").into();
     std::fs::remove_file(&index).and_then(|()| std::fs::write(&index, json.to_string())).map_err(text)?;
     Ok(folder)
 }

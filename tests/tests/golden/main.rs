@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use tests::golden::{Case, Outcome};
 
 mod autoencoders;
+mod controlled;
+mod controls;
 mod dit;
 mod flux;
 mod flux_pipeline;
@@ -87,6 +89,10 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("component", "SD3Transformer2DModel") => sd3::component(case),
         ("component", "UNet2DConditionModel") => unet::component(case),
+        (
+            "component",
+            "ControlNetModel" | "T2IAdapter" | "FluxControlNetModel" | "SD3ControlNetModel" | "QwenImageControlNetModel",
+        ) => controls::component(case),
         ("component", "PixArtTransformer2DModel") => dit::pixart(case),
         ("component", "DiTTransformer2DModel") => dit::dit(case),
         ("component", "HunyuanDiT2DModel") => dit::hunyuan(case),

@@ -16,6 +16,8 @@ use parallel::rng::{Generator, TorchCpu};
 use serde_json::Value;
 use tests::golden::{Case, Outcome};
 
+use crate::controlled;
+
 /// Normals may differ from torch's in the last bits of the logarithm; the case `rng_cpu` says by how much.
 pub(crate) const NOISE_TOLERANCE: f64 = 2e-6;
 
@@ -80,7 +82,7 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
     let size = |name: &str| number(name).map(|v| v as usize);
     // Cases that start from a picture leave its size to it: they draw one of the same.
     let side = |name: &str, dim: usize| size(name).or_else(|| case.tensor("image").ok()?.dims().get(dim).copied());
-    let loras = loras(case)?;
+    let (loras, controls) = (loras(case)?, controlled::controls(case));
     let [second, third, negative] = ["prompt_2", "prompt_3", "negative_prompt"].map(list);
     let job = |(i, prompt): (usize, String)| {
         Some(Request {
@@ -102,6 +104,8 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             // Cases of Qwen-Image leave the reference's default.
             max_sequence_length: size("max_sequence_length").unwrap_or(512),
             loras: loras.clone(),
+            controls: controls.clone(),
+            guess_mode: case.param("guess_mode").as_bool().unwrap_or_default(),
             ..Request::default()
         })
     };
@@ -159,7 +163,8 @@ fn sources(case: &Case, dir: &ModelDir) -> Result<Sources, String> {
 pub(crate) fn check_draws(case: &mut Case) -> Outcome {
     let seed = case.json["generator_seed"].as_u64().ok_or("no generator_seed")?;
     let mut generator = Generator::Cpu(TorchCpu::new(seed));
-    for name in (0..).map(|i| format!("randn{i:02}")).take_while(|name| case.has(name)).collect::<Vec<_>>() {
+    let first = usize::from(controlled::draws_elsewhere(case));
+    for name in (first..).map(|i| format!("randn{i:02}")).take_while(|name| case.has(name)).collect::<Vec<_>>() {
         let draw = generator.randn(case.tensor(&name)?.dims()).map_err(text)?;
         case.check_within(&name, &draw, NOISE_TOLERANCE)?;
     }
@@ -169,14 +174,21 @@ pub(crate) fn check_draws(case: &mut Case) -> Outcome {
 /// The job's pictures, if it has any.
 pub(crate) fn pictures(case: &Case) -> Result<Option<Pictures>, String> {
     let read = |name: &str| case.param(name).as_str().map(|file| std::fs::read(case.dir.join(file)).map_err(text)).transpose();
+    let controls = controlled::pictures(case)?;
+    if !controls.is_empty() {
+        return Ok(Some(Pictures { controls, ..Pictures::default() }));
+    }
     let (image, mask_image) = (read("image")?, read("mask_image")?);
-    Ok(image.is_some().then_some(Pictures { image, mask_image }))
+    Ok(image.is_some().then_some(Pictures { image, mask_image, controls }))
 }
 
 /// The pictures' latents, if the jobs start from some.
 fn encode_pictures(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
     let Some(pictures) = pictures(case)? else { return Ok(()) };
     inputs.iter_mut().for_each(|inputs| inputs.pictures = pictures.clone());
+    if controlled::is_controlled(case) && family.pictures.is_empty() {
+        return Ok(()); // they are given to the denoiser
+    }
     let outputs = match family.encode {
         Some(encode) => encode(jobs, inputs)?,
         None => one_by_one(case, dir, "vae", jobs, inputs)?,
@@ -184,7 +196,11 @@ fn encode_pictures(case: &mut Case, dir: &ModelDir, family: &Family<'_>, jobs: &
     for (call, picture) in family.pictures.iter().enumerate() {
         for moment in ["mean", "logvar"] {
             let encoded = outputs[0].tensors().get(&format!("{picture}.{moment}")).map_err(text)?;
-            case.check(&format!("vae_encode.call{call}.{moment}"), encoded)?;
+            let recorded = format!("vae_encode.call{call}.{moment}");
+            // The reference encodes a control picture once for each pass.
+            let rows = case.tensor(&recorded)?.dims()[0];
+            let encoded = Tensor::cat(&vec![encoded.clone(); rows], 0).map_err(text)?;
+            case.check(&recorded, &encoded)?;
         }
     }
     add(inputs, outputs)
@@ -227,6 +243,7 @@ pub(crate) fn check_start(case: &mut Case, family: &Family<'_>, states: &[Denois
     let tolerance = case.tolerance("step00.prev_sample")?;
     let latents: Vec<Tensor> = states.iter().map(|s| s.latents.clone()).collect();
     case.check_within("latents_init", &Tensor::cat(&latents, 0).map_err(text)?, tolerance)?;
+    controlled::check_start(case, family.denoiser, &states[0])?;
     let branches = family.denoiser.branches(&states[0]).map_err(text)?;
     for (recorded, name) in &family.inputs {
         let recorded = format!("{}.call0.in.{recorded}", family.network);
@@ -247,6 +264,9 @@ pub(crate) fn check_start(case: &mut Case, family: &Family<'_>, states: &[Denois
 
 /// Several prompts of one generator: each job gets its rows of every draw. A single job draws for itself.
 pub(crate) fn feed_noise(case: &Case, jobs: &[Request], inputs: &mut [Inputs]) -> Outcome {
+    if controlled::draws_elsewhere(case) {
+        inputs[0].control_noise = vec![case.tensor("randn00")?.clone()];
+    }
     if jobs.len() == 1 {
         return Ok(());
     }
@@ -318,7 +338,7 @@ pub(crate) fn each_alone(stage: &mut dyn Stage, jobs: &[Request], inputs: &[Inpu
 /// A component's stage on a group of one, with the case's adapters.
 pub(crate) fn load(case: &Case, dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
     let spec = LoadSpec { dir, component, group: RankGroup::solo(), device: Device::Cpu, limits: Limits::default() };
-    match registry::load_with(spec, sources(case, dir)?, &mut |_| ()).map_err(text)? {
+    match registry::load_with(spec, sources(case, dir)?, &controlled::sources(case)?, &mut |_| ()).map_err(text)? {
         Rank::Leader(stage) => Ok(stage),
         Rank::Follower(_) => Err("a group of one has a leader only".into()),
     }

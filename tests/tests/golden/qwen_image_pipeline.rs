@@ -13,6 +13,7 @@ use models::stage::{Inputs, Stage};
 use parallel::{DType, Solo, Weights};
 use tests::golden::{Case, Outcome};
 
+use crate::controlled;
 use crate::pipeline::{
     Family, add, check_draws, check_start, decode, denoise, each_alone, feed_noise, jobs, load, pictures, start, text,
 };
@@ -20,7 +21,7 @@ use crate::pipeline::{
 pub(crate) fn run(case: &mut Case) -> Outcome {
     let dir = ModelDir::open(&case.folder("weights")?).map_err(text)?;
     let vae: AutoencoderKlQwenImageConfig = dir.config("vae").map_err(text)?;
-    let denoiser = QwenImageDenoiser::load(&dir).map_err(text)?;
+    let denoiser = QwenImageDenoiser::load(&dir).map_err(text)?.with_controls(&controlled::facts(case, &dir)?);
     let family = Family {
         denoiser: &denoiser,
         guidance: Guidance::TrueCfg,
@@ -86,8 +87,9 @@ fn encode_pictures(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &m
         return Ok(());
     }
     let outputs = each_alone(&mut *stage(case, dir, "vae")?, jobs, inputs)?;
+    let picture = if controlled::is_controlled(case) { "control.0" } else { "image" };
     for name in ["mean", "logvar"] {
-        let got = outputs[0].tensors().get(&format!("image.{name}")).map_err(text)?.unsqueeze(2).map_err(text)?;
+        let got = outputs[0].tensors().get(&format!("{picture}.{name}")).map_err(text)?.unsqueeze(2).map_err(text)?;
         case.check(&format!("vae_encode.call0.{name}"), &got)?;
     }
     add(inputs, outputs)

@@ -9,6 +9,7 @@ use models::sd3_transformer::{Sd3Transformer, Sd3TransformerConfig};
 use parallel::{Tensors, Weights};
 use tests::golden::{Case, Outcome};
 
+use crate::controlled;
 use crate::pipeline::{Family, TextEncoder, generation, text};
 use crate::transformers::{at_every_layout, block_by_block};
 
@@ -64,7 +65,7 @@ pub(crate) fn pipeline(case: &mut Case) -> Outcome {
         });
     }
     let family = Family {
-        denoiser: &Sd3Denoiser::load(&dir).map_err(text)?,
+        denoiser: &Sd3Denoiser::load(&dir).map_err(text)?.with_controls(&controlled::facts(case, &dir)?),
         guidance: Guidance::Cfg,
         encoders,
         embeds: vec![
@@ -76,7 +77,7 @@ pub(crate) fn pipeline(case: &mut Case) -> Outcome {
         // The embeddings among them are compared above, at their own tolerances.
         network: "transformer",
         inputs: vec!["timestep"].into_iter().map(|name| (name, name)).collect(),
-        pictures: vec!["image"],
+        pictures: if controlled::is_controlled(case) { vec!["control.0"] } else { vec!["image"] },
         encode: None,
         unscale: &|latents| vae.unscale(latents),
     };

@@ -13,13 +13,14 @@ use models::stable_diffusion_xl::StableDiffusionXlDenoiser;
 use serde_json::Value;
 use tests::golden::{Case, Outcome};
 
+use crate::controlled;
 use crate::pipeline::{Family, TextEncoder, generation, text};
 
 pub(crate) fn pipeline(case: &mut Case) -> Outcome {
     let model = Model::of(case)?;
     let (dir, vae) = (&model.dir, &model.vae);
     let family = Family {
-        denoiser: &StableDiffusionDenoiser::load(dir).map_err(text)?,
+        denoiser: &StableDiffusionDenoiser::load(dir).map_err(text)?.with_controls(&controlled::facts(case, dir)?),
         guidance: Guidance::Cfg,
         encoders: vec![clip("text_encoder", "tokenizer", Encoder::First)],
         embeds: vec![("encode_prompt.call0.0", "prompt_embeds"), ("encode_prompt.call0.1", "negative_prompt_embeds")],
@@ -36,7 +37,7 @@ pub(crate) fn xl(case: &mut Case) -> Outcome {
     let model = Model::of(case)?;
     let (dir, vae) = (&model.dir, &model.vae);
     let family = Family {
-        denoiser: &StableDiffusionXlDenoiser::load(dir).map_err(text)?,
+        denoiser: &StableDiffusionXlDenoiser::load(dir).map_err(text)?.with_controls(&controlled::facts(case, dir)?),
         guidance: Guidance::Cfg,
         encoders: vec![clip("text_encoder", "tokenizer", Encoder::First), clip("text_encoder_2", "tokenizer_2", Encoder::Second)],
         embeds: vec![

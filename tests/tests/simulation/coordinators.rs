@@ -60,6 +60,7 @@ fn config(etcd: Option<EtcdConfig>, products: Products) -> Config {
         products,
         components: [("transformer".to_owned(), transformer)].into(),
         adapters: vec![],
+        controls: vec![],
     };
     let (identity, auth) = (None, AuthConfig::default());
     let (advertise, data_dir, object_store) = (None, None, None);

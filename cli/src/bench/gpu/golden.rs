@@ -78,6 +78,8 @@ impl Case {
             Some("several prompts share a generator; the tests of the sources run it")
         } else if self.json["lora"].is_array() {
             Some("it takes an adapter; the tests of the sources run it")
+        } else if self.json.get("controlnet_weights").is_some() || self.json.get("adapter_weights").is_some() {
+            Some("it takes a control; the tests of the sources run it")
         } else if has("_auto_resize") || has("working_area_pixels") || !has("width") {
             Some("its picture has a size of its own; the tests of the sources run it")
         } else {
@@ -172,7 +174,7 @@ impl Case {
             let path = self.param(name).as_str().map(|file| self.dir.join(file));
             path.map(|path| std::fs::read(&path).map_err(|source| Error::Io { path, source })).transpose()
         };
-        Ok(Pictures { image: read("image")?, mask_image: read("mask_image")? })
+        Ok(Pictures { image: read("image")?, mask_image: read("mask_image")?, ..Pictures::default() })
     }
 
     /// The case's weights as a model of the case's class, with its scheduler: several were recorded with the weights of one.

@@ -3,7 +3,7 @@
 use super::{FluxDenoiser, Kind};
 use crate::Result;
 use crate::autoencoder_kl::AutoencoderKlConfig;
-use crate::card::{Card, ComponentCard, ParameterCard, StageCard};
+use crate::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
 use crate::clip::ClipTextConfig;
 use crate::flow::{self, Defaults};
 use crate::flux_transformer::FluxTransformerConfig;
@@ -31,7 +31,10 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             // One head, and small beside the rest: held whole.
             ComponentCard::of(dir, "vae", 1, 1)?,
         ],
-        stages: StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"], "transformer"),
+        stages: StageCard::with_controls(
+            StageCard::of_text_encoders(&["text_encoder", "text_encoder_2"], "transformer"),
+            StageKind::EncodeImage,
+        ),
         parameters: parameters(Kind::of(dir), &transformer, &scheduler, &vae),
         max_pixels: flow::MAX_PIXELS,
     };

@@ -7,6 +7,8 @@ use parallel::{DType, Device, Tensor, Tensors};
 
 use super::{GUIDANCE, Kind, fill, kontext};
 use crate::autoencoder_kl::AutoencoderKlConfig;
+use crate::control::ControlFacts;
+use crate::control::conditions::{self, Conditions, Pass};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::flow::{self, Latents};
 use crate::flux_transformer::FluxTransformerConfig;
@@ -15,6 +17,9 @@ use crate::packing::{pack_latents, unpack_latents};
 use crate::scheduler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Schedule};
 use crate::stage::Inputs;
 use crate::{Error, Payload, Request, Result};
+
+/// Controls act on both passes alike.
+const PASS: Pass = Pass { index: 0, unconditional: false };
 
 /// What FLUX does around its network.
 #[derive(Debug)]
@@ -25,6 +30,7 @@ pub struct FluxDenoiser {
     /// Latent channels of the autoencoder; a token packs 2 x 2 of them.
     channels: usize,
     vae: AutoencoderKlConfig,
+    controls: Conditions,
 }
 
 impl FluxDenoiser {
@@ -47,7 +53,13 @@ impl FluxDenoiser {
             }
         }
         let guidance_embeds = transformer.guidance_embeds;
-        Ok(Self { kind, guidance_embeds, scheduler: FlowMatchEulerDiscreteConfig::of(dir)?, channels: vae.latent_channels, vae })
+        let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
+        Ok(Self { kind, guidance_embeds, scheduler, channels: vae.latent_channels, vae, controls: Conditions::default() })
+    }
+
+    /// The same, for jobs that may name these control networks.
+    pub fn with_controls(self, facts: &[ControlFacts]) -> Self {
+        Self { controls: Conditions::new(facts), ..self }
     }
 
     /// Height and width in tokens.
@@ -89,6 +101,11 @@ impl Denoiser for FluxDenoiser {
             scale: &|latents| self.vae.scale(latents),
             pack: &pack_latents,
         };
+        let controls = conditions::take_encoded(&mut inputs);
+        self.controls.start(&request, &mut tensors, |k, _| {
+            let latents = conditions::latents(&controls, &inputs, k, request.num_images_per_prompt, &mut generator)?;
+            pack_latents(&self.vae.scale(&latents)?)
+        })?;
         // Kontext's picture is looked at, and Fill's mask too: neither is blended in.
         let reference = if self.kind == Kind::Kontext { inputs.image_latents.take() } else { None };
         let filled = if self.kind == Kind::Fill { Some(take_mask(&mut inputs)?) } else { None };
@@ -115,8 +132,12 @@ impl Denoiser for FluxDenoiser {
         let pictures = state.pictures();
         let timestep = state.scheduler.timesteps()[state.step] as f32 / 1000.0;
         let hidden_states = self.hidden_states(state)?;
+        let guidance = || flow::each(state.request.guidance_scale.unwrap_or(3.5) as f32, pictures);
         let branch = |prefix: &str| -> Result<Tensors> {
-            let embeds = |name: &str| flow::per_picture(state.tensors.get(&format!("{prefix}{name}"))?, pictures);
+            let embeds_of = |prefix: &str, name: &str| -> Result<Tensor> {
+                flow::per_picture(state.tensors.get(&format!("{prefix}{name}"))?, pictures)
+            };
+            let embeds = |name: &str| embeds_of(prefix, name);
             let mut inputs = Tensors::new()
                 .with("hidden_states", hidden_states.clone())
                 .with("timestep", flow::each(timestep, pictures)?)
@@ -125,7 +146,13 @@ impl Denoiser for FluxDenoiser {
                 .with("img_ids", state.tensors.get("img_ids")?.clone())
                 .with("txt_ids", state.tensors.get("txt_ids")?.clone());
             if self.guidance_embeds {
-                inputs.insert("guidance", flow::each(state.request.guidance_scale.unwrap_or(3.5) as f32, pictures)?);
+                inputs.insert("guidance", guidance()?);
+            }
+            // What a control network says of the conditional pass is added in both, as in the reference.
+            if self.controls.add(state, PASS, &mut inputs)? {
+                inputs.insert("controls.pass.guidance", guidance()?);
+                inputs.insert("controls.pass.pooled_projections", embeds_of("", "pooled_prompt_embeds")?);
+                inputs.insert("controls.pass.encoder_hidden_states", embeds_of("", "prompt_embeds")?);
             }
             Ok(inputs)
         };
@@ -136,14 +163,15 @@ impl Denoiser for FluxDenoiser {
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
-        &["img_ids", "txt_ids"]
+        &["controls", "img_ids", "txt_ids"]
     }
 
     /// Jobs of one picture size, one text length and, if they have one, one size of reference picture go together.
     fn batch_key(&self, state: &DenoiseState, _branch: usize) -> Vec<usize> {
         let (h, w) = self.grid(&state.request);
         let reference = state.tensors.find("reference").map(|reference| &reference.dims()[2..]);
-        [&[h, w, state.request.max_sequence_length], reference.unwrap_or_default()].concat()
+        let controls = self.controls.key(state, PASS);
+        [&[h, w, state.request.max_sequence_length], reference.unwrap_or_default(), &controls].concat()
     }
 
     fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()> {

@@ -4,6 +4,8 @@ use parallel::{Device, Tensor, Tensors};
 
 use super::GUIDANCE;
 use crate::autoencoder_kl_qwen::AutoencoderKlQwenImageConfig;
+use crate::control::ControlFacts;
+use crate::control::conditions::{self, Conditions, Pass};
 use crate::denoise::{DenoiseState, Denoiser};
 use crate::flow::{self, Latents};
 use crate::model_dir::ModelDir;
@@ -16,6 +18,9 @@ use crate::{Error, Payload, Request, Result};
 /// The conditional pass's text and the unconditional one's, `[1, L, D]` each, as long as they are.
 const EMBEDS: [&str; 2] = ["prompt_embeds", "negative_prompt_embeds"];
 
+/// Controls act on both passes alike.
+const PASS: Pass = Pass { index: 0, unconditional: false };
+
 /// Text to image, image to image, inpainting, and editing by looking at a picture.
 ///
 /// Texts are never padded: passes whose texts differ in length, of two jobs or of one job's two branches, do not share a
@@ -25,6 +30,7 @@ pub struct QwenImageDenoiser {
     edits: bool,
     scheduler: FlowMatchEulerDiscreteConfig,
     vae: AutoencoderKlQwenImageConfig,
+    controls: Conditions,
 }
 
 impl QwenImageDenoiser {
@@ -41,7 +47,13 @@ impl QwenImageDenoiser {
                 return Err(Error::Unsupported { field: field.into(), value });
             }
         }
-        Ok(Self { edits: super::edits(dir), scheduler: FlowMatchEulerDiscreteConfig::of(dir)?, vae })
+        let (edits, scheduler) = (super::edits(dir), FlowMatchEulerDiscreteConfig::of(dir)?);
+        Ok(Self { edits, scheduler, vae, controls: Conditions::default() })
+    }
+
+    /// The same, for jobs that may name these control networks.
+    pub fn with_controls(self, facts: &[ControlFacts]) -> Self {
+        Self { controls: Conditions::new(facts), ..self }
     }
 
     /// The schedule of a picture of `tokens`. A job's own `shift` takes the place of the one by the picture's size and of the
@@ -110,7 +122,13 @@ impl Denoiser for QwenImageDenoiser {
             scale: &|latents| self.vae.scale(latents),
             pack: &pack_latents,
         };
-        let latents = space.start(&request, &mut inputs, &scheduler, &mut tensors)?;
+        let mut generator = flow::generator(&request);
+        let controls = conditions::take_encoded(&mut inputs);
+        self.controls.start(&request, &mut tensors, |k, _| {
+            let latents = conditions::latents(&controls, &inputs, k, request.num_images_per_prompt, &mut generator)?;
+            pack_latents(&self.vae.scale(&latents)?)
+        })?;
+        let latents = space.start_with(&request, &mut inputs, &scheduler, &mut tensors, &mut generator)?;
         let mut shapes = vec![vec![1, height as u32, width as u32]];
         if let Some(reference) = reference {
             let [height, width] = grid_of(&reference)?;
@@ -129,28 +147,38 @@ impl Denoiser for QwenImageDenoiser {
             Some(reference) => Tensor::cat(&[&state.latents, &flow::per_picture(reference, pictures)?], 1)?,
             None => state.latents.clone(),
         };
+        let text = |embeds: &str| flow::per_picture(state.tensors.get(embeds)?, pictures);
         let branch = |embeds: &str| -> Result<Tensors> {
-            Ok(Tensors::new()
+            let mut inputs = Tensors::new()
                 .with("hidden_states", hidden_states.clone())
                 .with("timestep", flow::each(timestep, pictures)?)
-                .with("encoder_hidden_states", flow::per_picture(state.tensors.get(embeds)?, pictures)?)
-                .with("img_shapes", state.tensors.get("img_shapes")?.clone()))
+                .with("encoder_hidden_states", text(embeds)?)
+                .with("img_shapes", state.tensors.get("img_shapes")?.clone());
+            // What a control network says of the conditional pass is added in both, as in the reference.
+            if self.controls.add(state, PASS, &mut inputs)? {
+                inputs.insert("controls.pass.encoder_hidden_states", text(EMBEDS[0])?);
+            }
+            Ok(inputs)
         };
         let branches = if state.request.cfg_scale(GUIDANCE).is_some() { &EMBEDS[..] } else { &EMBEDS[..1] };
         branches.iter().map(|embeds| branch(embeds)).collect()
     }
 
     fn shared_inputs(&self) -> &'static [&'static str] {
-        &["img_shapes"]
+        &["controls", "img_shapes"]
     }
 
     /// Passes over pictures of the same sizes with texts of the same length go together.
     fn batch_key(&self, state: &DenoiseState, branch: usize) -> Vec<usize> {
-        let embeds = EMBEDS.get(branch).and_then(|name| state.tensors.find(name));
-        let text_tokens = embeds.and_then(|embeds| embeds.dims().get(1).copied()).unwrap_or(0);
+        let text_tokens = |branch: usize| {
+            let embeds = EMBEDS.get(branch).and_then(|name| state.tensors.find(name));
+            embeds.and_then(|embeds| embeds.dims().get(1).copied()).unwrap_or(0)
+        };
+        let of_controls = if self.controls.take_part(state, PASS) { text_tokens(0) } else { 0 };
         let shapes = state.tensors.find("img_shapes").and_then(|shapes| shapes.to_vec2::<u32>().ok()).unwrap_or_default();
         let sides = shapes.into_iter().flatten().map(|side| side as usize);
-        std::iter::once(text_tokens).chain(sides).collect()
+        let controls = self.controls.key(state, PASS);
+        [text_tokens(branch), of_controls].into_iter().chain(controls).chain(sides).collect()
     }
 
     fn advance(&self, state: &mut DenoiseState, outputs: Vec<Tensor>) -> Result<()> {

@@ -7,7 +7,7 @@ fn denoiser(edits: bool) -> QwenImageDenoiser {
     let scheduler = r#"{"use_dynamic_shifting": true, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
         "max_image_seq_len": 8192, "shift_terminal": 0.02}"#;
     let scheduler = serde_json::from_str(scheduler).unwrap();
-    QwenImageDenoiser { edits, scheduler, vae: AutoencoderKlQwenImageConfig::default() }
+    QwenImageDenoiser { edits, scheduler, vae: AutoencoderKlQwenImageConfig::default(), controls: Conditions::default() }
 }
 
 fn embeds(text_tokens: usize) -> Tensor {
