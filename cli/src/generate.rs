@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use proto::v1::job_event::Kind;
 use proto::v1::{
-    CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, Lora, NoiseGenerator, Offset, Size, WatchJobRequest,
+    Control, CreateJobRequest, Job, JobSpec, JobState, ListModelsRequest, Lora, NoiseGenerator, Offset, Size, WatchJobRequest,
 };
 
 use tokio::sync::watch;
@@ -133,6 +133,16 @@ pub(crate) struct JobArgs {
     /// An adapter from `atelier models`, and how strongly it takes part: NAME or NAME:SCALE. May be repeated.
     #[arg(long = "lora", value_parser = lora)]
     loras: Vec<Lora>,
+    /// A control network from `atelier models` and the picture it looks at: NAME=FILE, then if they are not 1 and all
+    /// its scale and the part of the steps that it acts in: `canny=edges.png:0.8:0-0.6`. May be repeated.
+    #[arg(long = "control", value_parser = control)]
+    controls: Vec<ControlArg>,
+    /// Which kind of picture each control's is, for networks that know several; one for each `--control`.
+    #[arg(long, value_delimiter = ',')]
+    control_mode: Vec<u32>,
+    /// ControlNets act on the conditional pass alone: for prompts that say little.
+    #[arg(long)]
+    guess_mode: bool,
     /// Draw the noise as torch does on CUDA.
     #[arg(long)]
     cuda_noise: bool,
@@ -304,6 +314,7 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         skip_layer_guidance_start: args.skip_layer_guidance_start,
         skip_layer_guidance_stop: args.skip_layer_guidance_stop,
         loras: args.loras.clone(),
+        guess_mode: args.guess_mode,
         ..Default::default()
     };
     if args.cuda_noise {
@@ -314,6 +325,14 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
     }
     if let Some(mask) = &args.mask {
         spec.mask_image_blob_id = client.upload(mask).await?;
+    }
+    if !args.control_mode.is_empty() && args.control_mode.len() != args.controls.len() {
+        let reason = format!("{} modes for {} controls", args.control_mode.len(), args.controls.len());
+        return Err(Error::Flag { flag: "--control-mode", reason });
+    }
+    for (k, control) in args.controls.iter().enumerate() {
+        let image_blob_id = client.upload(&control.picture).await?;
+        spec.controls.push(Control { image_blob_id, mode: args.control_mode.get(k).copied(), ..control.said.clone() });
     }
     Ok(spec)
 }
@@ -328,6 +347,39 @@ async fn only_model(client: &mut Client) -> Result<String, Error> {
             Err(Error::Flag { flag: "--model", reason: format!("choose one of {}", names.join(", ")) })
         }
     }
+}
+
+/// A control network and the file of the picture it looks at.
+#[derive(Clone, Debug, PartialEq)]
+struct ControlArg {
+    said: Control,
+    picture: PathBuf,
+}
+
+/// `NAME=FILE`, `NAME=FILE:SCALE` or `NAME=FILE:SCALE:START-END`.
+fn control(text: &str) -> Result<ControlArg, String> {
+    let wrong = || format!("`{text}` is not NAME=FILE, NAME=FILE:SCALE or NAME=FILE:SCALE:START-END");
+    let (name, rest) = text.split_once('=').filter(|(name, rest)| !name.is_empty() && !rest.is_empty()).ok_or_else(wrong)?;
+    let number = |text: &str| text.parse::<f64>().map_err(|_| wrong());
+    let part = |text: &str| -> Result<(f64, f64), String> {
+        let (start, end) = text.split_once('-').ok_or_else(wrong)?;
+        Ok((number(start)?, number(end)?))
+    };
+    let mut said = Control { name: name.to_owned(), ..Control::default() };
+    // What is not a number belongs to the file's name.
+    let mut words: Vec<&str> = rest.split(':').collect();
+    if let [_, .., scale, steps] = words.as_slice()
+        && let (Ok(scale), Ok((start, end))) = (number(scale), part(steps))
+    {
+        (said.conditioning_scale, said.guidance_start, said.guidance_end) = (Some(scale), Some(start), Some(end));
+        words.truncate(words.len() - 2);
+    } else if let [_, .., scale] = words.as_slice()
+        && let Ok(scale) = number(scale)
+    {
+        said.conditioning_scale = Some(scale);
+        words.truncate(words.len() - 1);
+    }
+    Ok(ControlArg { said, picture: words.join(":").into() })
 }
 
 fn lora(text: &str) -> Result<Lora, String> {
@@ -368,6 +420,20 @@ mod tests {
     fn sizes_are_width_by_height() {
         assert_eq!(size("1024x768"), Ok((1024, 768)));
         assert!(size("1024").is_err() && size("ax3").is_err() && size("-1x3").is_err());
+    }
+
+    #[test]
+    fn a_control_is_a_network_and_a_picture_and_may_have_a_scale_and_a_part_of_the_steps() {
+        let plain = |name: &str, file: &str| ControlArg {
+            said: Control { name: name.into(), ..Control::default() },
+            picture: file.into(),
+        };
+        assert_eq!(control("canny=edges.png"), Ok(plain("canny", "edges.png")));
+        let scaled = control("canny=a:b.png:0.8").unwrap();
+        assert_eq!((scaled.picture, scaled.said.conditioning_scale), ("a:b.png".into(), Some(0.8)));
+        let said = control("canny=edges.png:0.8:0.1-0.6").unwrap().said;
+        assert_eq!((said.conditioning_scale, said.guidance_start, said.guidance_end), (Some(0.8), Some(0.1), Some(0.6)));
+        assert!(control("canny").is_err() && control("=edges.png").is_err() && control("canny=").is_err());
     }
 
     #[test]

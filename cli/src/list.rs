@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use proto::v1::{
-    Adapter, CancelJobRequest, GetJobRequest, GroupState, Job, JobState, ListJobsRequest, ListModelsRequest, ListWorkersRequest,
-    ModelStatus, Parameter, Products,
+    Adapter, CancelJobRequest, ControlNetwork, GetJobRequest, GroupState, Job, JobState, ListJobsRequest, ListModelsRequest,
+    ListWorkersRequest, ModelStatus, Parameter, Products,
 };
 
 use crate::client::{Client, ServerArgs};
@@ -176,6 +176,10 @@ fn print_model(model: &ModelStatus) {
             card.adapters.iter().for_each(|a| println!("    {}", adapter(a)));
         }
     }
+    if let Some(card) = model.card.as_ref().filter(|card| !card.controls.is_empty()) {
+        println!("  controls:");
+        card.controls.iter().for_each(|c| println!("    {}", control(c)));
+    }
     for group in &model.groups {
         let layout = group.layout.unwrap_or_default();
         let state = match group.state() {
@@ -196,6 +200,15 @@ fn adapter(a: &Adapter) -> String {
     let defaults: Vec<String> = a.defaults.iter().map(|d| format!("{}={}", d.name, d.value)).collect();
     let defaults = if defaults.is_empty() { String::new() } else { format!(", {}", defaults.join(" ")) };
     format!("{:<28} changes {}, digest {digest}, {} bytes{defaults}", a.name, a.components.join(" and "), a.byte_size)
+}
+
+fn control(c: &ControlNetwork) -> String {
+    if !c.problem.is_empty() {
+        return format!("{:<28} problem: {}", c.name, c.problem);
+    }
+    let digest = c.digest.get(..16).unwrap_or(&c.digest);
+    let modes = if c.modes > 0 { format!(", modes 0 to {}", c.modes - 1) } else { String::new() };
+    format!("{:<28} {}, digest {digest}, {} bytes{modes}", c.name, c.class, c.weight_bytes)
 }
 
 fn parameter(p: &Parameter) -> String {

@@ -39,7 +39,7 @@ enum Command {
     /// Start a coordinator and the workers that a models file asks for, on this machine.
     Up(Box<up::UpArgs>),
     /// Draw a picture.
-    Generate(generate::GenerateArgs),
+    Generate(Box<generate::GenerateArgs>),
     /// List jobs; show one, fetch its pictures, or cancel it.
     Jobs(list::JobsArgs),
     /// Show the models that are served and what each takes.
@@ -121,7 +121,7 @@ fn run(command: Command) -> Result<(), Error> {
 async fn perform(command: Command) -> Result<(), Error> {
     match command {
         Command::Up(args) => up::run(*args).await,
-        Command::Generate(args) => generate::run(args).await,
+        Command::Generate(args) => generate::run(*args).await,
         Command::Jobs(args) => list::jobs(args).await,
         Command::Models(args) => list::models(args).await,
         Command::Workers(args) => list::workers(args).await,

@@ -187,9 +187,9 @@ impl JobApi {
     /// The fields that name a picture which is not there, or not the tenant's.
     async fn missing_blobs(&self, tenant: &Arc<str>, spec: &JobSpec) -> Result<Vec<String>> {
         let mut missing = Vec::new();
-        for (field, id) in [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)] {
+        for (field, id) in request::blobs(spec) {
             if is_blob_id(id) && !(self.blobs.holds(id).await? && self.has_blob(tenant, id).await?) {
-                missing.push(field.to_owned());
+                missing.push(field);
             }
         }
         Ok(missing)

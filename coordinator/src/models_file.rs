@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use proto::v1::{AdapterDefault, AdapterFile, Layout, Products};
+use proto::v1::{AdapterDefault, AdapterFile, ControlFolder, Layout, Products};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -35,6 +35,8 @@ pub const MAX_GROUP_RANKS: u64 = 64;
 pub const MAX_NAME_CHARS: usize = 64;
 /// The most adapters of one model: its card travels in one message.
 pub const MAX_ADAPTERS: usize = 256;
+/// The most control networks of one model: all are held at once.
+pub const MAX_CONTROLS: usize = 16;
 /// What a model is multiplied in when models.toml does not say.
 pub const DEFAULT_PRODUCTS: Products = Products::F32;
 /// What was a label of workers before it was a setting of models.
@@ -57,6 +59,8 @@ pub struct ModelConfig {
     pub components: BTreeMap<String, ComponentConfig>,
     /// The adapters that its jobs may name.
     pub adapters: Vec<AdapterConfig>,
+    /// The control networks that its jobs may name.
+    pub controls: Vec<ControlConfig>,
 }
 
 /// An adapter (LoRA) that jobs may name.
@@ -79,6 +83,22 @@ impl AdapterConfig {
             defaults: self.defaults.iter().map(|(name, value)| AdapterDefault { name: name.clone(), value: *value }).collect(),
             ..AdapterFile::default()
         }
+    }
+}
+
+/// A control network (ControlNet, T2I-Adapter) that jobs may name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ControlConfig {
+    /// What jobs call it.
+    pub name: String,
+    /// Its folder, on every worker.
+    pub path: PathBuf,
+}
+
+impl ControlConfig {
+    /// Where it is, as workers are told.
+    pub fn folder(&self) -> ControlFolder {
+        ControlFolder { name: self.name.clone(), path: self.path.to_string_lossy().into_owned() }
     }
 }
 
@@ -131,6 +151,16 @@ struct File {
     model: Vec<Spanned<Model>>,
     #[serde(default)]
     adapter: Vec<Spanned<Adapter>>,
+    #[serde(default)]
+    control: Vec<Spanned<Control>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Control {
+    name: String,
+    path: PathBuf,
+    models: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -195,35 +225,67 @@ pub fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>>
             products,
             components: model.components,
             adapters: Vec::new(),
+            controls: Vec::new(),
         });
     }
     for entry in file.adapter {
         let offset = entry.span().start;
         add_adapter(entry.into_inner(), folder, &mut models).map_err(|problem| error(offset, problem))?;
     }
+    for entry in file.control {
+        let offset = entry.span().start;
+        add_control(entry.into_inner(), folder, &mut models).map_err(|problem| error(offset, problem))?;
+    }
     Ok(models)
+}
+
+/// Gives a control network to the models that it names.
+fn add_control(control: Control, folder: &Path, models: &mut [ModelConfig]) -> Result<(), String> {
+    let name = &control.name;
+    for model in named("control", name, &control.models, models)? {
+        if model.controls.iter().any(|other| other.name == *name) {
+            return Err(format!("control.name = {name:?}: model {:?} has another control of this name", model.name));
+        }
+        if model.controls.len() == MAX_CONTROLS {
+            return Err(format!("control {name:?}: model {:?} has {MAX_CONTROLS} controls already", model.name));
+        }
+        model.controls.push(ControlConfig { name: name.clone(), path: folder.join(&control.path) });
+    }
+    Ok(())
+}
+
+/// The models that the `what` of this name is for.
+fn named<'a>(
+    what: &str,
+    name: &str,
+    wanted: &[String],
+    models: &'a mut [ModelConfig],
+) -> Result<Vec<&'a mut ModelConfig>, String> {
+    if !is_name(name) {
+        return Err(format!("{what}.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"));
+    }
+    if wanted.is_empty() {
+        return Err(format!("{what} {name:?}: models: must name at least one"));
+    }
+    let known = |wanted: &&String| models.iter().any(|model| model.name == **wanted);
+    if let Some(nobody) = wanted.iter().find(|wanted| !known(wanted)) {
+        return Err(format!("{what} {name:?}: models: no model is named {nobody:?}"));
+    }
+    Ok(models.iter_mut().filter(|model| wanted.contains(&model.name)).collect())
 }
 
 /// Gives an adapter to the models that it names.
 fn add_adapter(adapter: Adapter, folder: &Path, models: &mut [ModelConfig]) -> Result<(), String> {
     let name = &adapter.name;
-    if !is_name(name) {
-        return Err(format!("adapter.name = {name:?}: must be 1 to {MAX_NAME_CHARS} of a-z 0-9 . _ -"));
-    }
-    if adapter.models.is_empty() {
-        return Err(format!("adapter {name:?}: models: must name at least one"));
-    }
     if let Some((default, value)) = adapter.defaults.iter().find(|(_, value)| !value.is_finite()) {
         return Err(format!("adapter {name:?}: defaults.{default} = {value}: must be a finite number"));
     }
-    for wanted in &adapter.models {
-        let model = models.iter_mut().find(|model| model.name == *wanted);
-        let model = model.ok_or_else(|| format!("adapter {name:?}: models: no model is named {wanted:?}"))?;
+    for model in named("adapter", name, &adapter.models, models)? {
         if model.adapters.iter().any(|other| other.name == *name) {
-            return Err(format!("adapter.name = {name:?}: model {wanted:?} has another adapter of this name"));
+            return Err(format!("adapter.name = {name:?}: model {:?} has another adapter of this name", model.name));
         }
         if model.adapters.len() == MAX_ADAPTERS {
-            return Err(format!("adapter {name:?}: model {wanted:?} has {MAX_ADAPTERS} adapters already"));
+            return Err(format!("adapter {name:?}: model {:?} has {MAX_ADAPTERS} adapters already", model.name));
         }
         let config = AdapterConfig { name: name.clone(), path: folder.join(&adapter.path), defaults: adapter.defaults.clone() };
         model.adapters.push(config);
@@ -371,6 +433,23 @@ mod tests {
         wrong(&adapter.replace("[\"emoji\"]", "[]"), "models: must name at least one");
         wrong(&format!("{adapter}scale = 1\n"), "unknown field `scale`");
         wrong(&format!("{adapter}{adapter}"), "another adapter of this name");
+    }
+
+    #[test]
+    fn a_control_network_goes_to_the_models_it_names() {
+        let models = "[[model]]\nname = \"emoji\"\npath = \"x\"\n[[model]]\nname = \"other\"\npath = \"y\"\n";
+        let control = "[[control]]\nname = \"canny\"\npath = \"nets/canny\"\nmodels = [\"emoji\"]\n";
+        let read = parse_text(&format!("{models}{control}")).unwrap();
+        let expected = ControlConfig { name: "canny".into(), path: "/srv/nets/canny".into() };
+        assert_eq!((read[0].controls.as_slice(), read[1].controls.len()), (&[expected][..], 0));
+        let wrong = |text: &str, part: &str| {
+            let problem = problem(&format!("{models}{text}"));
+            assert!(problem.starts_with("models.toml:") && problem.contains(part), "{problem}");
+        };
+        wrong(&control.replace("canny\"\np", "../canny\"\np"), "control.name = \"../canny\"");
+        wrong(&control.replace("[\"emoji\"]", "[\"nobody\"]"), "no model is named \"nobody\"");
+        wrong(&format!("{control}scale = 1\n"), "unknown field `scale`");
+        wrong(&format!("{control}{control}"), "another control of this name");
     }
 
     #[test]

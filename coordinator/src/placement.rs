@@ -254,6 +254,7 @@ mod tests {
             products: Products::F32,
             components: components.iter().map(|(name, config)| ((*name).to_owned(), config.clone())).collect(),
             adapters: vec![],
+            controls: vec![],
         }
     }
 
@@ -425,6 +426,7 @@ mod tests {
             kind: proto::v1::StageKind::Denoise,
             component: component.into(),
             with_pictures: false,
+            with_controls: false,
             inputs: vec![],
         };
         let plan = Plan { stages: vec![stage("denoise", "transformer"), stage("decode", "vae")] };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use proto::v1::{ModelCard, StageCondition, StageKind};
+use proto::v1::{ModelCard, StageCondition, StageKind, StageTemplate};
 
 use crate::request::Request;
 
@@ -26,16 +26,18 @@ pub struct Stage {
     pub inputs: Vec<String>,
     /// It is given the job's own pictures.
     pub with_pictures: bool,
+    /// It is given the pictures of the job's controls.
+    pub with_controls: bool,
 }
 
 impl Plan {
     /// The stages of `card` that `request` needs. An input whose stage the job does not have is no edge.
     pub fn new(request: &Request, card: &ModelCard) -> Self {
-        let met = |condition| match condition {
+        let met = |stage: &&StageTemplate| match stage.condition() {
             StageCondition::Unspecified => true,
-            StageCondition::WithImage => request.has_image(),
+            StageCondition::WithImage => request.has_image() || (stage.with_controls && request.has_controls()),
         };
-        let templates: Vec<_> = card.stages.iter().filter(|stage| met(stage.condition())).collect();
+        let templates: Vec<_> = card.stages.iter().filter(met).collect();
         let present: BTreeSet<&str> = templates.iter().map(|stage| stage.id.as_str()).collect();
         let stages = templates
             .iter()
@@ -45,6 +47,7 @@ impl Plan {
                 component: template.component.clone(),
                 inputs: template.inputs.iter().filter(|id| present.contains(id.as_str())).cloned().collect(),
                 with_pictures: template.with_pictures,
+                with_controls: template.with_controls,
             })
             .collect();
         Self { stages }

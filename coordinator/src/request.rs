@@ -9,6 +9,10 @@ use proto::{
 
 use crate::error::{Error, Result, Violation};
 
+mod controls;
+
+pub use controls::blobs;
+
 /// Hex digits of a blob's id, which is a sha256.
 pub const BLOB_ID_CHARS: usize = 64;
 
@@ -16,7 +20,7 @@ pub const BLOB_ID_CHARS: usize = 64;
 pub(crate) const OPEN_SIDE: u32 = 1024;
 
 /// Fields every model takes, named in its card or not: they are about the request, not about the model, or checked by name.
-const ALWAYS_TAKEN: [&str; 2] = ["embed_prompt", "loras"];
+const ALWAYS_TAKEN: [&str; 4] = ["controls", "embed_prompt", "guess_mode", "loras"];
 /// Most adapters of one job; the same as workers take.
 pub const MAX_LORAS: usize = 8;
 /// Adapters that are named to one who names another: a model may have hundreds, and an error must fit what carries it.
@@ -49,10 +53,12 @@ impl Request {
         let mut check = Check { card, violations: Vec::new() };
         check.prompts(&spec);
         check.taken(&spec);
-        check.images(&spec, context.missing_blobs);
+        check.blobs(&spec, context.missing_blobs);
+        check.needs(&spec);
         check.loras(&spec);
         check.adapter_defaults(&mut spec);
         fill_in(&mut spec, card, context.seed);
+        check.controls(&spec);
         check.required(&spec);
         check.numbers(&spec);
         check.noise_generator(&spec);
@@ -68,6 +74,11 @@ impl Request {
     /// It starts from a picture.
     pub fn has_image(&self) -> bool {
         !self.spec.image_blob_id.is_empty()
+    }
+
+    /// A picture says something of the one that is drawn.
+    pub fn has_controls(&self) -> bool {
+        !self.spec.controls.is_empty()
     }
 
     /// The specification, for keeping.
@@ -139,7 +150,7 @@ fn pairs(spec: &JobSpec) -> [(&'static str, Option<[u32; 2]>); 6] {
 }
 
 /// Whether each field that is not a number is set.
-fn others(spec: &JobSpec) -> [(&'static str, bool); 11] {
+fn others(spec: &JobSpec) -> [(&'static str, bool); 13] {
     [
         ("prompt_2", spec.prompt_2.is_some()),
         ("prompt_3", spec.prompt_3.is_some()),
@@ -152,6 +163,8 @@ fn others(spec: &JobSpec) -> [(&'static str, bool); 11] {
         ("skip_guidance_layers", !spec.skip_guidance_layers.is_empty()),
         ("loras", !spec.loras.is_empty()),
         ("embed_prompt", spec.embed_prompt),
+        ("controls", !spec.controls.is_empty()),
+        ("guess_mode", spec.guess_mode),
     ]
 }
 
@@ -174,6 +187,7 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
         spec.skip_layer_guidance_start = spec.skip_layer_guidance_start.or(default("skip_layer_guidance_start"));
         spec.skip_layer_guidance_stop = spec.skip_layer_guidance_stop.or(default("skip_layer_guidance_stop"));
     }
+    controls::fill_in(&mut spec.controls);
     for lora in &mut spec.loras {
         lora.scale = lora.scale.or(Some(1.0));
     }
@@ -258,17 +272,8 @@ impl Check<'_> {
         }
     }
 
-    fn images(&mut self, spec: &JobSpec, missing: &[String]) {
-        for (field, id) in [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)] {
-            if id.is_empty() {
-                continue;
-            }
-            if !is_blob_id(id) {
-                self.refuse(field, "must be the id of an uploaded blob: 64 hex digits");
-            } else if missing.iter().any(|name| name == field) {
-                self.refuse(field, "no blob has this id: upload it first");
-            }
-        }
+    /// Fields that are nothing without another.
+    fn needs(&mut self, spec: &JobSpec) {
         for (field, value) in [
             ("skip_layer_guidance_scale", spec.skip_layer_guidance_scale),
             ("skip_layer_guidance_start", spec.skip_layer_guidance_start),

@@ -169,6 +169,7 @@ pub fn card(model: &str) -> ModelCard {
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: 0,
         with_pictures: false,
+        with_controls: false,
     };
     let component =
         |name: &str| Component { name: name.into(), weight_bytes: 1, tp_options: vec![1, 2, 4, 8], max_block_ranges: 8 };

@@ -10,6 +10,7 @@ fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTe
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: StageCondition::Unspecified as i32,
         with_pictures: kind == StageKind::EncodeImage,
+        with_controls: kind == StageKind::EncodeImage,
     }
 }
 

@@ -32,6 +32,7 @@ impl Cluster {
             products: coordinator::models_file::DEFAULT_PRODUCTS,
             components: Default::default(),
             adapters: vec![],
+            controls: vec![],
         };
         let settings = Settings {
             models: vec![model],

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use models::blocks::RankGroup;
 use models::card::Card;
+use models::control::ControlSource;
+use models::control::card::{ControlCard, RegisteredControl};
 use models::lora::card::{AdapterCard, Registered};
 use models::lora::store::Sources;
 use models::model_dir::ModelDir;
@@ -27,6 +29,12 @@ pub trait Backend: Send + Sync + 'static {
     /// When the model's own layers cannot be listed. What is wrong with an adapter is in its card.
     fn describe_adapters(&self, path: &Path, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>>;
 
+    /// Checks control networks against the model at `path`.
+    ///
+    /// # Errors
+    /// When the model cannot be read. What is wrong with a network is in its card.
+    fn describe_controls(&self, path: &Path, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>>;
+
     /// Loads a rank, telling `on_open` how to watch.
     ///
     /// # Errors
@@ -47,6 +55,8 @@ pub struct RankSpec<'a> {
     pub limits: Limits,
     /// Adapters that its jobs may name.
     pub adapters: Sources,
+    /// Control networks that its jobs may name.
+    pub controls: Vec<ControlSource>,
 }
 
 /// The models this program has, on one device.
@@ -69,9 +79,14 @@ impl Backend for RegistryBackend {
         models::lora::card::describe(&ModelDir::open(path)?, card, adapters)
     }
 
+    fn describe_controls(&self, path: &Path, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
+        Ok(models::control::card::describe(&ModelDir::open(path)?, controls))
+    }
+
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
         let dir = ModelDir::open(spec.path)?;
-        let RankSpec { component, group, limits, adapters, .. } = spec;
-        registry::load_with(LoadSpec { dir: &dir, component, group, device: self.device(), limits }, adapters, on_open)
+        let RankSpec { component, group, limits, adapters, controls, .. } = spec;
+        let spec = LoadSpec { dir: &dir, component, group, device: self.device(), limits };
+        registry::load_with(spec, adapters, &controls, on_open)
     }
 }

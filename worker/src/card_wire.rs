@@ -1,13 +1,14 @@
 //! A model's card as it travels.
 
 use models::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
+use models::control::card::ControlCard;
 use models::lora::card::AdapterCard;
 use proto::v1;
 
-use crate::adapter_wire;
+use crate::{adapter_wire, control_wire};
 
 /// The card of the model that models.toml calls `name`.
-pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>) -> v1::ModelCard {
+pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>, controls: Vec<ControlCard>) -> v1::ModelCard {
     v1::ModelCard {
         name: name.to_owned(),
         family: card.family.clone(),
@@ -19,6 +20,7 @@ pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>) -> v1
         max_pixels: card.max_pixels,
         scheduler: card.scheduler.clone(),
         adapters: adapters.into_iter().map(adapter_wire::card).collect(),
+        controls: controls.into_iter().map(control_wire::card).collect(),
     }
 }
 
@@ -40,6 +42,7 @@ fn stage(card: &StageCard) -> v1::StageTemplate {
         inputs: card.inputs.clone(),
         condition: condition.into(),
         with_pictures: card.with_pictures,
+        with_controls: card.with_controls,
     }
 }
 
@@ -92,6 +95,7 @@ mod tests {
                 inputs: vec![],
                 with_image: true,
                 with_pictures: true,
+                with_controls: true,
             }],
             parameters: vec![ParameterCard::number("width", 64.0, 2048.0, 1024.0).multiple(16.0)],
             max_pixels: 9,
@@ -104,7 +108,10 @@ mod tests {
             defaults: [("shift".to_owned(), 3.0)].into(),
             problem: String::new(),
         };
-        let wire = to_wire("flux-dev", &card, vec![adapter]);
+        let control = ControlCard { name: "canny".into(), modes: 7, multiple: 8, guesses: true, ..ControlCard::default() };
+        let wire = to_wire("flux-dev", &card, vec![adapter], vec![control]);
+        let control = &wire.controls[0];
+        assert_eq!((control.name.as_str(), control.modes, control.multiple_of, control.takes_guess_mode), ("canny", 7, 8, true));
         let adapter = &wire.adapters[0];
         assert_eq!((adapter.name.as_str(), adapter.byte_size, &adapter.components[0]), ("pixel", 5, &"transformer".to_owned()));
         assert_eq!((adapter.defaults[0].name.as_str(), adapter.defaults[0].value, adapter.problem.as_str()), ("shift", 3.0, ""));
@@ -114,7 +121,7 @@ mod tests {
         assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
         assert_eq!(wire.stages[0].kind(), v1::StageKind::EncodeImage);
         assert_eq!(wire.stages[0].condition(), v1::StageCondition::WithImage);
-        assert!(wire.stages[0].with_pictures);
+        assert!(wire.stages[0].with_pictures && wire.stages[0].with_controls);
         assert_eq!((wire.parameters[0].multiple_of, wire.parameters[0].default_value), (16.0, Some(1024.0)));
     }
 }

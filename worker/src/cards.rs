@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use models::card::Card;
+use models::control::card::{ControlCard, RegisteredControl};
 use models::lora::card::{AdapterCard, Registered};
 use proto::v1::model_described::Outcome;
-use proto::v1::{DescribeModel, ModelDescribed};
+use proto::v1::{DescribeModel, ModelCard, ModelDescribed};
 
 use crate::backend::Backend;
-use crate::{adapter_wire, card_wire};
+use crate::{adapter_wire, card_wire, control_wire};
 
 /// Most files of a model that are looked at. FLUX.1 has 25.
 const MAX_FILES: usize = 10_000;
@@ -39,11 +40,22 @@ impl Cards {
 
     /// Reads for long.
     pub(crate) fn describe(&self, ask: &DescribeModel) -> ModelDescribed {
-        let outcome = match self.card(Path::new(&ask.path)).and_then(|card| Ok((self.adapters(ask, &card)?, card))) {
-            Ok((adapters, card)) => Outcome::Card(card_wire::to_wire(&ask.model, &card, adapters)),
+        let outcome = match self.whole(ask) {
+            Ok(card) => Outcome::Card(card),
             Err(reason) => Outcome::Error(reason),
         };
         ModelDescribed { model: ask.model.clone(), outcome: Some(outcome) }
+    }
+
+    fn whole(&self, ask: &DescribeModel) -> Result<ModelCard, String> {
+        let card = self.card(Path::new(&ask.path))?;
+        Ok(card_wire::to_wire(&ask.model, &card, self.adapters(ask, &card)?, self.controls(ask)?))
+    }
+
+    /// Read each time: few ask.
+    fn controls(&self, ask: &DescribeModel) -> Result<Vec<ControlCard>, String> {
+        let registered: Vec<RegisteredControl> = ask.controls.iter().map(control_wire::registered).collect();
+        self.backend.describe_controls(Path::new(&ask.path), &registered).map_err(|error| error.to_string())
     }
 
     /// Read each time: few ask, and an adapter is small beside its model.
@@ -129,13 +141,17 @@ mod tests {
             Ok(vec![])
         }
 
+        fn describe_controls(&self, _: &Path, _: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
+            Ok(vec![])
+        }
+
         fn load(&self, _: RankSpec<'_>, _: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
             Err(models::Error::Cancelled)
         }
     }
 
     fn digest(cards: &Cards, path: &Path) -> Result<String, String> {
-        let ask = DescribeModel { model: "m".into(), path: path.to_string_lossy().into_owned(), adapters: vec![] };
+        let ask = DescribeModel { model: "m".into(), path: path.to_string_lossy().into_owned(), ..Default::default() };
         match cards.describe(&ask).outcome.unwrap() {
             Outcome::Card(card) => Ok(card.digest),
             Outcome::Error(reason) => Err(reason),

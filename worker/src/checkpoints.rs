@@ -94,15 +94,19 @@ impl Store {
     }
 }
 
-/// What names the weights that a job runs with: the model's digest, or one of it and the adapters'.
+/// What names the weights that a job runs with: the model's digest, or one of it and the adapters' and control networks'.
 fn weights_digest(run: &RunTask) -> String {
-    if run.adapter_digests.is_empty() {
+    if run.adapter_digests.is_empty() && run.control_digests.is_empty() {
         return run.model_digest.clone();
     }
     let mut digest = Sha256::new().chain_update(&run.model_digest);
     for adapter in &run.adapter_digests {
         digest.update(b" ");
         digest.update(adapter);
+    }
+    for control in &run.control_digests {
+        digest.update(b" control ");
+        digest.update(control);
     }
     hex(&digest.finalize())
 }

@@ -61,6 +61,7 @@ impl Failure {
         let (reason, message) = match error {
             models::Error::Cancelled => return Self::cancelled(step),
             models::Error::Adapter { .. } => ("ADAPTER_UNUSABLE", error.to_string()),
+            models::Error::Control { .. } => ("CONTROL_UNUSABLE", error.to_string()),
             models::Error::Checkpoint { .. } => ("CHECKPOINT_LOST", error.to_string()),
             models::Error::Invalid { field, .. } if field.contains("image") => ("INVALID_IMAGE", error.to_string()),
             models::Error::Invalid { .. } => ("INVALID_REQUEST", error.to_string()),

@@ -24,7 +24,7 @@ use crate::meters::RankMeter;
 use crate::outbox::Reports;
 use crate::rank::{CONNECT_TIMEOUT, Command, End, Seat, Status, Stop};
 use crate::routes::{Routes, Seated};
-use crate::{Error, Result, adapter_wire, products};
+use crate::{Error, Result, adapter_wire, control_wire, products};
 
 /// Tasks a worker has at once, over all its groups. The coordinator keeps within `max_jobs` of each group; this is for when
 /// it does not.
@@ -37,6 +37,8 @@ const LOADING_INTERVAL: Duration = Duration::from_millis(200);
 const MAX_RANKS: usize = 64;
 /// Most adapters of a model; the same as models.toml may name.
 const MAX_ADAPTERS: usize = 256;
+/// Most control networks of a model; the same as models.toml may name.
+const MAX_CONTROLS: usize = 16;
 /// Longest id of a group and longest secret; both are in the first words of a data connection.
 const MAX_ID_BYTES: usize = 200;
 
@@ -217,6 +219,7 @@ impl Groups {
             products,
             limits: self.limits(join),
             adapters: adapter_wire::sources(join, self.caches.adapters),
+            controls: join.controls.iter().map(control_wire::source).collect(),
             backend: self.backend.clone(),
             accepted: self.routes.expect(&seated),
             security: self.routes.security.clone(),
@@ -359,7 +362,7 @@ impl Attendant {
             match status {
                 Status::Joining => {}
                 Status::Loading(progress) => {
-                    let read = progress.read.load(Ordering::Relaxed);
+                    let read = progress.read();
                     if told != Some(read) {
                         told = Some(read);
                         let (loaded_bytes, total_bytes) = (read, progress.total);
@@ -398,6 +401,9 @@ fn check(join: &JoinGroup) -> Result<Layout> {
     }
     if join.adapters.len() > MAX_ADAPTERS {
         return Err(Error::message("adapters", format!("may be {MAX_ADAPTERS} at most")));
+    }
+    if join.controls.len() > MAX_CONTROLS {
+        return Err(Error::message("controls", format!("may be {MAX_CONTROLS} at most")));
     }
     if join.secret.len() > MAX_ID_BYTES {
         return Err(Error::message("secret", format!("may have {MAX_ID_BYTES} bytes at most")));

@@ -15,6 +15,7 @@ pub mod config;
 
 mod adapter_wire;
 mod card_wire;
+mod control_wire;
 mod request_wire;
 
 pub mod payload_wire;

@@ -138,7 +138,7 @@ fn measure_ranks(page: &mut Page, ranks: &[(Arc<RankMeter>, bool)]) {
     let help = "Bytes of weights that the rank is to read.";
     page.gauges("atelier_worker_planned_bytes", help, keys, bytes(|progress| progress.total));
     let help = "Bytes of weights that the rank has read.";
-    page.gauges("atelier_worker_loaded_bytes", help, keys, bytes(|progress| progress.read.load(Ordering::Relaxed)));
+    page.gauges("atelier_worker_loaded_bytes", help, keys, bytes(|progress| progress.read()));
     let steps = ranks.iter().filter(|(meter, _)| meter.rank == 0);
     let steps = steps.map(|(meter, _)| (meter.labels(), lock(&meter.steps).clone()));
     let help = "How long steps took: a job's denoising step, or a whole stage that has none. Told by rank 0.";

@@ -42,6 +42,9 @@ pub(crate) fn text(
     say("skip_layer_guidance", skip_layer_guidance(spec));
     say("loras", non_empty(&loras(spec)));
     say("loras_sha256", non_empty(&run.adapter_digests.join(",")));
+    say("controls", non_empty(&controls(spec)));
+    say("controls_sha256", non_empty(&run.control_digests.join(",")));
+    say("guess_mode", spec.guess_mode.then(|| "true".to_owned()));
     say("strength", spec.strength.filter(|_| !spec.image_blob_id.is_empty()).map(|v| v.to_string()));
     say("image", spec.num_images_per_prompt.filter(|n| *n > 1).map(|n| format!("{} of {n}", index + 1)));
     say("scheduler", scheduler.map(str::to_owned));
@@ -67,6 +70,17 @@ fn skip_layer_guidance(spec: &JobSpec) -> Option<String> {
     let layers: Vec<String> = spec.skip_guidance_layers.iter().map(u32::to_string).collect();
     let (scale, start, stop) = (spec.skip_layer_guidance_scale?, spec.skip_layer_guidance_start?, spec.skip_layer_guidance_stop?);
     (!layers.is_empty()).then(|| format!("{} x {scale} from {start} to {stop}", layers.join(",")))
+}
+
+/// "canny x 0.8 from 0 to 1 of BLOB", with its mode if it has one; the blob's name is the sha256 of the picture.
+fn controls(spec: &JobSpec) -> String {
+    let each = spec.controls.iter().map(|control| {
+        let mode = control.mode.map(|mode| format!(" mode {mode}")).unwrap_or_default();
+        let (scale, start) = (control.conditioning_scale.unwrap_or(1.0), control.guidance_start.unwrap_or_default());
+        let end = control.guidance_end.unwrap_or(1.0);
+        format!("{}{mode} x {scale} from {start} to {end} of {}", control.name, control.image_blob_id)
+    });
+    each.collect::<Vec<_>>().join(",")
 }
 
 /// "pixel:0.8,outline:1".

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use models::blocks::{Layout, RankGroup};
+use models::control::ControlSource;
 use models::lora::store::Sources;
 use models::registry::{Limits, LoadProgress, Rank};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
@@ -156,6 +157,7 @@ pub(crate) struct Seat {
     pub(crate) products: Products,
     pub(crate) limits: Limits,
     pub(crate) adapters: Sources,
+    pub(crate) controls: Vec<ControlSource>,
     pub(crate) backend: Arc<dyn Backend>,
     pub(crate) accepted: Receiver<(Hello, Wire)>,
     pub(crate) security: Arc<dyn Security>,
@@ -199,6 +201,7 @@ impl Seat {
             group,
             limits: self.limits,
             adapters: self.adapters.clone(),
+            controls: self.controls.clone(),
         };
         let rank = self.backend.load(spec, &mut |progress| {
             self.meter.loads(progress.clone());

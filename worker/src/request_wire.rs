@@ -1,7 +1,7 @@
 //! A job's specification as a stage needs it.
 
 use models::Request;
-use models::request::{Lora, NoiseGenerator, SizeConditions, SkipLayerGuidance};
+use models::request::{Control, Lora, NoiseGenerator, SizeConditions, SkipLayerGuidance};
 use proto::v1::{self, JobSpec};
 
 use crate::{Error, Result};
@@ -39,7 +39,19 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
             v1::NoiseGenerator::TorchCuda => NoiseGenerator::TorchCuda,
         },
         loras: spec.loras.iter().map(|lora| Lora { name: lora.name.clone(), scale: lora.scale.unwrap_or(1.0) }).collect(),
+        controls: spec.controls.iter().map(control).collect(),
+        guess_mode: spec.guess_mode,
     })
+}
+
+fn control(control: &v1::Control) -> Control {
+    Control {
+        name: control.name.clone(),
+        conditioning_scale: control.conditioning_scale.unwrap_or(1.0),
+        guidance_start: control.guidance_start.unwrap_or(0.0),
+        guidance_end: control.guidance_end.unwrap_or(1.0),
+        mode: control.mode.map(|mode| mode as usize),
+    }
 }
 
 fn size_conditions(spec: &JobSpec) -> SizeConditions {

@@ -121,12 +121,18 @@ impl Task {
             let state = store.state(&self.id.stage, self.run.resume_step).await;
             inputs.checkpoint = Some(state.map_err(|error| Failure::checkpoint_lost(&error))?);
         }
-        if self.run.kind() == StageKind::EncodeImage && spec.image_blob_id.is_empty() {
+        let controls = if self.run.with_controls { spec.controls.as_slice() } else { &[] };
+        if self.run.kind() == StageKind::EncodeImage && spec.image_blob_id.is_empty() && controls.is_empty() {
             return Err(invalid("image_blob_id: is missing".into()));
         }
         if self.run.with_pictures {
             let image = self.picture(&spec.image_blob_id).await?;
-            inputs.pictures = Pictures { image, mask_image: self.picture(&spec.mask_image_blob_id).await? };
+            let mask_image = self.picture(&spec.mask_image_blob_id).await?;
+            inputs.pictures = Pictures { image, mask_image, ..Pictures::default() };
+        }
+        for control in controls {
+            let missing = || invalid("controls: one names no picture".into());
+            inputs.pictures.controls.push(self.picture(&control.image_blob_id).await?.ok_or_else(missing)?);
         }
         Ok((request, inputs))
     }

@@ -37,6 +37,7 @@ impl Bench {
             products: Products::F32,
             components: BTreeMap::new(),
             adapters: vec![],
+            controls: vec![],
         };
         let settings = Settings {
             models: vec![model],

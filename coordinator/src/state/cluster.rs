@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Effect, Key, State, work::shortened};
 use crate::{
-    models_file::AdapterConfig,
+    models_file::{AdapterConfig, ControlConfig},
     placement::{self, Members},
 };
 
@@ -56,7 +56,8 @@ impl State {
             if let Some(worker) = model.ask(self.now, self.workers.keys()) {
                 let path = model.config.path.to_string_lossy().into_owned();
                 let adapters = model.config.adapters.iter().map(AdapterConfig::file).collect();
-                let question = DescribeModel { model: model.config.name.clone(), path, adapters };
+                let controls = model.config.controls.iter().map(ControlConfig::folder).collect();
+                let question = DescribeModel { model: model.config.name.clone(), path, adapters, controls };
                 questions.push((worker.to_owned(), Command::DescribeModel(question)));
             }
         }
@@ -128,6 +129,7 @@ impl State {
             max_batch: model.config.max_batch,
             max_jobs: model.config.max_jobs,
             adapters: model.adapter_files(),
+            controls: model.control_folders(),
             products: group.wanted.products as i32,
         };
         let record = GroupRecord { group_id: group_id.to_owned(), epoch: join.epoch };

@@ -486,6 +486,7 @@ mod tests {
             component: "transformer".into(),
             inputs: vec![],
             with_pictures: false,
+            with_controls: false,
         };
         let new = NewJob {
             id: "j".into(),

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proto::v1::{Adapter, AdapterFile, JobSpec, Lora, ModelCard, StageKind};
+use proto::v1::{Adapter, AdapterFile, Control, ControlFolder, JobSpec, Lora, ModelCard, StageKind};
 
 use super::{MAX_WAITING_TASKS, Millis, group::Group};
 use crate::{
     error::{Error, Result},
-    models_file::{AdapterConfig, ModelConfig},
+    models_file::{AdapterConfig, ControlConfig, ModelConfig},
     placement, plan,
 };
 
@@ -81,6 +81,24 @@ impl Model {
             found.map(|adapter| adapter.digest.clone()).unwrap_or_default()
         };
         spec.loras.iter().map(digest).collect()
+    }
+
+    /// The control networks that ranks hold: those that a worker has read and found well.
+    pub(super) fn control_folders(&self) -> Vec<ControlFolder> {
+        let controls = self.card.as_ref().map(|card| card.controls.as_slice()).unwrap_or_default();
+        let is_usable =
+            |config: &&ControlConfig| controls.iter().any(|network| network.name == config.name && network.problem.is_empty());
+        self.config.controls.iter().filter(is_usable).map(ControlConfig::folder).collect()
+    }
+
+    /// The digests of a job's control networks, in its order.
+    pub(super) fn control_digests(&self, spec: &JobSpec) -> Vec<String> {
+        let controls = self.card.as_ref().map(|card| card.controls.as_slice()).unwrap_or_default();
+        let digest = |control: &Control| {
+            let found = controls.iter().find(|network| network.name == control.name);
+            found.map(|network| network.digest.clone()).unwrap_or_default()
+        };
+        spec.controls.iter().map(digest).collect()
     }
 
     /// The worker to ask for the card now, if one has to be asked.

@@ -21,6 +21,7 @@ impl Job {
             component: stage.component.clone(),
             inputs: stage.inputs.clone(),
             with_pictures: stage.with_pictures,
+            with_controls: stage.with_controls,
         };
         let end = self.finished.map(|finished| JobEnd {
             state: self.state as i32,
@@ -56,6 +57,7 @@ impl Job {
         let stages = record.stages.into_iter().map(|stage| Stage {
             // Records of before this was written down: only that kind had pictures then.
             with_pictures: stage.with_pictures || stage.kind() == StageKind::EncodeImage,
+            with_controls: stage.with_controls,
             kind: stage.kind(),
             id: stage.id,
             component: stage.component,
@@ -110,6 +112,7 @@ mod tests {
             component: "transformer".into(),
             inputs: vec![],
             with_pictures: false,
+            with_controls: false,
         };
         let new = NewJob {
             id: "j".into(),

@@ -170,6 +170,7 @@ impl State {
             return false;
         };
         let (path, adapters) = (model.config.path.to_string_lossy().into_owned(), model.adapter_files());
+        let controls = model.control_folders();
         let fits = |rank: &HeldRank| {
             rank.ready
                 && rank.join.as_ref().is_some_and(|join| {
@@ -178,6 +179,7 @@ impl State {
                         && join.products() == wanted.products
                         && join.path == path
                         && join.adapters == adapters
+                        && join.controls == controls
                 })
         };
         let whole = ranks.keys().copied().eq(0..wanted.size() as u32) && ranks.values().all(|(_, rank)| fits(rank));

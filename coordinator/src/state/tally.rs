@@ -10,10 +10,11 @@ use super::{Millis, estimate, job::Job, requeue::Why};
 use crate::plan::Stage;
 
 /// Reasons for which jobs fail.
-pub(super) const FAILURES: [&str; 12] = [
+pub(super) const FAILURES: [&str; 13] = [
     "ADAPTER_UNUSABLE",
     "CANCELLED",
     "CHECKPOINT_LOST",
+    "CONTROL_UNUSABLE",
     "DEADLINE_EXCEEDED",
     "INTERNAL",
     "INVALID_IMAGE",

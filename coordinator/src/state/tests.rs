@@ -39,6 +39,7 @@ impl Cluster {
             products: Products::F32,
             components: BTreeMap::from([("transformer".to_owned(), transformer)]),
             adapters: vec![],
+            controls: vec![],
         };
         change(&mut model);
         let settings = Settings {

@@ -94,7 +94,7 @@ impl State {
         let names = |job: &Job| {
             let spec = &job.spec;
             let given = job.images.iter().any(|image| image.blob_id == blob_id);
-            given || spec.image_blob_id == blob_id || spec.mask_image_blob_id == blob_id
+            given || crate::request::blobs(spec).any(|(_, id)| id == blob_id)
         };
         // Newest first: that is what is asked for.
         self.jobs.newest_before(tenant, u64::MAX).any(names)
@@ -190,9 +190,9 @@ impl State {
     pub fn blobs_in_use(&self) -> BTreeSet<String> {
         let of_job = |job: &'_ Job| {
             // A job that is over is not begun anew.
-            let inputs = [&job.spec.image_blob_id, &job.spec.mask_image_blob_id].into_iter().filter(|_| !job.is_over());
-            let results = job.images.iter().filter(|_| !job.pictures_dropped).map(|image| &image.blob_id);
-            inputs.chain(results).filter(|id| !id.is_empty()).cloned().collect::<Vec<_>>()
+            let inputs = crate::request::blobs(&job.spec).map(|(_, id)| id).filter(|_| !job.is_over());
+            let results = job.images.iter().filter(|_| !job.pictures_dropped).map(|image| image.blob_id.as_str());
+            inputs.chain(results).filter(|id| !id.is_empty()).map(str::to_owned).collect::<Vec<_>>()
         };
         self.jobs.iter().flat_map(of_job).collect()
     }

@@ -243,7 +243,9 @@ impl State {
             stored_inputs: stage.inputs.iter().filter(|input| !job.tasks.contains_key(*input)).cloned().collect(),
             resume_step: task.resumed_step,
             with_pictures: stage.with_pictures,
+            with_controls: stage.with_controls,
             adapter_digests: model.adapter_digests(&job.spec),
+            control_digests: model.control_digests(&job.spec),
             traceparent: job.span().map(|span| span.to_string()).unwrap_or_default(),
         };
         Some((task.leader.clone(), command))

@@ -297,6 +297,7 @@ fn card() -> ModelCard {
         inputs: inputs.iter().map(|input| (*input).to_owned()).collect(),
         condition: 0,
         with_pictures: false,
+        with_controls: false,
     };
     let component = |name: &str, tp_options: &[u32]| Component {
         name: name.into(),

@@ -47,6 +47,7 @@ pub(crate) fn join(group_id: &str, epoch: u64, component: &str, workers: &[&Runn
         max_batch: 1,
         max_jobs: 4,
         adapters: vec![],
+        controls: vec![],
         products: proto::v1::Products::F32.into(),
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use models::block_runner::{BlockRunner, Follower};
 use models::blocks::{BlockModel, RankGroup};
 use models::card::Card;
+use models::control::card::{ControlCard, RegisteredControl};
 use models::denoise::{DenoiseState, Denoiser, LastStep};
 use models::engine::Engine;
 use models::lora::card::{AdapterCard, Registered};
@@ -49,8 +50,12 @@ impl Backend for Small {
         Ok(vec![])
     }
 
+    fn describe_controls(&self, _: &Path, _: &[RegisteredControl]) -> Result<Vec<ControlCard>> {
+        Ok(vec![])
+    }
+
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> Result<Rank> {
-        on_open(LoadProgress { read: Default::default(), total: 8 });
+        on_open(LoadProgress::new(Default::default(), 8));
         let row = Box::new(Sine(spec.group.clone()));
         let heun = match spec.component {
             "broken" => return Err(Error::Unsupported { field: "config.json: x".into(), value: "y".into() }),

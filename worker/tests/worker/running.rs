@@ -256,7 +256,8 @@ impl Control {
     }
 
     pub(crate) async fn describe(&mut self, model: &str, path: &str) -> Result<(), String> {
-        self.send(Command::DescribeModel(DescribeModel { model: model.into(), path: path.into(), adapters: vec![] })).await;
+        self.send(Command::DescribeModel(DescribeModel { model: model.into(), path: path.into(), ..DescribeModel::default() }))
+            .await;
         let pick = |report: &Report| match report {
             Report::ModelDescribed(described) if described.model == model => described.outcome.clone(),
             _ => None,
