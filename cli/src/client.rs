@@ -175,6 +175,9 @@ fn media_type(path: &Path) -> Result<String, Error> {
         "png" => Ok("image/png".into()),
         "jpg" | "jpeg" => Ok("image/jpeg".into()),
         "webp" => Ok("image/webp".into()),
-        _ => Err(Error::Flag { flag: "--image/--mask", reason: format!("`{}` is not a .png, .jpg or .webp", path.display()) }),
+        _ => Err(Error::Flag {
+            flag: "--image/--mask/--control",
+            reason: format!("`{}` is not a .png, .jpg or .webp", path.display()),
+        }),
     }
 }

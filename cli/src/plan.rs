@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use clap::Args;
 use models::blocks::Layout;
 use models::card::{Card, ComponentCard, StageKind};
+use models::control::ControlSource;
+use models::control::kind::ControlKind;
 use models::model_dir::ModelDir;
 use models::registry;
 use parallel::ops::Products;
@@ -37,6 +39,9 @@ pub(crate) struct PlanArgs {
     /// What the model is multiplied in (`products` in models.toml): convolutions are held as they are multiplied.
     #[arg(long, default_value_t = Products::F32)]
     products: Products,
+    /// The folder of a control network (ControlNet, T2I-Adapter) that the denoiser's first block range holds as well. May be repeated.
+    #[arg(long = "control")]
+    controls: Vec<PathBuf>,
     /// Memory of each worker's device, in GiB. Default: this machine's.
     #[arg(long)]
     memory: Option<f64>,
@@ -82,8 +87,9 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
     let dir = ModelDir::open(&args.path)?;
     let card = registry::outline(&dir)?;
     let memory_bytes = args.memory.map_or_else(machine_memory, |gib| (gib * f64::from(1 << 30)) as u64);
+    let controls = controls(&dir, &args.controls)?;
     let components = layouts(&card, args)?.into_iter().map(|(component, layout)| {
-        let needs = args.products.scope(|| registry::measure(&dir, &component.name, layout))?;
+        let needs = args.products.scope(|| registry::measure_with(&dir, &component.name, &controls, layout))?;
         let ranks = needs.iter().enumerate().map(|(rank, need)| RankPlan {
             rank,
             reads_bytes: need.read_bytes,
@@ -102,6 +108,17 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
         print(&plan);
     }
     Ok(())
+}
+
+/// The control networks in these folders, which are for this model.
+fn controls(dir: &ModelDir, folders: &[PathBuf]) -> Result<Vec<ControlSource>, Error> {
+    let name = |path: &PathBuf| path.to_string_lossy().into_owned();
+    let sources: Vec<_> = folders.iter().map(|path| ControlSource { name: name(path), path: path.clone() }).collect();
+    for path in folders {
+        let fits = ControlKind::read(path).and_then(|kind| kind.check_fits(dir));
+        fits.map_err(|error| Error::Flag { flag: "--control", reason: format!("{}: {error}", path.display()) })?;
+    }
+    Ok(sources)
 }
 
 fn print(plan: &Plan) {

@@ -41,6 +41,27 @@ fn convolutions_are_planned_as_they_are_multiplied() {
     assert!(narrow < wide, "{narrow} and {wide}");
 }
 
+/// Only the first block range holds control networks, and only what denoises.
+#[test]
+fn a_control_network_is_planned_with_the_denoisers_first_range() {
+    const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden");
+    let model = format!("{GOLDEN}/flux_dev_txt2img/pipeline");
+    let control = format!("{GOLDEN}/flux_controlnet/controlnet");
+    let holds = |more: &[&str]| -> Vec<u64> {
+        let output = plan(&[&[&model, "--tp", "2", "--block-ranges", "2", "--json"], more].concat());
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let ranks = |component: &Value| component["ranks"].as_array().unwrap().clone();
+        plan["components"].as_array().unwrap().iter().flat_map(ranks).map(|rank| rank["holds_bytes"].as_u64().unwrap()).collect()
+    };
+    let (without, with) = (holds(&[]), holds(&["--control", &control]));
+    let more: Vec<usize> = (0..with.len()).filter(|rank| with[*rank] > without[*rank]).collect();
+    assert_eq!(more.len(), 2, "{without:?} {with:?}");
+    assert_eq!((0..with.len()).filter(|rank| with[*rank] == without[*rank]).count(), with.len() - 2);
+    let foreign = plan(&[BUNDLED, "--control", &format!("{GOLDEN}/sd15_controlnet/controlnet")]);
+    let said = String::from_utf8(foreign.stderr).unwrap();
+    assert!(!foreign.status.success() && said.contains("--control") && said.contains("FluxPipeline"), "{said}");
+}
+
 #[test]
 fn people_get_a_line_for_each_rank() {
     let output = plan(&[BUNDLED, "--component", "transformer", "--tp", "4", "--cfg-parallel", "2"]);

@@ -45,6 +45,8 @@ mod away_tests;
 #[cfg(test)]
 mod chaos;
 #[cfg(test)]
+mod control_tests;
+#[cfg(test)]
 mod durable_tests;
 #[cfg(test)]
 mod fair_tests;

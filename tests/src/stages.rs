@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::thread;
 
 use models::blocks::{Layout, RankGroup};
+use models::control::ControlSource;
+use models::lora::store::Sources;
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
 use models::stage::{Inputs, Stage, StageEvent};
@@ -40,11 +42,27 @@ pub fn with_leader_within<T: Send>(
     threads: usize,
     f: impl FnOnce(&mut dyn Stage) -> T + Send,
 ) -> T {
+    with_leader_holding(&[], limits, dir, component, layout, threads, f)
+}
+
+/// The same with control networks that jobs may name.
+///
+/// # Panics
+/// As [`with_leader`].
+pub fn with_leader_holding<T: Send>(
+    controls: &[ControlSource],
+    limits: Limits,
+    dir: &Path,
+    component: &str,
+    layout: Layout,
+    threads: usize,
+    f: impl FnOnce(&mut dyn Stage) -> T + Send,
+) -> T {
     let dir = &ModelDir::open(dir).expect("a model's directory");
     let load = move |link: InProcess| {
         let group = RankGroup::new(Arc::new(link), layout).expect("a group");
         let spec = LoadSpec { dir, component, group, device: Device::Cpu, limits };
-        registry::load(spec, &mut |_| ()).expect("a rank loads")
+        registry::load_with(spec, Sources::default(), controls, &mut |_| ()).expect("a rank loads")
     };
     // A pool for each rank: ranks wait for each other.
     let pool = || rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");

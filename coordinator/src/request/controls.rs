@@ -34,8 +34,9 @@ fn network<'a>(card: &'a ModelCard, name: &str) -> Option<&'a ControlNetwork> {
 
 /// Those of a model, for one who named none of them.
 fn known(card: &ModelCard) -> String {
-    let names: Vec<&str> = card.controls.iter().take(NAMED).map(|network| network.name.as_str()).collect();
-    match (names.is_empty(), card.controls.len() - names.len()) {
+    let usable = || card.controls.iter().filter(|network| network.problem.is_empty()).map(|network| network.name.as_str());
+    let names: Vec<&str> = usable().take(NAMED).collect();
+    match (names.is_empty(), usable().count() - names.len()) {
         (true, _) => "no control networks".to_owned(),
         (false, 0) => format!("only {}", names.join(", ")),
         (false, more) => format!("only {}, … and {more} more", names.join(", ")),

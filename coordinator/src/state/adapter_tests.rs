@@ -28,9 +28,19 @@ fn describe(cluster: &mut Cluster, digest: &str) {
 }
 
 /// Every rank that was asked to join says that it is ready.
-fn ready(cluster: &mut Cluster, joins: Vec<(String, JoinGroup)>) {
+pub(super) fn ready(cluster: &mut Cluster, joins: Vec<(String, JoinGroup)>) {
     for (worker, JoinGroup { group_id, epoch, rank, .. }) in joins {
         cluster.report(&worker, Report::GroupReady(GroupReady { group_id, epoch, rank }));
+    }
+}
+
+/// The coordinator is another, and the workers hold what they held.
+pub(super) fn restart_holding(cluster: &mut Cluster, joins: &[(String, JoinGroup)]) {
+    cluster.restart(SavedSteps::new());
+    for worker in ["w1", "w2"] {
+        let mine = joins.iter().filter(|(member, _)| member == worker);
+        let ranks = mine.map(|(_, join)| HeldRank { join: Some(join.clone()), ready: true }).collect();
+        cluster.join_holding(worker, Holding { ranks, ..Holding::default() });
     }
 }
 
@@ -62,12 +72,7 @@ fn a_group_that_holds_another_adapter_of_the_name_does_not_go_on() {
         let joins = cluster.joins();
         ready(&mut cluster, joins.clone());
         let epoch = cluster.epoch("emoji/transformer/0");
-        cluster.restart(SavedSteps::new());
-        for worker in ["w1", "w2"] {
-            let mine = joins.iter().filter(|(member, _)| member == worker);
-            let ranks = mine.map(|(_, join)| HeldRank { join: Some(join.clone()), ready: true }).collect();
-            cluster.join_holding(worker, Holding { ranks, ..Holding::default() });
-        }
+        restart_holding(&mut cluster, &joins);
         describe(&mut cluster, digest);
         cluster.tick(SETTLE);
         assert_eq!(cluster.epoch("emoji/transformer/0") == epoch, goes_on, "{digest}");

@@ -129,7 +129,7 @@ impl State {
             max_batch: model.config.max_batch,
             max_jobs: model.config.max_jobs,
             adapters: model.adapter_files(),
-            controls: model.control_folders(),
+            controls: model.control_folders(&group.wanted.component),
             products: group.wanted.products as i32,
         };
         let record = GroupRecord { group_id: group_id.to_owned(), epoch: join.epoch };

@@ -83,12 +83,24 @@ impl Model {
         spec.loras.iter().map(digest).collect()
     }
 
-    /// The control networks that ranks hold: those that a worker has read and found well.
-    pub(super) fn control_folders(&self) -> Vec<ControlFolder> {
-        let controls = self.card.as_ref().map(|card| card.controls.as_slice()).unwrap_or_default();
-        let is_usable =
-            |config: &&ControlConfig| controls.iter().any(|network| network.name == config.name && network.problem.is_empty());
-        self.config.controls.iter().filter(is_usable).map(ControlConfig::folder).collect()
+    /// The control networks that ranks of a component hold: beside a denoiser those that a worker has read and found well.
+    pub(super) fn control_folders(&self, component: &str) -> Vec<ControlFolder> {
+        let Some(card) = self.card.as_ref().filter(|card| denoises(card, component)) else { return Vec::new() };
+        let folder = |config: &ControlConfig| {
+            let network = card.controls.iter().find(|network| network.name == config.name && network.problem.is_empty())?;
+            Some(ControlFolder { digest: network.digest.clone(), ..config.folder() })
+        };
+        self.config.controls.iter().filter_map(folder).collect()
+    }
+
+    /// Control networks are cut as the denoiser is: one that cannot be is not to be used.
+    fn check_controls(&self, card: &mut ModelCard) {
+        let tp = self.config.components.iter().find(|(name, _)| denoises(card, name)).map_or(1, |(_, config)| config.tp);
+        for network in card.controls.iter_mut().filter(|network| network.problem.is_empty()) {
+            if !network.tp_options.contains(&tp) {
+                network.problem = format!("the denoiser is cut by tp = {tp}, and it can be cut by {:?}", network.tp_options);
+            }
+        }
     }
 
     /// The digests of a job's control networks, in its order.
@@ -141,6 +153,7 @@ impl Model {
     pub(super) fn described(&mut self, mut card: ModelCard, epochs: &BTreeMap<String, u64>, first_epoch: u64) -> Vec<Group> {
         self.asked = None;
         card.name.clone_from(&self.config.name);
+        self.check_controls(&mut card);
         let wanted = plan::check_stages(&card).and_then(|()| placement::wanted_groups(&self.config, &card));
         match wanted {
             Ok(wanted) => {
@@ -167,11 +180,11 @@ impl Model {
     }
 
     fn task_limit(&self, card: &ModelCard, component: &str) -> usize {
-        let denoises = |stage: &&proto::v1::StageTemplate| stage.kind() == StageKind::Denoise;
-        if card.stages.iter().filter(denoises).any(|stage| stage.component == component) {
-            self.config.max_jobs as usize
-        } else {
-            MAX_WAITING_TASKS
-        }
+        if denoises(card, component) { self.config.max_jobs as usize } else { MAX_WAITING_TASKS }
     }
+}
+
+/// Whether a component does a stage of denoising.
+fn denoises(card: &ModelCard, component: &str) -> bool {
+    card.stages.iter().any(|stage| stage.kind() == StageKind::Denoise && stage.component == component)
 }

@@ -170,7 +170,7 @@ impl State {
             return false;
         };
         let (path, adapters) = (model.config.path.to_string_lossy().into_owned(), model.adapter_files());
-        let controls = model.control_folders();
+        let controls = model.control_folders(&wanted.component);
         let fits = |rank: &HeldRank| {
             rank.ready
                 && rank.join.as_ref().is_some_and(|join| {

@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::control::{Control, ControlNetwork};
 use crate::mmdit::{check_widths, unsupported};
-use crate::unet_2d_condition::FEATURES;
+use crate::unet_2d_condition::{FEATURES, gcd};
 use crate::{Error, Result};
 
 /// Side of the kernels.
@@ -95,9 +95,9 @@ impl T2iAdapterConfig {
         (0..self.channels.len()).map(block).collect()
     }
 
-    /// Pixels of the picture's side to one of the coarsest feature's.
-    pub fn total_downscale_factor(&self) -> usize {
-        self.downscale_factor << self.blocks().iter().filter(|(_, halves)| *halves).count()
+    /// The greatest number that divides the channels of every feature: over so many ranks they can be divided.
+    pub fn shares(&self) -> usize {
+        self.channels.iter().copied().reduce(gcd).unwrap_or(1)
     }
 }
 

@@ -22,6 +22,7 @@ mod resnet;
 mod transformer_2d;
 
 use blocks::{Block, Conditions};
+pub(crate) use config::gcd;
 pub use config::{DownBlockType, OneOrMany, UNet2DConditionConfig, UpBlockType};
 pub use controlnet::{ControlNetConfig, ControlNetModel};
 use resnet::{GroupNorm, of_time};

@@ -10,6 +10,8 @@ use crate::blocks::RankGroup;
 use crate::model_dir::{ModelDir, digest_of};
 use crate::{Error, Result};
 
+/// Degrees that any network can be cut into.
+const TP_DEGREES: [usize; 4] = [1, 2, 4, 8];
 /// Longest reason: a model's card is one message.
 const MAX_PROBLEM_CHARS: usize = 1000;
 
@@ -37,6 +39,8 @@ pub struct ControlCard {
     pub modes: usize,
     /// Sides of pictures are multiples of this, in pixels.
     pub multiple: usize,
+    /// The degrees it can be cut into: it is cut as the denoiser is.
+    pub tp_options: Vec<usize>,
     /// Whether guess mode is anything to it.
     pub guesses: bool,
     /// Why it cannot be used; empty when it can.
@@ -68,6 +72,7 @@ fn one(dir: &ModelDir, control: &RegisteredControl) -> Result<ControlCard> {
         weight_bytes: weight_bytes(&control.path)?,
         modes: kind.modes().unwrap_or_default(),
         multiple: kind.multiple(),
+        tp_options: TP_DEGREES.into_iter().filter(|tp| kind.shares().is_multiple_of(*tp)).collect(),
         guesses: matches!(kind, ControlKind::UNet(_)),
         problem: String::new(),
     })

@@ -120,6 +120,17 @@ impl ControlKind {
         }
     }
 
+    /// Over so many ranks, and as many as divide that, it can be divided.
+    pub fn shares(&self) -> usize {
+        match self {
+            Self::UNet(config) => config.unet.shares(),
+            Self::Adapter(config) => config.shares(),
+            Self::Flux(config) => config.transformer.num_attention_heads,
+            Self::Sd3(config) => config.transformer.num_attention_heads,
+            Self::QwenImage(config) => config.transformer.num_attention_heads,
+        }
+    }
+
     /// Reads what this rank holds of it.
     pub fn load(&self, w: &Weights) -> Result<Box<dyn ControlNetwork>> {
         Ok(match self {
@@ -162,12 +173,11 @@ impl ControlKind {
             }
             Self::Adapter(config) => {
                 of(&[stable_diffusion::CLASSES, stable_diffusion_xl::CLASSES].concat())?;
-                let (unet, vae): (UNet2DConditionConfig, AutoencoderKlConfig) = (dir.config("unet")?, dir.config("vae")?);
+                let unet: UNet2DConditionConfig = dir.config("unet")?;
                 let blocks = unet.resolutions();
                 if !(blocks..=blocks + 1).contains(&config.channels.len()) {
                     return Err(unsupported("channels", &config.channels));
                 }
-                let _ = vae;
                 same("channels", &config.channels[..blocks], &unet.block_out_channels[..])
             }
             Self::Flux(config) => {
