@@ -118,6 +118,9 @@ pub(crate) struct JobArgs {
     /// The same for the unconditional pass.
     #[arg(long, value_parser = size)]
     negative_target_size: Option<(u32, u32)>,
+    /// How much noise a picture that is enlarged gets (DeepFloyd IF), 0 to 999.
+    #[arg(long)]
+    noise_level: Option<u32>,
     /// Skip-layer guidance: the blocks that an extra, repelling pass leaves out, such as 7,8,9.
     #[arg(long, value_delimiter = ',')]
     skip_guidance_layers: Vec<u32>,
@@ -303,6 +306,7 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         shift: args.shift,
         eta: args.eta,
         guidance_rescale: args.guidance_rescale,
+        noise_level: args.noise_level,
         original_size: args.original_size.map(told),
         crops_coords_top_left: args.crops_coords_top_left,
         target_size: args.target_size.map(told),

@@ -115,7 +115,7 @@ pub fn is_blob_id(id: &str) -> bool {
 }
 
 /// The numeric fields of a specification that are set.
-fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 15] {
+fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 16] {
     [
         ("width", spec.width.map(f64::from)),
         ("height", spec.height.map(f64::from)),
@@ -129,6 +129,7 @@ fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 15] {
         ("shift", spec.shift),
         ("eta", spec.eta),
         ("guidance_rescale", spec.guidance_rescale),
+        ("noise_level", spec.noise_level.map(f64::from)),
         ("skip_layer_guidance_scale", spec.skip_layer_guidance_scale),
         ("skip_layer_guidance_start", spec.skip_layer_guidance_start),
         ("skip_layer_guidance_stop", spec.skip_layer_guidance_stop),
@@ -182,6 +183,7 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
     spec.shift = spec.shift.or(default("shift"));
     spec.eta = spec.eta.or(default("eta"));
     spec.guidance_rescale = spec.guidance_rescale.or(default("guidance_rescale"));
+    spec.noise_level = spec.noise_level.or(whole("noise_level"));
     if !spec.skip_guidance_layers.is_empty() {
         spec.skip_layer_guidance_scale = spec.skip_layer_guidance_scale.or(default("skip_layer_guidance_scale"));
         spec.skip_layer_guidance_start = spec.skip_layer_guidance_start.or(default("skip_layer_guidance_start"));

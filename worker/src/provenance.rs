@@ -24,6 +24,7 @@ pub(crate) fn text(
     say("shift", spec.shift.map(|v| v.to_string()));
     say("eta", spec.eta.filter(|eta| *eta > 0.0).map(|v| v.to_string()));
     say("guidance_rescale", spec.guidance_rescale.filter(|part| *part > 0.0).map(|v| v.to_string()));
+    say("noise_level", spec.noise_level.map(|v| v.to_string()));
     for (key, size) in [
         ("original_size", spec.original_size),
         ("target_size", spec.target_size),

@@ -29,6 +29,7 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         shift: spec.shift,
         eta: spec.eta.unwrap_or_default(),
         guidance_rescale: spec.guidance_rescale.unwrap_or_default(),
+        noise_level: spec.noise_level.map(|level| level as usize),
         size_conditions: size_conditions(spec),
         seed: spec.seed.ok_or_else(|| missing("seed"))?,
         num_images_per_prompt: count("num_images_per_prompt", spec.num_images_per_prompt)?,

@@ -346,7 +346,7 @@ fn guidance_scale_embedding(scale: f64, width: usize, pictures: usize) -> Result
 
 /// What steps draw: what was given in place of it, or normals of the job's generator, where it stands when the first step begins.
 #[derive(Debug)]
-struct Drawn {
+pub(crate) struct Drawn {
     given: Vec<Tensor>,
     first: Generator,
     generator: Generator,
@@ -355,7 +355,7 @@ struct Drawn {
 }
 
 impl Drawn {
-    fn new(generator: Generator, given: Vec<Tensor>) -> Self {
+    pub(crate) fn new(generator: Generator, given: Vec<Tensor>) -> Self {
         Self { given, first: generator.clone(), generator, made: 0 }
     }
 }

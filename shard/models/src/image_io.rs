@@ -38,6 +38,12 @@ impl Picture {
     pub fn height(&self) -> usize {
         self.height
     }
+
+    /// Red, green and blue of a pixel, from the top and from the left.
+    pub(crate) fn pixel(&self, y: usize, x: usize) -> [u8; 3] {
+        let at = 3 * (y * self.width + x);
+        [self.data[at], self.data[at + 1], self.data[at + 2]]
+    }
 }
 
 impl std::fmt::Debug for Picture {

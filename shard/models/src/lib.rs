@@ -38,6 +38,7 @@ mod mmdit;
 pub mod dit_transformer;
 pub mod flux_transformer;
 pub mod hunyuan_dit;
+pub mod if_unet;
 pub mod pixart_transformer;
 pub mod qwen_image_transformer;
 pub mod sd3_transformer;
@@ -57,6 +58,7 @@ mod diffusion;
 mod flow;
 mod packing;
 
+pub mod deepfloyd_if;
 pub mod dit;
 pub mod flux;
 pub mod hunyuan;

@@ -17,7 +17,7 @@ use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
 use crate::{
-    Error, Result, checkpoint_names, dit, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl,
+    Error, Result, checkpoint_names, deepfloyd_if, dit, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl,
 };
 
 /// The components that denoise: control networks are held beside them.
@@ -120,6 +120,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 /// The same, from its configurations alone: the digest is empty.
 pub fn outline(dir: &ModelDir) -> Result<Card> {
     match dir.pipeline_class() {
+        class if deepfloyd_if::CLASSES.contains(&class) => deepfloyd_if::describe(dir),
         class if dit::CLASSES.contains(&class) => dit::describe(dir),
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         class if hunyuan::CLASSES.contains(&class) => hunyuan::describe(dir),
@@ -246,6 +247,7 @@ pub fn measure_with(dir: &ModelDir, component: &str, controls: &[ControlSource],
 
 fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
     match spec.dir.pipeline_class() {
+        class if deepfloyd_if::CLASSES.contains(&class) => deepfloyd_if::load(spec, weights),
         class if dit::CLASSES.contains(&class) => dit::load(spec, weights),
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
         class if hunyuan::CLASSES.contains(&class) => hunyuan::load(spec, weights),

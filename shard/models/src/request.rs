@@ -37,6 +37,8 @@ pub struct Request {
     pub eta: f64,
     /// How far guidance is brought back to the conditional pass's standard deviation, 0 to 1.
     pub guidance_rescale: f64,
+    /// How much of noise the picture that is enlarged gets, as a timestep.
+    pub noise_level: Option<usize>,
     /// Sizes and crops that Stable Diffusion XL is told of.
     pub size_conditions: SizeConditions,
     /// Of the noise.
@@ -133,6 +135,7 @@ impl Default for Request {
             shift: None,
             eta: 0.0,
             guidance_rescale: 0.0,
+            noise_level: None,
             size_conditions: SizeConditions::default(),
             seed: 0,
             num_images_per_prompt: 1,

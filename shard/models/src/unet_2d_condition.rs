@@ -18,7 +18,7 @@ use crate::{Error, Result};
 mod blocks;
 mod config;
 mod controlnet;
-mod resnet;
+pub(crate) mod resnet;
 mod transformer_2d;
 
 use blocks::{Block, Conditions};

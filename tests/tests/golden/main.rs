@@ -12,6 +12,7 @@ use tests::golden::{Case, Outcome};
 mod autoencoders;
 mod controlled;
 mod controls;
+mod deepfloyd_if;
 mod dit;
 mod flux;
 mod flux_pipeline;
@@ -100,6 +101,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("pipeline", class) if class.starts_with("StableDiffusion3") => sd3::pipeline(case),
         ("pipeline", class) if class.starts_with("StableDiffusionXL") => stable_diffusion::xl(case),
         ("pipeline", class) if class.starts_with("StableDiffusion") => stable_diffusion::pipeline(case),
+        ("pipeline", class) if class.starts_with("IF") => deepfloyd_if::pipeline(case),
         ("pipeline", "DiTPipeline") => dit::dit_pipeline(case),
         ("pipeline", class) if class.starts_with("HunyuanDiT") => dit::hunyuan_pipeline(case),
         ("pipeline", class) if class.starts_with("PixArt") => dit::pixart_pipeline(case),

@@ -100,6 +100,7 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             strength: number("strength"),
             clip_skip: size("clip_skip"),
             eta: number("eta").unwrap_or_default(),
+            noise_level: size("noise_level"),
             guidance_rescale: number("guidance_rescale").unwrap_or_default(),
             // Cases of Qwen-Image leave the reference's default.
             max_sequence_length: size("max_sequence_length").unwrap_or(512),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use models::blocks::{Layout, RangeOf};
+use models::if_unet::{IfUNet, IfUNetConfig};
 use models::model_dir::read_json;
 use models::unet_2d_condition::{UNet2DConditionConfig, UNet2DConditionModel};
 use parallel::{Tensors, Weights};
@@ -14,14 +15,32 @@ use crate::transformers::{at_every_layout, block_by_block, inputs};
 
 pub(crate) fn component(case: &mut Case) -> Outcome {
     let dir = case.folder("weights")?;
+    let kind: serde_json::Value = read_json(&dir.join("config.json")).map_err(text)?;
+    if kind["addition_embed_type"] == "text" {
+        return of_deepfloyd_if(case, &dir);
+    }
     let config: UNet2DConditionConfig = read_json(&dir.join("config.json")).map_err(text)?;
     if case.has("out.plain") {
         return with_residuals(case, &dir, &config);
     }
     let load = |w: &Weights, range: RangeOf| UNet2DConditionModel::load(w, &config, range);
-    let check_block = |case: &mut Case, hidden: &Tensors, block: usize| check_block(case, &config, hidden, block);
+    let check_block = |case: &mut Case, hidden: &Tensors, block: usize| check_block(case, config.resolutions(), hidden, block);
     block_by_block(case, &dir, config.blocks(), load, check_embedded, check_block)?;
     at_every_layout(case, &dir, config.shares(), load)
+}
+
+/// DeepFloyd IF's, whose blocks are others. Of the timestep's embedding and what is added to it, the noise level's is not recorded.
+fn of_deepfloyd_if(case: &mut Case, dir: &Path) -> Outcome {
+    let config: IfUNetConfig = read_json(&dir.join("config.json")).map_err(text)?;
+    let load = |w: &Weights, range: RangeOf| IfUNet::load(w, &config, range);
+    let has_noise_level = config.has_noise_level();
+    let check_embedded = |case: &mut Case, hidden: &Tensors| {
+        case.check("tap.encoder_hid_proj", hidden.get("encoder_hidden_states").map_err(text)?)?;
+        if has_noise_level { case.check("tap.conv_in", hidden.get("sample").map_err(text)?) } else { check_embedded(case, hidden) }
+    };
+    let check_block = |case: &mut Case, hidden: &Tensors, block: usize| check_block(case, config.resolutions(), hidden, block);
+    block_by_block(case, dir, config.blocks(), load, check_embedded, check_block)?;
+    at_every_layout(case, dir, config.shares(), load)
 }
 
 fn check_embedded(case: &mut Case, hidden: &Tensors) -> Outcome {
@@ -39,9 +58,9 @@ fn check_embedded(case: &mut Case, hidden: &Tensors) -> Outcome {
 }
 
 /// Recorded of a block on the way down are its output and what the way up takes again.
-fn check_block(case: &mut Case, config: &UNet2DConditionConfig, hidden: &Tensors, block: usize) -> Outcome {
+fn check_block(case: &mut Case, resolutions: usize, hidden: &Tensors, block: usize) -> Outcome {
     let sample = hidden.get("sample").map_err(text)?;
-    let tap = match block.checked_sub(config.resolutions()) {
+    let tap = match block.checked_sub(resolutions) {
         None => format!("tap.down_blocks.{block}.0"),
         Some(0) => "tap.mid_block".to_owned(),
         Some(up) => format!("tap.up_blocks.{}", up - 1),
@@ -49,7 +68,7 @@ fn check_block(case: &mut Case, config: &UNet2DConditionConfig, hidden: &Tensors
     if case.has(&tap) {
         case.check(&tap, sample)?;
     }
-    if block >= config.resolutions() {
+    if block >= resolutions {
         return Ok(());
     }
     let skips = hidden.list("down_block_res_samples");

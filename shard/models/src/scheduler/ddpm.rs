@@ -50,6 +50,14 @@ impl Config {
         })
     }
 
+    pub(super) fn schedule(&self) -> &NoiseSchedule {
+        &self.schedule
+    }
+
+    pub(super) fn learns_variance(&self) -> bool {
+        self.variance == Variance::LearnedRange
+    }
+
     pub(super) fn start(&self, run: &Run, noise: Option<Box<dyn StepNoise>>) -> Result<Ddpm> {
         let n = self.schedule.check(run)?;
         let steps = Steps::new(self.schedule.timesteps(n, true), run.begin)?;

@@ -1,5 +1,6 @@
 //! The diffusion schedulers by their configurations: which class a file is of, and a job's scheduler from it.
 
+use parallel::Tensor;
 use serde_json::Value;
 
 use super::fields::Fields;
@@ -116,6 +117,30 @@ impl DiffusionConfig {
     /// Whether a step takes `eta`.
     pub fn takes_eta(&self) -> bool {
         matches!(self.0, Kind::Ddim(_) | Kind::Tcd(_))
+    }
+
+    /// Whether a step is given the variance that the network learned beside its prediction.
+    pub fn takes_variance(&self) -> bool {
+        matches!(&self.0, Kind::Ddpm(config) if config.learns_variance())
+    }
+
+    /// Timesteps that [`Self::add_noise`] takes; none where it is not there.
+    pub fn noise_levels(&self) -> Option<usize> {
+        match &self.0 {
+            Kind::Ddpm(config) => Some(config.schedule().train_timesteps()),
+            _ => None,
+        }
+    }
+
+    /// A picture and noise in their parts of a timestep, as the reference's `add_noise`; of DDPM alone.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another class.
+    pub fn add_noise(&self, sample: &Tensor, noise: &Tensor, timestep: usize) -> Result<Tensor> {
+        match &self.0 {
+            Kind::Ddpm(config) => ddim::add_noise(config.schedule(), timestep as f64, sample, noise),
+            _ => Err(Error::Unsupported { field: "image_noising_scheduler".into(), value: self.class().into() }),
+        }
     }
 
     /// Whether steps may draw noise for this `eta`.

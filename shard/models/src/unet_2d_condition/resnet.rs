@@ -13,13 +13,13 @@ const SIZE: usize = 3;
 
 /// Loads a layer of the timestep's embedding, of one row: it is multiplied in f32 whatever the network is, since it goes into every place of every
 /// picture and costs nothing.
-pub(super) fn of_time<T>(load: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn of_time<T>(load: impl FnOnce() -> Result<T>) -> Result<T> {
     Products::F32.scope(load)
 }
 
 /// A group norm over `[B, C, H, W]`, of all channels or of a rank's.
 #[derive(Debug)]
-pub(super) struct GroupNorm {
+pub(crate) struct GroupNorm {
     weight: Tensor,
     bias: Tensor,
     groups: usize,
@@ -28,12 +28,12 @@ pub(super) struct GroupNorm {
 
 impl GroupNorm {
     /// Of `channels` in `groups`: whole on every rank.
-    pub(super) fn load(w: &Weights, channels: usize, groups: usize, eps: f64) -> Result<Self> {
+    pub(crate) fn load(w: &Weights, channels: usize, groups: usize, eps: f64) -> Result<Self> {
         Self::load_as(w, channels, groups, eps, Shard::Replicated)
     }
 
     /// Of this rank's channels of so many, in its groups.
-    fn load_split(w: &Weights, channels: usize, groups: usize, eps: f64) -> Result<Self> {
+    pub(crate) fn load_split(w: &Weights, channels: usize, groups: usize, eps: f64) -> Result<Self> {
         Self::load_as(w, channels, groups / w.group().size(), eps, Shard::split(0, channels))
     }
 
@@ -42,7 +42,7 @@ impl GroupNorm {
         Ok(Self { weight: get("weight")?, bias: get("bias")?, groups, eps })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
         Ok(ops::group_norm(x, self.groups, [&self.weight, &self.bias], self.eps, activation)?)
     }
 
