@@ -242,8 +242,10 @@ impl Check<'_> {
                 self.refuse(field, "needs negative_prompt");
             }
         }
-        if spec.prompt.trim().is_empty() {
-            self.refuse("prompt", "must not be empty");
+        match (self.card.without_prompt, spec.prompt.trim().is_empty()) {
+            (false, true) => self.refuse("prompt", "must not be empty"),
+            (true, false) => self.refuse("prompt", format!("model {:?} does not take it", self.card.name)),
+            _ => {}
         }
         for (field, text) in [
             ("prompt", Some(&spec.prompt)),

@@ -2,17 +2,36 @@
 //! within the vocabulary.
 #![no_main]
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::sync::LazyLock;
 
+use flate2::read::GzDecoder;
 use libfuzzer_sys::fuzz_target;
 use models::tokenizer::Tokenizer;
 
 static TOKENIZERS: LazyLock<Vec<Tokenizer>> = LazyLock::new(|| {
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/tokenizers");
-    let load = |name: &&str| Tokenizer::load(&cases.join(name)).expect("a tokenizer");
+    let load = |name: &&str| Tokenizer::load(unpacked(&cases.join(name)).path()).expect("a tokenizer");
     ["clip_l", "t5", "mt5", "qwen2_5"].iter().map(load).collect()
 });
+
+/// A copy of a folder in which nothing is packed.
+fn unpacked(folder: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().expect("a folder");
+    for entry in std::fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("a file").path();
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let stored = File::open(&path).expect("a file");
+        let (name, mut stored): (&str, Box<dyn Read>) = match file.strip_suffix(".gz") {
+            Some(name) => (name, Box::new(GzDecoder::new(stored))),
+            None => (&file, Box::new(stored)),
+        };
+        std::io::copy(&mut stored, &mut File::create(copy.path().join(name)).expect("a file")).expect("a copy");
+    }
+    copy
+}
 
 // Loaded before the first input: a vocabulary of 250,000 pieces takes the sanitizer longer than an input may.
 fuzz_target!(init: { LazyLock::force(&TOKENIZERS); }, |input: (u16, u8, &str)| {

@@ -18,6 +18,7 @@ pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>, contr
         stages: card.stages.iter().map(stage).collect(),
         parameters: card.parameters.iter().map(parameter).collect(),
         max_pixels: card.max_pixels,
+        without_prompt: card.without_prompt,
         scheduler: card.scheduler.clone(),
         adapters: adapters.into_iter().map(adapter_wire::card).collect(),
         controls: controls.into_iter().map(control_wire::card).collect(),
@@ -52,6 +53,7 @@ fn kind(kind: StageKind) -> v1::StageKind {
         StageKind::EncodeImage => v1::StageKind::EncodeImage,
         StageKind::Denoise => v1::StageKind::Denoise,
         StageKind::Decode => v1::StageKind::Decode,
+        StageKind::Inpaint => v1::StageKind::Inpaint,
     }
 }
 
@@ -99,6 +101,7 @@ mod tests {
             }],
             parameters: vec![ParameterCard::number("width", 64.0, 2048.0, 1024.0).multiple(16.0)],
             max_pixels: 9,
+            without_prompt: true,
         };
         let adapter = AdapterCard {
             name: "pixel".into(),
@@ -117,6 +120,7 @@ mod tests {
         assert_eq!((adapter.defaults[0].name.as_str(), adapter.defaults[0].value, adapter.problem.as_str()), ("shift", 3.0, ""));
         assert_eq!((wire.name.as_str(), wire.family.as_str(), wire.max_pixels), ("flux-dev", "flux", 9));
         assert_eq!((&wire.pipeline_class, &wire.scheduler, &wire.digest), (&card.pipeline_class, &card.scheduler, &card.digest));
+        assert!(wire.without_prompt);
         assert_eq!(wire.components[0].tp_options, [1, 2, 4]);
         assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
         assert_eq!(wire.stages[0].kind(), v1::StageKind::EncodeImage);

@@ -134,6 +134,7 @@ mod tests {
                 stages: vec![],
                 parameters: vec![],
                 max_pixels: 1,
+                without_prompt: false,
             })
         }
 

@@ -20,7 +20,7 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         negative_prompt_3: spec.negative_prompt_3.clone(),
         width: count_if_given("width", spec.width)?,
         height: count_if_given("height", spec.height)?,
-        num_inference_steps: count("num_inference_steps", spec.num_inference_steps)?,
+        num_inference_steps: count_if_given("num_inference_steps", spec.num_inference_steps)?,
         guidance_scale: spec.guidance_scale,
         // A model that has no such parameter has no default for it either: off.
         true_cfg_scale: spec.true_cfg_scale.unwrap_or(1.0),

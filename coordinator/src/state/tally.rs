@@ -122,7 +122,7 @@ pub(super) fn units(job: &Job, stage: &Stage) -> f64 {
             estimate::work(job) * f64::from(left) / f64::from(steps)
         }
         StageKind::EncodeText | StageKind::Unspecified => 1.0,
-        StageKind::EncodeImage | StageKind::Decode => job.pixels() as f64,
+        StageKind::EncodeImage | StageKind::Decode | StageKind::Inpaint => job.pixels() as f64,
     }
 }
 

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod activation;
 pub mod attention;
 pub mod channels;
+pub mod fourier;
 
 pub mod gemm;
 pub mod heads;

@@ -29,6 +29,9 @@ pub struct Card {
     pub parameters: Vec<ParameterCard>,
     /// width * height * num_images_per_prompt may not exceed this.
     pub max_pixels: u64,
+    /// Its jobs have no prompt.
+    #[serde(default)]
+    pub without_prompt: bool,
 }
 
 /// One network of a model.
@@ -146,6 +149,8 @@ pub enum StageKind {
     Denoise,
     /// Latents to picture.
     Decode,
+    /// A picture and a mask to a picture.
+    Inpaint,
 }
 
 /// A field of the request that a model takes. The bounds are for numbers.

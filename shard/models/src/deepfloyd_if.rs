@@ -53,6 +53,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages: vec![StageCard::new("encode_text", StageKind::EncodeText, "text_encoder", &[]), denoise],
         parameters: parts.parameters(),
         max_pixels: flow::MAX_PIXELS,
+        without_prompt: false,
     };
     card.with_defaults_of(dir)
 }
@@ -91,7 +92,10 @@ impl Parts {
         check_fits("unet: in_channels", unet.in_channels, unet.in_channels == beside * PICTURE)?;
         check_fits("unet: out_channels", unet.out_channels, unet.out_channels == 2 * PICTURE)?;
         if unet.has_noise_level() != enlarges {
-            return Err(Error::Unsupported { field: "unet: class_embed_type".into(), value: format!("{:?}", unet.class_embed_type) });
+            return Err(Error::Unsupported {
+                field: "unet: class_embed_type".into(),
+                value: format!("{:?}", unet.class_embed_type),
+            });
         }
         Ok(parts)
     }

@@ -76,6 +76,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages,
         parameters: parameters(&vae, &scheduler, edits(dir)),
         max_pixels: flow::MAX_PIXELS,
+        without_prompt: false,
     };
     card.with_defaults_of(dir)
 }

@@ -17,7 +17,8 @@ use crate::lora::store::{AdapterStore, Sources};
 use crate::model_dir::ModelDir;
 use crate::stage::Stage;
 use crate::{
-    Error, Result, checkpoint_names, deepfloyd_if, dit, flux, hunyuan, pixart, qwen_image, sd3, stable_diffusion, stable_diffusion_xl,
+    Error, Result, checkpoint_names, deepfloyd_if, dit, flux, hunyuan, lama, pixart, qwen_image, sd3, stable_diffusion,
+    stable_diffusion_xl,
 };
 
 /// The components that denoise: control networks are held beside them.
@@ -124,6 +125,7 @@ pub fn outline(dir: &ModelDir) -> Result<Card> {
         class if dit::CLASSES.contains(&class) => dit::describe(dir),
         class if flux::CLASSES.contains(&class) => flux::describe(dir),
         class if hunyuan::CLASSES.contains(&class) => hunyuan::describe(dir),
+        class if lama::CLASSES.contains(&class) => lama::describe(dir),
         class if pixart::CLASSES.contains(&class) => pixart::describe(dir),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::describe(dir),
         class if sd3::CLASSES.contains(&class) => sd3::describe(dir),
@@ -251,6 +253,7 @@ fn load_from(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
         class if dit::CLASSES.contains(&class) => dit::load(spec, weights),
         class if flux::CLASSES.contains(&class) => flux::load(spec, weights),
         class if hunyuan::CLASSES.contains(&class) => hunyuan::load(spec, weights),
+        class if lama::CLASSES.contains(&class) => lama::load(spec, weights),
         class if pixart::CLASSES.contains(&class) => pixart::load(spec, weights),
         class if qwen_image::CLASSES.contains(&class) => qwen_image::load(spec, weights),
         class if sd3::CLASSES.contains(&class) => sd3::load(spec, weights),

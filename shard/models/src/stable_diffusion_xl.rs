@@ -68,6 +68,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         ),
         parameters,
         max_pixels: flow::MAX_PIXELS,
+        without_prompt: false,
     };
     card.with_defaults_of(dir)
 }

@@ -69,7 +69,7 @@ impl Conv2d {
         let bias = w.get("bias", &[c_out], shard)?;
         let site = Site { name: w.prefix().to_owned(), d_in: c_in, d_out: c_out, kernel: Some(size), cut };
         let patch = Some(w.adapters().register(site, w.group()));
-        Ok(Self { patch, ..Self::of(w, weight, bias, doubles)? })
+        Ok(Self { patch, ..Self::of_kind(w, weight, bias, doubles)? })
     }
 
     /// Reads the last frame of `weight: [c_out, c_in, size, size, size]` and `bias: [c_out]`: what a causal convolution in time
@@ -78,11 +78,18 @@ impl Conv2d {
         let last = Shard::part(2, size.saturating_sub(1)..size);
         let weight = stored(w, &[c_out, c_in, size, size, size], last)?;
         let bias = w.get("bias", &[c_out], Shard::Replicated)?;
-        Self::of(w, weight.squeeze(2)?, bias, false)
+        Self::of(w, weight.squeeze(2)?, bias)
     }
 
-    /// `weight: [c_out, c_in, size, size]`, `bias: [c_out]`
-    fn of(w: &Weights, weight: Tensor, bias: Tensor, doubles: bool) -> Result<Self> {
+    /// Of `weight: [c_out, c_in, size, size]` and `bias: [c_out]`, which were made of what `w` holds. Adapters do not change it.
+    ///
+    /// # Errors
+    /// When they do not have these dimensions.
+    pub fn of(w: &Weights, weight: Tensor, bias: Tensor) -> Result<Self> {
+        Self::of_kind(w, weight, bias, false)
+    }
+
+    fn of_kind(w: &Weights, weight: Tensor, bias: Tensor, doubles: bool) -> Result<Self> {
         let (c_out, c_in, size, _) = weight.dims4()?;
         let dtype = w.dtype();
         if doubles && has_kernels(w.device()) {

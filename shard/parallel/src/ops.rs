@@ -10,11 +10,13 @@ use crate::{Error, Result};
 
 mod attention;
 mod blocks;
+mod fourier;
 pub(crate) mod host;
 mod matrix;
 mod products;
 
 pub use attention::{attention, attention_of_tokens};
+pub use fourier::{irfft2, rfft2};
 pub use host::has_kernels;
 use host::{map, ours, produce, read, read_all, write};
 pub(crate) use matrix::{Chunks, Features, LaidOut, Matrix, Values};

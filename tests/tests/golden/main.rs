@@ -16,6 +16,7 @@ mod deepfloyd_if;
 mod dit;
 mod flux;
 mod flux_pipeline;
+mod lama;
 mod pipeline;
 mod qwen2_5_vl;
 mod qwen_image;
@@ -90,6 +91,7 @@ fn dispatch(case: &mut Case) -> Outcome {
         ("component", "QwenImageTransformer2DModel") => qwen_image::component(case),
         ("component", "SD3Transformer2DModel") => sd3::component(case),
         ("component", "UNet2DConditionModel") => unet::component(case),
+        ("component", "Lama") => lama::component(case),
         (
             "component",
             "ControlNetModel" | "T2IAdapter" | "FluxControlNetModel" | "SD3ControlNetModel" | "QwenImageControlNetModel",

@@ -1,8 +1,10 @@
 //! Token ids of the full public vocabularies. Case: `tokenizers`.
 
+use std::fs::File;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use flate2::read::GzDecoder;
 use models::tokenizer::Tokenizer;
 use tests::golden::{Case, Outcome};
 
@@ -18,11 +20,9 @@ pub(crate) fn run(case: &mut Case) -> Outcome {
         let max_length = recorded["call"]["max_length"].as_u64().ok_or("no max_length")? as usize;
         // A folder of its own, as in a model: clip_g's vocabulary is stored once, with clip_l.
         let dir = tempfile::tempdir().map_err(text)?;
-        copy(&case.dir.join(&name), dir.path())?;
+        copy(&case.dir.join(&name), dir.path(), &[])?;
         if name == "clip_g" {
-            for file in ["vocab.json", "merges.txt"] {
-                std::fs::copy(case.dir.join("clip_l").join(file), dir.path().join(file)).map_err(text)?;
-            }
+            copy(&case.dir.join("clip_l"), dir.path(), &["vocab.json", "merges.txt"])?;
         }
         check(case, &name, dir.path(), &texts, max_length)?;
         if dir.path().join("tokenizer.json").is_file() && dir.path().join("spiece.model").is_file() {
@@ -52,10 +52,22 @@ fn check(case: &mut Case, name: &str, dir: &Path, texts: &[String], max_length: 
     case.check_within(&format!("{name}.attention_mask"), &tensor(masks)?, 0.0)
 }
 
-fn copy(from: &Path, to: &Path) -> Outcome {
+/// All files of a folder, or those of these names. One that is packed (`NAME.gz`) is unpacked.
+fn copy(from: &Path, to: &Path, names: &[&str]) -> Outcome {
     for entry in std::fs::read_dir(from).map_err(|e| format!("{}: {e}", from.display()))? {
-        let entry = entry.map_err(text)?;
-        std::fs::copy(entry.path(), to.join(entry.file_name())).map_err(text)?;
+        let path = entry.map_err(text)?.path();
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = file.strip_suffix(".gz").unwrap_or(&file);
+        if !names.is_empty() && !names.contains(&name) {
+            continue;
+        }
+        let mut stored = File::open(&path).map_err(text)?;
+        let mut copy = File::create(to.join(name)).map_err(text)?;
+        let copied = match name == file {
+            true => std::io::copy(&mut stored, &mut copy),
+            false => std::io::copy(&mut GzDecoder::new(stored), &mut copy),
+        };
+        copied.map_err(|e| format!("{}: {e}", path.display()))?;
     }
     Ok(())
 }

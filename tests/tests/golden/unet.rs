@@ -36,7 +36,11 @@ fn of_deepfloyd_if(case: &mut Case, dir: &Path) -> Outcome {
     let has_noise_level = config.has_noise_level();
     let check_embedded = |case: &mut Case, hidden: &Tensors| {
         case.check("tap.encoder_hid_proj", hidden.get("encoder_hidden_states").map_err(text)?)?;
-        if has_noise_level { case.check("tap.conv_in", hidden.get("sample").map_err(text)?) } else { check_embedded(case, hidden) }
+        if has_noise_level {
+            case.check("tap.conv_in", hidden.get("sample").map_err(text)?)
+        } else {
+            check_embedded(case, hidden)
+        }
     };
     let check_block = |case: &mut Case, hidden: &Tensors, block: usize| check_block(case, config.resolutions(), hidden, block);
     block_by_block(case, dir, config.blocks(), load, check_embedded, check_block)?;

@@ -41,6 +41,7 @@ impl Backend for Small {
                 stages: vec![],
                 parameters: vec![],
                 max_pixels: 1,
+                without_prompt: false,
             };
             if path.is_dir() { Ok(card) } else { Err(error) }
         })

@@ -116,7 +116,9 @@ impl Case {
             let given = if with_pictures { pictures.clone() } else { Pictures::default() };
             let task = match kind {
                 StageKind::EncodeText | StageKind::EncodeImage => Inputs { pictures: given, ..Inputs::default() },
-                StageKind::Denoise | StageKind::Decode => Inputs { pictures: given, ..std::mem::take(&mut inputs) },
+                StageKind::Denoise | StageKind::Decode | StageKind::Inpaint => {
+                    Inputs { pictures: given, ..std::mem::take(&mut inputs) }
+                }
             };
             let spec = LoadSpec {
                 dir,

@@ -37,6 +37,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         ),
         parameters: parameters(Kind::of(dir), &transformer, &scheduler, &vae),
         max_pixels: flow::MAX_PIXELS,
+        without_prompt: false,
     };
     card.with_defaults_of(dir)
 }

@@ -214,7 +214,8 @@ impl IfUNetConfig {
         ok("class_embed_type", matches!(self.class_embed_type.as_deref(), None | Some("timestep")), &self.class_embed_type)?;
         let act = matches!(self.time_embedding_act_fn.as_deref(), None | Some("gelu"));
         ok("time_embedding_act_fn", act, &self.time_embedding_act_fn)?;
-        let scales = [("resnet_out_scale_factor", self.resnet_out_scale_factor), ("mid_block_scale_factor", self.mid_block_scale_factor)];
+        let scales =
+            [("resnet_out_scale_factor", self.resnet_out_scale_factor), ("mid_block_scale_factor", self.mid_block_scale_factor)];
         for (field, scale) in scales {
             ok(field, scale.is_finite() && scale > 0.0, &scale)?;
         }
