@@ -35,7 +35,8 @@ pub(crate) struct GenerateArgs {
 /// What to draw and where to put it.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct JobArgs {
-    /// What the picture should show.
+    /// What the picture should show. May be left out for models that fill in a picture (LaMa).
+    #[arg(default_value = "")]
     prompt: String,
     /// A name from `atelier models`. May be left out when only one is served.
     #[arg(long)]

@@ -162,13 +162,9 @@ fn print_model(model: &ModelStatus) {
         println!("  problem: {}", model.problem);
     }
     if let Some(card) = &model.card {
-        println!(
-            "  {} ({}), {}, digest {}",
-            card.family,
-            card.pipeline_class,
-            card.scheduler,
-            card.digest.get(..16).unwrap_or(&card.digest)
-        );
+        let scheduler = if card.scheduler.is_empty() { String::new() } else { format!("{}, ", card.scheduler) };
+        let digest = card.digest.get(..16).unwrap_or(&card.digest);
+        println!("  {} ({}), {scheduler}digest {digest}", card.family, card.pipeline_class);
         println!("  at most {} pixels a job; takes:", card.max_pixels);
         card.parameters.iter().for_each(|p| println!("    {}", parameter(p)));
         if !card.adapters.is_empty() {

@@ -9,9 +9,10 @@ use proto::v1::blob_service_client::BlobServiceClient;
 use proto::v1::cluster_service_client::ClusterServiceClient;
 use proto::v1::job_event::Kind;
 use proto::v1::job_service_client::JobServiceClient;
+use proto::v1::upload_blob_request::Part;
 use proto::v1::{
-    CreateJobRequest, Job, JobEvent, JobSpec, JobState, ListModelsRequest, ListWorkersRequest, ModelStatus, WatchJobRequest,
-    WorkerStatus,
+    BlobHeader, CreateJobRequest, DownloadBlobRequest, Job, JobEvent, JobSpec, JobState, ListModelsRequest, ListWorkersRequest,
+    ModelStatus, UploadBlobRequest, WatchJobRequest, WorkerStatus, download_blob_response,
 };
 use serde_json::Value;
 use tonic::transport::{Channel, Endpoint};
@@ -271,6 +272,32 @@ impl Client {
     /// The workers.
     pub async fn workers(&mut self) -> Vec<WorkerStatus> {
         self.cluster.list_workers(ListWorkersRequest {}).await.map(|r| r.into_inner().workers).unwrap_or_default()
+    }
+
+    /// Brings a picture; gives its id.
+    ///
+    /// # Panics
+    /// When it is not taken.
+    pub async fn upload(&mut self, bytes: Vec<u8>) -> String {
+        let header = BlobHeader { byte_size: bytes.len() as u64, media_type: "image/png".into(), ..BlobHeader::default() };
+        let parts = [Part::Header(header), Part::Chunk(bytes.into())].map(|part| UploadBlobRequest { part: Some(part) });
+        self.blobs.upload_blob(tokio_stream::iter(parts)).await.expect("an upload").into_inner().blob_id
+    }
+
+    /// A finished picture's bytes.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub async fn download(&mut self, blob_id: &str) -> Vec<u8> {
+        let request = DownloadBlobRequest { blob_id: blob_id.to_owned() };
+        let mut stream = self.blobs.download_blob(request).await.expect("the blob is there").into_inner();
+        let mut bytes = Vec::new();
+        while let Some(message) = stream.message().await.expect("a whole stream") {
+            if let Some(download_blob_response::Part::Chunk(chunk)) = message.part {
+                bytes.extend_from_slice(&chunk);
+            }
+        }
+        bytes
     }
 
     /// Asks for a job.

@@ -1,5 +1,6 @@
 //! What the tests of the whole share: golden cases, ranks that are threads, made-up checkpoints, clusters of real processes.
 
+pub mod assembled;
 pub mod cluster;
 pub mod equivalence;
 pub mod etcd;

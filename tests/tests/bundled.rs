@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use models::image_io::{PictureLimits, decode_picture, preprocess};
-use proto::v1::download_blob_response::Part;
-use proto::v1::{DownloadBlobRequest, JobSpec, JobState, Lora};
-use tests::cluster::{Client, Cluster};
+use proto::v1::{JobSpec, JobState, Lora};
+use tests::cluster::Cluster;
 
 /// One level of an 8-bit picture, in the scale of -1..1, and a little for the rounding of the comparison itself.
 const ONE_LEVEL: f32 = 1.0 / 127.5 + 1e-6;
@@ -37,7 +36,7 @@ async fn a_cluster_of_five_draws_diffusers_pictures_within_one_level() {
         let spec = JobSpec { model: "emoji".into(), prompt: prompt.into(), seed: Some(0), loras: adapters, ..Default::default() };
         let job = client.run(spec).await;
         assert_eq!(job.state(), JobState::Succeeded, "{prompt}: {:?}", job.failure);
-        let drawn = download(&mut client, &job.images[0].blob_id).await;
+        let drawn = client.download(&job.images[0].blob_id).await;
         let name = prompt.replace(' ', "_");
         let sample = match mono {
             None => path.join("samples").join(format!("{name}.png")),
@@ -73,7 +72,7 @@ async fn two_lanes_of_processes_draw_the_same_pixels_as_one_rank() {
         let groups = client.models().await.remove(0).groups;
         let ranks = groups.iter().find(|g| g.component == "transformer").map_or(0, |g| g.worker_ids.len());
         assert_eq!(ranks, if layout.is_empty() { 1 } else { 2 }, "{layout}");
-        pictures.push(download(&mut client, &job.images[0].blob_id).await);
+        pictures.push(client.download(&job.images[0].blob_id).await);
         files.push(job.images[0].sha256.clone());
     }
     assert_eq!(files[1], files[2], "two lanes, in one process and in two");
@@ -82,18 +81,6 @@ async fn two_lanes_of_processes_draw_the_same_pixels_as_one_rank() {
     assert!(String::from_utf8_lossy(&pictures[1]).contains("transformer=tp1x1xcfg2"));
     let pixels = |bytes: &[u8]| decode_picture(bytes, &PictureLimits::default()).expect("a PNG");
     assert!(pixels(&pictures[0]) == pixels(&pictures[1]), "the same pixels on one rank and on two lanes");
-}
-
-async fn download(client: &mut Client, blob_id: &str) -> Vec<u8> {
-    let request = DownloadBlobRequest { blob_id: blob_id.to_owned() };
-    let mut stream = client.blobs.download_blob(request).await.expect("the blob is there").into_inner();
-    let mut bytes = Vec::new();
-    while let Some(message) = stream.message().await.expect("a whole stream") {
-        if let Some(Part::Chunk(chunk)) = message.part {
-            bytes.extend_from_slice(&chunk);
-        }
-    }
-    bytes
 }
 
 /// The largest difference of two PNGs of one size, in the scale of -1..1.

@@ -5,10 +5,9 @@
 use models::image_io::{PictureLimits, decode_picture};
 use parallel::Device;
 use parallel::ops::Products;
-use proto::v1::download_blob_response::Part;
 use proto::v1::job_event::Kind;
-use proto::v1::{DownloadBlobRequest, JobEvent, JobSpec};
-use tests::cluster::{Client, Cluster, denoise_step, sha256};
+use proto::v1::{JobEvent, JobSpec};
+use tests::cluster::{Cluster, denoise_step, sha256};
 
 /// Long enough to be disturbed in the middle: some seconds.
 const STEPS: u32 = 120;
@@ -52,18 +51,6 @@ fn has_bf16() -> bool {
     ways().contains(&Products::Bf16)
 }
 
-async fn download(client: &mut Client, blob_id: &str) -> Vec<u8> {
-    let request = DownloadBlobRequest { blob_id: blob_id.to_owned() };
-    let mut stream = client.blobs.download_blob(request).await.unwrap().into_inner();
-    let mut bytes = Vec::new();
-    while let Some(message) = stream.message().await.unwrap() {
-        if let Some(Part::Chunk(chunk)) = message.part {
-            bytes.extend_from_slice(&chunk);
-        }
-    }
-    bytes
-}
-
 #[tokio::test]
 async fn models_on_the_same_workers_are_each_multiplied_in_their_own_way() {
     let ways = ways();
@@ -75,7 +62,7 @@ async fn models_on_the_same_workers_are_each_multiplied_in_their_own_way() {
         let drawn = client.run(job(*way, 6)).await;
         alone.push(sha256(&drawn));
         assert_eq!(drawn.products().name(), way.to_string());
-        let file = download(&mut client, &drawn.images[0].blob_id).await;
+        let file = client.download(&drawn.images[0].blob_id).await;
         let said = format!("atelier:products\0{way}");
         assert!(String::from_utf8_lossy(&file).contains(&said), "{way} is in the picture's metadata");
         pixels.push(decode_picture(&file, &PictureLimits::default()).unwrap());

@@ -3,9 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use proto::v1::upload_blob_request::Part;
-use proto::v1::{BlobHeader, Control, JobSpec, UploadBlobRequest};
-use tests::cluster::{Client, Cluster, denoise_step, sha256, tiny_flux};
+use proto::v1::{Control, JobSpec};
+use tests::cluster::{Cluster, denoise_step, sha256, tiny_flux};
 use tonic_types::StatusExt;
 
 /// A run long enough to be disturbed in the middle.
@@ -31,12 +30,6 @@ fn models() -> String {
     text
 }
 
-async fn upload(client: &mut Client, bytes: Vec<u8>) -> String {
-    let header = BlobHeader { byte_size: bytes.len() as u64, media_type: "image/png".into(), ..Default::default() };
-    let parts = [Part::Header(header), Part::Chunk(bytes.into())].map(|part| UploadBlobRequest { part: Some(part) });
-    client.blobs.upload_blob(tokio_stream::iter(parts)).await.unwrap().into_inner().blob_id
-}
-
 fn job(steps: u32, controls: Vec<Control>) -> JobSpec {
     JobSpec {
         model: "tiny".into(),
@@ -59,7 +52,7 @@ fn control(name: &str, image: &str, mode: Option<u32>) -> Control {
 async fn a_job_with_controls_goes_on_after_a_lost_worker_and_a_lost_coordinator_with_the_same_bits() {
     let mut cluster = Cluster::start(&models(), &["", "", "", ""], None);
     let mut client = cluster.ready().await;
-    let image = upload(&mut client, std::fs::read(golden("flux_controlnet/control_image.png")).unwrap()).await;
+    let image = client.upload(std::fs::read(golden("flux_controlnet/control_image.png")).unwrap()).await;
     let spec = job(STEPS, vec![control("union", &image, Some(2))]);
     let undisturbed = sha256(&client.run(spec.clone()).await);
     assert_ne!(undisturbed, sha256(&client.run(job(STEPS, vec![])).await));
@@ -89,7 +82,7 @@ async fn controls_are_in_the_card_and_what_cannot_be_is_refused_by_field() {
     assert_eq!((named("union").modes, named("union").problem.as_str(), named("union").digest.len()), (6, "", 64));
     assert_eq!((named("tile").modes, named("tile").class.as_str()), (0, "FluxControlNetModel"));
     assert!(named("foreign").problem.contains("ControlNetModel with a FluxPipeline"), "{}", named("foreign").problem);
-    let image = upload(&mut client, std::fs::read(golden("flux_controlnet/control_image.png")).unwrap()).await;
+    let image = client.upload(std::fs::read(golden("flux_controlnet/control_image.png")).unwrap()).await;
     let nothing = "b".repeat(64);
     for (controls, field) in [
         (vec![control("nobody", &image, None)], "spec.controls[0].name"),
@@ -106,7 +99,7 @@ async fn controls_are_in_the_card_and_what_cannot_be_is_refused_by_field() {
         assert_eq!(fields, [field], "{status}");
     }
     // What only its bytes show is the job's failure.
-    let torn = upload(&mut client, b"no picture at all".to_vec()).await;
+    let torn = client.upload(b"no picture at all".to_vec()).await;
     let failure = client.run(job(2, vec![control("tile", &torn, None)])).await.failure.unwrap();
     assert_eq!((failure.reason.as_str(), failure.stage.as_str()), ("INVALID_IMAGE", "encode_image"), "{}", failure.message);
 }

@@ -11,6 +11,8 @@ use models::stage::{Inputs, Stage, StageEvent};
 use tests::same_bits::{JOB, Model, STEPS, check_every_layout, conditioning, drain, draw, emoji, with_leader};
 use tests::stages;
 
+#[path = "same_bits/deepfloyd_if.rs"]
+mod deepfloyd_if;
 #[path = "same_bits/dit.rs"]
 mod dit;
 #[path = "same_bits/hunyuan.rs"]

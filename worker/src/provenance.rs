@@ -1,7 +1,7 @@
 //! What a picture says of its own making. Nothing here differs between two runs of the same job on the same plan: no id,
 //! no time, no worker.
 
-use proto::v1::{JobSpec, NoiseGenerator, Products, RunTask};
+use proto::v1::{JobSpec, NoiseGenerator, Products, RunTask, StageKind};
 
 /// The text chunks of picture number `index` of the task's job, whose model is multiplied in `products`.
 pub(crate) fn text(
@@ -15,8 +15,10 @@ pub(crate) fn text(
     let mut say = |key: &str, value: Option<String>| text.extend(value.map(|value| (format!("atelier:{key}"), value)));
     say("model", Some(spec.model.clone()));
     say("model_sha256", non_empty(&run.model_digest));
-    say("seed", spec.seed.map(|v| v.to_string()));
-    say("noise_generator", Some(noise_generator(spec).to_owned()));
+    // What fills in a picture in one forward draws nothing.
+    let draws = run.kind() != StageKind::Inpaint;
+    say("seed", spec.seed.filter(|_| draws).map(|v| v.to_string()));
+    say("noise_generator", draws.then(|| noise_generator(spec).to_owned()));
     say("steps", spec.num_inference_steps.map(|v| v.to_string()));
     say("size", spec.width.zip(spec.height).map(|(width, height)| format!("{width}x{height}")));
     say("guidance_scale", spec.guidance_scale.map(|v| v.to_string()));

@@ -98,7 +98,7 @@ fn mirrored(x: &Tensor) -> Result<Tensor> {
     let (_, _, h, w) = x.dims4()?;
     let index = |side: usize| -> Result<Tensor> {
         let padded = side.next_multiple_of(MULTIPLE).max(LEAST_SIDE);
-        let at = |i: usize| if i / side % 2 == 0 { i % side } else { side - 1 - i % side };
+        let at = |i: usize| if (i / side).is_multiple_of(2) { i % side } else { side - 1 - i % side };
         Ok(Tensor::new((0..padded).map(|i| at(i) as u32).collect::<Vec<_>>(), &Device::Cpu)?)
     };
     Ok(x.index_select(&index(h)?, 2)?.index_select(&index(w)?, 3)?)

@@ -17,8 +17,15 @@ const SIZE: usize = 3;
 #[derive(Debug)]
 pub(super) enum Block {
     Down(Level),
-    Mid { resnets: Box<[Resnet; 2]>, attention: AddedKvAttention },
+    Mid(Box<Middle>),
     Up(Level),
+}
+
+/// Two residual blocks, and attention between them.
+#[derive(Debug)]
+pub(super) struct Middle {
+    resnets: [Resnet; 2],
+    attention: AddedKvAttention,
 }
 
 /// Residual blocks of one resolution, attention after each or after none, and one more that changes the resolution.
@@ -71,7 +78,7 @@ impl Block {
         let (c, scale) = (config.block_out_channels[coarsest], config.mid_block_scale_factor);
         let resnet = |i: usize| Resnet::load(&w.pp("resnets").pp(i), config, [c, c], Change::None, scale);
         let attention = AddedKvAttention::load(&w.pp("attentions.0"), config, coarsest)?;
-        Ok(Self::Mid { resnets: Box::new([resnet(0)?, resnet(1)?]), attention })
+        Ok(Self::Mid(Box::new(Middle { resnets: [resnet(0)?, resnet(1)?], attention })))
     }
 
     /// The `up`-th on the way up.
@@ -100,8 +107,8 @@ impl Block {
         match self {
             Self::Down(level) => level.down(x, temb, text, skips),
             Self::Up(level) => level.up(x, temb, text, skips),
-            Self::Mid { resnets, attention } => {
-                let [before, after] = &**resnets;
+            Self::Mid(middle) => {
+                let Middle { resnets: [before, after], attention } = &**middle;
                 after.forward(&attention.forward(&before.forward(&x, temb)?, text)?, temb)
             }
         }
