@@ -341,6 +341,31 @@ impl Client {
     }
 }
 
+/// A job of more than 50 steps draws the same bytes as `undisturbed` although a worker of its denoiser's is killed, and again although its coordinator
+/// is; the workers go on meanwhile.
+///
+/// # Panics
+/// When it does not.
+pub async fn survives_losses(cluster: &mut Cluster, spec: JobSpec, undisturbed: &str) {
+    let mut client = cluster.client().await;
+    let half_done = |event: &JobEvent| denoise_step(event).is_some_and(|step| step >= 50);
+    let running = client.create(spec.clone()).await.expect("it is accepted");
+    client.watch(&running.id, 0, half_done).await;
+    cluster.workers[2].kill();
+    cluster.add_worker("");
+    let done = client.finish(&running.id).await;
+    assert_eq!(sha256(&done), undisturbed);
+    assert!(done.attempt >= 2);
+
+    let running = client.create(spec).await.expect("it is accepted");
+    client.watch(&running.id, 0, half_done).await;
+    cluster.restart_coordinator();
+    let mut client = cluster.client().await;
+    let done = client.finish(&running.id).await;
+    assert_eq!(sha256(&done), undisturbed);
+    assert_eq!(done.attempt, 1, "the workers went on meanwhile");
+}
+
 /// The SHA-256 of the first picture of a job that is done.
 ///
 /// # Panics

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use proto::v1::{Control, JobSpec};
-use tests::cluster::{Cluster, denoise_step, sha256, tiny_flux};
+use tests::cluster::{Cluster, sha256, survives_losses, tiny_flux};
 use tonic_types::StatusExt;
 
 /// A run long enough to be disturbed in the middle.
@@ -57,20 +57,7 @@ async fn a_job_with_controls_goes_on_after_a_lost_worker_and_a_lost_coordinator_
     let undisturbed = sha256(&client.run(spec.clone()).await);
     assert_ne!(undisturbed, sha256(&client.run(job(STEPS, vec![])).await));
     assert_ne!(undisturbed, sha256(&client.run(job(STEPS, vec![control("union", &image, Some(3))])).await));
-
-    let running = client.create(spec.clone()).await.unwrap();
-    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 50)).await;
-    cluster.workers[2].kill();
-    cluster.add_worker("");
-    let done = client.finish(&running.id).await;
-    assert_eq!(sha256(&done), undisturbed);
-    assert!(done.attempt >= 2);
-
-    let running = client.create(spec).await.unwrap();
-    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 50)).await;
-    cluster.restart_coordinator();
-    let mut client = cluster.client().await;
-    assert_eq!(sha256(&client.finish(&running.id).await), undisturbed);
+    survives_losses(&mut cluster, spec, &undisturbed).await;
 }
 
 #[tokio::test]

@@ -298,6 +298,49 @@ fn a_network_that_cannot_be_used_says_why_before_any_job_names_it() {
     assert_eq!((cards[1].class.as_str(), cards[1].multiple, cards[1].guesses), ("T2IAdapter", 8, false));
 }
 
+/// Configurations that no checkpoint has: each is refused by its field, before anything is read or made room for.
+#[test]
+fn a_network_whose_configuration_cannot_be_is_refused_by_its_field() {
+    let dir = ModelDir::open(&golden(SD15.dir)).unwrap();
+    let problem = |config: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let registered = [RegisteredControl { name: "canny".into(), path: folder.path().to_owned() }];
+        describe(&dir, &registered).remove(0).problem
+    };
+    for (config, field) in [
+        ("{", "config.json"),
+        ("[]", "config.json"),
+        (r#"{"_class_name": 7}"#, "_class_name"),
+        (r#"{"_class_name": "ControlNetModel", "block_out_channels": []}"#, "block_out_channels"),
+        (r#"{"_class_name": "ControlNetModel", "block_out_channels": [18446744073709551615]}"#, "block_out_channels"),
+        (r#"{"_class_name": "ControlNetModel", "layers_per_block": 1000000000}"#, "layers_per_block"),
+        (
+            r#"{"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": []}"#,
+            "conditioning_embedding_out_channels",
+        ),
+        (
+            r#"{"_class_name": "ControlNetModel", "conditioning_embedding_out_channels": [0]}"#,
+            "conditioning_embedding_out_channels",
+        ),
+        (r#"{"_class_name": "ControlNetModel", "conditioning_channels": 1}"#, "conditioning_channels"),
+        (r#"{"_class_name": "ControlNetModel", "global_pool_conditions": true}"#, "global_pool_conditions"),
+        (r#"{"_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "gbr"}"#, "channel_order"),
+        (r#"{"_class_name": "T2IAdapter", "adapter_type": "light_adapter"}"#, "light_adapter"),
+        (r#"{"_class_name": "T2IAdapter", "channels": [], "adapter_type": "full_adapter"}"#, "channels"),
+        (r#"{"_class_name": "T2IAdapter", "downscale_factor": 1000000}"#, "downscale_factor"),
+        (r#"{"_class_name": "T2IAdapter", "num_res_blocks": 1000000000}"#, "num_res_blocks"),
+        (r#"{"_class_name": "FluxControlNetModel", "num_layers": 1000000000}"#, "num_layers"),
+        (r#"{"_class_name": "FluxControlNetModel", "conditioning_embedding_channels": 16}"#, "conditioning_embedding_channels"),
+        (r#"{"_class_name": "SD3ControlNetModel", "joint_attention_dim": null}"#, "joint_attention_dim"),
+        (r#"{"_class_name": "SD3ControlNetModel", "use_pos_embed": false}"#, "use_pos_embed"),
+        (r#"{"_class_name": "QwenImageControlNetModel", "extra_condition_channels": 4}"#, "extra_condition_channels"),
+    ] {
+        let problem = problem(config);
+        assert!(problem.contains(field), "{config}: {problem:?}");
+    }
+}
+
 /// A rank of the first block range holds its share of them, and no other rank any.
 #[test]
 fn a_rank_holds_its_share_of_control_networks() {

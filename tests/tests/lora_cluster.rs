@@ -7,7 +7,7 @@ use std::path::Path;
 use models::flux_transformer::FluxTransformerConfig;
 use models::model_dir::ModelDir;
 use proto::v1::{JobSpec, Lora};
-use tests::cluster::{Cluster, denoise_step, sha256, tiny_flux};
+use tests::cluster::{Cluster, sha256, survives_losses, tiny_flux};
 use tests::synthetic;
 use tonic_types::StatusExt;
 
@@ -125,19 +125,5 @@ async fn a_job_with_adapters_goes_on_after_a_lost_worker_and_a_lost_coordinator_
     let mut client = cluster.ready().await;
     let spec = job(STEPS, &[("pixel", Some(0.7)), ("outline", None)]);
     let undisturbed = sha256(&client.run(spec.clone()).await);
-    let running = client.create(spec.clone()).await.unwrap();
-    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 50)).await;
-    cluster.workers[2].kill();
-    cluster.add_worker("");
-    let done = client.finish(&running.id).await;
-    assert_eq!(sha256(&done), undisturbed);
-    assert!(done.attempt >= 2);
-
-    let running = client.create(spec).await.unwrap();
-    client.watch(&running.id, 0, |e| denoise_step(e).is_some_and(|step| step >= 50)).await;
-    cluster.restart_coordinator();
-    let mut client = cluster.client().await;
-    let done = client.finish(&running.id).await;
-    assert_eq!(sha256(&done), undisturbed);
-    assert_eq!(done.attempt, 1, "the workers went on meanwhile");
+    survives_losses(&mut cluster, spec, &undisturbed).await;
 }

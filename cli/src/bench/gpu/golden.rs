@@ -80,6 +80,8 @@ impl Case {
             Some("it takes an adapter; the tests of the sources run it")
         } else if self.json.get("controlnet_weights").is_some() || self.json.get("adapter_weights").is_some() {
             Some("it takes a control; the tests of the sources run it")
+        } else if has("prompt_embeds") {
+            Some("it was given another case's text; the tests of the sources run it")
         } else if has("_auto_resize") || has("working_area_pixels") || !has("width") {
             Some("its picture has a size of its own; the tests of the sources run it")
         } else {
@@ -166,6 +168,7 @@ impl Case {
             clip_skip: size("clip_skip").ok(),
             eta: number("eta").unwrap_or_default(),
             guidance_rescale: number("guidance_rescale").unwrap_or_default(),
+            noise_level: size("noise_level").ok(),
             max_sequence_length: size("max_sequence_length").unwrap_or(512),
             ..Request::default()
         })
