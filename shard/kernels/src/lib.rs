@@ -23,6 +23,7 @@ pub mod fourier;
 pub mod gemm;
 pub mod heads;
 pub mod limit;
+pub mod mirror;
 
 pub mod rope;
 pub mod rows;

@@ -5,7 +5,7 @@
 //! norms, whose statistics are fixed, are folded into the convolutions before them. It is held whole by one rank: 51 million parameters.
 
 use parallel::convolution::Placement;
-use parallel::ops::{self, Activation};
+use parallel::ops;
 use parallel::{Conv2d, Tensor, Weights};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -17,7 +17,7 @@ mod ffc;
 mod folded;
 
 use ffc::{FfcBnAct, Ratios};
-use folded::{BatchNorm, reflected};
+use folded::{BatchNorm, Doubling};
 
 /// Sides of pictures are multiples of this.
 pub const MULTIPLE: usize = 8;
@@ -112,7 +112,7 @@ pub struct LamaGenerator {
     /// The first, and those that halve the resolution.
     down: Vec<FfcBnAct>,
     blocks: Vec<[FfcBnAct; 2]>,
-    up: Vec<Conv2d>,
+    up: Vec<Doubling>,
     last: Conv2d,
 }
 
@@ -141,7 +141,7 @@ impl LamaGenerator {
         let double = |i: usize| {
             let (c_in, c_out) = (config.ngf << (n - i), config.ngf << (n - i - 1));
             let norm = BatchNorm::load(&w.pp(after + 3 * i + 1), c_out)?;
-            folded::transposed(&w.pp(after + 3 * i), [c_in, c_out], &norm)
+            Doubling::load(&w.pp(after + 3 * i), [c_in, c_out], &norm)
         };
         let generator = Self {
             down,
@@ -182,11 +182,11 @@ impl LamaGenerator {
             Some(global) => Tensor::cat(&[local, global], 1)?,
             None => local,
         };
-        for conv in &self.up {
-            x = ops::activate(&conv.forward(&folded::between_zeros(&x)?, Placement::same(SIZE))?, Activation::Relu)?;
+        for doubling in &self.up {
+            x = doubling.forward_relu(&x)?;
         }
         let at = Placement { stride: 1, before: 0, after: 0 };
-        sigmoid(&self.last.forward(&reflected(&x, FIRST / 2)?, at)?)
+        sigmoid(&self.last.forward(&ops::reflect(&x, FIRST / 2)?, at)?)
     }
 }
 

@@ -248,6 +248,35 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     Ok(x.upsample_nearest2d(2 * h, 2 * w)?)
 }
 
+/// `x: [B, C, H, W]` with `by` more rows and columns on each side, mirrored at the outermost ones, which are not repeated
+/// (`padding_mode="reflect"`).
+///
+/// # Errors
+/// [`Error::Operands`] when a side is not longer than `by`.
+pub fn reflect(x: &Tensor, by: usize) -> Result<Tensor> {
+    let (b, c, h, w) = x.dims4()?;
+    if by >= h || by >= w {
+        return Err(Error::Operands { reason: format!("a border of {by} around {h} x {w} that mirrors it") });
+    }
+    if ours(x) {
+        let shape = (b, c, h + 2 * by, w + 2 * by);
+        return read(x, |x| write(shape, |y| kernels::mirror::reflect(x, y, [h, w], by)))?;
+    }
+    let index = |side: usize| {
+        let at = |i: usize| {
+            if i < by {
+                by - i
+            } else if i < by + side {
+                i - by
+            } else {
+                2 * side + by - 2 - i
+            }
+        };
+        Tensor::new((0..side + 2 * by).map(|i| at(i) as u32).collect::<Vec<_>>(), x.device())
+    };
+    Ok(x.index_select(&index(h)?, 2)?.index_select(&index(w)?, 3)?)
+}
+
 /// `x + gate * y`. `x, y: [B, L, D]`, `gate: [B, D]`.
 pub fn gated(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
     let (b, l, d) = x.dims3()?;

@@ -4,7 +4,7 @@ use parallel::convolution::Placement;
 use parallel::ops::{self, Activation};
 use parallel::{Conv2d, Tensor, Weights};
 
-use super::folded::{BatchNorm, convolution, reflected};
+use super::folded::{BatchNorm, both, convolution};
 use crate::Result;
 
 /// Channels that go in and come out, at least one of them local.
@@ -16,10 +16,12 @@ pub(super) struct Ratios {
 
 #[derive(Debug)]
 pub(super) struct FfcBnAct {
-    convl2l: Conv2d,
-    convl2g: Option<Conv2d>,
+    /// `convl2l` and, side by side with it, `convl2g`.
+    of_local: Conv2d,
     convg2l: Option<Conv2d>,
     convg2g: Option<SpectralTransform>,
+    /// Channels that come out.
+    out: [usize; 2],
     /// What is laid around the picture, mirrored.
     padding: usize,
     stride: usize,
@@ -31,14 +33,17 @@ impl FfcBnAct {
         let ffc = w.pp("ffc");
         let norm_l = BatchNorm::load(&w.pp("bn_l"), l_out)?;
         let norm_g = if g_out > 0 { Some(BatchNorm::load(&w.pp("bn_g"), g_out)?) } else { None };
-        let conv = |name: &str, channels, norm: &BatchNorm, first| convolution(&ffc.pp(name), channels, size, norm, first);
-        let to_global = |norm: &BatchNorm| conv("convl2g", [l_in, g_out], norm, true);
+        let (l2l, l2g) = (ffc.pp("convl2l"), ffc.pp("convl2g"));
         let spectral = |norm: &BatchNorm| SpectralTransform::load(&ffc.pp("convg2g"), [g_in, g_out], norm);
+        let to_local = || convolution(&ffc.pp("convg2l"), [g_in, l_out], size, &norm_l, false);
         Ok(Self {
-            convl2l: conv("convl2l", [l_in, l_out], &norm_l, true)?,
-            convg2l: if g_in > 0 { Some(conv("convg2l", [g_in, l_out], &norm_l, false)?) } else { None },
-            convl2g: norm_g.as_ref().map(to_global).transpose()?,
+            of_local: match &norm_g {
+                Some(norm_g) => both([&l2l, &l2g], l_in, [l_out, g_out], size, [&norm_l, norm_g])?,
+                None => convolution(&l2l, [l_in, l_out], size, &norm_l, true)?,
+            },
+            convg2l: (g_in > 0).then(to_local).transpose()?,
             convg2g: norm_g.as_ref().filter(|_| g_in > 0).map(spectral).transpose()?,
+            out: [l_out, g_out],
             padding: size / 2,
             stride,
         })
@@ -47,12 +52,13 @@ impl FfcBnAct {
     /// `[B, C, H, W]` of local channels and of those of the spectrum, if there are any.
     pub(super) fn forward(&self, local: &Tensor, global: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
         let at = Placement { stride: self.stride, before: 0, after: 0 };
-        let around = reflected(local, self.padding)?;
-        let mut out_local = self.convl2l.forward(&around, at)?;
+        let [l_out, g_out] = self.out;
+        let of_local = self.of_local.forward(&ops::reflect(local, self.padding)?, at)?; // [B, C_l + C_g, H', W']
+        let mut out_local = of_local.narrow(1, 0, l_out)?;
+        let mut out_global = if g_out > 0 { Some(of_local.narrow(1, l_out, g_out)?) } else { None };
         if let (Some(conv), Some(global)) = (&self.convg2l, global) {
-            out_local = conv.forward_plus(&reflected(global, self.padding)?, at, &out_local)?;
+            out_local = conv.forward_plus(&ops::reflect(global, self.padding)?, at, &out_local)?;
         }
-        let mut out_global = self.convl2g.as_ref().map(|conv| conv.forward(&around, at)).transpose()?;
         if let (Some(transform), Some(global), Some(out)) = (&self.convg2g, global, &out_global) {
             out_global = Some(transform.forward_plus(global, out)?);
         }

@@ -1,6 +1,8 @@
-//! Convolutions with the norm after them folded in, and what is laid around pictures before them.
+//! Convolutions with the norm after them folded in, and those that double a picture.
 
-use parallel::{Conv2d, Device, Shard, Tensor, Weights};
+use parallel::convolution::Placement;
+use parallel::ops::{self, Activation};
+use parallel::{Conv2d, Shard, Tensor, Weights};
 
 use crate::Result;
 
@@ -28,60 +30,77 @@ impl BatchNorm {
 /// A convolution without a bias, `[c_out, c_in, size, size]`, and a norm's factors; the norm's sums too if it is the `first` of those that it is
 /// after. `c_in` and `c_out` are at least 1.
 pub(super) fn convolution(w: &Weights, [c_in, c_out]: [usize; 2], size: usize, norm: &BatchNorm, first: bool) -> Result<Conv2d> {
-    let weight = w.get("weight", &[c_out, c_in, size, size], Shard::Replicated)?;
     let bias = if first { norm.sum.clone() } else { norm.sum.zeros_like()? };
-    Ok(Conv2d::of(w, weight.broadcast_mul(&norm.factor.reshape((c_out, 1, 1, 1))?)?, bias)?)
+    Ok(Conv2d::of(w, weight(w, [c_in, c_out], size, norm)?, bias)?)
 }
 
-/// `ConvTranspose2d` of 3 x 3 with a stride of 2, as a convolution of what [`between_zeros`] gives: the kernel turned round, `[c_out, c_in, 3, 3]`.
-pub(super) fn transposed(w: &Weights, [c_in, c_out]: [usize; 2], norm: &BatchNorm) -> Result<Conv2d> {
-    let weight = w.get("weight", &[c_in, c_out, 3, 3], Shard::Replicated)?;
-    let bias = w.get("bias", &[c_out], Shard::Replicated)?;
-    let turned = Tensor::new(&[2u32, 1, 0], weight.device())?;
-    let weight = weight.transpose(0, 1)?.contiguous()?.index_select(&turned, 2)?.index_select(&turned, 3)?;
-    let weight = weight.broadcast_mul(&norm.factor.reshape((c_out, 1, 1, 1))?)?;
-    Ok(Conv2d::of(w, weight, ((bias * &norm.factor)? + &norm.sum)?)?)
+/// Two of the same picture in one, whose outputs are side by side, each with its norm.
+pub(super) fn both(w: [&Weights; 2], c_in: usize, c_out: [usize; 2], size: usize, norms: [&BatchNorm; 2]) -> Result<Conv2d> {
+    let part = |i: usize| weight(w[i], [c_in, c_out[i]], size, norms[i]);
+    Ok(Conv2d::of(w[0], Tensor::cat(&[part(0)?, part(1)?], 0)?, Tensor::cat(&[&norms[0].sum, &norms[1].sum], 0)?)?)
 }
 
-/// Twice as high and wide, each pixel with zeros after it.
-pub(super) fn between_zeros(x: &Tensor) -> Result<Tensor> {
-    let (b, c, h, w) = x.dims4()?;
-    let x = x.reshape((b, c, h, 1, w, 1))?.pad_with_zeros(5, 0, 1)?.pad_with_zeros(3, 0, 1)?;
-    Ok(x.reshape((b, c, 2 * h, 2 * w))?)
+fn weight(w: &Weights, [c_in, c_out]: [usize; 2], size: usize, norm: &BatchNorm) -> Result<Tensor> {
+    let weight = w.get("weight", &[c_out, c_in, size, size], Shard::Replicated)?;
+    Ok(weight.broadcast_mul(&norm.factor.reshape((c_out, 1, 1, 1))?)?)
 }
 
-/// With `by` more rows and columns on each side, mirrored at the outermost ones, which are not repeated (`padding_mode="reflect"`).
-pub(super) fn reflected(x: &Tensor, by: usize) -> Result<Tensor> {
-    let (_, _, h, w) = x.dims4()?;
-    let mirrored = |side: usize| -> Vec<u32> {
-        let at = |i: usize| {
-            if i < by {
-                by - i
-            } else if i < by + side {
-                i - by
-            } else {
-                2 * side + by - 2 - i
-            }
-        };
-        (0..side + 2 * by).map(|i| at(i) as u32).collect()
-    };
-    let index = |side: usize| Tensor::new(mirrored(side), &Device::Cpu)?.to_device(x.device());
-    Ok(x.index_select(&index(h)?, 2)?.index_select(&index(w)?, 3)?)
+/// `ConvTranspose2d` of 3 x 3 with a stride of 2, as a convolution of 2 x 2 that gives the four pixels which each becomes: every even row is made of one
+/// row of the kernel, every odd one of the two others, and columns likewise.
+#[derive(Debug)]
+pub(super) struct Doubling(Conv2d);
+
+impl Doubling {
+    /// Of `weight: [c_in, c_out, 3, 3]` and `bias: [c_out]`.
+    pub(super) fn load(w: &Weights, [c_in, c_out]: [usize; 2], norm: &BatchNorm) -> Result<Self> {
+        let weight = w.get("weight", &[c_in, c_out, 3, 3], Shard::Replicated)?;
+        let bias = w.get("bias", &[c_out], Shard::Replicated)?;
+        let weight = weight.transpose(0, 1)?.broadcast_mul(&norm.factor.reshape((c_out, 1, 1, 1))?)?;
+        // The row of the kernel that lies on a pixel and on the next one; 3 is a row of zeros.
+        let rows = Tensor::new(&[[1u32, 3], [2, 0]], weight.device())?.flatten_all()?;
+        let taps = weight.pad_with_zeros(2, 0, 1)?.pad_with_zeros(3, 0, 1)?; // [c_out, c_in, 4, 4]
+        let taps = taps.contiguous()?.index_select(&rows, 2)?.index_select(&rows, 3)?; // [c_out, c_in, (a, dy), (b, dx)]
+        let taps = taps.reshape((c_out, c_in, 2, 2, 2, 2))?.permute((0, 2, 4, 1, 3, 5))?; // [c_out, a, b, c_in, dy, dx]
+        let bias = ((bias * &norm.factor)? + &norm.sum)?.reshape((c_out, 1))?.broadcast_as((c_out, 4))?;
+        let taps = taps.contiguous()?.reshape((4 * c_out, c_in, 2, 2))?;
+        Ok(Self(Conv2d::of(w, taps, bias.contiguous()?.flatten_all()?)?))
+    }
+
+    /// `[B, C_in, H, W]` gives `[B, C_out, 2 H, 2 W]`, none of it below zero.
+    pub(super) fn forward_relu(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, _, h, w) = x.dims4()?;
+        let y = self.0.forward(x, Placement { stride: 1, before: 0, after: 1 })?;
+        let y = ops::activate(&y, Activation::Relu)?; // [B, 4 C_out, H, W]
+        let c = y.dim(1)? / 4;
+        let y = y.reshape((b * c, 2, 2, h, w))?.permute((0, 3, 1, 4, 2))?;
+        Ok(y.contiguous()?.reshape((b, c, 2 * h, 2 * w))?)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::sync::Arc;
+
+    use parallel::{DType, Device, Solo};
+
     use super::*;
 
     #[test]
-    fn a_picture_is_mirrored_at_its_outermost_rows() {
-        let x = Tensor::arange(0f32, 12.0, &Device::Cpu).unwrap().reshape((1, 1, 3, 4)).unwrap();
-        let y = reflected(&x, 2).unwrap().squeeze(0).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(y.len(), 7);
-        assert_eq!(y[0], [10.0, 9.0, 8.0, 9.0, 10.0, 11.0, 10.0, 9.0]);
-        assert_eq!(y[2], [2.0, 1.0, 0.0, 1.0, 2.0, 3.0, 2.0, 1.0]);
-        assert_eq!(y[6], y[2]);
-        let z = between_zeros(&x).unwrap().squeeze(0).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!((&z[0][..4], &z[1][..4]), (&[0.0, 0.0, 1.0, 0.0][..], &[0.0; 4][..]));
+    fn a_doubling_is_the_transposed_convolution() {
+        let normal = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+        let (weight, bias, x) = (normal(&[3, 2, 3, 3]), normal(&[2]), normal(&[1, 3, 4, 5]));
+        let ones = |value: f32| Tensor::full(value, 2, &Device::Cpu).unwrap();
+        let norm = BatchNorm { factor: ones(1.5), sum: ones(0.25) };
+        let dir = tempfile::tempdir().unwrap();
+        let tensors = HashMap::from([("weight".to_owned(), weight.clone()), ("bias".to_owned(), bias.clone())]);
+        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors")).unwrap();
+        let w = Weights::open(dir.path(), Arc::new(Solo), DType::F32, &Device::Cpu).unwrap();
+        let got = Doubling::load(&w, [3, 2], &norm).unwrap().forward_relu(&x).unwrap();
+        let plain = x.conv_transpose2d(&weight, 1, 1, 2, 1).unwrap().broadcast_add(&bias.reshape((1, 2, 1, 1)).unwrap()).unwrap();
+        let expected = plain.affine(1.5, 0.25).unwrap().relu().unwrap();
+        assert_eq!(got.dims(), [1, 2, 8, 10]);
+        let error = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(error < 1e-5, "{error}");
     }
 }
