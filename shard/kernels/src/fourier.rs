@@ -1,4 +1,5 @@
-//! Fourier transforms of real planes, by the crates `realfft` and `rustfft`.
+//! Fourier transforms of real planes, by the crates `realfft` and `rustfft`, whose roots of unity are the standard library's sines and cosines, not
+//! [`crate::math`]'s.
 
 use rayon::prelude::*;
 use realfft::RealFftPlanner;
