@@ -122,6 +122,15 @@ pub(crate) struct JobArgs {
     /// How much noise a picture that is enlarged gets (DeepFloyd IF), 0 to 999.
     #[arg(long)]
     noise_level: Option<u32>,
+    /// The part of the denoising after which the refiner goes on (models that have one), 0 to 1; 1: without it.
+    #[arg(long)]
+    denoising_end: Option<f64>,
+    /// What a refiner is told of how good the picture is to look, 0 to 10.
+    #[arg(long)]
+    aesthetic_score: Option<f64>,
+    /// The same, for the unconditional pass.
+    #[arg(long)]
+    negative_aesthetic_score: Option<f64>,
     /// Skip-layer guidance: the blocks that an extra, repelling pass leaves out, such as 7,8,9.
     #[arg(long, value_delimiter = ',')]
     skip_guidance_layers: Vec<u32>,
@@ -308,6 +317,9 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         eta: args.eta,
         guidance_rescale: args.guidance_rescale,
         noise_level: args.noise_level,
+        denoising_end: args.denoising_end,
+        aesthetic_score: args.aesthetic_score,
+        negative_aesthetic_score: args.negative_aesthetic_score,
         original_size: args.original_size.map(told),
         crops_coords_top_left: args.crops_coords_top_left,
         target_size: args.target_size.map(told),

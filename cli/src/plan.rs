@@ -9,7 +9,7 @@ use models::blocks::Layout;
 use models::card::{Card, ComponentCard, StageKind};
 use models::control::ControlSource;
 use models::control::kind::ControlKind;
-use models::model_dir::ModelDir;
+use models::model_dir::{Location, ModelDir};
 use models::registry;
 use parallel::ops::Products;
 use serde::Serialize;
@@ -24,6 +24,9 @@ const MAX_CFG_PARALLEL: usize = coordinator::models_file::MAX_CFG_PARALLEL as us
 pub(crate) struct PlanArgs {
     /// A model's directory (diffusers' layout).
     path: PathBuf,
+    /// The directory of the model that goes on with its latents (`refiner` in models.toml).
+    #[arg(long)]
+    refiner: Option<PathBuf>,
     /// The component to cut. Default: all, each with the same layout as far as it can be cut.
     #[arg(long)]
     component: Option<String>,
@@ -84,7 +87,7 @@ struct RankPlan {
 }
 
 pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
-    let dir = ModelDir::open(&args.path)?;
+    let dir = Location { refiner: args.refiner.clone(), ..Location::of(&args.path) }.open()?;
     let card = registry::outline(&dir)?;
     let memory_bytes = args.memory.map_or_else(machine_memory, |gib| (gib * f64::from(1 << 30)) as u64);
     let controls = controls(&dir, &args.controls)?;

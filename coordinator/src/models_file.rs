@@ -49,6 +49,8 @@ pub struct ModelConfig {
     pub name: String,
     /// Its directory, on every worker.
     pub path: PathBuf,
+    /// The directory of the model that goes on with its latents, on every worker.
+    pub refiner: Option<PathBuf>,
     /// Most pictures in one forward pass.
     pub max_batch: u32,
     /// Most jobs at once in the denoise engine.
@@ -61,6 +63,14 @@ pub struct ModelConfig {
     pub adapters: Vec<AdapterConfig>,
     /// The control networks that its jobs may name.
     pub controls: Vec<ControlConfig>,
+}
+
+impl ModelConfig {
+    /// Its directory and its refiner's, as workers are told; empty: it has none.
+    pub fn paths(&self) -> [String; 2] {
+        let said = |path: Option<&PathBuf>| path.map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+        [said(Some(&self.path)), said(self.refiner.as_ref())]
+    }
 }
 
 /// An adapter (LoRA) that jobs may name.
@@ -178,6 +188,7 @@ struct Adapter {
 struct Model {
     name: String,
     path: PathBuf,
+    refiner: Option<PathBuf>,
     #[serde(default = "default_max_batch")]
     max_batch: u32,
     #[serde(default = "default_max_jobs")]
@@ -219,6 +230,7 @@ pub fn parse(text: &str, path: &Path, folder: &Path) -> Result<Vec<ModelConfig>>
         }
         models.push(ModelConfig {
             path: folder.join(model.path),
+            refiner: model.refiner.map(|refiner| folder.join(refiner)),
             name: model.name,
             max_batch: model.max_batch,
             max_jobs: model.max_jobs,

@@ -249,6 +249,7 @@ mod tests {
         ModelConfig {
             name: "emoji".into(),
             path: PathBuf::from("/models/emoji"),
+            refiner: None,
             max_batch: 4,
             max_jobs: 16,
             products: Products::F32,

@@ -31,26 +31,28 @@ pub struct Stage {
 }
 
 impl Plan {
-    /// The stages of `card` that `request` needs. An input whose stage the job does not have is no edge.
+    /// The stages of `card` that `request` needs. An input whose stage the job does not have is no edge; one that a later stage replaces is that one.
     pub fn new(request: &Request, card: &ModelCard) -> Self {
         let met = |stage: &&StageTemplate| match stage.condition() {
             StageCondition::Unspecified => true,
             StageCondition::WithImage => request.has_image() || (stage.with_controls && request.has_controls()),
+            StageCondition::WithRefiner => request.has_refiner(),
         };
         let templates: Vec<_> = card.stages.iter().filter(met).collect();
         let present: BTreeSet<&str> = templates.iter().map(|stage| stage.id.as_str()).collect();
-        let stages = templates
-            .iter()
-            .map(|template| Stage {
-                id: template.id.clone(),
-                kind: template.kind(),
-                component: template.component.clone(),
-                inputs: template.inputs.iter().filter(|id| present.contains(id.as_str())).cloned().collect(),
-                with_pictures: template.with_pictures,
-                with_controls: template.with_controls,
-            })
-            .collect();
-        Self { stages }
+        let replaced = |at: usize, input: &str| {
+            let last = templates[..at].iter().rev().find(|before| before.replaces == input);
+            last.map_or(input, |last| last.id.as_str()).to_owned()
+        };
+        let stage = |(at, template): (usize, &&StageTemplate)| Stage {
+            id: template.id.clone(),
+            kind: template.kind(),
+            component: template.component.clone(),
+            inputs: template.inputs.iter().filter(|id| present.contains(id.as_str())).map(|id| replaced(at, id)).collect(),
+            with_pictures: template.with_pictures,
+            with_controls: template.with_controls,
+        };
+        Self { stages: templates.iter().enumerate().map(stage).collect() }
     }
 
     /// What is left to do of it when the outputs of `stored` are there already: the last stage, and whatever it needs and
@@ -91,11 +93,20 @@ pub fn check_stages(card: &ModelCard) -> Result<(), String> {
         if stage.kind() == StageKind::Unspecified {
             return Err(format!("card: stage {:?} has no kind", stage.id));
         }
+        if !stage.replaces.is_empty() && !stage.inputs.contains(&stage.replaces) {
+            return Err(format!("card: stage {:?} replaces {:?} and does not take it", stage.id, stage.replaces));
+        }
         if !seen.insert(stage.id.as_str()) {
             return Err(format!("card: two stages are named {:?}", stage.id));
         }
     }
-    let consumed: BTreeSet<&str> = card.stages.iter().flat_map(|stage| &stage.inputs).map(String::as_str).collect();
+    let mut consumed: BTreeSet<&str> = card.stages.iter().flat_map(|stage| &stage.inputs).map(String::as_str).collect();
+    // What replaces another goes to the stages behind it that take that.
+    for (at, stage) in card.stages.iter().enumerate().filter(|(_, stage)| !stage.replaces.is_empty()) {
+        if card.stages[at + 1..].iter().any(|later| later.inputs.contains(&stage.replaces)) {
+            consumed.insert(&stage.id);
+        }
+    }
     match seen.difference(&consumed).count() {
         1 => Ok(()),
         sinks => Err(format!("card: {sinks} stages give pictures, there must be one")),
@@ -144,6 +155,59 @@ mod tests {
         assert_eq!(without(&["encode_text"]), ["encode_image", "denoise", "decode"]);
         assert_eq!(without(&["denoise"]), ["decode"]);
         assert_eq!(without(&["decode"]), ["encode_text", "encode_image", "denoise", "decode"], "pictures are not stored there");
+    }
+
+    /// The card of a model with a refiner, and a job that leaves it the last fifth, or nothing.
+    fn refined(denoising_end: f64) -> (ModelCard, Plan) {
+        let mut card = testing::card("emoji");
+        let refine = StageTemplate {
+            id: "refine".into(),
+            kind: StageKind::Denoise.into(),
+            component: "transformer".into(),
+            inputs: vec!["encode_text".into(), "denoise".into()],
+            condition: StageCondition::WithRefiner.into(),
+            replaces: "denoise".into(),
+            ..StageTemplate::default()
+        };
+        card.stages.insert(card.stages.len() - 1, refine);
+        card.parameters.push(Parameter { name: "denoising_end".into(), maximum: 1.0, ..Parameter::default() });
+        let spec = JobSpec { denoising_end: Some(denoising_end), ..testing::spec("emoji") };
+        let context = Context { seed: 1, max_pixels: 1 << 30, missing_blobs: &[] };
+        let plan = Plan::new(&Request::parse(spec, &card, context).unwrap(), &card);
+        (card, plan)
+    }
+
+    #[test]
+    fn a_stage_that_replaces_another_is_between_it_and_what_takes_its_output() {
+        let (card, plan) = refined(0.8);
+        assert_eq!(check_stages(&card), Ok(()));
+        assert_eq!(ids(&plan), ["encode_text", "denoise", "refine", "decode"]);
+        assert_eq!(plan.stage("refine").unwrap().inputs, ["encode_text", "denoise"]);
+        assert_eq!(plan.stage("decode").unwrap().inputs, ["refine"]);
+        let stored = BTreeSet::from(["denoise".to_owned(), "encode_text".to_owned()]);
+        assert_eq!(ids(&plan.without(&stored)), ["refine", "decode"]);
+        let (_, plan) = refined(1.0);
+        assert_eq!(ids(&plan), ["encode_text", "denoise", "decode"]);
+        assert_eq!(plan.stage("decode").unwrap().inputs, ["denoise"]);
+    }
+
+    #[test]
+    fn a_card_whose_stage_replaces_what_it_does_not_take_is_refused() {
+        let (mut card, _) = refined(0.8);
+        let refine = card.stages.len() - 2;
+        card.stages[refine].inputs.pop();
+        assert!(check_stages(&card).unwrap_err().contains("replaces"));
+        let (mut card, _) = refined(0.8);
+        card.stages.pop();
+        assert_eq!(check_stages(&card), Ok(()), "it is the last one then");
+        let last = card.stages.len() - 1;
+        card.stages[last].inputs = vec!["denoise".into()];
+        card.stages.push(StageTemplate {
+            id: "decode".into(),
+            inputs: vec!["encode_text".into()],
+            ..card.stages[last - 1].clone()
+        });
+        assert!(check_stages(&card).is_err(), "two give pictures");
     }
 
     #[test]

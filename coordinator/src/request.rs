@@ -59,6 +59,7 @@ impl Request {
         check.adapter_defaults(&mut spec);
         fill_in(&mut spec, card, context.seed);
         check.controls(&spec);
+        check.refiner(&spec);
         check.required(&spec);
         check.numbers(&spec);
         check.noise_generator(&spec);
@@ -79,6 +80,11 @@ impl Request {
     /// A picture says something of the one that is drawn.
     pub fn has_controls(&self) -> bool {
         !self.spec.controls.is_empty()
+    }
+
+    /// Another model goes on with its latents.
+    pub fn has_refiner(&self) -> bool {
+        self.spec.denoising_end.is_some_and(|end| end < 1.0)
     }
 
     /// The specification, for keeping.
@@ -115,7 +121,7 @@ pub fn is_blob_id(id: &str) -> bool {
 }
 
 /// The numeric fields of a specification that are set.
-fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 16] {
+fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 19] {
     [
         ("width", spec.width.map(f64::from)),
         ("height", spec.height.map(f64::from)),
@@ -130,6 +136,9 @@ fn numbers(spec: &JobSpec) -> [(&'static str, Option<f64>); 16] {
         ("eta", spec.eta),
         ("guidance_rescale", spec.guidance_rescale),
         ("noise_level", spec.noise_level.map(f64::from)),
+        ("denoising_end", spec.denoising_end),
+        ("aesthetic_score", spec.aesthetic_score),
+        ("negative_aesthetic_score", spec.negative_aesthetic_score),
         ("skip_layer_guidance_scale", spec.skip_layer_guidance_scale),
         ("skip_layer_guidance_start", spec.skip_layer_guidance_start),
         ("skip_layer_guidance_stop", spec.skip_layer_guidance_stop),
@@ -184,6 +193,9 @@ fn fill_in(spec: &mut JobSpec, card: &ModelCard, seed: u64) {
     spec.eta = spec.eta.or(default("eta"));
     spec.guidance_rescale = spec.guidance_rescale.or(default("guidance_rescale"));
     spec.noise_level = spec.noise_level.or(whole("noise_level"));
+    spec.denoising_end = spec.denoising_end.or(default("denoising_end"));
+    spec.aesthetic_score = spec.aesthetic_score.or(default("aesthetic_score"));
+    spec.negative_aesthetic_score = spec.negative_aesthetic_score.or(default("negative_aesthetic_score"));
     if !spec.skip_guidance_layers.is_empty() {
         spec.skip_layer_guidance_scale = spec.skip_layer_guidance_scale.or(default("skip_layer_guidance_scale"));
         spec.skip_layer_guidance_start = spec.skip_layer_guidance_start.or(default("skip_layer_guidance_start"));
@@ -391,6 +403,16 @@ impl Check<'_> {
             self.refuse("skip_guidance_layers", format!("must be at most {MAX_SKIPPED_LAYERS}"));
         } else if let Some(problem) = spec.skip_guidance_layers.iter().find_map(problem) {
             self.refuse("skip_guidance_layers", problem);
+        }
+    }
+
+    /// A refiner goes on with latents alone.
+    fn refiner(&mut self, spec: &JobSpec) {
+        if !spec.mask_image_blob_id.is_empty() && spec.denoising_end.is_some_and(|end| end < 1.0) {
+            self.refuse(
+                "mask_image_blob_id",
+                format!("the refiner of model {:?} takes none: with denoising_end = 1 it has no part", self.card.name),
+            );
         }
     }
 

@@ -170,6 +170,7 @@ pub fn card(model: &str) -> ModelCard {
         condition: 0,
         with_pictures: false,
         with_controls: false,
+        replaces: String::new(),
     };
     let component =
         |name: &str| Component { name: name.into(), weight_bytes: 1, tp_options: vec![1, 2, 4, 8], max_block_ranges: 8 };

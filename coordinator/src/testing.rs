@@ -11,6 +11,7 @@ fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTe
         condition: StageCondition::Unspecified as i32,
         with_pictures: kind == StageKind::EncodeImage,
         with_controls: kind == StageKind::EncodeImage,
+        replaces: String::new(),
     }
 }
 

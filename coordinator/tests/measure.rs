@@ -27,6 +27,7 @@ impl Cluster {
         let model = ModelConfig {
             name: "emoji".into(),
             path: "emoji".into(),
+            refiner: None,
             max_batch: 1,
             max_jobs: 1,
             products: coordinator::models_file::DEFAULT_PRODUCTS,

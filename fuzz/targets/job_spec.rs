@@ -24,6 +24,7 @@ fn stage(id: &str, kind: StageKind, inputs: &[&str], condition: StageCondition) 
         condition: condition as i32,
         with_pictures: kind == StageKind::EncodeImage,
         with_controls: kind == StageKind::EncodeImage,
+        replaces: if condition == StageCondition::WithRefiner { "denoise".into() } else { String::new() },
     }
 }
 
@@ -42,6 +43,7 @@ fn card() -> ModelCard {
         parameter("num_images_per_prompt", 1.0, 10.0, 0.0, 1.0),
         parameter("skip_guidance_layers", 0.0, 23.0, 1.0, 0.0),
         parameter("skip_layer_guidance_scale", 0.0, 20.0, 0.0, 2.8),
+        parameter("denoising_end", 0.001, 1.0, 0.0, 0.8),
     ]);
     let defaults = vec![AdapterDefault { name: "num_inference_steps".into(), value: 8.0 }];
     ModelCard {
@@ -54,6 +56,7 @@ fn card() -> ModelCard {
             stage("text", StageKind::EncodeText, &[], StageCondition::Unspecified),
             stage("image", StageKind::EncodeImage, &[], StageCondition::WithImage),
             stage("denoise", StageKind::Denoise, &["text", "image"], StageCondition::Unspecified),
+            stage("refine", StageKind::Denoise, &["text", "denoise"], StageCondition::WithRefiner),
             stage("decode", StageKind::Decode, &["denoise"], StageCondition::Unspecified),
         ],
         ..ModelCard::default()

@@ -347,12 +347,20 @@ impl Client {
 /// # Panics
 /// When it does not.
 pub async fn survives_losses(cluster: &mut Cluster, spec: JobSpec, undisturbed: &str) {
+    survives_losses_in("denoise", "", cluster, spec, undisturbed).await;
+}
+
+/// As [`survives_losses`], in a stage of this name, which the third worker has a part in: another with `labels` takes its place.
+///
+/// # Panics
+/// When it does not.
+pub async fn survives_losses_in(stage: &str, labels: &str, cluster: &mut Cluster, spec: JobSpec, undisturbed: &str) {
     let mut client = cluster.client().await;
-    let half_done = |event: &JobEvent| denoise_step(event).is_some_and(|step| step >= 50);
+    let half_done = |event: &JobEvent| step_of(stage, event).is_some_and(|step| step >= 50);
     let running = client.create(spec.clone()).await.expect("it is accepted");
     client.watch(&running.id, 0, half_done).await;
     cluster.workers[2].kill();
-    cluster.add_worker("");
+    cluster.add_worker(labels);
     let done = client.finish(&running.id).await;
     assert_eq!(sha256(&done), undisturbed);
     assert!(done.attempt >= 2);
@@ -377,8 +385,13 @@ pub fn sha256(job: &Job) -> String {
 
 /// The denoising step that an event tells of.
 pub fn denoise_step(event: &JobEvent) -> Option<u32> {
+    step_of("denoise", event)
+}
+
+/// The same of a stage of this name.
+pub fn step_of(stage: &str, event: &JobEvent) -> Option<u32> {
     match &event.kind {
-        Some(Kind::StageProgress(progress)) if progress.stage == "denoise" => Some(progress.step),
+        Some(Kind::StageProgress(progress)) if progress.stage == stage => Some(progress.step),
         _ => None,
     }
 }

@@ -1,14 +1,12 @@
 //! What a rank is made of, so far as the worker needs to know: the models crate, or a stand-in in tests.
 
-use std::path::Path;
-
 use models::blocks::RankGroup;
 use models::card::Card;
 use models::control::ControlSource;
 use models::control::card::{ControlCard, RegisteredControl};
 use models::lora::card::{AdapterCard, Registered};
 use models::lora::store::Sources;
-use models::model_dir::ModelDir;
+use models::model_dir::Location;
 use models::registry::{self, Limits, LoadProgress, LoadSpec, Rank};
 use parallel::Device;
 
@@ -17,23 +15,23 @@ pub trait Backend: Send + Sync + 'static {
     /// What its ranks compute on.
     fn device(&self) -> Device;
 
-    /// Says what the model at `path` is.
+    /// Says what the model at `location` is.
     ///
     /// # Errors
     /// When it cannot be served.
-    fn describe(&self, path: &Path) -> models::Result<Card>;
+    fn describe(&self, location: &Location) -> models::Result<Card>;
 
-    /// Checks adapters against the model at `path`, which was described as `card`.
+    /// Checks adapters against the model at `location`, which was described as `card`.
     ///
     /// # Errors
     /// When the model's own layers cannot be listed. What is wrong with an adapter is in its card.
-    fn describe_adapters(&self, path: &Path, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>>;
+    fn describe_adapters(&self, location: &Location, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>>;
 
-    /// Checks control networks against the model at `path`.
+    /// Checks control networks against the model at `location`.
     ///
     /// # Errors
     /// When the model cannot be read. What is wrong with a network is in its card.
-    fn describe_controls(&self, path: &Path, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>>;
+    fn describe_controls(&self, location: &Location, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>>;
 
     /// Loads a rank, telling `on_open` how to watch.
     ///
@@ -45,8 +43,8 @@ pub trait Backend: Send + Sync + 'static {
 /// What a rank holds.
 #[derive(Debug)]
 pub struct RankSpec<'a> {
-    /// The model's directory.
-    pub path: &'a Path,
+    /// Where the model is.
+    pub location: &'a Location,
     /// The component.
     pub component: &'a str,
     /// This rank's place in its group.
@@ -71,20 +69,20 @@ impl Backend for RegistryBackend {
         self.device.clone()
     }
 
-    fn describe(&self, path: &Path) -> models::Result<Card> {
-        registry::describe(&ModelDir::open(path)?)
+    fn describe(&self, location: &Location) -> models::Result<Card> {
+        registry::describe(&location.open()?)
     }
 
-    fn describe_adapters(&self, path: &Path, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>> {
-        models::lora::card::describe(&ModelDir::open(path)?, card, adapters)
+    fn describe_adapters(&self, location: &Location, card: &Card, adapters: &[Registered]) -> models::Result<Vec<AdapterCard>> {
+        models::lora::card::describe(&location.open()?, card, adapters)
     }
 
-    fn describe_controls(&self, path: &Path, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
-        Ok(models::control::card::describe(&ModelDir::open(path)?, controls))
+    fn describe_controls(&self, location: &Location, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
+        Ok(models::control::card::describe(&location.open()?, controls))
     }
 
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
-        let dir = ModelDir::open(spec.path)?;
+        let dir = spec.location.open()?;
         let RankSpec { component, group, limits, adapters, controls, .. } = spec;
         let spec = LoadSpec { dir: &dir, component, group, device: self.device(), limits };
         registry::load_with(spec, adapters, &controls, on_open)

@@ -1,6 +1,6 @@
 //! A model's card as it travels.
 
-use models::card::{Card, ComponentCard, ParameterCard, StageCard, StageKind};
+use models::card::{Card, ComponentCard, ParameterCard, StageCard, StageCondition, StageKind};
 use models::control::card::ControlCard;
 use models::lora::card::AdapterCard;
 use proto::v1;
@@ -35,7 +35,11 @@ fn component(card: &ComponentCard) -> v1::Component {
 }
 
 fn stage(card: &StageCard) -> v1::StageTemplate {
-    let condition = if card.with_image { v1::StageCondition::WithImage } else { v1::StageCondition::Unspecified };
+    let condition = match card.condition {
+        StageCondition::Always => v1::StageCondition::Unspecified,
+        StageCondition::WithImage => v1::StageCondition::WithImage,
+        StageCondition::WithRefiner => v1::StageCondition::WithRefiner,
+    };
     v1::StageTemplate {
         id: card.id.clone(),
         kind: kind(card.kind).into(),
@@ -44,6 +48,7 @@ fn stage(card: &StageCard) -> v1::StageTemplate {
         condition: condition.into(),
         with_pictures: card.with_pictures,
         with_controls: card.with_controls,
+        replaces: card.replaces.clone(),
     }
 }
 
@@ -95,7 +100,8 @@ mod tests {
                 kind: StageKind::EncodeImage,
                 component: "vae".into(),
                 inputs: vec![],
-                with_image: true,
+                condition: StageCondition::WithImage,
+                replaces: "before".into(),
                 with_pictures: true,
                 with_controls: true,
             }],
@@ -125,7 +131,7 @@ mod tests {
         assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
         assert_eq!(wire.stages[0].kind(), v1::StageKind::EncodeImage);
         assert_eq!(wire.stages[0].condition(), v1::StageCondition::WithImage);
-        assert!(wire.stages[0].with_pictures && wire.stages[0].with_controls);
+        assert!(wire.stages[0].with_pictures && wire.stages[0].with_controls && wire.stages[0].replaces == "before");
         assert_eq!((wire.parameters[0].multiple_of, wire.parameters[0].default_value), (16.0, Some(1024.0)));
     }
 }

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use models::card::Card;
 use models::control::card::{ControlCard, RegisteredControl};
 use models::lora::card::{AdapterCard, Registered};
+use models::model_dir::Location;
 use proto::v1::model_described::Outcome;
 use proto::v1::{DescribeModel, ModelCard, ModelDescribed};
 
@@ -26,8 +27,8 @@ const MAX_CONFIG_BYTES: u64 = 1 << 20;
 /// Reads cards, and keeps them for as long as the files stay as they are.
 pub(crate) struct Cards {
     backend: Arc<dyn Backend>,
-    /// By directory. As many as models.toml names.
-    known: Mutex<HashMap<PathBuf, (Files, Card)>>,
+    /// As many as models.toml names.
+    known: Mutex<HashMap<Location, (Files, Card)>>,
 }
 
 /// Path, size and time of every file.
@@ -48,35 +49,44 @@ impl Cards {
     }
 
     fn whole(&self, ask: &DescribeModel) -> Result<ModelCard, String> {
-        let card = self.card(Path::new(&ask.path))?;
-        Ok(card_wire::to_wire(&ask.model, &card, self.adapters(ask, &card)?, self.controls(ask)?))
+        let location = location(&ask.path, &ask.refiner_path);
+        let card = self.card(&location)?;
+        let (adapters, controls) = (self.adapters(ask, &location, &card)?, self.controls(ask, &location)?);
+        Ok(card_wire::to_wire(&ask.model, &card, adapters, controls))
     }
 
     /// Read each time: few ask.
-    fn controls(&self, ask: &DescribeModel) -> Result<Vec<ControlCard>, String> {
+    fn controls(&self, ask: &DescribeModel, location: &Location) -> Result<Vec<ControlCard>, String> {
         let registered: Vec<RegisteredControl> = ask.controls.iter().map(control_wire::registered).collect();
-        self.backend.describe_controls(Path::new(&ask.path), &registered).map_err(|error| error.to_string())
+        self.backend.describe_controls(location, &registered).map_err(|error| error.to_string())
     }
 
     /// Read each time: few ask, and an adapter is small beside its model.
-    fn adapters(&self, ask: &DescribeModel, card: &Card) -> Result<Vec<AdapterCard>, String> {
+    fn adapters(&self, ask: &DescribeModel, location: &Location, card: &Card) -> Result<Vec<AdapterCard>, String> {
         let registered: Vec<Registered> = ask.adapters.iter().map(adapter_wire::registered).collect();
-        let described = self.backend.describe_adapters(Path::new(&ask.path), card, &registered);
+        let described = self.backend.describe_adapters(location, card, &registered);
         described.map_err(|error| error.to_string())
     }
 
-    fn card(&self, path: &Path) -> Result<Card, String> {
+    fn card(&self, location: &Location) -> Result<Card, String> {
         let mut files = Files::new();
-        list(path, 0, &mut files).map_err(|error| format!("could not read `{}`: {error}", path.display()))?;
+        for path in [Some(&location.path), location.refiner.as_ref()].into_iter().flatten() {
+            list(path, 0, &mut files).map_err(|error| format!("could not read `{}`: {error}", path.display()))?;
+        }
         files.sort();
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(path).cloned();
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(location).cloned();
         if let Some((_, card)) = known.filter(|(then, _)| *then == files) {
             return Ok(card);
         }
-        let card = self.backend.describe(path).map_err(|error| error.to_string())?;
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(path.to_owned(), (files, card.clone()));
+        let card = self.backend.describe(location).map_err(|error| error.to_string())?;
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(location.clone(), (files, card.clone()));
         Ok(card)
     }
+}
+
+/// Where a model is, as the coordinator says it.
+pub(crate) fn location(path: &str, refiner_path: &str) -> Location {
+    Location { refiner: (!refiner_path.is_empty()).then(|| refiner_path.into()), ..Location::of(path) }
 }
 
 /// The noise scheduler's class, as the model in `path` names it. Reads a small file.
@@ -122,7 +132,7 @@ mod tests {
             parallel::Device::Cpu
         }
 
-        fn describe(&self, _: &Path) -> models::Result<Card> {
+        fn describe(&self, _: &Location) -> models::Result<Card> {
             let n = self.0.fetch_add(1, Ordering::SeqCst);
             let digest = n.to_string();
             Ok(Card {
@@ -138,11 +148,11 @@ mod tests {
             })
         }
 
-        fn describe_adapters(&self, _: &Path, _: &Card, _: &[Registered]) -> models::Result<Vec<AdapterCard>> {
+        fn describe_adapters(&self, _: &Location, _: &Card, _: &[Registered]) -> models::Result<Vec<AdapterCard>> {
             Ok(vec![])
         }
 
-        fn describe_controls(&self, _: &Path, _: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
+        fn describe_controls(&self, _: &Location, _: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
             Ok(vec![])
         }
 

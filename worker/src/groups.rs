@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::backend::Backend;
+use crate::cards::location;
 use crate::inbox::TaskId;
 use crate::memory::{Memory, Seats};
 use crate::meters::RankMeter;
@@ -206,15 +207,15 @@ impl Groups {
         let (status, watched) = watch::channel(Status::Joining);
         let (ended, end) = oneshot::channel();
         let stop = Arc::new(Stop::default());
-        let (path, said) = (join.path.clone().into(), products::to_wire(products));
-        let leader = Leader { commands, ended: CancellationToken::new(), path, products: said };
+        let (location, said) = (location(&join.path, &join.refiner_path), products::to_wire(products));
+        let leader = Leader { commands, ended: CancellationToken::new(), path: location.path.clone(), products: said };
         let meter = RankMeter::new(&join.model, &join.component, &join.group_id, rank);
         let seat = Seat {
             rendezvous: Rendezvous { group_id: join.group_id.clone(), epoch: join.epoch, secret: join.secret.to_vec() },
             rank,
             layout,
             data_addresses: join.data_addresses.clone(),
-            path: leader.path.clone(),
+            location,
             component: join.component.clone(),
             products,
             limits: self.limits(join),

@@ -27,6 +27,11 @@ pub(crate) fn text(
     say("eta", spec.eta.filter(|eta| *eta > 0.0).map(|v| v.to_string()));
     say("guidance_rescale", spec.guidance_rescale.filter(|part| *part > 0.0).map(|v| v.to_string()));
     say("noise_level", spec.noise_level.map(|v| v.to_string()));
+    say("denoising_end", spec.denoising_end.map(|v| v.to_string()));
+    // Only a refiner is told of them.
+    let refined = spec.denoising_end.is_none_or(|end| end < 1.0);
+    say("aesthetic_score", spec.aesthetic_score.filter(|_| refined).map(|v| v.to_string()));
+    say("negative_aesthetic_score", spec.negative_aesthetic_score.filter(|_| refined).map(|v| v.to_string()));
     for (key, size) in [
         ("original_size", spec.original_size),
         ("target_size", spec.target_size),

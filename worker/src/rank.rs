@@ -5,7 +5,6 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use models::blocks::{Layout, RankGroup};
 use models::control::ControlSource;
 use models::lora::store::Sources;
+use models::model_dir::Location;
 use models::registry::{Limits, LoadProgress, Rank};
 use models::stage::{Inputs, Stage, StageEvent, TaskKey};
 use models::{Checkpoint, Payload, Request};
@@ -151,7 +151,7 @@ pub(crate) struct Seat {
     pub(crate) rank: usize,
     pub(crate) layout: Layout,
     pub(crate) data_addresses: Vec<String>,
-    pub(crate) path: PathBuf,
+    pub(crate) location: Location,
     pub(crate) component: String,
     /// What this rank multiplies in, whatever others of the process do.
     pub(crate) products: Products,
@@ -196,7 +196,7 @@ impl Seat {
             return End::left();
         }
         let spec = RankSpec {
-            path: &self.path,
+            location: &self.location,
             component: &self.component,
             group,
             limits: self.limits,

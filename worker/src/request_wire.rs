@@ -1,7 +1,9 @@
 //! A job's specification as a stage needs it.
 
 use models::Request;
-use models::request::{Control, Lora, NoiseGenerator, SizeConditions, SkipLayerGuidance};
+use models::request::{
+    AESTHETIC_SCORE, Control, Lora, NEGATIVE_AESTHETIC_SCORE, NoiseGenerator, SizeConditions, SkipLayerGuidance,
+};
 use proto::v1::{self, JobSpec};
 
 use crate::{Error, Result};
@@ -30,6 +32,9 @@ pub(crate) fn from_wire(spec: &JobSpec) -> Result<Request> {
         eta: spec.eta.unwrap_or_default(),
         guidance_rescale: spec.guidance_rescale.unwrap_or_default(),
         noise_level: spec.noise_level.map(|level| level as usize),
+        denoising_end: spec.denoising_end,
+        aesthetic_score: spec.aesthetic_score.unwrap_or(AESTHETIC_SCORE),
+        negative_aesthetic_score: spec.negative_aesthetic_score.unwrap_or(NEGATIVE_AESTHETIC_SCORE),
         size_conditions: size_conditions(spec),
         seed: spec.seed.ok_or_else(|| missing("seed"))?,
         num_images_per_prompt: count("num_images_per_prompt", spec.num_images_per_prompt)?,

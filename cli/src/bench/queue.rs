@@ -30,6 +30,7 @@ impl Fleet {
         let model = ModelConfig {
             name: MODEL.into(),
             path: MODEL.into(),
+            refiner: None,
             max_batch: 1,
             max_jobs: 1,
             products: coordinator::models_file::DEFAULT_PRODUCTS,

@@ -32,6 +32,7 @@ impl Bench {
         let model = ModelConfig {
             name: "emoji".into(),
             path: PathBuf::from("/models/emoji"),
+            refiner: None,
             max_batch: 4,
             max_jobs: 2,
             products: Products::F32,

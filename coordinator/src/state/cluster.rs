@@ -54,10 +54,10 @@ impl State {
         let mut questions = Vec::new();
         for model in &mut self.models {
             if let Some(worker) = model.ask(self.now, self.workers.keys()) {
-                let path = model.config.path.to_string_lossy().into_owned();
+                let [path, refiner_path] = model.config.paths();
                 let adapters = model.config.adapters.iter().map(AdapterConfig::file).collect();
                 let controls = model.config.controls.iter().map(ControlConfig::folder).collect();
-                let question = DescribeModel { model: model.config.name.clone(), path, adapters, controls };
+                let question = DescribeModel { model: model.config.name.clone(), path, adapters, controls, refiner_path };
                 questions.push((worker.to_owned(), Command::DescribeModel(question)));
             }
         }
@@ -115,12 +115,14 @@ impl State {
             return;
         };
         group.begin(members.clone());
+        let [path, refiner_path] = model.config.paths();
         let address = |id: &String| self.workers.get(id).map(|worker| worker.data_address.clone()).unwrap_or_default();
         let join = JoinGroup {
             group_id: group_id.to_owned(),
             epoch: group.epoch,
             model: group.wanted.model.clone(),
-            path: model.config.path.to_string_lossy().into_owned(),
+            path,
+            refiner_path,
             component: group.wanted.component.clone(),
             layout: Some(group.wanted.layout),
             rank: 0,

@@ -85,7 +85,7 @@ impl Model {
 
     /// The control networks that ranks of a component hold: beside a denoiser those that a worker has read and found well.
     pub(super) fn control_folders(&self, component: &str) -> Vec<ControlFolder> {
-        let Some(card) = self.card.as_ref().filter(|card| denoises(card, component)) else { return Vec::new() };
+        let Some(card) = self.card.as_ref().filter(|card| denoiser(card) == Some(component)) else { return Vec::new() };
         let folder = |config: &ControlConfig| {
             let network = card.controls.iter().find(|network| network.name == config.name && network.problem.is_empty())?;
             Some(ControlFolder { digest: network.digest.clone(), ..config.folder() })
@@ -95,7 +95,7 @@ impl Model {
 
     /// Control networks are cut as the denoiser is: one that cannot be is not to be used.
     fn check_controls(&self, card: &mut ModelCard) {
-        let tp = self.config.components.iter().find(|(name, _)| denoises(card, name)).map_or(1, |(_, config)| config.tp);
+        let tp = denoiser(card).and_then(|name| self.config.components.get(name)).map_or(1, |config| config.tp);
         for network in card.controls.iter_mut().filter(|network| network.problem.is_empty()) {
             if !network.tp_options.contains(&tp) {
                 network.problem = format!("the denoiser is cut by tp = {tp}, and it can be cut by {:?}", network.tp_options);
@@ -182,6 +182,11 @@ impl Model {
     fn task_limit(&self, card: &ModelCard, component: &str) -> usize {
         if denoises(card, component) { self.config.max_jobs as usize } else { MAX_WAITING_TASKS }
     }
+}
+
+/// The component that control networks are beside: the one that denoises first.
+fn denoiser(card: &ModelCard) -> Option<&str> {
+    card.stages.iter().find(|stage| stage.kind() == StageKind::Denoise).map(|stage| stage.component.as_str())
 }
 
 /// Whether a component does a stage of denoising.

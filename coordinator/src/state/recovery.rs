@@ -169,7 +169,7 @@ impl State {
         let Some(model) = self.model(&wanted.model) else {
             return false;
         };
-        let (path, adapters) = (model.config.path.to_string_lossy().into_owned(), model.adapter_files());
+        let (paths, adapters) = (model.config.paths(), model.adapter_files());
         let controls = model.control_folders(&wanted.component);
         let fits = |rank: &HeldRank| {
             rank.ready
@@ -177,7 +177,7 @@ impl State {
                     join.layout.is_some_and(|layout| layout.is_same(&wanted.layout))
                         && join.component == wanted.component
                         && join.products() == wanted.products
-                        && join.path == path
+                        && [&join.path, &join.refiner_path] == [&paths[0], &paths[1]]
                         && join.adapters == adapters
                         && join.controls == controls
                 })

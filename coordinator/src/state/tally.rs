@@ -117,12 +117,24 @@ pub(super) fn ending(state: JobState) -> &'static str {
 pub(super) fn units(job: &Job, stage: &Stage) -> f64 {
     match stage.kind {
         StageKind::Denoise => {
-            let steps = job.spec.num_inference_steps.unwrap_or(1).max(1);
-            let left = steps.saturating_sub(job.saved.steps.get(&stage.id).copied().unwrap_or_default()).max(1);
-            estimate::work(job) * f64::from(left) / f64::from(steps)
+            let steps = f64::from(job.spec.num_inference_steps.unwrap_or(1).max(1));
+            let own = (steps * part_of_steps(job, stage)).max(1.0);
+            let left = (own - f64::from(job.saved.steps.get(&stage.id).copied().unwrap_or_default())).max(1.0);
+            estimate::work(job) * left / steps
         }
         StageKind::EncodeText | StageKind::Unspecified => 1.0,
         StageKind::EncodeImage | StageKind::Decode | StageKind::Inpaint => job.pixels() as f64,
+    }
+}
+
+/// The part of a job's steps that one of its denoisers makes: a base model those before `denoising_end`, its refiner the rest.
+fn part_of_steps(job: &Job, stage: &Stage) -> f64 {
+    let end = job.spec.denoising_end.unwrap_or(1.0).clamp(0.0, 1.0);
+    let denoisers = || job.plan.stages.iter().filter(|stage| stage.kind == StageKind::Denoise);
+    match denoisers().position(|other| other.id == stage.id) {
+        Some(0) if denoisers().count() > 1 => end,
+        Some(0) | None => 1.0,
+        Some(_) => 1.0 - end,
     }
 }
 

@@ -34,6 +34,7 @@ impl Cluster {
         let mut model = ModelConfig {
             name: "emoji".into(),
             path: PathBuf::from("/models/emoji"),
+            refiner: None,
             max_batch: 4,
             max_jobs: 2,
             products: Products::F32,

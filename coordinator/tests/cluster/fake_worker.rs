@@ -298,6 +298,7 @@ fn card() -> ModelCard {
         condition: 0,
         with_pictures: false,
         with_controls: false,
+        replaces: String::new(),
     };
     let component = |name: &str, tp_options: &[u32]| Component {
         name: name.into(),

@@ -58,8 +58,10 @@ pub struct StageCard {
     pub component: String,
     /// Ids of the stages whose outputs it takes.
     pub inputs: Vec<String>,
-    /// Only in jobs that start from a picture, or are given controls and it takes their pictures.
-    pub with_image: bool,
+    /// Which jobs have it.
+    pub condition: StageCondition,
+    /// A stage before it; those after it that take that one's output take its output in place of it.
+    pub replaces: String,
     /// It is given the job's own pictures.
     pub with_pictures: bool,
     /// It is given the pictures of the job's controls.
@@ -84,10 +86,17 @@ impl StageCard {
             kind,
             component: component.into(),
             inputs,
-            with_image: pictures,
+            condition: if pictures { StageCondition::WithImage } else { StageCondition::Always },
+            replaces: String::new(),
             with_pictures: pictures,
             with_controls: false,
         }
+    }
+
+    /// A stage that goes on with what an earlier one, the last of its inputs, made of the latents, in jobs that leave it something.
+    pub fn refining(id: &str, component: &str, inputs: &[&str]) -> Self {
+        let replaces = inputs.last().copied().unwrap_or_default().to_owned();
+        Self { condition: StageCondition::WithRefiner, replaces, ..Self::new(id, StageKind::Denoise, component, inputs) }
     }
 
     /// Those of a family whose control networks are given pictures as they are (the denoiser is given them) or their latents (the autoencoder is).
@@ -136,6 +145,17 @@ impl Card {
         }
         Ok(self)
     }
+}
+
+/// Which jobs have a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StageCondition {
+    /// All.
+    Always,
+    /// Those that start from a picture, or are given controls whose pictures the stage takes.
+    WithImage,
+    /// Those whose `denoising_end` is below 1.
+    WithRefiner,
 }
 
 /// What kind of work a stage is.

@@ -22,7 +22,7 @@ use crate::image_io::PictureLimits;
 use crate::model_dir::ModelDir;
 use crate::registry::{LoadSpec, Rank};
 use crate::request::Guidance;
-use crate::scheduler::{DiffusionConfig, Run, Scheduler, StepNoise};
+use crate::scheduler::{DiffusionConfig, Run, Scheduler, StepNoise, Until};
 use crate::stage::Inputs;
 use crate::text_stage::{TextEncoding, TextStage};
 use crate::unet_2d_condition::{UNet2DConditionConfig, UNet2DConditionModel};
@@ -174,6 +174,9 @@ impl Space {
 
     /// A job at its first step. `tensors` are what the family keeps for it.
     pub(crate) fn start(&self, request: Request, mut inputs: Inputs, mut tensors: Tensors) -> Result<DenoiseState> {
+        if let Some(latents) = inputs.latents.take() {
+            return self.go_on(request, latents, inputs, tensors);
+        }
         self.controls.start(&request, &mut tensors, |k, _| conditions::pixels(&request, &inputs, k))?;
         let mut generator = flow::generator(&request);
         let picture = inputs.image_latents.take();
@@ -222,6 +225,39 @@ impl Space {
             tensors.insert("image_latents", image_latents);
             tensors.insert("noise", noise);
         }
+        let scheduler = match request.denoising_end.filter(|end| *end < 1.0) {
+            Some(end) => Box::new(Until::new(scheduler, self.scheduler.cutoff(end))?),
+            None => scheduler,
+        };
+        Ok(DenoiseState { request, latents, step: 0, scheduler, tensors, last: None })
+    }
+
+    /// A job that another model has left, at the part of the denoising that its `denoising_end` says: `denoising_start` of the reference. What its steps draw
+    /// is drawn with the next seed, since the other model has drawn with the job's own.
+    fn go_on(&self, request: Request, latents: Tensor, inputs: Inputs, tensors: Tensors) -> Result<DenoiseState> {
+        let invalid = |reason: String| Error::Invalid { field: "denoising_end", reason };
+        let part =
+            request.denoising_end.ok_or_else(|| invalid("there are latents to go on with, and nobody says from where".into()))?;
+        let (h, w) = self.grid(&request);
+        let shape = [request.num_images_per_prompt, self.vae.latent_channels, h, w];
+        if latents.dims() != shape {
+            let reason = format!("latents of {:?}, expected {shape:?}", latents.dims());
+            return Err(Error::Invalid { field: "latents", reason });
+        }
+        let generator = flow::generator(&Request { seed: request.seed.wrapping_add(1), ..request.clone() });
+        let drawn = || Box::new(Drawn::new(generator.clone(), inputs.step_noise.clone()));
+        let run = Run { num_inference_steps: request.num_inference_steps, eta: request.eta, ..Run::default() };
+        let (whole, cutoff) = (self.scheduler.start(&run, Some(drawn()))?, self.scheduler.cutoff(part));
+        let mut left = whole.timesteps().iter().filter(|timestep| **timestep < cutoff).count();
+        // Each step of two evaluations but the first has them at one timestep: an even number of them begins between the two.
+        if self.scheduler.order() == 2 && left % 2 == 0 {
+            left += 1;
+        }
+        if left == 0 {
+            return Err(invalid(format!("it leaves no step of {} to go on with", whole.timesteps().len())));
+        }
+        let begin = whole.timesteps().len().saturating_sub(left);
+        let scheduler = self.scheduler.start(&Run { begin, ..run }, Some(drawn()))?;
         Ok(DenoiseState { request, latents, step: 0, scheduler, tensors, last: None })
     }
 

@@ -21,10 +21,40 @@ const MAX_DEPTH: usize = 8;
 const INDEX: &str = "model_index.json";
 const SCHEDULER: &str = "scheduler";
 
+/// The component of a model with a refiner that the refiner's network is.
+pub const REFINER: &str = "refiner";
+
+/// Where a model is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Location {
+    /// Its directory.
+    pub path: PathBuf,
+    /// The directory of the model that goes on with its latents, if there is one.
+    pub refiner: Option<PathBuf>,
+}
+
+impl Location {
+    /// A model by itself.
+    pub fn of(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), refiner: None }
+    }
+
+    /// Reads the `model_index.json` of each.
+    ///
+    /// # Errors
+    /// As [`ModelDir::open`].
+    pub fn open(&self) -> Result<ModelDir> {
+        let dir = ModelDir::open(&self.path)?;
+        let refiner = self.refiner.as_deref().map(ModelDir::open).transpose()?;
+        Ok(ModelDir { refiner: refiner.map(Box::new), ..dir })
+    }
+}
+
 /// A model's directory.
 #[derive(Clone, Debug)]
 pub struct ModelDir {
     root: PathBuf,
+    refiner: Option<Box<ModelDir>>,
     pipeline_class: String,
     /// `(library, class name)` by component.
     components: BTreeMap<String, (String, String)>,
@@ -69,12 +99,25 @@ impl ModelDir {
             }
             components.insert(name.clone(), (library.clone(), class.clone()));
         }
-        Ok(Self { root: root.to_owned(), pipeline_class, components, settings })
+        Ok(Self { root: root.to_owned(), refiner: None, pipeline_class, components, settings })
     }
 
     /// The directory.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The model that goes on with this one's latents.
+    pub fn refiner(&self) -> Option<&ModelDir> {
+        self.refiner.as_deref()
+    }
+
+    /// Whose a component is, and what it is called there: the refiner's network is that model's `unet`.
+    pub fn part<'a>(&'a self, component: &'a str) -> (&'a ModelDir, &'a str) {
+        match self.refiner() {
+            Some(refiner) if component == REFINER => (refiner, "unet"),
+            _ => (self, component),
+        }
     }
 
     /// The reference's pipeline class, such as `FluxPipeline`.
@@ -151,8 +194,12 @@ impl ModelDir {
 
     /// sha256, in hex, over the relative name and the sha256 of every file, in the order of their names. Hidden files and
     /// folders (a download tool's notes) do not count. Reads everything once: seconds per gigabyte.
+    ///
+    /// Of a model with a refiner it is that of both such digests.
     pub fn digest(&self) -> Result<String> {
-        digest_of(&self.root)
+        let own = digest_of(&self.root)?;
+        let Some(refiner) = self.refiner() else { return Ok(own) };
+        Ok(hex(&Sha256::new().chain_update(own).chain_update(refiner.digest()?).finalize()))
     }
 }
 

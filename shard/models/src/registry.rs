@@ -120,6 +120,10 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 
 /// The same, from its configurations alone: the digest is empty.
 pub fn outline(dir: &ModelDir) -> Result<Card> {
+    if let Some(refiner) = dir.refiner().filter(|_| !stable_diffusion_xl::CLASSES.contains(&dir.pipeline_class())) {
+        let value = format!("{} of {}", refiner.pipeline_class(), dir.pipeline_class());
+        return Err(Error::Unsupported { field: "refiner".into(), value });
+    }
     match dir.pipeline_class() {
         class if deepfloyd_if::CLASSES.contains(&class) => deepfloyd_if::describe(dir),
         class if dit::CLASSES.contains(&class) => dit::describe(dir),
@@ -154,11 +158,16 @@ pub fn load_with(
     on_open: &mut dyn FnMut(LoadProgress),
 ) -> Result<Rank> {
     let LoadSpec { dir, component, mut group, device, limits } = spec;
+    let controls = if DENOISERS.contains(&component) { controls } else { &[] };
+    let (dir, own_name) = dir.part(component);
+    // Adapters and control networks are the base model's.
+    let adapters = if own_name == component { adapters } else { Sources::default() };
+    let component = own_name;
     let path = dir.require(component)?.path;
     let weights = open(dir, &path, group.tensor.clone(), &device)?;
     let ranks = group.layout().lane_ranks() as u64;
     let mut progress = LoadProgress::new(weights.bytes_read(), weights.total_bytes() / ranks);
-    let controls = OpenControls::open(if DENOISERS.contains(&component) { controls } else { &[] }, &group, &device)?;
+    let controls = OpenControls::open(controls, &group, &device)?;
     for (_, weights) in controls.weights() {
         progress = progress.with(weights, group.layout().tp as u64);
     }
@@ -193,6 +202,7 @@ pub fn open(dir: &ModelDir, path: &Path, group: Arc<dyn Collective>, device: &De
 
 /// A rank's loading code, run without reading.
 fn measured(dir: &ModelDir, component: &str, group: RankGroup) -> Result<(Rank, Weights)> {
+    let (dir, component) = dir.part(component);
     let path = dir.require(component)?.path;
     let weights = open(dir, &path, group.tensor.clone(), &Device::Cpu)?.measuring();
     let rank = load_from(LoadSpec { dir, component, group, device: Device::Cpu, limits: Limits::default() }, &weights)?;

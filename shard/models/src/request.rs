@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+/// What the reference tells a refiner when nobody says.
+pub const AESTHETIC_SCORE: f64 = 6.0;
+/// The same, for the unconditional pass.
+pub const NEGATIVE_AESTHETIC_SCORE: f64 = 2.5;
+
 /// A job's request with every default filled in, checked by the coordinator. Names are diffusers'.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
@@ -39,6 +44,12 @@ pub struct Request {
     pub guidance_rescale: f64,
     /// How much of noise the picture that is enlarged gets, as a timestep.
     pub noise_level: Option<usize>,
+    /// The part of the steps after which the base model hands its latents to the refiner; none: it makes all of them.
+    pub denoising_end: Option<f64>,
+    /// What Stable Diffusion XL's refiner is told of how good the picture is to look.
+    pub aesthetic_score: f64,
+    /// The same, for the unconditional pass.
+    pub negative_aesthetic_score: f64,
     /// Sizes and crops that Stable Diffusion XL is told of.
     pub size_conditions: SizeConditions,
     /// Of the noise.
@@ -136,6 +147,9 @@ impl Default for Request {
             eta: 0.0,
             guidance_rescale: 0.0,
             noise_level: None,
+            denoising_end: None,
+            aesthetic_score: AESTHETIC_SCORE,
+            negative_aesthetic_score: NEGATIVE_AESTHETIC_SCORE,
             size_conditions: SizeConditions::default(),
             seed: 0,
             num_images_per_prompt: 1,

@@ -29,10 +29,12 @@ mod noise_schedule;
 mod prediction;
 mod sigmas;
 mod steps;
+mod until;
 
 pub use diffusion::{DiffusionConfig, Run};
 pub use flow_match_euler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig};
 pub use flow_match_heun::{FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig};
+pub(crate) use until::Until;
 
 /// Most steps of one job. The published schedules were trained with 1,000; a request with a billion costs memory.
 pub const MAX_INFERENCE_STEPS: usize = 10_000;
@@ -41,6 +43,10 @@ pub const MAX_INFERENCE_STEPS: usize = 10_000;
 pub trait Scheduler: Send + Debug {
     /// The timesteps at which the model is evaluated, first to last (two per step for second-order schedulers).
     fn timesteps(&self) -> &[f64];
+    /// Evaluations that the run would have if it did not leave some at its end to another model.
+    fn planned_steps(&self) -> usize {
+        self.timesteps().len()
+    }
     /// Scale of the initial noise.
     fn init_noise_sigma(&self) -> f64 {
         1.0

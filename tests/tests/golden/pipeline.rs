@@ -8,7 +8,7 @@ use models::lora::card::{self, Registered};
 use models::lora::store::{DEFAULT_CACHE_BYTES, Source, Sources};
 use models::model_dir::ModelDir;
 use models::registry::{self, Limits, LoadSpec, Rank};
-use models::request::{Encoder, Guidance, Lora};
+use models::request::{AESTHETIC_SCORE, Encoder, Guidance, Lora, NEGATIVE_AESTHETIC_SCORE, SizeConditions};
 use models::stage::{Inputs, Pictures, Stage, StageEvent};
 use models::tokenizer::Tokenizer;
 use models::{Payload, Request};
@@ -20,6 +20,9 @@ use crate::controlled;
 
 /// Normals may differ from torch's in the last bits of the logarithm; the case `rng_cpu` says by how much.
 pub(crate) const NOISE_TOLERANCE: f64 = 2e-6;
+
+/// What another model left of a job that this one goes on with.
+pub(crate) const BASE_LATENTS: &str = "base_latents";
 
 /// What one text encoder reads.
 pub(crate) struct TextEncoder {
@@ -64,6 +67,9 @@ pub(crate) fn generation(case: &mut Case, dir: &ModelDir, family: &Family<'_>) -
     }
     encode_pictures(case, dir, family, &jobs, &mut inputs)?;
     feed_noise(case, &jobs, &mut inputs)?;
+    if case.has(BASE_LATENTS) {
+        inputs[0].latents = Some(case.tensor(BASE_LATENTS)?.clone());
+    }
     let states = start(family, &jobs, &inputs)?;
     check_embeds(case, family, &states)?;
     check_start(case, family, &states)?;
@@ -83,13 +89,17 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
     // Cases that start from a picture leave its size to it: they draw one of the same.
     let side = |name: &str, dim: usize| size(name).or_else(|| case.tensor("image").ok()?.dims().get(dim).copied());
     let (loras, controls) = (loras(case)?, controlled::controls(case));
-    let [second, third, negative] = ["prompt_2", "prompt_3", "negative_prompt"].map(list);
+    let [second, third] = ["prompt_2", "prompt_3"].map(list);
+    let [negative, negative_2, negative_3] = ["negative_prompt", "negative_prompt_2", "negative_prompt_3"].map(list);
+    let prompts = list("prompt");
     let job = |(i, prompt): (usize, String)| {
         Some(Request {
             prompt,
             prompt_2: second.get(i).cloned(),
             prompt_3: third.get(i).cloned(),
             negative_prompt: negative.get(i).cloned(),
+            negative_prompt_2: negative_2.get(i).cloned(),
+            negative_prompt_3: negative_3.get(i).cloned(),
             width: side("width", 2)?,
             height: side("height", 1)?,
             num_inference_steps: size("num_inference_steps")?,
@@ -101,6 +111,10 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             clip_skip: size("clip_skip"),
             eta: number("eta").unwrap_or_default(),
             noise_level: size("noise_level"),
+            denoising_end: number("denoising_end").or(number("denoising_start")),
+            aesthetic_score: number("aesthetic_score").unwrap_or(AESTHETIC_SCORE),
+            negative_aesthetic_score: number("negative_aesthetic_score").unwrap_or(NEGATIVE_AESTHETIC_SCORE),
+            size_conditions: size_conditions(case, i, prompts.len()),
             guidance_rescale: number("guidance_rescale").unwrap_or_default(),
             // Cases of Qwen-Image leave the reference's default.
             max_sequence_length: size("max_sequence_length").unwrap_or(512),
@@ -110,7 +124,36 @@ pub(crate) fn jobs(case: &Case) -> Result<Vec<Request>, String> {
             ..Request::default()
         })
     };
-    list("prompt").into_iter().enumerate().map(job).collect::<Option<_>>().ok_or_else(|| "a parameter is missing".into())
+    prompts.iter().cloned().enumerate().map(job).collect::<Option<_>>().ok_or_else(|| "a parameter is missing".into())
+}
+
+/// Sizes and crops that Stable Diffusion XL is told of in the job of one prompt of several. From noise the reference repeats the unconditional pass's row and the
+/// other's by turns, and stacks the passes one after the other: each prompt is told of the rows of its places among all.
+fn size_conditions(case: &Case, prompt: usize, prompts: usize) -> SizeConditions {
+    let pair = |name: &str| {
+        let values = case.param(name).as_array()?;
+        Some([0, 1].map(|i| values.get(i).and_then(Value::as_u64).unwrap_or_default() as u32))
+    };
+    let row =
+        |prefix: &str| ["original_size", "crops_coords_top_left", "target_size"].map(|name| pair(&format!("{prefix}{name}")));
+    let (negative, positive) = (row("negative_"), row(""));
+    let rows = if prompts == 1 || negative[0].is_none() {
+        [negative, positive]
+    } else {
+        [0, prompts].map(|pass| [negative, positive][(pass + prompt) % 2])
+    };
+    let [
+        [negative_original_size, negative_crops_coords_top_left, negative_target_size],
+        [original_size, crops_coords_top_left, target_size],
+    ] = rows;
+    SizeConditions {
+        original_size,
+        crops_coords_top_left,
+        target_size,
+        negative_original_size,
+        negative_crops_coords_top_left,
+        negative_target_size,
+    }
 }
 
 /// The ids every text encoder is given: for the prompts at its first call, and with guidance for the negative ones at its second.

@@ -10,11 +10,12 @@ use models::model_dir::{ModelDir, read_json};
 use models::request::{Encoder, Guidance};
 use models::stable_diffusion::StableDiffusionDenoiser;
 use models::stable_diffusion_xl::StableDiffusionXlDenoiser;
+use models::stage::Inputs;
 use serde_json::Value;
 use tests::golden::{Case, Outcome};
 
 use crate::controlled;
-use crate::pipeline::{Family, TextEncoder, generation, text};
+use crate::pipeline::{BASE_LATENTS, Family, TextEncoder, add, generation, jobs, one_by_one, text};
 
 pub(crate) fn pipeline(case: &mut Case) -> Outcome {
     let model = Model::of(case)?;
@@ -34,12 +35,16 @@ pub(crate) fn pipeline(case: &mut Case) -> Outcome {
 }
 
 pub(crate) fn xl(case: &mut Case) -> Outcome {
+    if case.has(BASE_LATENTS) {
+        let latents = base(case)?;
+        case.check(BASE_LATENTS, &latents)?;
+    }
     let model = Model::of(case)?;
     let (dir, vae) = (&model.dir, &model.vae);
     let family = Family {
         denoiser: &StableDiffusionXlDenoiser::load(dir).map_err(text)?.with_controls(&controlled::facts(case, dir)?),
         guidance: Guidance::Cfg,
-        encoders: vec![clip("text_encoder", "tokenizer", Encoder::First), clip("text_encoder_2", "tokenizer_2", Encoder::Second)],
+        encoders: xl_encoders(dir),
         embeds: vec![
             ("encode_prompt.call0.0", "prompt_embeds"),
             ("encode_prompt.call0.1", "negative_prompt_embeds"),
@@ -55,6 +60,29 @@ pub(crate) fn xl(case: &mut Case) -> Outcome {
         unscale: &|latents: &Tensor| vae.unscale(latents),
     };
     generation(case, dir, &family)
+}
+
+/// A refiner has the second one alone, which reads the first one's prompt.
+fn xl_encoders(dir: &ModelDir) -> Vec<TextEncoder> {
+    let both = vec![clip("text_encoder", "tokenizer", Encoder::First), clip("text_encoder_2", "tokenizer_2", Encoder::Second)];
+    let alone = vec![clip("text_encoder_2", "tokenizer_2", Encoder::First)];
+    if dir.component("text_encoder").is_some() { both } else { alone }
+}
+
+/// What the case's base model leaves of the job, to its refiner.
+fn base(case: &Case) -> Result<Tensor, String> {
+    let mut base = Case::open(&case.dir)?;
+    for (key, of_base) in [("weights", "base_weights"), ("params", "base_params"), ("generator_seed", "base_generator_seed")] {
+        base.json[key] = case.json[of_base].clone();
+    }
+    let (dir, jobs) = (Model::of(&base)?, jobs(&base)?);
+    let mut inputs = vec![Inputs::default(); jobs.len()];
+    for TextEncoder { component, .. } in xl_encoders(&dir.dir) {
+        let outputs = one_by_one(&base, &dir.dir, component, &jobs, &inputs)?;
+        add(&mut inputs, outputs)?;
+    }
+    let latents = one_by_one(&base, &dir.dir, "unet", &jobs, &inputs)?;
+    latents[0].tensors().get("latents").cloned().map_err(text)
 }
 
 /// Each CLIP reads 77 tokens, always.

@@ -55,6 +55,7 @@ fn config(etcd: Option<EtcdConfig>, products: Products) -> Config {
     let model = ModelConfig {
         name: MODEL.into(),
         path: "/models/model".into(),
+        refiner: None,
         max_batch: 4,
         max_jobs: 4,
         products,

@@ -49,6 +49,7 @@ pub(crate) fn join(group_id: &str, epoch: u64, component: &str, workers: &[&Runn
         adapters: vec![],
         controls: vec![],
         products: proto::v1::Products::F32.into(),
+        refiner_path: String::new(),
     }
 }
 

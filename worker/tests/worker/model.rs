@@ -1,7 +1,6 @@
 //! A small model: text to a vector, a denoiser whose every step depends on every bit before it, and pictures of its latents.
 
 use std::collections::VecDeque;
-use std::path::Path;
 use std::time::Duration;
 
 use models::block_runner::{BlockRunner, Follower};
@@ -11,6 +10,7 @@ use models::control::card::{ControlCard, RegisteredControl};
 use models::denoise::{DenoiseState, Denoiser, LastStep};
 use models::engine::Engine;
 use models::lora::card::{AdapterCard, Registered};
+use models::model_dir::Location;
 use models::registry::{LoadProgress, Rank};
 use models::scheduler::{
     FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, FlowMatchHeunDiscrete, FlowMatchHeunDiscreteConfig, Schedule, Scheduler,
@@ -30,7 +30,8 @@ impl Backend for Small {
         Device::Cpu
     }
 
-    fn describe(&self, path: &Path) -> Result<Card> {
+    fn describe(&self, location: &Location) -> Result<Card> {
+        let path = &location.path;
         Err(Error::ModelDir { path: path.into(), reason: "is not described in this test".into() }).or_else(|error| {
             let card = Card {
                 family: "fake".into(),
@@ -47,11 +48,11 @@ impl Backend for Small {
         })
     }
 
-    fn describe_adapters(&self, _: &Path, _: &Card, _: &[Registered]) -> Result<Vec<AdapterCard>> {
+    fn describe_adapters(&self, _: &Location, _: &Card, _: &[Registered]) -> Result<Vec<AdapterCard>> {
         Ok(vec![])
     }
 
-    fn describe_controls(&self, _: &Path, _: &[RegisteredControl]) -> Result<Vec<ControlCard>> {
+    fn describe_controls(&self, _: &Location, _: &[RegisteredControl]) -> Result<Vec<ControlCard>> {
         Ok(vec![])
     }
 

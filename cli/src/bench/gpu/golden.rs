@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use models::Request;
 use models::blocks::RankGroup;
-use models::card::{StageCard, StageKind};
+use models::card::{StageCard, StageCondition, StageKind};
 use models::model_dir::{ModelDir, read_json};
 use models::registry::{self, Limits, LoadSpec, Rank};
 use models::stage::{Inputs, Pictures, StageEvent};
@@ -110,8 +110,8 @@ impl Case {
         let request = self.request()?;
         let pictures = self.pictures()?;
         let mut inputs = Inputs::default();
-        for StageCard { kind, component, with_image, with_pictures, .. } in registry::outline(dir)?.stages {
-            if with_image && pictures.image.is_none() {
+        for StageCard { kind, component, condition, with_pictures, .. } in registry::outline(dir)?.stages {
+            if condition == StageCondition::WithImage && pictures.image.is_none() {
                 continue;
             }
             // A picture that the request names is for those stages alone that ask for it.

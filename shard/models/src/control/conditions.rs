@@ -92,7 +92,7 @@ impl Conditions {
 
     /// The controls that take part in a pass of the job's next step: each one's place in the job and that of its network.
     fn active(&self, state: &DenoiseState, pass: Pass) -> Vec<(usize, usize)> {
-        let (step, steps) = (state.step as f64, state.steps() as f64);
+        let (step, steps) = (state.step as f64, state.scheduler.planned_steps() as f64);
         let request = &state.request;
         let in_time = |control: &Control| {
             // As the reference says it: 1 - float(i / n < start or (i + 1) / n > end)

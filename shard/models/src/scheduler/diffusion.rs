@@ -5,15 +5,18 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::{
-    Scheduler, StepNoise, ddim, ddpm, dpm_solver_multistep, dpm_solver_singlestep, euler, heun, k_dpm_2, lcm, pndm, tcd,
-    unipc_multistep,
+    Scheduler, StepNoise, ddim, ddpm, dpm_solver_multistep, dpm_solver_singlestep, euler, heun, k_dpm_2, lcm, noise_schedule,
+    pndm, tcd, unipc_multistep,
 };
 use crate::model_dir::ModelDir;
 use crate::{Error, Result};
 
 /// A `scheduler_config.json` of one of these classes, checked.
 #[derive(Clone, Debug, PartialEq)]
-pub struct DiffusionConfig(Kind);
+pub struct DiffusionConfig {
+    kind: Kind,
+    train_timesteps: usize,
+}
 
 #[derive(Clone, Debug, PartialEq)]
 enum Kind {
@@ -63,7 +66,7 @@ impl DiffusionConfig {
     /// As [`Self::of`].
     pub fn new(class: &str, config: &Value) -> Result<Self> {
         let fields = Fields(config);
-        Ok(Self(match class {
+        let kind = match class {
             "DDIMScheduler" => Kind::Ddim(ddim::Config::read(fields)?),
             "DDPMScheduler" => Kind::Ddpm(ddpm::Config::read(fields)?),
             "DPMSolverMultistepScheduler" => Kind::DpmSolverMultistep(dpm_solver_multistep::Config::read(fields)?),
@@ -78,12 +81,13 @@ impl DiffusionConfig {
             "TCDScheduler" => Kind::Tcd(tcd::Config::read(fields)?),
             "UniPCMultistepScheduler" => Kind::UniPcMultistep(unipc_multistep::Config::read(fields)?),
             other => return Err(Error::Unsupported { field: "scheduler (model_index.json)".into(), value: other.into() }),
-        }))
+        };
+        Ok(Self { kind, train_timesteps: noise_schedule::train_timesteps(fields)? })
     }
 
     /// The reference's class.
     pub fn class(&self) -> &'static str {
-        match &self.0 {
+        match &self.kind {
             Kind::Ddim(_) => "DDIMScheduler",
             Kind::Ddpm(_) => "DDPMScheduler",
             Kind::DpmSolverMultistep(_) => "DPMSolverMultistepScheduler",
@@ -107,26 +111,32 @@ impl DiffusionConfig {
 
     /// Evaluations of a step, as `scheduler.order`.
     pub fn order(&self) -> usize {
-        match self.0 {
+        match self.kind {
             Kind::Heun(_) => 2,
             Kind::KDpm2(_) | Kind::KDpm2Ancestral(_) => k_dpm_2::ORDER,
             _ => 1,
         }
     }
 
+    /// The timestep that belongs to a part of the denoising: `int(round(n - part * n))` of n timesteps, halves to even numbers.
+    pub fn cutoff(&self, part: f64) -> f64 {
+        let n = self.train_timesteps as f64;
+        (n - part * n).round_ties_even()
+    }
+
     /// Whether a step takes `eta`.
     pub fn takes_eta(&self) -> bool {
-        matches!(self.0, Kind::Ddim(_) | Kind::Tcd(_))
+        matches!(self.kind, Kind::Ddim(_) | Kind::Tcd(_))
     }
 
     /// Whether a step is given the variance that the network learned beside its prediction.
     pub fn takes_variance(&self) -> bool {
-        matches!(&self.0, Kind::Ddpm(config) if config.learns_variance())
+        matches!(&self.kind, Kind::Ddpm(config) if config.learns_variance())
     }
 
     /// Timesteps that [`Self::add_noise`] takes; none where it is not there.
     pub fn noise_levels(&self) -> Option<usize> {
-        match &self.0 {
+        match &self.kind {
             Kind::Ddpm(config) => Some(config.schedule().train_timesteps()),
             _ => None,
         }
@@ -137,7 +147,7 @@ impl DiffusionConfig {
     /// # Errors
     /// [`Error::Unsupported`] for another class.
     pub fn add_noise(&self, sample: &Tensor, noise: &Tensor, timestep: usize) -> Result<Tensor> {
-        match &self.0 {
+        match &self.kind {
             Kind::Ddpm(config) => ddim::add_noise(config.schedule(), timestep as f64, sample, noise),
             _ => Err(Error::Unsupported { field: "image_noising_scheduler".into(), value: self.class().into() }),
         }
@@ -145,7 +155,7 @@ impl DiffusionConfig {
 
     /// Whether steps may draw noise for this `eta`.
     pub fn draws(&self, eta: f64) -> bool {
-        match &self.0 {
+        match &self.kind {
             Kind::Ddim(_) | Kind::Tcd(_) => eta > 0.0,
             Kind::Ddpm(_) | Kind::EulerAncestral(_) | Kind::KDpm2Ancestral(_) | Kind::Lcm(_) => true,
             Kind::DpmSolverMultistep(config) => config.draws(),
@@ -159,7 +169,7 @@ impl DiffusionConfig {
     /// # Errors
     /// [`Error::Invalid`] when there are no such steps, or none is left; or when steps need noise and there is no source of it.
     pub fn start(&self, run: &Run, noise: Option<Box<dyn StepNoise>>) -> Result<Box<dyn Scheduler>> {
-        Ok(match &self.0 {
+        Ok(match &self.kind {
             Kind::Ddim(config) => Box::new(config.start(run, noise)?),
             Kind::Ddpm(config) => Box::new(config.start(run, noise)?),
             Kind::DpmSolverMultistep(config) => Box::new(config.start(run, noise)?),

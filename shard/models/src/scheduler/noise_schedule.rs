@@ -86,9 +86,14 @@ pub(super) struct NoiseSchedule {
     steps_offset: usize,
 }
 
+/// Timesteps that a network was trained on.
+pub(super) fn train_timesteps(fields: Fields<'_>) -> Result<usize> {
+    fields.count("num_train_timesteps", 1000, [2, MAX_TRAIN_TIMESTEPS])
+}
+
 impl NoiseSchedule {
     pub(super) fn read(fields: Fields<'_>, defaults: Defaults) -> Result<Self> {
-        let n = fields.count("num_train_timesteps", 1000, [2, MAX_TRAIN_TIMESTEPS])?;
+        let n = train_timesteps(fields)?;
         let spacings = [("linspace", Spacing::Linspace), ("leading", Spacing::Leading), ("trailing", Spacing::Trailing)];
         let mut alphas_cumprod = cumprod(&betas(fields, defaults, n)?);
         if defaults.zero_snr != ZeroSnr::Never && fields.flag("rescale_betas_zero_snr", false)? {
