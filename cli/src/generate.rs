@@ -65,9 +65,9 @@ pub(crate) struct JobArgs {
     /// Guidance, distilled or classifier-free, for models that have it.
     #[arg(long)]
     guidance: Option<f64>,
-    /// Start from this picture.
-    #[arg(long)]
-    image: Option<PathBuf>,
+    /// Start from this picture, or edit it. May be repeated for models that look at several, which the prompt calls "Picture 1", "Picture 2" and so on.
+    #[arg(long = "image")]
+    images: Vec<PathBuf>,
     /// Repaint only where this picture is white.
     #[arg(long)]
     mask: Option<PathBuf>,
@@ -337,8 +337,11 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
     if args.cuda_noise {
         spec.set_noise_generator(NoiseGenerator::TorchCuda);
     }
-    if let Some(image) = &args.image {
-        spec.image_blob_id = client.upload(image).await?;
+    if let Some((first, more)) = args.images.split_first() {
+        spec.image_blob_id = client.upload(first).await?;
+        for image in more {
+            spec.more_image_blob_ids.push(client.upload(image).await?);
+        }
     }
     if let Some(mask) = &args.mask {
         spec.mask_image_blob_id = client.upload(mask).await?;

@@ -187,7 +187,8 @@ impl JobApi {
     /// The fields that name a picture which is not there, or not the tenant's.
     async fn missing_blobs(&self, tenant: &Arc<str>, spec: &JobSpec) -> Result<Vec<String>> {
         let mut missing = Vec::new();
-        for (field, id) in request::blobs(spec) {
+        // A job that names more is refused for that.
+        for (field, id) in request::blobs(spec).take(request::MAX_BLOBS + 1) {
             if is_blob_id(id) && !(self.blobs.holds(id).await? && self.has_blob(tenant, id).await?) {
                 missing.push(field);
             }

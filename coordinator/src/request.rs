@@ -11,7 +11,7 @@ use crate::error::{Error, Result, Violation};
 
 mod controls;
 
-pub use controls::blobs;
+pub use controls::{MAX_BLOBS, blobs};
 
 /// Hex digits of a blob's id, which is a sha256.
 pub const BLOB_ID_CHARS: usize = 64;
@@ -25,6 +25,8 @@ const ALWAYS_TAKEN: [&str; 4] = ["controls", "embed_prompt", "guess_mode", "lora
 pub const MAX_LORAS: usize = 8;
 /// Adapters that are named to one who names another: a model may have hundreds, and an error must fit what carries it.
 const NAMED_ADAPTERS: usize = 5;
+/// Most pictures that a model looks at beside the first: each has as many tokens as the picture that is drawn.
+pub const MAX_MORE_IMAGES: usize = 3;
 /// Most blocks that skip-layer guidance leaves out: the largest network has 57.
 pub const MAX_SKIPPED_LAYERS: usize = 64;
 /// Largest scale of an adapter, and smallest with a minus: beyond it nothing is left of the picture.
@@ -160,7 +162,7 @@ fn pairs(spec: &JobSpec) -> [(&'static str, Option<[u32; 2]>); 6] {
 }
 
 /// Whether each field that is not a number is set.
-fn others(spec: &JobSpec) -> [(&'static str, bool); 13] {
+fn others(spec: &JobSpec) -> [(&'static str, bool); 14] {
     [
         ("prompt_2", spec.prompt_2.is_some()),
         ("prompt_3", spec.prompt_3.is_some()),
@@ -169,6 +171,7 @@ fn others(spec: &JobSpec) -> [(&'static str, bool); 13] {
         ("negative_prompt_3", spec.negative_prompt_3.is_some()),
         ("image_blob_id", !spec.image_blob_id.is_empty()),
         ("mask_image_blob_id", !spec.mask_image_blob_id.is_empty()),
+        ("more_image_blob_ids", !spec.more_image_blob_ids.is_empty()),
         ("noise_generator", spec.noise_generator != NoiseGenerator::Unspecified as i32),
         ("skip_guidance_layers", !spec.skip_guidance_layers.is_empty()),
         ("loras", !spec.loras.is_empty()),
@@ -314,6 +317,19 @@ impl Check<'_> {
         }
         if spec.image_blob_id.is_empty() && !spec.mask_image_blob_id.is_empty() {
             self.refuse("mask_image_blob_id", "needs image_blob_id");
+        }
+        self.more_images(spec);
+    }
+
+    /// What can be said of further pictures without the model.
+    fn more_images(&mut self, spec: &JobSpec) {
+        let more = &spec.more_image_blob_ids;
+        if more.len() > MAX_MORE_IMAGES {
+            self.refuse("more_image_blob_ids", format!("must be at most {MAX_MORE_IMAGES}"));
+        } else if spec.image_blob_id.is_empty() && !more.is_empty() {
+            self.refuse("more_image_blob_ids", "needs image_blob_id");
+        } else if let Some(k) = more.iter().position(String::is_empty) {
+            self.refuse(&format!("more_image_blob_ids[{k}]"), "must be named");
         }
     }
 
@@ -466,6 +482,29 @@ mod tests {
 
     fn number(name: &str, minimum: f64, maximum: f64, multiple_of: f64, default: f64) -> Parameter {
         Parameter { name: name.into(), minimum, maximum, multiple_of, default_value: Some(default), ..Parameter::default() }
+    }
+
+    #[test]
+    fn further_pictures_are_uploaded_blobs_behind_a_first_one() {
+        let mut card = card();
+        let blob = |c: &str| c.repeat(64);
+        let fields = |card: &ModelCard, image: &str, more: &[String], missing: &[String]| {
+            let spec = JobSpec { image_blob_id: image.into(), more_image_blob_ids: more.to_vec(), ..spec() };
+            match Request::parse(spec, card, Context { seed: 1, max_pixels: u64::MAX, missing_blobs: missing }) {
+                Ok(_) => vec![],
+                Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|violation| violation.field).collect(),
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(fields(&card, &blob("a"), &[blob("b")], &[]), ["spec.more_image_blob_ids"], "the model takes one");
+        card.parameters.push(Parameter { name: "more_image_blob_ids".into(), ..Parameter::default() });
+        assert!(fields(&card, &blob("a"), &[blob("b"), blob("c")], &[]).is_empty());
+        assert_eq!(fields(&card, "", &[blob("b")], &[]), ["spec.more_image_blob_ids"]);
+        assert_eq!(fields(&card, &blob("a"), &vec![blob("b"); 4], &[]), ["spec.more_image_blob_ids"]);
+        assert_eq!(fields(&card, &blob("a"), &[blob("b"), "../b".into()], &[]), ["spec.more_image_blob_ids[1]"]);
+        assert_eq!(fields(&card, &blob("a"), &[String::new()], &[]), ["spec.more_image_blob_ids[0]"]);
+        let missing = ["more_image_blob_ids[0]".to_owned()];
+        assert_eq!(fields(&card, &blob("a"), &[blob("b")], &missing), ["spec.more_image_blob_ids[0]"]);
     }
 
     fn card() -> ModelCard {

@@ -10,7 +10,7 @@ use models::qwen_image_transformer::QwenImageTransformerConfig;
 use models::registry;
 use models::stage::{Inputs, StageEvent};
 use models::{Error, Request};
-use parallel::Tensors;
+use parallel::{DType, Device, Tensor, Tensors};
 use tempfile::TempDir;
 use tests::stages::{drain, sha256, with_leader};
 use tests::synthetic;
@@ -147,6 +147,42 @@ fn a_parked_editing_job_goes_on_elsewhere_with_the_same_bits() {
     assert_eq!(steps, expected[step..]);
 }
 
+#[test]
+fn a_job_of_several_pictures_has_the_same_bits_on_every_layout() {
+    let dir = golden("qwen_edit_plus");
+    let mut one = request(JOB);
+    one.prompt = "Picture 2 in the place of Picture 1".into();
+    let mut inputs = Inputs::default();
+    inputs.pictures.image = Some(std::fs::read(dir.join("../image.png")).unwrap());
+    inputs.pictures.more = vec![std::fs::read(dir.join("../image_2.png")).unwrap()];
+    let embeds = |layout, inputs: &Inputs| {
+        let jobs = vec![(JOB, one.clone(), inputs.clone())];
+        let (texts, _) = with_leader(&dir, "text_encoder", layout, 1, |stage| drain(stage, jobs, JOB));
+        sha256(texts[0].tensors().get("prompt_embeds").unwrap())
+    };
+    let expected = embeds(Layout::SOLO, &inputs);
+    for layout in [Layout::new(2, 1), Layout::new(1, 2), Layout::new(2, 2)] {
+        assert_eq!(embeds(layout, &inputs), expected, "{layout}");
+    }
+    let mut swapped = inputs;
+    let second = swapped.pictures.more.pop();
+    swapped.pictures.more.extend(std::mem::replace(&mut swapped.pictures.image, second));
+    assert_ne!(embeds(Layout::SOLO, &swapped), expected, "their order counts");
+
+    let mut given = editing();
+    let second = Tensor::ones((1, 4, 4, 8), DType::F32, &Device::Cpu).unwrap();
+    given.image_latents.as_mut().unwrap().insert("image.1.mean", second);
+    let steps = |layout| {
+        let jobs = vec![(JOB, request(JOB), given.clone()), (NEIGHBOUR, request(NEIGHBOUR), editing())];
+        with_leader(&dir, "transformer", layout, 1, |stage| drain(stage, jobs, JOB)).1
+    };
+    let expected = steps(Layout::SOLO);
+    assert_eq!(expected.len(), STEPS);
+    for layout in [Layout::new(2, 1), Layout::new(1, 3), Layout::new(2, 3), Layout::new(1, 2).with_cfg_parallel(2)] {
+        assert_eq!(steps(layout), expected, "{layout}");
+    }
+}
+
 /// The error that a component's stage ends a job with.
 fn failure(pipeline: &str, component: &str, request: Request, inputs: Inputs) -> Error {
     with_leader(&golden(pipeline), component, Layout::SOLO, 1, |stage| {
@@ -177,14 +213,21 @@ fn what_is_wrong_with_an_editing_job_is_said_by_field() {
     let error = failure("qwen_edit", "text_encoder", negative, inputs.clone());
     assert!(matches!(error, Error::Invalid { field: "negative_prompt", .. }), "{error}");
     let long = Request { prompt: "a word or two ".repeat(1000), ..request(JOB) };
-    let error = failure("qwen_edit", "text_encoder", long, inputs);
+    let error = failure("qwen_edit", "text_encoder", long, inputs.clone());
     assert!(matches!(error, Error::Invalid { field: "prompt", .. }), "{error}");
+    inputs.pictures.more = vec![b"none".to_vec()];
+    let error = failure("qwen_edit", "text_encoder", request(JOB), inputs.clone());
+    assert!(matches!(error, Error::Invalid { field: "image", .. }), "{error}");
+    for component in ["text_encoder", "vae"] {
+        let error = failure("qwen_edit_plus", component, request(JOB), inputs.clone());
+        assert!(matches!(error, Error::Invalid { field: "more_images", .. }), "{component}: {error}");
+    }
 }
 
 #[test]
 fn the_cards_say_what_each_pipeline_takes() {
     let card = |pipeline: &str| registry::describe(&ModelDir::open(&golden(pipeline)).unwrap()).unwrap();
-    let (draws, edits) = (card("qwen_txt2img"), card("qwen_edit"));
+    let (draws, edits, edits_several) = (card("qwen_txt2img"), card("qwen_edit"), card("qwen_edit_plus"));
     let parameter = |card: &models::card::Card, name: &str| card.parameters.iter().find(|p| p.name == name).cloned();
     assert!(!parameter(&draws, "image_blob_id").unwrap().required && parameter(&edits, "image_blob_id").unwrap().required);
     assert_eq!(parameter(&draws, "width").unwrap().default, Some(512.0), "128 latents of 4 pixels");
@@ -193,5 +236,7 @@ fn the_cards_say_what_each_pipeline_takes() {
         assert!(parameter(&draws, name).is_some() && parameter(&edits, name).is_none(), "{name}");
     }
     let reads_pictures = |card: &models::card::Card| card.stages.iter().any(|s| s.component == "text_encoder" && s.with_pictures);
-    assert!(!reads_pictures(&draws) && reads_pictures(&edits));
+    assert!(!reads_pictures(&draws) && reads_pictures(&edits) && reads_pictures(&edits_several));
+    let several = |card: &models::card::Card| parameter(card, "more_image_blob_ids").is_some();
+    assert!(!several(&draws) && !several(&edits) && several(&edits_several));
 }

@@ -129,6 +129,10 @@ impl Task {
             let image = self.picture(&spec.image_blob_id).await?;
             let mask_image = self.picture(&spec.mask_image_blob_id).await?;
             inputs.pictures = Pictures { image, mask_image, ..Pictures::default() };
+            for more in &spec.more_image_blob_ids {
+                let missing = || invalid("more_image_blob_ids: one is empty".into());
+                inputs.pictures.more.push(self.picture(more).await?.ok_or_else(missing)?);
+            }
         }
         for control in controls {
             let missing = || invalid("controls: one names no picture".into());

@@ -2,7 +2,7 @@
 
 use proto::v1::{Control, ControlNetwork, JobSpec, ModelCard};
 
-use super::{Check, is_blob_id};
+use super::{Check, MAX_MORE_IMAGES, is_blob_id};
 
 /// Most controls of one job: each has a picture of the job's size in every forward.
 const MAX_CONTROLS: usize = 4;
@@ -11,12 +11,17 @@ const MAX_CONTROL_SCALE: f64 = 10.0;
 /// Networks that are named to one who names another.
 const NAMED: usize = 5;
 
+/// Most blobs that a job may begin with.
+pub const MAX_BLOBS: usize = 2 + MAX_MORE_IMAGES + MAX_CONTROLS;
+
 /// Every blob that a job begins with, by the field that names it; those that it has none of are empty.
 pub fn blobs(spec: &JobSpec) -> impl Iterator<Item = (String, &str)> {
     let own = [("image_blob_id", &spec.image_blob_id), ("mask_image_blob_id", &spec.mask_image_blob_id)];
+    let more = spec.more_image_blob_ids.iter().enumerate();
+    let more = more.map(|(k, id)| (format!("more_image_blob_ids[{k}]"), id.as_str()));
     let of_controls = spec.controls.iter().enumerate();
     let of_controls = of_controls.map(|(k, control)| (format!("controls[{k}].image_blob_id"), control.image_blob_id.as_str()));
-    own.into_iter().map(|(field, id)| (field.to_owned(), id.as_str())).chain(of_controls)
+    own.into_iter().map(|(field, id)| (field.to_owned(), id.as_str())).chain(more).chain(of_controls)
 }
 
 /// Takes what a job's controls leave open.

@@ -98,7 +98,7 @@ impl AutoencoderStage {
     }
 
     /// Of what the job has: `control.k.mean, control.k.logvar: [1, C, H, W]` of each control picture, and those of the picture that it starts from,
-    /// see [`Self::encode_image`].
+    /// see [`Self::encode_image`]; `image.k.mean, image.k.logvar` of the k-th picture behind that.
     fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
         let mut out = Tensors::new();
         for (k, control) in inputs.pictures.controls.iter().enumerate() {
@@ -107,7 +107,13 @@ impl AutoencoderStage {
             self.moments(&format!("{ENCODED}.{k}"), &image, &mut out)?;
         }
         match &inputs.pictures.image {
-            Some(image) => self.encode_image(request, image, inputs.pictures.mask_image.as_deref(), &mut out)?,
+            Some(image) => {
+                self.encode_image(request, image, inputs.pictures.mask_image.as_deref(), &mut out)?;
+                for (k, more) in (1..).zip(&inputs.pictures.more) {
+                    let picture = self.picture(request, more).map_err(of_more)?;
+                    self.moments(&image_name(k), &picture, &mut out)?;
+                }
+            }
             None if out.is_empty() => return Err(Error::Invalid { field: "image", reason: "there is none".into() }),
             None => {}
         }
@@ -126,11 +132,10 @@ impl AutoencoderStage {
     /// `image.mean, image.logvar: [1, C, H, W]`; when there is a mask `mask: [1, 1, height, width]` and, if asked for, the
     /// moments of `masked_image`.
     fn encode_image(&self, request: &Request, image: &[u8], mask: Option<&[u8]>, out: &mut Tensors) -> Result<()> {
-        let picture = image_io::decode_picture(image, &self.limits)?;
-        let (width, height) = (self.size)(request, &picture, self.vae.scale_factor())?;
-        let image = image_io::preprocess(&picture, width, height)?;
-        self.moments("image", &image, out)?;
+        let image = self.picture(request, image)?;
+        self.moments(&image_name(0), &image, out)?;
         if let Some(mask) = mask {
+            let (_, _, height, width) = image.dims4()?;
             let mask = image_io::decode_picture(mask, &self.limits).map_err(of_mask)?;
             let mask = image_io::preprocess_mask(&mask, width, height)?;
             if self.masked_picture {
@@ -139,6 +144,13 @@ impl AutoencoderStage {
             out.insert("mask", mask);
         }
         Ok(())
+    }
+
+    /// A picture at the size that it is encoded at, `[1, 3, H, W]`.
+    fn picture(&self, request: &Request, image: &[u8]) -> Result<Tensor> {
+        let picture = image_io::decode_picture(image, &self.limits)?;
+        let (width, height) = (self.size)(request, &picture, self.vae.scale_factor())?;
+        image_io::preprocess(&picture, width, height)
     }
 
     fn tiling(&self, width: usize, height: usize) -> Tiling {
@@ -152,6 +164,19 @@ impl AutoencoderStage {
         let image = self.vae.decode(latents, self.tiling(width * factor, height * factor))?;
         let image = image_io::denormalize(&image)?;
         Ok(Payload::Image(Tensors::new().with("image", image)))
+    }
+}
+
+/// What the moments of a job's k-th picture are called: `image`, and then by number.
+pub(crate) fn image_name(k: usize) -> String {
+    if k == 0 { "image".into() } else { format!("image.{k}") }
+}
+
+/// What is wrong with a picture behind the first is wrong with that field.
+pub(crate) fn of_more(error: Error) -> Error {
+    match error {
+        Error::Invalid { reason, .. } => Error::Invalid { field: "more_images", reason },
+        other => other,
     }
 }
 

@@ -1,11 +1,11 @@
-//! Qwen-Image and Qwen-Image-Edit: how the family's components become stages.
+//! Qwen-Image, Qwen-Image-Edit and Qwen-Image-Edit-Plus (2509, 2511): how the family's components become stages.
 //!
 //! Follows diffusers 0.42.1 `pipelines/qwenimage/`: `pipeline_qwenimage.py`, `pipeline_qwenimage_img2img.py`,
-//! `pipeline_qwenimage_inpaint.py` and `pipeline_qwenimage_edit.py`, by one denoiser. Guidance is by two passes, with a negative
+//! `pipeline_qwenimage_inpaint.py`, `pipeline_qwenimage_edit.py` and `pipeline_qwenimage_edit_plus.py`, by one denoiser. Guidance is by two passes, with a negative
 //! prompt only, and keeps the length of every token. The order of random draws is the reference's: latents of the input picture
 //! first, then the noise; editing takes the mode of the picture's latents and draws the noise alone.
 //!
-//! An editing job that names no `width` or `height` gets that side of the picture brought to about one megapixel, as in the
+//! An editing job that names no `width` or `height` gets that side of the (last) picture brought to about one megapixel, as in the
 //! reference; `max_sequence_length`, which the reference ignores there, it may not set.
 
 use parallel::Weights;
@@ -30,12 +30,14 @@ mod edit;
 mod prompt;
 
 pub use denoiser::QwenImageDenoiser;
-pub use edit::WORKING_AREA;
+pub use edit::Editing;
+#[cfg(test)]
+pub(crate) use edit::WORKING_AREA;
 pub use prompt::PromptStage;
 
 /// The reference's classes that this file serves.
 pub const CLASSES: &[&str] =
-    &["QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageEditPipeline"];
+    &["QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", edit::ONE, edit::SEVERAL];
 
 const GUIDANCE: Guidance = Guidance::TrueCfg;
 /// Tokens of a prompt that are ever read; the reference's own limit.
@@ -45,11 +47,6 @@ const SAMPLE_SIZE: usize = 128;
 /// Parts that the family is made of, the tokenizer or processor beside them.
 const COMPONENTS: [&str; 3] = ["text_encoder", "transformer", "vae"];
 
-/// Whether the model edits a picture by looking at it.
-fn edits(dir: &ModelDir) -> bool {
-    dir.pipeline_class() == "QwenImageEditPipeline"
-}
-
 /// The card of a Qwen-Image directory.
 pub fn describe(dir: &ModelDir) -> Result<Card> {
     let transformer: QwenImageTransformerConfig = dir.config("transformer")?;
@@ -57,10 +54,11 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let vae: AutoencoderKlQwenImageConfig = dir.config("vae")?;
     let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
     QwenImageDenoiser::load(dir)?;
+    let editing = Editing::of(dir);
     let stages = StageCard::of_text_encoders(&["text_encoder"], "transformer");
     let mut stages = StageCard::with_controls(stages, StageKind::EncodeImage);
     for stage in stages.iter_mut().filter(|stage| stage.component == "text_encoder") {
-        stage.with_pictures = edits(dir);
+        stage.with_pictures = editing.is_some();
     }
     let card = Card {
         family: "qwen-image".into(),
@@ -74,7 +72,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             ComponentCard::of(dir, "vae", 1, 1)?,
         ],
         stages,
-        parameters: parameters(&vae, &scheduler, edits(dir)),
+        parameters: parameters(&vae, &scheduler, editing),
         max_pixels: flow::MAX_PIXELS,
         without_prompt: false,
     };
@@ -82,7 +80,12 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
 }
 
 /// What a job may set. Defaults are the pipelines'.
-fn parameters(vae: &AutoencoderKlQwenImageConfig, scheduler: &FlowMatchEulerDiscreteConfig, edits: bool) -> Vec<ParameterCard> {
+fn parameters(
+    vae: &AutoencoderKlQwenImageConfig,
+    scheduler: &FlowMatchEulerDiscreteConfig,
+    editing: Option<Editing>,
+) -> Vec<ParameterCard> {
+    let edits = editing.is_some();
     let mut parameters = flow::parameters(&Defaults {
         multiple: 2 * vae.scale_factor(),
         max_side: flow::MAX_SIDE,
@@ -97,6 +100,9 @@ fn parameters(vae: &AutoencoderKlQwenImageConfig, scheduler: &FlowMatchEulerDisc
     if edits {
         parameters.retain(|p| !["strength", "mask_image_blob_id", "max_sequence_length"].contains(&p.name.as_str()));
     }
+    if editing.is_some_and(|editing| editing.several) {
+        parameters.push(ParameterCard::field("more_image_blob_ids"));
+    }
     for parameter in &mut parameters {
         match parameter.name.as_str() {
             "width" | "height" if edits => *parameter = parameter.clone().optional(),
@@ -110,18 +116,19 @@ fn parameters(vae: &AutoencoderKlQwenImageConfig, scheduler: &FlowMatchEulerDisc
 
 /// Loads one rank of one component.
 pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
-    load_with(spec, weights, WORKING_AREA)
+    let editing = Editing::of(spec.dir);
+    load_with(spec, weights, editing)
 }
 
-/// As [`load`], looking at pictures of about `working_area` pixels.
-pub fn load_with(spec: LoadSpec<'_>, weights: &Weights, working_area: usize) -> Result<Rank> {
+/// As [`load`], looking at pictures as `editing` says.
+pub fn load_with(spec: LoadSpec<'_>, weights: &Weights, editing: Option<Editing>) -> Result<Rank> {
     let LoadSpec { dir, component, group, limits, .. } = spec;
     let range = group.range;
     let model: Box<dyn BlockModel> = match component {
         "text_encoder" => {
             let config: Qwen25VlConfig = dir.config(component)?;
             // Who sees no pictures needs no eyes.
-            let load = if edits(dir) { Qwen25VlModel::load } else { Qwen25VlModel::load_text };
+            let load = if editing.is_some() { Qwen25VlModel::load } else { Qwen25VlModel::load_text };
             Box::new(load(weights, &config, range)?)
         }
         "transformer" => {
@@ -130,15 +137,16 @@ pub fn load_with(spec: LoadSpec<'_>, weights: &Weights, working_area: usize) -> 
         "vae" => {
             let vae = AutoencoderKlQwenImage::load(weights, &dir.config::<AutoencoderKlQwenImageConfig>(component)?)?;
             let stage = AutoencoderStage::new(vae, PictureLimits::default());
-            let stage =
-                if edits(dir) { stage.sized_by(move |_, picture, _| edit::working_size(picture, working_area)) } else { stage };
-            return Ok(Rank::Leader(Box::new(stage)));
+            return Ok(Rank::Leader(Box::new(match editing {
+                Some(Editing { encoded, .. }) => stage.sized_by(move |_, picture, _| edit::working_size(picture, encoded)),
+                None => stage,
+            })));
         }
         other => return Err(Error::ModelDir { path: dir.root().into(), reason: format!("`{other}` is none of {COMPONENTS:?}") }),
     };
     Rank::of(model, group, |runner| {
         Ok(match component {
-            "text_encoder" => Box::new(PromptStage::load(dir, runner, limits.prompt_cache_bytes, working_area)?),
+            "text_encoder" => Box::new(PromptStage::load(dir, runner, limits.prompt_cache_bytes, editing)?),
             _ => {
                 let denoiser = QwenImageDenoiser::load(dir)?.with_controls(runner.controls());
                 Box::new(Engine::new(Box::new(denoiser), runner, limits))

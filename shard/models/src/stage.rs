@@ -111,6 +111,8 @@ pub struct Inputs {
 pub struct Pictures {
     /// Where to start from.
     pub image: Option<Vec<u8>>,
+    /// Further ones that are looked at, behind that.
+    pub more: Vec<Vec<u8>>,
     /// Where to repaint.
     pub mask_image: Option<Vec<u8>>,
     /// One for each of the job's controls, in their order.

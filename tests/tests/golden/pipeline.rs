@@ -222,8 +222,11 @@ pub(crate) fn pictures(case: &Case) -> Result<Option<Pictures>, String> {
     if !controls.is_empty() {
         return Ok(Some(Pictures { controls, ..Pictures::default() }));
     }
-    let (image, mask_image) = (read("image")?, read("mask_image")?);
-    Ok(image.is_some().then_some(Pictures { image, mask_image, controls }))
+    let several = case.param("image").as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut several = several.map(|file| std::fs::read(case.dir.join(file)).map_err(text));
+    let image = several.next().transpose()?.or(read("image")?);
+    let more = several.collect::<Result<_, _>>()?;
+    Ok(image.is_some().then_some(Pictures { image, more, mask_image: read("mask_image")?, controls }))
 }
 
 /// The pictures' latents, if the jobs start from some.

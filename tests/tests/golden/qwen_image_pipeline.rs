@@ -6,7 +6,7 @@ use models::autoencoder_kl_qwen::AutoencoderKlQwenImageConfig;
 use models::blocks::RankGroup;
 use models::denoise::Denoiser;
 use models::model_dir::ModelDir;
-use models::qwen_image::{self, QwenImageDenoiser};
+use models::qwen_image::{self, Editing, QwenImageDenoiser};
 use models::registry::{Limits, LoadSpec, Rank};
 use models::request::Guidance;
 use models::stage::{Inputs, Stage};
@@ -87,21 +87,30 @@ fn encode_pictures(case: &mut Case, dir: &ModelDir, jobs: &[Request], inputs: &m
         return Ok(());
     }
     let outputs = each_alone(&mut *stage(case, dir, "vae")?, jobs, inputs)?;
-    let picture = if controlled::is_controlled(case) { "control.0" } else { "image" };
-    for name in ["mean", "logvar"] {
-        let got = outputs[0].tensors().get(&format!("{picture}.{name}")).map_err(text)?.unsqueeze(2).map_err(text)?;
-        case.check(&format!("vae_encode.call0.{name}"), &got)?;
+    for call in (0..).take_while(|call| case.has(&format!("vae_encode.call{call}.mean"))).collect::<Vec<_>>() {
+        let picture = match call {
+            _ if controlled::is_controlled(case) => format!("control.{call}"),
+            0 => "image".into(),
+            more => format!("image.{more}"),
+        };
+        for name in ["mean", "logvar"] {
+            let got = outputs[0].tensors().get(&format!("{picture}.{name}")).map_err(text)?.unsqueeze(2).map_err(text)?;
+            case.check(&format!("vae_encode.call{call}.{name}"), &got)?;
+        }
     }
     add(inputs, outputs)
 }
 
 /// A component's stage on a group of one, looking at pictures of the case's own working area.
 fn stage(case: &Case, dir: &ModelDir, component: &str) -> Result<Box<dyn Stage>, String> {
-    let Some(working_area) = case.param("working_area_pixels").as_u64() else { return load(case, dir, component) };
+    let area = |name: &str| case.param(name).as_u64().map(|area| area as usize);
+    let Some(encoded) = area("working_area_pixels") else { return load(case, dir, component) };
+    let seen = area("condition_area_pixels").unwrap_or(encoded);
+    let editing = Editing::of(dir).map(|editing| Editing { seen, encoded, ..editing });
     let path = dir.require(component).map_err(text)?.path;
     let weights = Weights::open(&path, std::sync::Arc::new(Solo), DType::F32, &Device::Cpu).map_err(text)?;
     let spec = LoadSpec { dir, component, group: RankGroup::solo(), device: Device::Cpu, limits: Limits::default() };
-    match qwen_image::load_with(spec, &weights, working_area as usize).map_err(text)? {
+    match qwen_image::load_with(spec, &weights, editing).map_err(text)? {
         Rank::Leader(stage) => Ok(stage),
         Rank::Follower(_) => Err("a group of one has a leader only".into()),
     }

@@ -2,8 +2,9 @@
 
 use parallel::{Device, Tensor, Tensors};
 
-use super::GUIDANCE;
+use super::{Editing, GUIDANCE};
 use crate::autoencoder_kl_qwen::AutoencoderKlQwenImageConfig;
+use crate::autoencoder_stage::image_name;
 use crate::control::ControlFacts;
 use crate::control::conditions::{self, Conditions, Pass};
 use crate::denoise::{DenoiseState, Denoiser};
@@ -21,13 +22,13 @@ const EMBEDS: [&str; 2] = ["prompt_embeds", "negative_prompt_embeds"];
 /// Controls act on both passes alike.
 const PASS: Pass = Pass { index: 0, unconditional: false };
 
-/// Text to image, image to image, inpainting, and editing by looking at a picture.
+/// Text to image, image to image, inpainting, and editing by looking at pictures.
 ///
 /// Texts are never padded: passes whose texts differ in length, of two jobs or of one job's two branches, do not share a
 /// forward. The reference pads them and hides the padding, to the same end.
 #[derive(Debug)]
 pub struct QwenImageDenoiser {
-    edits: bool,
+    editing: Option<Editing>,
     scheduler: FlowMatchEulerDiscreteConfig,
     vae: AutoencoderKlQwenImageConfig,
     controls: Conditions,
@@ -47,8 +48,8 @@ impl QwenImageDenoiser {
                 return Err(Error::Unsupported { field: field.into(), value });
             }
         }
-        let (edits, scheduler) = (super::edits(dir), FlowMatchEulerDiscreteConfig::of(dir)?);
-        Ok(Self { edits, scheduler, vae, controls: Conditions::default() })
+        let (editing, scheduler) = (Editing::of(dir), FlowMatchEulerDiscreteConfig::of(dir)?);
+        Ok(Self { editing, scheduler, vae, controls: Conditions::default() })
     }
 
     /// The same, for jobs that may name these control networks.
@@ -74,18 +75,20 @@ impl QwenImageDenoiser {
         flow::begin(FlowMatchEulerDiscrete::new(&config, &schedule)?, request)
     }
 
-    /// Latents of the picture that is edited, `[1, C, H, W]`: the mode of their distribution. It is taken from `inputs`, so that
+    /// Latents of the pictures that are edited, `[1, C, H, W]` each: the mode of their distribution. They are taken from `inputs`, so that
     /// the job starts from noise.
-    fn reference(&self, inputs: &mut Inputs) -> Result<Option<Tensor>> {
-        if !self.edits {
-            return Ok(None);
+    fn references(&self, inputs: &mut Inputs) -> Result<Vec<Tensor>> {
+        if self.editing.is_none() {
+            return Ok(Vec::new());
         }
         let missing = || Error::Invalid { field: "image", reason: "there is none, and this model edits one".into() };
-        let picture = inputs.image_latents.take().ok_or_else(missing)?;
-        self.vae.scale(picture.get("image.mean")?).map(Some)
+        let pictures = inputs.image_latents.take().ok_or_else(missing)?;
+        let means = (0..).map_while(|k| pictures.find(&format!("{}.mean", image_name(k))));
+        let references = means.map(|mean| self.vae.scale(mean)).collect::<Result<Vec<_>>>()?;
+        if references.is_empty() { Err(missing()) } else { Ok(references) }
     }
 
-    /// Rows and columns of the drawn picture in tokens. A side that the job does not name is the reference picture's.
+    /// Rows and columns of the drawn picture in tokens. A side that the job does not name is the last reference picture's.
     fn grid(&self, request: &Request, reference: Option<&Tensor>) -> Result<[usize; 2]> {
         let token = 2 * self.vae.scale_factor(); // pixels
         let own = reference.map(grid_of).transpose()?.unwrap_or_default();
@@ -112,8 +115,8 @@ impl QwenImageDenoiser {
 
 impl Denoiser for QwenImageDenoiser {
     fn start(&self, request: Request, mut inputs: Inputs) -> Result<DenoiseState> {
-        let reference = self.reference(&mut inputs)?;
-        let [height, width] = self.grid(&request, reference.as_ref())?;
+        let references = self.references(&mut inputs)?;
+        let [height, width] = self.grid(&request, references.last())?;
         let scheduler = self.scheduler(&request, height * width)?;
         let mut tensors = std::mem::take(&mut inputs.conditioning);
         let space = Latents {
@@ -130,10 +133,14 @@ impl Denoiser for QwenImageDenoiser {
         })?;
         let latents = space.start_with(&request, &mut inputs, &scheduler, &mut tensors, &mut generator)?;
         let mut shapes = vec![vec![1, height as u32, width as u32]];
-        if let Some(reference) = reference {
-            let [height, width] = grid_of(&reference)?;
+        let mut packed = Vec::with_capacity(references.len());
+        for reference in &references {
+            let [height, width] = grid_of(reference)?;
             shapes.push(vec![1, height as u32, width as u32]);
-            tensors.insert("reference_latents", pack_latents(&reference)?); // [1, L_reference, 4 C]
+            packed.push(pack_latents(reference)?);
+        }
+        if !packed.is_empty() {
+            tensors.insert("reference_latents", Tensor::cat(&packed, 1)?); // [1, L_references, 4 C]
         }
         tensors.insert("img_shapes", Tensor::new(shapes, &Device::Cpu)?);
         Ok(DenoiseState { request, latents, step: 0, scheduler: Box::new(scheduler), tensors, last: None })
@@ -143,7 +150,7 @@ impl Denoiser for QwenImageDenoiser {
         let pictures = state.pictures();
         let timestep = state.scheduler.timesteps()[state.step] as f32 / 1000.0;
         let hidden_states = match state.tensors.find("reference_latents") {
-            // The target first: [B, L_target + L_reference, 4 C]
+            // The target first: [B, L_target + L_references, 4 C]
             Some(reference) => Tensor::cat(&[&state.latents, &flow::per_picture(reference, pictures)?], 1)?,
             None => state.latents.clone(),
         };

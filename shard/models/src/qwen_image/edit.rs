@@ -1,10 +1,39 @@
-//! The size at which Qwen-Image-Edit looks at a picture.
+//! How Qwen-Image-Edit and Qwen-Image-Edit-Plus look at pictures.
 
 use crate::image_io::Picture;
+use crate::model_dir::ModelDir;
 use crate::{Error, Result};
 
-/// Pixels of a picture that is looked at, about: by the text encoder and by the autoencoder.
-pub const WORKING_AREA: usize = 1024 * 1024;
+/// The reference's class of models that edit one picture.
+pub(super) const ONE: &str = "QwenImageEditPipeline";
+/// Of those that may be given several.
+pub(super) const SEVERAL: &str = "QwenImageEditPlusPipeline";
+/// Pixels of a picture that is looked at, about: by the autoencoder, and by the text encoder of those that edit one.
+pub(crate) const WORKING_AREA: usize = 1024 * 1024;
+/// By the text encoder of those that may be given several.
+const CONDITION_AREA: usize = 384 * 384;
+
+/// How a model that edits looks at pictures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Editing {
+    /// It may be given several pictures, which its text names by number.
+    pub several: bool,
+    /// Pixels, about, of a picture that the text encoder reads.
+    pub seen: usize,
+    /// Pixels, about, of a picture that the autoencoder encodes.
+    pub encoded: usize,
+}
+
+impl Editing {
+    /// That of a model; none: it edits no pictures.
+    pub fn of(dir: &ModelDir) -> Option<Self> {
+        match dir.pipeline_class() {
+            ONE => Some(Self { several: false, seen: WORKING_AREA, encoded: WORKING_AREA }),
+            SEVERAL => Some(Self { several: true, seen: CONDITION_AREA, encoded: WORKING_AREA }),
+            _ => None,
+        }
+    }
+}
 /// Sides of such a picture are multiples of this.
 const MULTIPLE: f64 = 32.0;
 /// Longest side of such a picture: at one megapixel it is 16 times as long as the other.

@@ -1,10 +1,11 @@
-//! The family's EncodeText stage: the prompt within its template, and for editing the picture that it speaks of.
+//! The family's EncodeText stage: the prompt within its template, and for editing the pictures that it speaks of.
 
 use parallel::{Device, Tensor, Tensors};
 use sha2::{Digest, Sha256};
 
 use super::edit::working_size;
-use super::{GUIDANCE, MAX_PROMPT_TOKENS};
+use super::{Editing, GUIDANCE, MAX_PROMPT_TOKENS};
+use crate::autoencoder_stage::of_more;
 use crate::block_runner::BlockRunner;
 use crate::image_io::{self, PictureLimits};
 use crate::lora::Share;
@@ -16,7 +17,7 @@ use crate::text_stage::{Key, PromptCache};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Payload, Request, Result};
 
-/// Where a picture goes in a text: once in the template, then as often as the picture has tokens.
+/// Where a picture goes in a text: as often as the picture has tokens.
 const IMAGE_PAD: &str = "<|image_pad|>";
 /// Tokens of a text with a picture. Positions of both networks end at 4,096 or later.
 const MAX_TOKENS_WITH_PICTURE: usize = 4096;
@@ -42,7 +43,7 @@ const EDIT: Template = Template {
     before: "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, \
              background), then explain how the user's text instruction should alter or modify the image. Generate a new image \
              that meets the user's requirements while maintaining consistency with the original input where \
-             appropriate.<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>",
+             appropriate.<|im_end|>\n<|im_start|>user\n",
     after: "<|im_end|>\n<|im_start|>assistant\n",
     start_idx: 64,
 };
@@ -64,37 +65,37 @@ pub struct PromptStage {
 struct Eyes {
     processor: ImageProcessor,
     limits: PictureLimits,
-    /// Pixels a picture is brought to.
-    working_area: usize,
+    editing: Editing,
 }
 
-/// A picture as the network takes it.
+/// Pictures as the network takes them.
 struct Seen {
-    /// `pixel_values` and `image_grid_thw`.
+    /// `pixel_values: [patches of all, C T P P]` and `image_grid_thw: [pictures, 3]`.
     inputs: Tensors,
-    /// Tokens it has in a text.
-    tokens: usize,
-    /// Of its file.
+    /// What stands for them in a text: as many pads for each as it has tokens.
+    text: String,
+    /// Of their files.
     sha256: [u8; 32],
 }
 
 impl PromptStage {
     /// For the leader of the group that holds the encoder of `dir`. Keeps at most `cache_bytes` of embeddings; looks at
-    /// pictures of about `working_area` pixels if the model edits them.
-    pub fn load(dir: &ModelDir, runner: BlockRunner, cache_bytes: usize, working_area: usize) -> Result<Self> {
-        let (folder, eyes) = if super::edits(dir) {
-            let processor = ImageProcessor::load(&dir.root().join("processor"))?;
-            ("processor", Some(Eyes { processor, limits: PictureLimits::default(), working_area }))
-        } else {
-            ("tokenizer", None)
+    /// pictures as `editing` says.
+    pub fn load(dir: &ModelDir, runner: BlockRunner, cache_bytes: usize, editing: Option<Editing>) -> Result<Self> {
+        let (folder, eyes) = match editing {
+            Some(editing) => {
+                let processor = ImageProcessor::load(&dir.root().join("processor"))?;
+                ("processor", Some(Eyes { processor, limits: PictureLimits::default(), editing }))
+            }
+            None => ("tokenizer", None),
         };
         let tokenizer = Tokenizer::load(&dir.root().join(folder))?;
         Ok(Self { tokenizer, eyes, runner, waiting: Waiting::default(), cache: PromptCache::new(cache_bytes) })
     }
 
-    /// The ids that the encoder is given for a text, with `picture_tokens` if it speaks of a picture.
-    fn tokenize(&self, text: &str, field: &'static str, request: &Request, picture_tokens: Option<usize>) -> Result<Vec<u32>> {
-        let Some(picture_tokens) = picture_tokens else {
+    /// The ids that the encoder is given for a text, behind the pictures that it speaks of.
+    fn tokenize(&self, text: &str, field: &'static str, request: &Request, seen: Option<&Seen>) -> Result<Vec<u32>> {
+        let Some(seen) = seen else {
             // Nothing that is cut off could reach back into what is kept, so it need not be computed.
             let tokens = request.max_sequence_length.min(MAX_PROMPT_TOKENS) + GENERATE.start_idx;
             return self.ids(&GENERATE.around(text), tokens);
@@ -102,12 +103,12 @@ impl PromptStage {
         if text.contains(IMAGE_PAD) {
             return Err(Error::Invalid { field, reason: format!("it holds {IMAGE_PAD}, which stands for the picture") });
         }
-        let template = EDIT.before.replace(IMAGE_PAD, &IMAGE_PAD.repeat(picture_tokens));
-        let whole = format!("{template}{text}{}", EDIT.after);
+        let whole = EDIT.around(&format!("{}{text}", seen.text));
         match self.tokenizer.count(&whole)? {
             tokens if tokens <= MAX_TOKENS_WITH_PICTURE => self.ids(&whole, tokens),
             tokens => {
-                let reason = format!("{tokens} tokens with the picture's {picture_tokens}: at most {MAX_TOKENS_WITH_PICTURE}");
+                let own = seen.text.matches(IMAGE_PAD).count();
+                let reason = format!("{tokens} tokens with the pictures' {own}: at most {MAX_TOKENS_WITH_PICTURE}");
                 Err(Error::Invalid { field, reason })
             }
         }
@@ -121,20 +122,20 @@ impl PromptStage {
     }
 
     /// `prompt_embeds` of a text; `field` is where it stands in the request.
-    fn encode(&mut self, text: &str, field: &'static str, request: &Request, picture: Option<&Seen>) -> Result<Tensor> {
+    fn encode(&mut self, text: &str, field: &'static str, request: &Request, seen: Option<&Seen>) -> Result<Tensor> {
         let key = Key {
             text: text.to_owned(),
             tokens: request.max_sequence_length,
             clip_skip: 0,
-            picture: picture.map(|picture| picture.sha256),
+            picture: seen.map(|seen| seen.sha256),
             share: Share::new(1, &self.runner.relevant(&request.loras)?),
         };
         if let Some(mut known) = self.cache.get(&key) {
             return Ok(known.take("prompt_embeds")?);
         }
-        let ids = self.tokenize(text, field, request, picture.map(|picture| picture.tokens))?;
-        let (len, start_idx) = (ids.len(), if picture.is_some() { EDIT.start_idx } else { GENERATE.start_idx });
-        let mut inputs = picture.map(|picture| picture.inputs.clone()).unwrap_or_default();
+        let ids = self.tokenize(text, field, request, seen)?;
+        let (len, start_idx) = (ids.len(), if seen.is_some() { EDIT.start_idx } else { GENERATE.start_idx });
+        let mut inputs = seen.map(|seen| seen.inputs.clone()).unwrap_or_default();
         inputs.insert("input_ids", Tensor::from_vec(ids, (1, len), &Device::Cpu)?);
         let last_hidden_state = self.runner.forward(&inputs, std::slice::from_ref(&key.share))?.take("last_hidden_state")?; // [1, L, D]
         let kept = len.checked_sub(start_idx).filter(|kept| *kept > 0).ok_or_else(|| Error::Invalid {
@@ -147,11 +148,11 @@ impl PromptStage {
     }
 
     fn run(&mut self, request: &Request, inputs: &Inputs) -> Result<Payload> {
-        let picture = self.eyes.as_ref().map(|eyes| eyes.look(&inputs.pictures)).transpose()?;
-        let prompt = self.encode(request.prompt_of(Encoder::First), "prompt", request, picture.as_ref())?;
+        let seen = self.eyes.as_ref().map(|eyes| eyes.look(&inputs.pictures)).transpose()?;
+        let prompt = self.encode(request.prompt_of(Encoder::First), "prompt", request, seen.as_ref())?;
         let mut out = Tensors::new().with("prompt_embeds", prompt);
         if let Some(negative) = request.negative_prompt_of(Encoder::First, GUIDANCE) {
-            out.insert("negative_prompt_embeds", self.encode(negative, "negative_prompt", request, picture.as_ref())?);
+            out.insert("negative_prompt_embeds", self.encode(negative, "negative_prompt", request, seen.as_ref())?);
         }
         Ok(Payload::Conditioning(out))
     }
@@ -164,15 +165,34 @@ impl Template {
 }
 
 impl Eyes {
-    /// The job's picture at its working size, as the network takes it.
+    /// The job's pictures at their working sizes, as the network takes them.
     fn look(&self, pictures: &Pictures) -> Result<Seen> {
         let missing = || Error::Invalid { field: "image", reason: "there is none, and this model edits one".into() };
-        let file = pictures.image.as_deref().ok_or_else(missing)?;
+        let first = pictures.image.as_ref().ok_or_else(missing)?;
+        if !self.editing.several && !pictures.more.is_empty() {
+            return Err(Error::Invalid { field: "image", reason: "there are several, and this model edits one".into() });
+        }
+        let (mut patches, mut grids, mut text, mut sha256) = (Vec::new(), Vec::new(), String::new(), Sha256::new());
+        for (number, file) in (1..).zip(std::iter::once(first).chain(&pictures.more)) {
+            let (inputs, tokens) = self.see(file).map_err(|error| if number > 1 { of_more(error) } else { error })?;
+            patches.push(inputs.get("pixel_values")?.clone());
+            grids.push(inputs.get("image_grid_thw")?.clone());
+            if self.editing.several {
+                text += &format!("Picture {number}: ");
+            }
+            text += &format!("<|vision_start|>{}<|vision_end|>", IMAGE_PAD.repeat(tokens));
+            sha256.update(Sha256::digest(file));
+        }
+        let inputs =
+            Tensors::new().with("pixel_values", Tensor::cat(&patches, 0)?).with("image_grid_thw", Tensor::cat(&grids, 0)?);
+        Ok(Seen { inputs, text, sha256: sha256.finalize().into() })
+    }
+
+    /// One picture, and how many tokens it has.
+    fn see(&self, file: &[u8]) -> Result<(Tensors, usize)> {
         let picture = image_io::decode_picture(file, &self.limits)?;
-        let (width, height) = working_size(&picture, self.working_area)?;
-        let picture = image_io::resize(&picture, width, height)?;
-        let (inputs, tokens) = self.processor.process(&picture)?;
-        Ok(Seen { inputs, tokens, sha256: Sha256::digest(file).into() })
+        let (width, height) = working_size(&picture, self.editing.seen)?;
+        self.processor.process(&image_io::resize(&picture, width, height)?)
     }
 }
 

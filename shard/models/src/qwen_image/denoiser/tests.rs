@@ -4,10 +4,11 @@ use super::*;
 
 /// A denoiser of the published configurations.
 fn denoiser(edits: bool) -> QwenImageDenoiser {
+    let editing = edits.then_some(Editing { several: true, seen: 1 << 20, encoded: 1 << 20 });
     let scheduler = r#"{"use_dynamic_shifting": true, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
         "max_image_seq_len": 8192, "shift_terminal": 0.02}"#;
     let scheduler = serde_json::from_str(scheduler).unwrap();
-    QwenImageDenoiser { edits, scheduler, vae: AutoencoderKlQwenImageConfig::default(), controls: Conditions::default() }
+    QwenImageDenoiser { editing, scheduler, vae: AutoencoderKlQwenImageConfig::default(), controls: Conditions::default() }
 }
 
 fn embeds(text_tokens: usize) -> Tensor {
@@ -79,6 +80,20 @@ fn an_edited_picture_follows_the_target_and_gives_the_sides_that_a_job_does_not_
             assert_eq!(branch.get("hidden_states").unwrap().dims(), [1, target + 15, 64]);
         }
     }
+}
+
+#[test]
+fn edited_pictures_follow_each_other_and_the_last_one_gives_the_sides() {
+    let denoiser = denoiser(true);
+    let mut two = inputs(Some([6, 10]));
+    let more = Tensor::ones((1, 16, 4, 8), DType::F32, &Device::Cpu).unwrap();
+    two.image_latents.as_mut().unwrap().insert("image.1.mean", more);
+    let state = denoiser.start(Request { height: 0, width: 0, ..request() }, two).unwrap();
+    assert_eq!(state.tensors.get("img_shapes").unwrap().to_vec2::<u32>().unwrap(), [[1, 2, 4], [1, 3, 5], [1, 2, 4]]);
+    let one = denoiser.start(Request { height: 32, width: 64, ..request() }, inputs(Some([6, 10]))).unwrap();
+    let given = |state: &DenoiseState| denoiser.branches(state).unwrap()[0].get("hidden_states").unwrap().clone();
+    assert_eq!((given(&state).dims(), given(&one).dims()), (&[1, 8 + 15 + 8, 64][..], &[1, 8 + 15, 64][..]));
+    assert_ne!(denoiser.batch_key(&state, 0), denoiser.batch_key(&one, 0));
 }
 
 #[test]
