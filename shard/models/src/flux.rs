@@ -1,8 +1,8 @@
 //! FLUX.1: how the family's components become stages.
 //!
-//! Follows diffusers' `pipeline_flux.py`, `pipeline_flux_img2img.py`, `pipeline_flux_inpaint.py`, `pipeline_flux_kontext.py` and
-//! `pipeline_flux_fill.py` (0.42): text to image, image to image, inpainting, editing by a reference picture (Kontext) and
-//! filling in (Fill), with distilled guidance and true classifier-free guidance. [`card`] says what a job may set, [`denoiser`]
+//! Follows diffusers' `pipeline_flux.py`, `pipeline_flux_img2img.py`, `pipeline_flux_inpaint.py`, `pipeline_flux_kontext.py`,
+//! `pipeline_flux_fill.py` and `pipeline_flux_control.py` (0.42): text to image, image to image, inpainting, editing by a reference picture (Kontext),
+//! filling in (Fill) and drawing by depths or edges (Depth, Canny), with distilled guidance and true classifier-free guidance. [`card`] says what a job may set, [`denoiser`]
 //! what is done around the network.
 
 use std::path::Path;
@@ -33,8 +33,11 @@ pub use card::describe;
 pub use denoiser::FluxDenoiser;
 
 /// The reference's classes that this family serves.
-pub const CLASSES: &[&str] =
-    &["FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxKontextPipeline", "FluxFillPipeline"];
+pub const CLASSES: &[&str] = &["FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", KONTEXT, FILL, CONTROL];
+
+const KONTEXT: &str = "FluxKontextPipeline";
+const FILL: &str = "FluxFillPipeline";
+const CONTROL: &str = "FluxControlPipeline";
 
 /// Of the kind with two passes; the distilled kind is an input of the network.
 const GUIDANCE: Guidance = Guidance::TrueCfg;
@@ -52,13 +55,16 @@ enum Kind {
     Kontext,
     /// The masked picture and its mask, beside each token.
     Fill,
+    /// A picture of depths or edges, beside each token.
+    Control,
 }
 
 impl Kind {
     fn of(dir: &ModelDir) -> Self {
         match dir.pipeline_class() {
-            "FluxKontextPipeline" => Kind::Kontext,
-            "FluxFillPipeline" => Kind::Fill,
+            KONTEXT => Kind::Kontext,
+            FILL => Kind::Fill,
+            CONTROL => Kind::Control,
             _ => Kind::Base,
         }
     }
@@ -76,7 +82,7 @@ pub fn load(spec: LoadSpec<'_>, weights: &Weights) -> Result<Rank> {
             let vae = AutoencoderKl::load(weights, &dir.config::<AutoencoderKlConfig>(component)?)?;
             let stage = AutoencoderStage::new(vae, PictureLimits::default());
             return Ok(Rank::Leader(Box::new(match Kind::of(dir) {
-                Kind::Base => stage,
+                Kind::Base | Kind::Control => stage,
                 Kind::Kontext => stage.sized_by(kontext::reference_size),
                 Kind::Fill => stage.with_masked_picture(),
             })));

@@ -54,7 +54,7 @@ fn parameters(
     let (steps, guidance) = match kind {
         Kind::Fill => (50, 30.0),
         Kind::Base if few_steps => (4, 3.5),
-        Kind::Base | Kind::Kontext => (28, 3.5),
+        Kind::Base | Kind::Kontext | Kind::Control => (28, 3.5),
     };
     let mut parameters = flow::parameters(&Defaults {
         multiple: 16,
@@ -68,14 +68,19 @@ fn parameters(
     if transformer.guidance_embeds {
         parameters.push(ParameterCard::number("guidance_scale", 0.0, 100.0, guidance));
     }
-    if kind != Kind::Fill {
+    if !matches!(kind, Kind::Fill | Kind::Control) {
         parameters.extend(["negative_prompt", "negative_prompt_2"].map(ParameterCard::field));
         parameters.push(ParameterCard::number("true_cfg_scale", 1.0, 20.0, 1.0));
     }
     match kind {
         Kind::Base => {}
         // Its picture is looked at, not begun from.
-        Kind::Kontext => parameters.retain(|p| !["strength", "mask_image_blob_id"].contains(&p.name.as_str())),
+        Kind::Kontext | Kind::Control => {
+            parameters.retain(|p| !["strength", "mask_image_blob_id"].contains(&p.name.as_str()));
+            for parameter in parameters.iter_mut().filter(|p| p.name == "image_blob_id") {
+                parameter.required = kind == Kind::Control;
+            }
+        }
         Kind::Fill => {
             for parameter in &mut parameters {
                 parameter.required = ["image_blob_id", "mask_image_blob_id"].contains(&parameter.name.as_str());
@@ -101,16 +106,23 @@ mod tests {
         };
         let find = |kind, name: &str| card(kind).into_iter().find(|p| p.name == name);
         let default = |kind, name| find(kind, name).and_then(|p| p.default);
-        for (kind, guidance, strength, steps) in
-            [(Kind::Base, 3.5, Some(0.6), 28.0), (Kind::Kontext, 3.5, None, 28.0), (Kind::Fill, 30.0, Some(1.0), 50.0)]
-        {
+        for (kind, guidance, strength, steps) in [
+            (Kind::Base, 3.5, Some(0.6), 28.0),
+            (Kind::Kontext, 3.5, None, 28.0),
+            (Kind::Fill, 30.0, Some(1.0), 50.0),
+            (Kind::Control, 3.5, None, 28.0),
+        ] {
             let found = (default(kind, "guidance_scale"), default(kind, "strength"), default(kind, "num_inference_steps"));
             assert_eq!(found, (Some(guidance), strength, Some(steps)), "{kind:?}");
             let needed: Vec<String> = card(kind).into_iter().filter(|p| p.required).map(|p| p.name).collect();
-            let expected: &[&str] = if kind == Kind::Fill { &["image_blob_id", "mask_image_blob_id"] } else { &[] };
+            let expected: &[&str] = match kind {
+                Kind::Fill => &["image_blob_id", "mask_image_blob_id"],
+                Kind::Control => &["image_blob_id"],
+                Kind::Base | Kind::Kontext => &[],
+            };
             assert_eq!(needed, expected, "{kind:?}");
-            assert_eq!(find(kind, "true_cfg_scale").is_some(), kind != Kind::Fill, "{kind:?}");
-            assert_eq!(find(kind, "mask_image_blob_id").is_some(), kind != Kind::Kontext, "{kind:?}");
+            assert_eq!(find(kind, "true_cfg_scale").is_some(), matches!(kind, Kind::Base | Kind::Kontext), "{kind:?}");
+            assert_eq!(find(kind, "mask_image_blob_id").is_some(), matches!(kind, Kind::Base | Kind::Fill), "{kind:?}");
         }
     }
 }

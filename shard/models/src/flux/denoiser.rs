@@ -1,12 +1,13 @@
 //! What FLUX does around its network, for all of its pipelines.
 //!
-//! The order of random draws is the reference's: latents of the picture that the steps begin at, then the noise, then (Fill)
-//! latents of the masked picture.
+//! The order of random draws is the reference's: latents of the picture that the steps begin at or (Depth, Canny) that is drawn by, then the noise, then
+//! (Fill) latents of the masked picture.
 
+use parallel::rng::Generator;
 use parallel::{DType, Device, Tensor, Tensors};
 
 use super::{GUIDANCE, Kind, fill, kontext};
-use crate::autoencoder_kl::AutoencoderKlConfig;
+use crate::autoencoder_kl::{AutoencoderKlConfig, Moments};
 use crate::control::ControlFacts;
 use crate::control::conditions::{self, Conditions, Pass};
 use crate::denoise::{DenoiseState, Denoiser};
@@ -18,6 +19,8 @@ use crate::scheduler::{FlowMatchEulerDiscrete, FlowMatchEulerDiscreteConfig, Sch
 use crate::stage::Inputs;
 use crate::{Error, Payload, Request, Result};
 
+/// What each token has beside its own channels.
+const BESIDE: &str = "beside";
 /// Controls act on both passes alike.
 const PASS: Pass = Pass { index: 0, unconditional: false };
 
@@ -42,7 +45,11 @@ impl FluxDenoiser {
         let (kind, transformer): (_, FluxTransformerConfig) = (Kind::of(dir), dir.config("transformer")?);
         let vae: AutoencoderKlConfig = dir.config("vae")?;
         let latents = 4 * vae.latent_channels;
-        let beside = if kind == Kind::Fill { fill::channels(&vae) } else { 0 };
+        let beside = match kind {
+            Kind::Base | Kind::Kontext => 0,
+            Kind::Fill => fill::channels(&vae),
+            Kind::Control => latents,
+        };
         let out_channels = transformer.out_channels.unwrap_or(transformer.in_channels);
         for (field, found, expected) in
             [("in_channels", transformer.in_channels, latents + beside), ("out_channels", out_channels, latents)]
@@ -75,17 +82,28 @@ impl FluxDenoiser {
     }
 
     /// What the network is given of the pictures: `[B, L, 4 C]`; with a reference picture its tokens follow, with a picture to
-    /// fill in each token has its channels beside it.
+    /// fill in or to draw by each token has its channels beside it.
     fn hidden_states(&self, state: &DenoiseState) -> Result<Tensor> {
         let latents = &state.latents;
         if let Some(reference) = state.tensors.find("reference") {
             let reference = flow::per_picture(&pack_latents(reference)?, state.pictures())?;
             return Ok(Tensor::cat(&[latents, &reference], 1)?);
         }
-        Ok(match state.tensors.find("masked_image") {
-            Some(masked) => Tensor::cat(&[latents, masked], 2)?,
+        Ok(match state.tensors.find(BESIDE) {
+            Some(beside) => Tensor::cat(&[latents, beside], 2)?,
             None => latents.clone(),
         })
+    }
+
+    /// The picture that is drawn by, `[B, L, 4 C]`: of its distribution each drawn picture has latents of its own. It is taken from `inputs`, so that the
+    /// job starts from noise.
+    fn drawn_by(&self, inputs: &mut Inputs, pictures: usize, generator: &mut Generator) -> Result<Tensor> {
+        let missing = || Error::Invalid { field: "image", reason: "there is none, and this model draws by one".into() };
+        let picture = inputs.image_latents.take().ok_or_else(missing)?;
+        let moment = |part: &str| flow::per_picture(picture.get(&format!("image.{part}"))?, pictures);
+        let moments = Moments { mean: moment("mean")?, logvar: moment("logvar")? };
+        let noise = generator.randn(moments.mean.dims())?;
+        pack_latents(&self.vae.scale(&moments.sample(&noise)?)?)
     }
 }
 
@@ -109,6 +127,9 @@ impl Denoiser for FluxDenoiser {
         // Kontext's picture is looked at, and Fill's mask too: neither is blended in.
         let reference = if self.kind == Kind::Kontext { inputs.image_latents.take() } else { None };
         let filled = if self.kind == Kind::Fill { Some(take_mask(&mut inputs)?) } else { None };
+        if self.kind == Kind::Control {
+            tensors.insert(BESIDE, self.drawn_by(&mut inputs, request.num_images_per_prompt, &mut generator)?);
+        }
         let latents = space.start_with(&request, &mut inputs, &scheduler, &mut tensors, &mut generator)?;
         let mut img_ids = image_ids(0, h, w)?;
         if let Some(picture) = reference {
@@ -120,7 +141,7 @@ impl Denoiser for FluxDenoiser {
             let masked = space.image_latents(&picture, "masked_image", &mut generator)?;
             let mask = fill::pack_mask(&mask, self.vae.scale_factor())?;
             let beside = Tensor::cat(&[masked, mask], 2)?;
-            tensors.insert("masked_image", flow::per_picture(&beside, request.num_images_per_prompt)?);
+            tensors.insert(BESIDE, flow::per_picture(&beside, request.num_images_per_prompt)?);
         }
         tensors.insert("img_ids", img_ids);
         let text_tokens = tensors.get("prompt_embeds")?.dim(1)?;
