@@ -296,6 +296,8 @@ fn a_network_that_cannot_be_used_says_why_before_any_job_names_it() {
     }
     assert_eq!((cards[0].class.as_str(), cards[0].digest.len(), cards[0].guesses), ("ControlNetModel", 64, true));
     assert_eq!((cards[1].class.as_str(), cards[1].multiple, cards[1].guesses), ("T2IAdapter", 8, false));
+    let counted = |k: usize, of: &str| cards[k].residuals.get(of).copied();
+    assert_eq!((counted(0, "ControlNets").is_some(), counted(1, "T2I-Adapters")), (true, Some(3)));
 }
 
 /// Configurations that no checkpoint has: each is refused by its field, before anything is read or made room for.

@@ -117,10 +117,18 @@ mod tests {
             defaults: [("shift".to_owned(), 3.0)].into(),
             problem: String::new(),
         };
-        let control = ControlCard { name: "canny".into(), modes: 7, multiple: 8, guesses: true, ..ControlCard::default() };
+        let control = ControlCard {
+            name: "canny".into(),
+            modes: 7,
+            multiple: 8,
+            guesses: true,
+            residuals: [("blocks", 3)].into(),
+            ..ControlCard::default()
+        };
         let wire = to_wire("flux-dev", &card, vec![adapter], vec![control]);
         let control = &wire.controls[0];
         assert_eq!((control.name.as_str(), control.modes, control.multiple_of, control.takes_guess_mode), ("canny", 7, 8, true));
+        assert_eq!(control.residuals["blocks"], 3);
         let adapter = &wire.adapters[0];
         assert_eq!((adapter.name.as_str(), adapter.byte_size, &adapter.components[0]), ("pixel", 5, &"transformer".to_owned()));
         assert_eq!((adapter.defaults[0].name.as_str(), adapter.defaults[0].value, adapter.problem.as_str()), ("shift", 3.0, ""));

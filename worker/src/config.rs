@@ -1,6 +1,6 @@
 //! Flags and environment in, a [`Config`] that cannot be wrong out.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -110,7 +110,7 @@ pub struct Config {
     /// Where to register.
     pub membership: Membership,
     /// What models.toml may select by.
-    pub labels: HashMap<String, String>,
+    pub labels: BTreeMap<String, String>,
     /// Unique for the life of the process.
     pub worker_id: String,
     /// What to compute on.
@@ -233,7 +233,7 @@ fn check_reachable(flag: &'static str, address: IpAddr, advertise_host: Option<&
     Ok(())
 }
 
-fn labels(labels: &[String]) -> Result<HashMap<String, String>> {
+fn labels(labels: &[String]) -> Result<BTreeMap<String, String>> {
     if labels.len() > MAX_LABELS {
         return Err(bad("label", format!("at most {MAX_LABELS} can be given")));
     }
@@ -251,7 +251,7 @@ fn labels(labels: &[String]) -> Result<HashMap<String, String>> {
 }
 
 /// These, and where they leave it open, `host` after this machine.
-fn with_host(mut labels: HashMap<String, String>) -> HashMap<String, String> {
+fn with_host(mut labels: BTreeMap<String, String>) -> BTreeMap<String, String> {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     if !name.trim().is_empty() {
         labels.entry(HOST_LABEL.to_owned()).or_insert_with(|| name.trim().to_owned());
@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(config.membership, Membership::Coordinator { url: "http://localhost:7700".into() });
         assert_eq!(
             config.labels,
-            HashMap::from([("role", "encoder"), ("host", "b")].map(|(name, value)| (name.into(), value.into())))
+            BTreeMap::from([("role", "encoder"), ("host", "b")].map(|(name, value)| (name.into(), value.into())))
         );
         assert_eq!(config.place, Place::Cuda { ordinal: 1 });
         assert!(!config.worker_id.is_empty());

@@ -25,6 +25,11 @@ pub(crate) fn card(card: ControlCard) -> v1::ControlNetwork {
         modes: u32::try_from(card.modes).unwrap_or(u32::MAX),
         multiple_of: u32::try_from(card.multiple).unwrap_or(u32::MAX),
         problem: card.problem,
+        residuals: card
+            .residuals
+            .into_iter()
+            .map(|(of, count)| (of.to_owned(), u32::try_from(count).unwrap_or(u32::MAX)))
+            .collect(),
         tp_options: card.tp_options.into_iter().map(|tp| u32::try_from(tp).unwrap_or(u32::MAX)).collect(),
     }
 }

@@ -67,6 +67,7 @@ impl Check<'_> {
         }
         for (k, control) in spec.controls.iter().enumerate() {
             self.control(spec, k, control);
+            self.sums(spec, k, control);
         }
         let guesses = |control: &Control| network(self.card, &control.name).is_some_and(|network| network.takes_guess_mode);
         if spec.guess_mode && !spec.controls.iter().any(guesses) {
@@ -104,6 +105,22 @@ impl Check<'_> {
         }
     }
 
+    /// Whether what a control gives can be added to what those before it give.
+    fn sums(&mut self, spec: &JobSpec, k: usize, control: &Control) {
+        let Some(own) = network(self.card, &control.name) else { return };
+        let before = spec.controls[..k].iter().filter_map(|control| network(self.card, &control.name));
+        let differs = |other: &ControlNetwork| {
+            let (of, count) = own.residuals.iter().find(|(of, count)| other.residuals.get(*of).is_some_and(|n| n != *count))?;
+            Some(format!(
+                "{:?} gives {count} tensors of {of} and {:?} {}: they cannot be added",
+                own.name, other.name, other.residuals[of]
+            ))
+        };
+        if let Some(problem) = before.into_iter().find_map(differs) {
+            self.refuse(&format!("controls[{k}].name"), problem);
+        }
+    }
+
     /// Whether a network can be given such a control.
     fn fits(&mut self, spec: &JobSpec, k: usize, control: &Control, network: &ControlNetwork) {
         let field = format!("controls[{k}].mode");
@@ -136,6 +153,8 @@ mod tests {
             ControlNetwork { modes: 7, takes_guess_mode: false, ..network("union") },
             ControlNetwork { multiple_of: 48, ..network("sketch") },
             ControlNetwork { problem: "it is truncated".into(), ..network("torn") },
+            ControlNetwork { residuals: [("blocks".into(), 3)].into(), ..network("three") },
+            ControlNetwork { residuals: [("blocks".into(), 5)].into(), ..network("five") },
         ];
         ModelCard { controls, ..testing::card("emoji") }
     }
@@ -145,9 +164,12 @@ mod tests {
     }
 
     fn fields(controls: Vec<Control>, guess_mode: bool) -> Vec<String> {
+        refused(controls, guess_mode, &["controls[1].image_blob_id".to_owned()])
+    }
+
+    fn refused(controls: Vec<Control>, guess_mode: bool, missing_blobs: &[String]) -> Vec<String> {
         let spec = JobSpec { controls, guess_mode, ..testing::spec("emoji") };
-        let missing = ["controls[1].image_blob_id".to_owned()];
-        match Request::parse(spec, &card(), Context { seed: 1, max_pixels: 1 << 30, missing_blobs: &missing }) {
+        match Request::parse(spec, &card(), Context { seed: 1, max_pixels: 1 << 30, missing_blobs }) {
             Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|violation| violation.field).collect(),
             Err(other) => panic!("{other}"),
             Ok(_) => Vec::new(),
@@ -161,6 +183,13 @@ mod tests {
         let filled = &request.spec().controls[0];
         assert_eq!((filled.conditioning_scale, filled.guidance_start, filled.guidance_end), (Some(1.0), Some(0.0), Some(1.0)));
         assert!(request.has_controls());
+    }
+
+    #[test]
+    fn controls_whose_tensors_cannot_be_added_are_refused_together() {
+        let named = |names: [&str; 3]| refused(names.map(control).into(), false, &[]);
+        assert!(named(["three", "three", "canny"]).is_empty());
+        assert_eq!(named(["three", "canny", "five"]), ["spec.controls[2].name"]);
     }
 
     #[test]

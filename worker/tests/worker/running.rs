@@ -1,6 +1,6 @@
 //! A worker that runs within the test, and a coordinator's end of its control stream.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,7 +70,7 @@ impl Running {
             metrics_listen: None,
             advertise_host: None,
             membership,
-            labels: HashMap::from([("role".into(), "any".into())]),
+            labels: BTreeMap::from([("role".into(), "any".into())]),
             worker_id: uuid::Uuid::new_v4().to_string(),
             place: Place::Cpu,
             threads: 1,

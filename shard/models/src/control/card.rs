@@ -1,5 +1,6 @@
 //! What a control network says of itself, checked against the model it is for before any job may name it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use parallel::weights::checkpoint_files;
@@ -41,6 +42,8 @@ pub struct ControlCard {
     pub multiple: usize,
     /// The degrees it can be cut into: it is cut as the denoiser is.
     pub tp_options: Vec<usize>,
+    /// How many tensors of each kind it gives: those of a job's controls are added up.
+    pub residuals: BTreeMap<&'static str, usize>,
     /// Whether guess mode is anything to it.
     pub guesses: bool,
     /// Why it cannot be used; empty when it can.
@@ -73,6 +76,7 @@ fn one(dir: &ModelDir, control: &RegisteredControl) -> Result<ControlCard> {
         modes: kind.modes().unwrap_or_default(),
         multiple: kind.multiple(),
         tp_options: TP_DEGREES.into_iter().filter(|tp| kind.shares().is_multiple_of(*tp)).collect(),
+        residuals: kind.residuals(),
         guesses: matches!(kind, ControlKind::UNet(_)),
         problem: String::new(),
     })

@@ -75,7 +75,8 @@ impl Conditions {
         for other in &request.controls[..k] {
             let others = self.facts[self.index(other)?].kind.residuals();
             if let Some((of, count)) = own.iter().find(|(of, count)| others.get(*of).is_some_and(|other| other != *count)) {
-                let reason = format!("it gives {count} tensors {of} and `{}` {}: they cannot be added", other.name, others[of]);
+                let reason =
+                    format!("it gives {count} tensors of {of} and `{}` {}: they cannot be added", other.name, others[of]);
                 return Err(Error::Control { name: control.name.clone(), reason });
             }
         }

@@ -101,14 +101,13 @@ impl ControlKind {
     /// How many tensors of each kind it gives: networks that give different numbers of one kind cannot be added up.
     pub fn residuals(&self) -> BTreeMap<&'static str, usize> {
         match self {
-            Self::UNet(config) => [("of ControlNets", config.residuals())].into(),
-            Self::Adapter(config) => [("of T2I-Adapters", config.channels.len())].into(),
+            Self::UNet(config) => [("ControlNets", config.residuals())].into(),
+            Self::Adapter(config) => [("T2I-Adapters", config.channels.len())].into(),
             Self::Flux(FluxControlNetConfig { transformer, .. }) => {
-                [("of double-stream blocks", transformer.num_layers), ("of single-stream blocks", transformer.num_single_layers)]
-                    .into()
+                [("double-stream blocks", transformer.num_layers), ("single-stream blocks", transformer.num_single_layers)].into()
             }
-            Self::Sd3(config) => [("of blocks", config.transformer.num_layers)].into(),
-            Self::QwenImage(config) => [("of blocks", config.transformer.num_layers)].into(),
+            Self::Sd3(config) => [("blocks", config.transformer.num_layers)].into(),
+            Self::QwenImage(config) => [("blocks", config.transformer.num_layers)].into(),
         }
     }
 
