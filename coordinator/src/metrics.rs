@@ -20,8 +20,9 @@ use crate::{
 };
 
 /// Reasons for which a job or a picture is not accepted, that are counted from the beginning.
-const REFUSALS: [&str; 10] = [
+const REFUSALS: [&str; 11] = [
     "BLOB_STORE_FULL",
+    "BLOB_STORE_UNAVAILABLE",
     "DEADLINE_UNREACHABLE",
     "INVALID_REQUEST",
     "MODEL_BROKEN",

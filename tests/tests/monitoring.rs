@@ -116,7 +116,7 @@ fn every_alert_fires_and_ends() {
         let of_alert = of_alert.unwrap_or_else(|| panic!("alerts-test.yaml has no test of {alert}"));
         let (fires, ends) = (of_alert.matches("exp_labels:").count(), of_alert.matches("exp_alerts: []").count());
         assert_eq!(alerts(of_alert, "alertname:"), vec![alert.clone(); 2]);
-        assert_eq!((fires, ends), (1, 1), "{alert} is not shown to fire and to end");
+        assert!(fires > 0 && ends == 1, "{alert} is not shown to fire and to end");
     }
 }
 
