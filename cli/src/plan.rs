@@ -116,7 +116,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<(), Error> {
 /// The control networks in these folders, which are for this model.
 fn controls(dir: &ModelDir, folders: &[PathBuf]) -> Result<Vec<ControlSource>, Error> {
     let name = |path: &PathBuf| path.to_string_lossy().into_owned();
-    let sources: Vec<_> = folders.iter().map(|path| ControlSource { name: name(path), path: path.clone() }).collect();
+    let sources: Vec<_> =
+        folders.iter().map(|path| ControlSource { name: name(path), path: path.clone(), fingerprint: String::new() }).collect();
     for path in folders {
         let fits = ControlKind::read(path).and_then(|kind| kind.check_fits(dir));
         fits.map_err(|error| Error::Flag { flag: "--control", reason: format!("{}: {error}", path.display()) })?;

@@ -108,7 +108,7 @@ pub struct ControlConfig {
 impl ControlConfig {
     /// Where it is, as workers are told.
     pub fn folder(&self) -> ControlFolder {
-        ControlFolder { name: self.name.clone(), path: self.path.to_string_lossy().into_owned(), digest: String::new() }
+        ControlFolder { name: self.name.clone(), path: self.path.to_string_lossy().into_owned(), ..ControlFolder::default() }
     }
 }
 

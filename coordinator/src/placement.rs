@@ -108,11 +108,13 @@ fn wanted_group(model: &ModelConfig, component: &str, config: &ComponentConfig, 
 ///
 /// Ranks go to the workers that hold the fewest. A worker holds one replica of a component at most, unless they may be
 /// colocated: a second one on the same device would cost its memory again and make nothing faster. So there may be more
-/// replicas wanted than there are workers for; they form when workers come. Groups in `standing` are left as they are.
+/// replicas wanted than there are workers for; they form when workers come. Groups in `standing` are left as they are. `passed_over` has workers that
+/// could not load a group, by its id: others go before them.
 pub fn form_groups<'a>(
     wanted: &'a [WantedGroup],
     workers: &'a BTreeMap<String, Registration>,
     standing: &'a BTreeMap<String, Members>,
+    passed_over: &BTreeMap<String, BTreeSet<String>>,
 ) -> Vec<(String, Members)> {
     let mut ranks: BTreeMap<&str, usize> = workers.keys().map(|id| (id.as_str(), 0)).collect();
     for member in standing.values().flatten() {
@@ -128,7 +130,10 @@ pub fn form_groups<'a>(
         let accepted = workers.iter().map(|(id, worker)| (id.as_str(), worker)).filter(|(_, worker)| group.accepts(worker));
         let free = |id: &str| group.colocate || !holders.contains(&(component, id));
         let eligible: Vec<(&str, &Registration)> = accepted.filter(|(id, _)| free(id)).collect();
-        if let Some(members) = choose_members(group, &eligible, &mut ranks) {
+        let is_passed_over = |id: &str| passed_over.get(&group.id).is_some_and(|workers| workers.contains(id));
+        let others: Vec<_> = eligible.iter().copied().filter(|(id, _)| !is_passed_over(id)).collect();
+        let members = choose_members(group, &others, &mut ranks).or_else(|| choose_members(group, &eligible, &mut ranks));
+        if let Some(members) = members {
             holders.extend(members.iter().map(|member| (component, *member)));
             formed.push((group.id.clone(), members.into_iter().map(str::to_owned).collect()));
         }
@@ -244,6 +249,14 @@ mod tests {
 
     use super::*;
     use crate::testing;
+
+    fn form_groups(
+        wanted: &[WantedGroup],
+        workers: &BTreeMap<String, Registration>,
+        standing: &BTreeMap<String, Members>,
+    ) -> Vec<(String, Members)> {
+        super::form_groups(wanted, workers, standing, &BTreeMap::new())
+    }
 
     fn model(components: &[(&str, ComponentConfig)]) -> ModelConfig {
         ModelConfig {
@@ -398,6 +411,18 @@ mod tests {
         assert_eq!(formed(2, false).unwrap(), ["w1", "w2"]);
         assert_eq!(formed(4, false), None);
         assert_eq!(formed(4, true).unwrap(), ["w0"; 4], "ranks share the CPU, not the GPUs");
+    }
+
+    #[test]
+    fn workers_that_could_not_load_a_group_are_taken_only_where_no_others_are() {
+        let (wanted, standing) = ([group("a", (2, 1), None, false)], BTreeMap::new());
+        let passed_over = BTreeMap::from([("a".to_owned(), BTreeSet::from(["w0".to_owned()]))]);
+        let formed = |count| {
+            super::form_groups(&wanted, &workers(&vec!["x"; count]), &standing, &passed_over).pop().map(|(_, members)| members)
+        };
+        assert_eq!(formed(3).unwrap(), ["w1", "w2"]);
+        assert_eq!(formed(2).unwrap(), ["w0", "w1"]);
+        assert_eq!(formed(1), None);
     }
 
     #[test]

@@ -172,8 +172,13 @@ pub fn card(model: &str) -> ModelCard {
         with_controls: false,
         replaces: String::new(),
     };
-    let component =
-        |name: &str| Component { name: name.into(), weight_bytes: 1, tp_options: vec![1, 2, 4, 8], max_block_ranges: 8 };
+    let component = |name: &str| Component {
+        name: name.into(),
+        weight_bytes: 1,
+        tp_options: vec![1, 2, 4, 8],
+        max_block_ranges: 8,
+        fingerprint: String::new(),
+    };
     let number = |name: &str, minimum, maximum, default| Parameter {
         name: name.into(),
         minimum,

@@ -16,7 +16,13 @@ fn stage(id: &str, kind: StageKind, component: &str, inputs: &[&str]) -> StageTe
 }
 
 fn component(name: &str, tp_options: &[u32], max_block_ranges: u32) -> Component {
-    Component { name: name.into(), weight_bytes: 1000, tp_options: tp_options.to_vec(), max_block_ranges }
+    Component {
+        name: name.into(),
+        weight_bytes: 1000,
+        tp_options: tp_options.to_vec(),
+        max_block_ranges,
+        fingerprint: String::new(),
+    }
 }
 
 fn number(name: &str, minimum: f64, maximum: f64, default: f64) -> Parameter {

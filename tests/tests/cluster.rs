@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests are tests
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use proto::v1::job_event::Kind;
@@ -247,8 +248,7 @@ async fn a_layout_or_checkpoint_that_cannot_be_served_is_the_models_problem() {
     assert!(problem.contains("transformer"), "{problem}");
 
     let copy = tempfile::tempdir().unwrap();
-    assert!(std::process::Command::new("cp").arg("-r").arg(tiny_flux()).arg(copy.path()).status().unwrap().success());
-    let model = copy.path().join("pipeline");
+    let model = copied(copy.path());
     let weights = model.join("transformer/diffusion_pytorch_model.safetensors");
     let bytes = std::fs::read(&weights).unwrap();
     std::fs::write(&weights, &bytes[..bytes.len() - 100]).unwrap();
@@ -261,6 +261,40 @@ async fn a_layout_or_checkpoint_that_cannot_be_served_is_the_models_problem() {
     })
     .await;
     assert!(problem.contains("truncated"), "{problem}");
+}
+
+/// The tiny FLUX in a folder of the test's own.
+fn copied(folder: &Path) -> PathBuf {
+    assert!(std::process::Command::new("cp").arg("-r").arg(tiny_flux()).arg(folder).status().unwrap().success());
+    folder.join("pipeline")
+}
+
+#[tokio::test]
+async fn ranks_whose_files_are_not_those_that_were_described_do_not_join_and_do_when_they_are_again() {
+    let copy = tempfile::tempdir().unwrap();
+    let model = copied(copy.path());
+    let text = models(2, 1, false).replace(&tiny_flux().display().to_string(), &model.display().to_string());
+    let mut cluster = Cluster::start(&text, &["", ""], None);
+    let mut client = cluster.ready().await;
+    let undisturbed = sha256(&client.run(job(4)).await);
+
+    let weights = model.join("transformer/diffusion_pytorch_model.safetensors");
+    let before = std::fs::read(&weights).unwrap();
+    let other = [&before[..before.len() - 2], &[0x80, 0x3f]].concat(); // one weight is another: a checkpoint as good as any
+    assert_ne!(before, other);
+    std::fs::write(&weights, other).unwrap();
+    cluster.workers[0].kill();
+    cluster.add_worker("");
+    let problem = eventually("the problem is seen", async || {
+        let models = client.models().await;
+        models.first().map(|m| m.problem.clone()).filter(|p| p.contains("LOAD_FAILED"))
+    });
+    let problem = problem.await;
+    assert!(problem.contains("another `transformer`") && problem.contains(model.to_str().unwrap()), "{problem}");
+
+    std::fs::write(&weights, before).unwrap();
+    client.wait_ready().await;
+    assert_eq!(sha256(&client.run(job(4)).await), undisturbed);
 }
 
 /// The epoch of each group of the only model.

@@ -122,7 +122,10 @@ const QWEN_IMAGE: Case = Case {
 
 impl Case {
     fn sources(&self) -> Vec<ControlSource> {
-        self.networks.iter().map(|(name, path)| ControlSource { name: (*name).into(), path: golden(path) }).collect()
+        self.networks
+            .iter()
+            .map(|(name, path)| ControlSource { name: (*name).into(), path: golden(path), fingerprint: String::new() })
+            .collect()
     }
 
     fn leading<T: Send>(&self, layout: Layout, f: impl FnOnce(&mut dyn Stage) -> T + Send) -> T {

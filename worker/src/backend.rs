@@ -47,6 +47,8 @@ pub struct RankSpec<'a> {
     pub location: &'a Location,
     /// The component.
     pub component: &'a str,
+    /// What its card says of its files; empty: it is not asked whether they are the same here.
+    pub fingerprint: &'a str,
     /// This rank's place in its group.
     pub group: RankGroup,
     /// Limits of its stage.
@@ -83,6 +85,7 @@ impl Backend for RegistryBackend {
 
     fn load(&self, spec: RankSpec<'_>, on_open: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
         let dir = spec.location.open()?;
+        dir.check_fingerprint(spec.component, spec.fingerprint)?;
         let RankSpec { component, group, limits, adapters, controls, .. } = spec;
         let spec = LoadSpec { dir: &dir, component, group, device: self.device(), limits };
         registry::load_with(spec, adapters, &controls, on_open)

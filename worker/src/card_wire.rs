@@ -31,6 +31,7 @@ fn component(card: &ComponentCard) -> v1::Component {
         weight_bytes: card.weight_bytes,
         tp_options: card.tp_options.iter().map(|tp| saturate(*tp)).collect(),
         max_block_ranges: saturate(card.max_block_ranges),
+        fingerprint: card.fingerprint.clone(),
     }
 }
 
@@ -94,6 +95,7 @@ mod tests {
                 weight_bytes: 7,
                 tp_options: vec![1, 2, 4],
                 max_block_ranges: 3,
+                fingerprint: "ef".repeat(32),
             }],
             stages: vec![StageCard {
                 id: "encode_image".into(),
@@ -137,6 +139,7 @@ mod tests {
         assert!(wire.without_prompt);
         assert_eq!(wire.components[0].tp_options, [1, 2, 4]);
         assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
+        assert_eq!(wire.components[0].fingerprint, "ef".repeat(32));
         assert_eq!(wire.stages[0].kind(), v1::StageKind::EncodeImage);
         assert_eq!(wire.stages[0].condition(), v1::StageCondition::WithImage);
         assert!(wire.stages[0].with_pictures && wire.stages[0].with_controls && wire.stages[0].replaces == "before");

@@ -11,7 +11,7 @@ pub(crate) fn registered(folder: &ControlFolder) -> RegisteredControl {
 
 /// A control network that a rank is to hold.
 pub(crate) fn source(folder: &ControlFolder) -> ControlSource {
-    ControlSource { name: folder.name.clone(), path: folder.path.clone().into() }
+    ControlSource { name: folder.name.clone(), path: folder.path.clone().into(), fingerprint: folder.fingerprint.clone() }
 }
 
 /// What was read of a control network.
@@ -21,6 +21,7 @@ pub(crate) fn card(card: ControlCard) -> v1::ControlNetwork {
         name: card.name,
         class: card.class,
         digest: card.digest,
+        fingerprint: card.fingerprint,
         weight_bytes: card.weight_bytes,
         modes: u32::try_from(card.modes).unwrap_or(u32::MAX),
         multiple_of: u32::try_from(card.multiple).unwrap_or(u32::MAX),

@@ -217,6 +217,7 @@ impl Groups {
             data_addresses: join.data_addresses.clone(),
             location,
             component: join.component.clone(),
+            fingerprint: join.fingerprint.clone(),
             products,
             limits: self.limits(join),
             adapters: adapter_wire::sources(join, self.caches.adapters),

@@ -153,6 +153,7 @@ pub(crate) struct Seat {
     pub(crate) data_addresses: Vec<String>,
     pub(crate) location: Location,
     pub(crate) component: String,
+    pub(crate) fingerprint: String,
     /// What this rank multiplies in, whatever others of the process do.
     pub(crate) products: Products,
     pub(crate) limits: Limits,
@@ -198,6 +199,7 @@ impl Seat {
         let spec = RankSpec {
             location: &self.location,
             component: &self.component,
+            fingerprint: &self.fingerprint,
             group,
             limits: self.limits,
             adapters: self.adapters.clone(),

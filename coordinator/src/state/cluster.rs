@@ -90,7 +90,8 @@ impl State {
     /// Forms every group that waits and for which there are workers.
     pub(super) fn form_groups(&mut self) {
         let due = self.groups.waiting().filter(|group| group.retry_at <= self.now);
-        let waiting: Vec<_> = due.map(|group| group.wanted.clone()).collect();
+        let (waiting, passed_over): (Vec<_>, BTreeMap<_, _>) =
+            due.map(|group| (group.wanted.clone(), (group.wanted.id.clone(), group.passed_over().clone()))).unzip();
         if waiting.is_empty() {
             return;
         }
@@ -102,7 +103,7 @@ impl State {
             .collect();
         let staying = self.workers.iter().filter(|(id, _)| !self.draining.contains(*id) && !self.away.contains(*id));
         let staying: BTreeMap<String, Registration> = staying.map(|(id, worker)| (id.clone(), worker.clone())).collect();
-        for (group_id, members) in placement::form_groups(&waiting, &staying, &standing) {
+        for (group_id, members) in placement::form_groups(&waiting, &staying, &standing, &passed_over) {
             self.begin_epoch(&group_id, members);
         }
     }
@@ -124,6 +125,7 @@ impl State {
             path,
             refiner_path,
             component: group.wanted.component.clone(),
+            fingerprint: model.fingerprint(&group.wanted.component),
             layout: Some(group.wanted.layout),
             rank: 0,
             data_addresses: members.iter().map(address).collect(),
@@ -161,16 +163,18 @@ impl State {
 
     pub(super) fn group_lost(&mut self, worker_id: &str, report: &GroupLost) -> Option<()> {
         let group = self.groups.get_mut(&report.group_id)?;
-        if !group.is_rank(worker_id, report.rank, report.epoch) {
-            return None;
+        let (rank, epoch) = (report.rank, report.epoch);
+        let (reason, message) = (shortened(&report.reason), shortened(&report.message));
+        let cause = format!("rank {rank} on worker {worker_id}: {reason}: {message}");
+        let noted = if reason == "LOAD_FAILED" { group.cannot_load(worker_id, rank, epoch, cause.clone()) } else { None };
+        if !group.is_rank(worker_id, rank, epoch) {
+            return noted;
         }
         let was_ready = group.is_ready();
         group.pause(self.now, was_ready);
-        let rank = report.rank;
-        let (reason, message) = (shortened(&report.reason), shortened(&report.message));
         // A worker that was told to stop is not lost.
         let planned = reason == "DRAINING";
-        self.end_epoch(&report.group_id, format!("rank {rank} on worker {worker_id}: {reason}: {message}"), planned);
+        self.end_epoch(&report.group_id, cause, planned);
         Some(())
     }
 

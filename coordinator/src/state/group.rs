@@ -37,6 +37,10 @@ pub(super) struct Group {
     ranks: Vec<Rank>,
     /// Times it ended since it was ready last.
     failures: u32,
+    /// Who held the ranks of the epoch that ended last.
+    former: Members,
+    /// Workers that could not load a rank of it since it was ready last: others go before them.
+    passed_over: BTreeSet<String>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -64,6 +68,8 @@ impl Group {
             pace: Pace::default(),
             ranks: Vec::new(),
             failures: 0,
+            former: Members::new(),
+            passed_over: BTreeSet::new(),
         }
     }
 
@@ -72,6 +78,10 @@ impl Group {
         self.epoch = (self.newest + 1).max(self.first_epoch);
         self.newest = self.epoch;
         self.phase = GroupState::Loading;
+        // There was nobody else: all are tried once more.
+        if members.iter().any(|member| self.passed_over.contains(member)) {
+            self.passed_over.clear();
+        }
         self.ranks = vec![Rank::default(); members.len()];
         self.members = members;
     }
@@ -103,7 +113,8 @@ impl Group {
         self.ranks.clear();
         self.alone = false;
         self.pace = Pace::default();
-        (std::mem::take(&mut self.members).into_iter().collect(), std::mem::take(&mut self.tasks))
+        self.former = std::mem::take(&mut self.members);
+        (self.former.iter().cloned().collect(), std::mem::take(&mut self.tasks))
     }
 
     /// Waits before it forms again: shortly if it had worked, ever longer if it keeps failing.
@@ -115,6 +126,22 @@ impl Group {
         let pause = FIRST_RETRY.saturating_mul(1 << self.failures.min(16)).min(LAST_RETRY);
         self.failures = self.failures.saturating_add(1);
         self.retry_at = now + pause;
+    }
+
+    /// A worker could not load its rank of this epoch, which may have ended by a peer's word before its own came.
+    pub(super) fn cannot_load(&mut self, worker_id: &str, rank: u32, epoch: u64, cause: String) -> Option<()> {
+        let members = if self.members.is_empty() { &self.former } else { &self.members };
+        if self.epoch != epoch || members.get(rank as usize).is_none_or(|member| member != worker_id) {
+            return None;
+        }
+        self.passed_over.insert(worker_id.to_owned());
+        self.problem = cause;
+        Some(())
+    }
+
+    /// Workers that others go before.
+    pub(super) fn passed_over(&self) -> &BTreeSet<String> {
+        &self.passed_over
     }
 
     /// `worker_id` holds `rank` in this very epoch.
@@ -134,6 +161,7 @@ impl Group {
             self.phase = GroupState::Ready;
             self.problem.clear();
             self.failures = 0;
+            self.passed_over.clear();
         }
     }
 

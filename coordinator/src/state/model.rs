@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use proto::v1::{Adapter, AdapterFile, Control, ControlFolder, JobSpec, Lora, ModelCard, StageKind};
+use proto::v1::{Adapter, AdapterFile, Control, ControlFolder, ControlNetwork, JobSpec, Lora, ModelCard, StageKind};
 
 use super::{MAX_WAITING_TASKS, Millis, group::Group};
 use crate::{
@@ -83,12 +83,19 @@ impl Model {
         spec.loras.iter().map(digest).collect()
     }
 
+    /// What its card says of a component's files.
+    pub(super) fn fingerprint(&self, component: &str) -> String {
+        let components = self.card.as_ref().map(|card| card.components.as_slice()).unwrap_or_default();
+        components.iter().find(|c| c.name == component).map(|c| c.fingerprint.clone()).unwrap_or_default()
+    }
+
     /// The control networks that ranks of a component hold: beside a denoiser those that a worker has read and found well.
     pub(super) fn control_folders(&self, component: &str) -> Vec<ControlFolder> {
         let Some(card) = self.card.as_ref().filter(|card| denoiser(card) == Some(component)) else { return Vec::new() };
         let folder = |config: &ControlConfig| {
             let network = card.controls.iter().find(|network| network.name == config.name && network.problem.is_empty())?;
-            Some(ControlFolder { digest: network.digest.clone(), ..config.folder() })
+            let ControlNetwork { digest, fingerprint, .. } = network.clone();
+            Some(ControlFolder { digest, fingerprint, ..config.folder() })
         };
         self.config.controls.iter().filter_map(folder).collect()
     }

@@ -170,7 +170,7 @@ impl State {
             return false;
         };
         let (paths, adapters) = (model.config.paths(), model.adapter_files());
-        let controls = model.control_folders(&wanted.component);
+        let (controls, fingerprint) = (model.control_folders(&wanted.component), model.fingerprint(&wanted.component));
         let fits = |rank: &HeldRank| {
             rank.ready
                 && rank.join.as_ref().is_some_and(|join| {
@@ -180,6 +180,7 @@ impl State {
                         && [&join.path, &join.refiner_path] == [&paths[0], &paths[1]]
                         && join.adapters == adapters
                         && join.controls == controls
+                        && (join.fingerprint.is_empty() || join.fingerprint == fingerprint)
                 })
         };
         let whole = ranks.keys().copied().eq(0..wanted.size() as u32) && ranks.values().all(|(_, rank)| fits(rank));

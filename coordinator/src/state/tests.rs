@@ -368,6 +368,7 @@ fn a_group_that_cannot_load_is_tried_again_ever_later() {
     for pause in [1000, 2000, 4000, 8000, 16_000, 30_000, 30_000] {
         let epoch = cluster.epoch(group_id);
         assert_eq!(cluster.state.groups[group_id].phase, GroupState::Loading);
+        let leader = cluster.state.groups[group_id].members[0].clone();
         cluster.report(&leader, Report::GroupLost(lost(group_id, epoch, "LOAD_FAILED")));
         assert!(cluster.state.models()[0].problem.contains("LOAD_FAILED: no such file"));
         cluster.tick(pause - 1);
@@ -375,6 +376,43 @@ fn a_group_that_cannot_load_is_tried_again_ever_later() {
         cluster.tick(1);
         assert_eq!(cluster.epoch(group_id), epoch + 1, "after {pause} ms");
     }
+}
+
+#[test]
+fn a_worker_that_cannot_load_a_group_is_passed_over_while_there_are_others() {
+    let mut cluster = Cluster::ready();
+    let group_id = "emoji/transformer/0";
+    cluster.join("w3");
+    let members = |cluster: &Cluster| cluster.state.groups[group_id].members.clone();
+    // The worker that holds a rank cannot load it.
+    let cannot = |cluster: &mut Cluster, worker: &str, rank| {
+        let lost = GroupLost { rank, ..lost(group_id, cluster.epoch(group_id), "LOAD_FAILED") };
+        cluster.report(worker, Report::GroupLost(lost));
+    };
+    let first = members(&cluster);
+    // A peer's word comes first, and says nothing of the cause.
+    let epoch = cluster.epoch(group_id);
+    cluster.report(&first[0], Report::GroupLost(lost(group_id, epoch, "PEER_LOST")));
+    let stale = cluster.state.stale_reports();
+    cannot(&mut cluster, &first[1], 1);
+    assert_eq!(cluster.state.stale_reports(), stale);
+    assert!(cluster.state.models()[0].problem.contains(&format!("rank 1 on worker {}: LOAD_FAILED", first[1])));
+    cannot(&mut cluster, &first[0], 1);
+    assert_eq!(cluster.state.stale_reports(), stale + 1, "it was another worker's rank");
+
+    cluster.tick(LAST_RETRY);
+    let second = members(&cluster);
+    assert!(second.len() == 2 && !second.contains(&first[1]), "{second:?} after {first:?}");
+    // Nobody else is left: all are asked once more, and one that cannot is passed over again.
+    cannot(&mut cluster, &second[0], 0);
+    cluster.tick(LAST_RETRY);
+    let third = members(&cluster);
+    assert_eq!(third.len(), 2);
+    cannot(&mut cluster, &third[0], 0);
+    cluster.tick(LAST_RETRY);
+    assert!(!members(&cluster).contains(&third[0]));
+    cluster.all_ready();
+    assert!(cluster.state.groups[group_id].passed_over().is_empty(), "a group that was ready begins with all");
 }
 
 #[test]

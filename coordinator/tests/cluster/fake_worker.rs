@@ -305,6 +305,7 @@ fn card() -> ModelCard {
         weight_bytes: 1,
         tp_options: tp_options.to_vec(),
         max_block_ranges: 1,
+        fingerprint: String::new(),
     };
     let number = |name: &str, minimum, maximum, default| Parameter {
         name: name.into(),

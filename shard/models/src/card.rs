@@ -45,6 +45,9 @@ pub struct ComponentCard {
     pub tp_options: Vec<usize>,
     /// Into how many block ranges it can be cut at most; 1 means it cannot.
     pub max_block_ranges: usize,
+    /// What [`ModelDir::fingerprint`] says of it; [`crate::registry::describe`] fills it in.
+    #[serde(default)]
+    pub fingerprint: String,
 }
 
 /// One stage of a model's jobs.
@@ -72,7 +75,8 @@ impl ComponentCard {
     /// The component `name` of `dir`, whose `heads` are divided over the ranks of each of at most `max_block_ranges` ranges.
     pub fn of(dir: &ModelDir, name: &str, heads: usize, max_block_ranges: usize) -> Result<Self> {
         let tp_options = [1, 2, 4, 8].into_iter().filter(|tp| heads.is_multiple_of(*tp)).collect();
-        Ok(Self { name: name.into(), weight_bytes: dir.weight_bytes(name)?, tp_options, max_block_ranges })
+        let weight_bytes = dir.weight_bytes(name)?;
+        Ok(Self { name: name.into(), weight_bytes, tp_options, max_block_ranges, fingerprint: String::new() })
     }
 }
 

@@ -18,6 +18,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// Another model than the one that is meant: what every worker has in one place is not the same.
+    #[error("`{}` has another `{name}` than the one that was described: this worker's files differ, and its part would fit no other's", path.display())]
+    Differs {
+        /// The component, or the control network.
+        name: String,
+        /// The model's directory, or the network's.
+        path: PathBuf,
+    },
     /// A value in a configuration that this implementation does not have.
     #[error("`{field}` = {value} is not supported")]
     Unsupported {

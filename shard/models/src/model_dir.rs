@@ -12,6 +12,8 @@ use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
+pub(crate) mod fingerprint;
+
 /// Longest configuration that is read; published ones have a few kilobytes.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// Most files of a directory, and how deep they may lie. Links that lead round in a circle end here.

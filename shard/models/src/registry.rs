@@ -114,11 +114,14 @@ impl LoadProgress {
 /// # Errors
 /// When its class is of no family here, or a part of it is not supported.
 pub fn describe(dir: &ModelDir) -> Result<Card> {
-    let card = outline(dir)?;
+    let mut card = outline(dir)?;
+    for component in &mut card.components {
+        component.fingerprint = dir.fingerprint(&component.name)?;
+    }
     Ok(Card { digest: dir.digest()?, ..card })
 }
 
-/// The same, from its configurations alone: the digest is empty.
+/// The same, from its configurations alone: the digest and the fingerprints are empty.
 pub fn outline(dir: &ModelDir) -> Result<Card> {
     if let Some(refiner) = dir.refiner().filter(|_| !stable_diffusion_xl::CLASSES.contains(&dir.pipeline_class())) {
         let value = format!("{} of {}", refiner.pipeline_class(), dir.pipeline_class());

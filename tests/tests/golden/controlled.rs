@@ -34,12 +34,12 @@ pub(crate) fn is_controlled(case: &Case) -> bool {
 
 pub(crate) fn sources(case: &Case) -> Result<Vec<ControlSource>, String> {
     let all = case.dir.parent().ok_or("a case has no folder around it")?;
-    Ok(folders(case).into_iter().map(|name| ControlSource { path: all.join(&name), name }).collect())
+    Ok(folders(case).into_iter().map(|name| ControlSource { path: all.join(&name), name, fingerprint: String::new() }).collect())
 }
 
 /// What a denoiser must know of them, checked as a worker does before jobs may name them.
 pub(crate) fn facts(case: &Case, dir: &ModelDir) -> Result<Vec<ControlFacts>, String> {
-    let registered = sources(case)?.into_iter().map(|ControlSource { name, path }| card::RegisteredControl { name, path });
+    let registered = sources(case)?.into_iter().map(|ControlSource { name, path, .. }| card::RegisteredControl { name, path });
     let registered: Vec<_> = registered.collect();
     if let Some(bad) = card::describe(dir, &registered).into_iter().find(|card| !card.problem.is_empty()) {
         return Err(format!("{}: {}", bad.name, bad.problem));

@@ -50,6 +50,7 @@ pub(crate) fn join(group_id: &str, epoch: u64, component: &str, workers: &[&Runn
         controls: vec![],
         products: proto::v1::Products::F32.into(),
         refiner_path: String::new(),
+        fingerprint: String::new(),
     }
 }
 

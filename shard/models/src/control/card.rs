@@ -8,7 +8,7 @@ use parallel::weights::checkpoint_files;
 use super::kind::ControlKind;
 use super::networks::{ControlSource, OpenControls};
 use crate::blocks::RankGroup;
-use crate::model_dir::{ModelDir, digest_of};
+use crate::model_dir::{ModelDir, digest_of, fingerprint};
 use crate::{Error, Result};
 
 /// Degrees that any network can be cut into.
@@ -34,6 +34,8 @@ pub struct ControlCard {
     pub class: String,
     /// sha256 over every file of the folder, in hex.
     pub digest: String,
+    /// sha256 over the names, sizes and samples of its configuration and weights, in hex.
+    pub fingerprint: String,
     /// Bytes of its weights as stored.
     pub weight_bytes: u64,
     /// How many kinds of pictures it knows, of which a job must name one; 0: it has no modes.
@@ -65,13 +67,14 @@ pub fn describe(dir: &ModelDir, registered: &[RegisteredControl]) -> Vec<Control
 fn one(dir: &ModelDir, control: &RegisteredControl) -> Result<ControlCard> {
     let kind = ControlKind::read(&control.path)?;
     kind.check_fits(dir)?;
-    let source = ControlSource { name: control.name.clone(), path: control.path.clone() };
+    let source = ControlSource { name: control.name.clone(), path: control.path.clone(), fingerprint: String::new() };
     // Its tensors have the shapes that its configuration says.
     OpenControls::open(&[source], &RankGroup::solo(), &parallel::Device::Cpu)?.measuring().load()?;
     Ok(ControlCard {
         name: String::new(),
         class: kind.class().into(),
         digest: digest_of(&control.path)?,
+        fingerprint: fingerprint::of_network(&control.path)?,
         weight_bytes: weight_bytes(&control.path)?,
         modes: kind.modes().unwrap_or_default(),
         multiple: kind.multiple(),

@@ -7,6 +7,7 @@ use parallel::{DType, Device, Weights};
 use super::ControlNetwork;
 use super::kind::{ControlFacts, ControlKind};
 use crate::blocks::RankGroup;
+use crate::model_dir::fingerprint;
 use crate::{Error, Result};
 
 /// Where a control network is.
@@ -16,6 +17,8 @@ pub struct ControlSource {
     pub name: String,
     /// Its folder.
     pub path: PathBuf,
+    /// What its card says of its files; empty: it is not asked whether they are the same here.
+    pub fingerprint: String,
 }
 
 /// The control networks of a group, as one of its ranks holds them.
@@ -57,6 +60,7 @@ impl OpenControls {
     /// [`Error::Control`] with the first that cannot be.
     pub fn open(sources: &[ControlSource], group: &RankGroup, device: &Device) -> Result<Self> {
         let one = |source: &ControlSource| -> Result<(ControlFacts, Weights)> {
+            fingerprint::check_network(&source.name, &source.path, &source.fingerprint)?;
             let facts = ControlFacts { name: source.name.clone(), kind: ControlKind::read(&source.path)? };
             Ok((facts, Weights::open(&source.path, group.tensor.clone(), DType::F32, device)?))
         };
