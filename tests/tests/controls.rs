@@ -92,6 +92,16 @@ const SDXL: Case = Case {
     pixels: true,
     request: |key| with(key, vec![control("canny", 0.8, [0.0, 0.8]), control("sketch", 0.7, [0.2, 1.0])], false),
 };
+/// Two pictures in one forward of a union network, and one alone in it.
+const SDXL_UNION: Case = Case {
+    networks: &[("sketch", "sdxl_adapter/adapter"), ("union", "sdxl_controlnet_union/controlnet")],
+    request: |key| {
+        let mode = |mode, control| Control { mode: Some(mode), ..control };
+        let (edges, depth) = (mode(0, control("union", 0.8, [0.0, 1.0])), mode(3, control("union", 0.5, [0.3, 0.8])));
+        with(key, vec![edges, control("sketch", 0.7, [0.2, 1.0]), depth], false)
+    },
+    ..SDXL
+};
 const FLUX: Case = Case {
     dir: "flux_dev_txt2img/pipeline",
     encoders: &["text_encoder", "text_encoder_2"],
@@ -221,7 +231,7 @@ impl Case {
 
 #[test]
 fn u_nets_with_controls_have_the_same_bits_on_every_layout_alone_batched_and_resumed() {
-    [SD15, SDXL].iter().for_each(Case::check_layouts);
+    [SD15, SDXL, SDXL_UNION].iter().for_each(Case::check_layouts);
 }
 
 #[test]
@@ -331,6 +341,10 @@ fn a_network_whose_configuration_cannot_be_is_refused_by_its_field() {
         (r#"{"_class_name": "ControlNetModel", "conditioning_channels": 1}"#, "conditioning_channels"),
         (r#"{"_class_name": "ControlNetModel", "global_pool_conditions": true}"#, "global_pool_conditions"),
         (r#"{"_class_name": "ControlNetModel", "controlnet_conditioning_channel_order": "gbr"}"#, "channel_order"),
+        (r#"{"_class_name": "ControlNetUnionModel", "addition_time_embed_dim": 256, "num_control_type": 0}"#, "num_control_type"),
+        (r#"{"_class_name": "ControlNetUnionModel", "num_proj_channel": 64}"#, "num_proj_channel"),
+        (r#"{"_class_name": "ControlNetUnionModel", "num_trans_layer": 1000000000}"#, "num_trans_layer"),
+        (r#"{"_class_name": "ControlNetUnionModel"}"#, "addition_time_embed_dim"),
         (r#"{"_class_name": "T2IAdapter", "adapter_type": "light_adapter"}"#, "light_adapter"),
         (r#"{"_class_name": "T2IAdapter", "channels": [], "adapter_type": "full_adapter"}"#, "channels"),
         (r#"{"_class_name": "T2IAdapter", "downscale_factor": 1000000}"#, "downscale_factor"),

@@ -8,7 +8,8 @@
 //!
 //! The inputs of a pass say what takes part in it: `controls: [K]` (u32) the place of each control's network among [`ControlNetworks`], and for the
 //! k-th `controls.k.cond`, the picture as that network takes it, `controls.k.scale: [B, R]` or `[B, 1]`, what its R tensors are multiplied by, and
-//! if it has modes `controls.k.mode: [B]` (u32). `controls.pass.NAME` takes the place of the input `NAME` for the control networks alone.
+//! if it has modes `controls.k.mode: [B]` (u32). Several for a network that takes them at once have `controls.k.own_scale: [B, 1]` as well, and are one
+//! forward, whose tensors are multiplied by the first's `scale`. `controls.pass.NAME` takes the place of the input `NAME` for the control networks alone.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ pub(crate) mod conditions;
 pub mod kind;
 pub mod networks;
 
-pub use kind::ControlFacts;
+pub use kind::{ControlFacts, ControlKind};
 pub use networks::{ControlNetworks, ControlSource, OpenControls};
 
 /// The input that names the networks of a pass, and what the names of the others begin with.
@@ -34,8 +35,8 @@ const PASS: &str = "controls.pass.";
 /// A network that looks at a picture, or one rank's part of it.
 pub trait ControlNetwork: Send + Sync + Debug {
     /// What it adds, by the names that these inputs have in the network that is controlled, in the reference's order. `inputs` are a pass's, as
-    /// that network takes them.
-    fn residuals(&self, inputs: &Tensors, control: &Control<'_>) -> Result<Vec<(String, Tensor)>>;
+    /// that network takes them; `controls` is one, or as many as there are for a network that takes several at once ([`ControlKind::joins`]).
+    fn residuals(&self, inputs: &Tensors, controls: &[Control<'_>]) -> Result<Vec<(String, Tensor)>>;
 }
 
 /// One control of a pass.
@@ -45,6 +46,16 @@ pub struct Control<'a> {
     pub cond: &'a Tensor,
     /// Of a network that has several: which kind of picture it is, `[B]`, u32.
     pub mode: Option<&'a Tensor>,
+    /// Of one beside others in one forward of its network: how strongly it takes part, `[B, 1]`.
+    pub scale: Option<&'a Tensor>,
+}
+
+/// The only control of a network that takes one.
+pub(crate) fn alone<'a, 'b>(controls: &'a [Control<'b>]) -> Result<&'a Control<'b>> {
+    match controls {
+        [control] => Ok(control),
+        _ => Err(Error::Invalid { field: CONTROLS, reason: format!("{} pictures for a network of one", controls.len()) }),
+    }
 }
 
 /// A network with its control networks: the first block range, where there are any.
@@ -85,15 +96,19 @@ fn with_residuals(networks: &ControlNetworks, picked: &[u32], inputs: &Tensors) 
     for (name, tensor) in inputs.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(PASS)?, tensor))) {
         pass.insert(name, tensor.clone());
     }
-    for (k, index) in picked.iter().enumerate() {
-        let network = networks.get(*index as usize).ok_or_else(|| Error::Invalid {
+    for (index, slots) in forwards(networks, picked) {
+        let network = networks.get(index).ok_or_else(|| Error::Invalid {
             field: CONTROLS,
             reason: format!("there is no control network {index} in this group"),
         })?;
-        let scale = inputs.get(&format!("{CONTROLS}.{k}.scale"))?;
-        let control =
-            Control { cond: inputs.get(&format!("{CONTROLS}.{k}.cond"))?, mode: inputs.find(&format!("{CONTROLS}.{k}.mode")) };
-        for (i, (name, residual)) in network.residuals(&pass, &control)?.into_iter().enumerate() {
+        let of_slot = |k: &usize, name: &str| inputs.find(&format!("{CONTROLS}.{k}.{name}"));
+        let control = |k: &usize| {
+            let cond = inputs.get(&format!("{CONTROLS}.{k}.cond"))?;
+            Ok(Control { cond, mode: of_slot(k, "mode"), scale: of_slot(k, "own_scale") })
+        };
+        let scale = inputs.get(&format!("{CONTROLS}.{}.scale", slots[0]))?;
+        let controls: Vec<Control<'_>> = slots.iter().map(control).collect::<Result<_>>()?;
+        for (i, (name, residual)) in network.residuals(&pass, &controls)?.into_iter().enumerate() {
             let scaled = scaled(&residual, scale, i)?;
             let sum = match own.find(&name) {
                 Some(before) => (before + scaled)?,
@@ -103,6 +118,19 @@ fn with_residuals(networks: &ControlNetworks, picked: &[u32], inputs: &Tensors) 
         }
     }
     Ok(own)
+}
+
+/// The forwards of control networks in a pass: each one's network, and the places of the controls that it is given.
+fn forwards(networks: &ControlNetworks, picked: &[u32]) -> Vec<(usize, Vec<usize>)> {
+    let mut forwards: Vec<(usize, Vec<usize>)> = Vec::new();
+    for (k, index) in picked.iter().map(|index| *index as usize).enumerate() {
+        let joins = networks.facts().get(index).is_some_and(|facts| facts.kind.joins());
+        match forwards.iter_mut().find(|(other, _)| joins && *other == index) {
+            Some((_, slots)) => slots.push(k),
+            None => forwards.push((index, vec![k])),
+        }
+    }
+    forwards
 }
 
 /// The i-th residual, `[B, ..]`, times its column of `scale: [B, R]`, or the only one.

@@ -10,7 +10,7 @@ use parallel::ops::Activation;
 use parallel::{ColumnParallelConv2d, Tensor, Tensors, Weights};
 use serde::Deserialize;
 
-use crate::control::{Control, ControlNetwork};
+use crate::control::{Control, ControlNetwork, alone};
 use crate::mmdit::{check_widths, unsupported};
 use crate::unet_2d_condition::{FEATURES, gcd};
 use crate::{Error, Result};
@@ -144,7 +144,8 @@ impl T2iAdapter {
 }
 
 impl ControlNetwork for T2iAdapter {
-    fn residuals(&self, _: &Tensors, control: &Control<'_>) -> Result<Vec<(String, Tensor)>> {
+    fn residuals(&self, _: &Tensors, controls: &[Control<'_>]) -> Result<Vec<(String, Tensor)>> {
+        let control = alone(controls)?;
         let features = self.features(control.cond)?;
         Ok(features.into_iter().enumerate().map(|(i, feature)| (format!("{FEATURES}.{i}"), feature)).collect())
     }

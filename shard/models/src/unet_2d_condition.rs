@@ -20,6 +20,7 @@ mod config;
 mod controlnet;
 pub(crate) mod resnet;
 mod transformer_2d;
+mod union;
 
 use blocks::{Block, Conditions};
 pub(crate) use config::gcd;

@@ -50,6 +50,14 @@ impl Linear {
         Ok(Self { weight, bias, patch: Some(patch(w, d_in, d_out, Cut::Rows(rows.to_vec()))) })
     }
 
+    /// Reads one of the three parts of a `torch.nn.MultiheadAttention`'s packed projections of width `d`: `in_proj_weight: [3 d, d]` and
+    /// `in_proj_bias: [3 d]` hold those of queries, keys and values. Adapters do not change it.
+    pub fn load_in_proj(w: &Weights, d: usize, part: usize) -> Result<Self> {
+        let shard = Shard::part(0, part * d..(part + 1) * d);
+        let weight = w.matrix("in_proj_weight", &[3 * d, d], shard.clone(), None)?;
+        Ok(Self { weight, bias: Some(w.get("in_proj_bias", &[3 * d], shard)?), patch: None })
+    }
+
     /// Reads a slice of `weight: [d_out, d_in..]`, without a bias. Adapters do not change it.
     pub fn load_fixed(w: &Weights, full_shape: &[usize], shard: Shard) -> Result<Self> {
         Ok(Self { weight: w.matrix("weight", full_shape, shard, None)?, bias: None, patch: None })

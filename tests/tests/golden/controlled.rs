@@ -57,14 +57,21 @@ pub(crate) fn controls(case: &Case) -> Vec<Control> {
         let given: Vec<f64> = given.filter_map(|value| value.as_f64()).collect();
         given.get(k).or(given.first()).copied().unwrap_or(default)
     };
+    let modes = list(case.param("control_mode"));
     let one = |(k, name): (usize, String)| Control {
         name,
         conditioning_scale: number(["controlnet_conditioning_scale", "adapter_conditioning_scale"], k, 1.0),
         guidance_start: number(["control_guidance_start", ""], k, 0.0),
         guidance_end: number(["control_guidance_end", "adapter_conditioning_factor"], k, 1.0),
-        mode: case.param("control_mode").as_u64().map(|mode| mode as usize),
+        mode: modes.get(k).and_then(Value::as_u64).map(|mode| mode as usize),
     };
-    folders(case).into_iter().enumerate().map(one).collect()
+    // One network may be given several pictures.
+    let folders = folders(case);
+    let named: Vec<String> = match &folders[..] {
+        [one] => vec![one.clone(); modes.len().max(1)],
+        _ => folders,
+    };
+    named.into_iter().enumerate().map(one).collect()
 }
 
 /// The controls' pictures.

@@ -103,8 +103,8 @@ struct Alone(Box<dyn ControlNetwork>);
 impl BlockModel for Alone {
     fn embed(&self, inputs: &Tensors) -> Result<Tensors> {
         let cond = inputs.get("controlnet_cond")?;
-        let control = Control { cond, mode: inputs.find("controlnet_mode") };
-        let residuals = self.0.residuals(inputs, &control)?;
+        let control = Control { cond, mode: inputs.find("controlnet_mode"), scale: None };
+        let residuals = self.0.residuals(inputs, &[control])?;
         let named = residuals.len();
         let output: Tensors = residuals.into_iter().collect();
         if output.len() == named { Ok(output) } else { Err(Error::Rank { reason: "two residuals have one name".into() }) }

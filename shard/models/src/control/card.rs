@@ -80,7 +80,7 @@ fn one(dir: &ModelDir, control: &RegisteredControl) -> Result<ControlCard> {
         multiple: kind.multiple(),
         tp_options: TP_DEGREES.into_iter().filter(|tp| kind.shares().is_multiple_of(*tp)).collect(),
         residuals: kind.residuals(),
-        guesses: matches!(kind, ControlKind::UNet(_)),
+        guesses: kind.guesses(),
         problem: String::new(),
     })
 }

@@ -93,18 +93,19 @@ impl Conditions {
 
     /// The controls that take part in a pass of the job's next step: each one's place in the job and that of its network.
     fn active(&self, state: &DenoiseState, pass: Pass) -> Vec<(usize, usize)> {
-        let (step, steps) = (state.step as f64, state.scheduler.planned_steps() as f64);
         let request = &state.request;
-        let in_time = |control: &Control| {
-            // As the reference says it: 1 - float(i / n < start or (i + 1) / n > end)
-            !(step / steps < control.guidance_start || (step + 1.0) / steps > control.guidance_end)
-        };
-        let in_pass = |index: usize| {
-            let guesses = request.guess_mode && pass.unconditional;
-            !(guesses && matches!(self.facts[index].kind, ControlKind::UNet(_)))
-        };
-        let each = request.controls.iter().enumerate().filter(|(_, control)| in_time(control));
+        let in_time = |control: &Control| is_in_time(state, control);
+        let in_pass = |index: usize| !(request.guess_mode && pass.unconditional && self.facts[index].kind.guesses());
+        let each =
+            request.controls.iter().enumerate().filter(|(_, control)| in_time(control) || self.is_joined(request, control));
         each.filter_map(|(k, control)| Some((k, self.index(control).ok()?))).filter(|(_, index)| in_pass(*index)).collect()
+    }
+
+    /// Whether a control is given to its network in one forward with others. There it takes part in every step, with a scale of zero out of its time: as in
+    /// the reference, which multiplies what the network is given of each then, and not what it gives.
+    fn is_joined(&self, request: &Request, control: &Control) -> bool {
+        let joins = self.index(control).is_ok_and(|index| self.facts[index].kind.joins());
+        joins && request.controls.iter().filter(|other| other.name == control.name).count() > 1
     }
 
     /// Puts what takes part in a pass among its inputs; says whether anything does.
@@ -121,9 +122,18 @@ impl Conditions {
                 _ => cond.narrow(0, pass.index.min(1) * pictures, pictures)?,
             };
             inputs.insert(format!("{CONTROLS}.{slot}.cond"), cond);
-            let scales = scales(&facts.kind, control.conditioning_scale, state.request.guess_mode);
-            let scales = Tensor::new(scales, &Device::Cpu)?.unsqueeze(0)?;
-            inputs.insert(format!("{CONTROLS}.{slot}.scale"), flow::per_picture(&scales, pictures)?);
+            let joined = self.is_joined(&state.request, control);
+            let own = if is_in_time(state, control) { control.conditioning_scale } else { 0.0 };
+            let scales = scales(&facts.kind, if joined { 1.0 } else { own }, state.request.guess_mode);
+            let mut insert = |name: &str, scales: Vec<f32>| -> Result<()> {
+                let scales = Tensor::new(scales, &Device::Cpu)?.unsqueeze(0)?;
+                inputs.insert(format!("{CONTROLS}.{slot}.{name}"), flow::per_picture(&scales, pictures)?);
+                Ok(())
+            };
+            insert("scale", scales)?;
+            if joined {
+                insert("own_scale", vec![own as f32])?;
+            }
             if let Some(mode) = control.mode {
                 inputs.insert(format!("{CONTROLS}.{slot}.mode"), Tensor::full(mode as u32, pictures, &Device::Cpu)?);
             }
@@ -148,10 +158,16 @@ impl Conditions {
     }
 }
 
+/// Whether a control takes part in the job's next step, as the reference says it: `1 - float(i / n < start or (i + 1) / n > end)`.
+fn is_in_time(state: &DenoiseState, control: &Control) -> bool {
+    let (step, steps) = (state.step as f64, state.scheduler.planned_steps() as f64);
+    !(step / steps < control.guidance_start || (step + 1.0) / steps > control.guidance_end)
+}
+
 /// What a network's tensors are multiplied by: each by its own in guess mode, else all by one.
 fn scales(kind: &ControlKind, scale: f64, guess_mode: bool) -> Vec<f32> {
     match kind {
-        ControlKind::UNet(config) if guess_mode => {
+        ControlKind::UNet(config) if guess_mode && kind.guesses() => {
             let last = (config.residuals() - 1) as f64;
             let ramp = |i: usize| libm::pow(10.0, libm::log10(LEAST_GUESS) * (1.0 - i as f64 / last)) as f32;
             (0..config.residuals()).map(|i| ramp(i) * scale as f32).collect()

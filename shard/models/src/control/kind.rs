@@ -34,7 +34,7 @@ pub struct ControlFacts {
 /// A control network by its configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ControlKind {
-    /// `ControlNetModel`, of a U-Net.
+    /// `ControlNetModel` or `ControlNetUnionModel`, of a U-Net.
     UNet(Box<ControlNetConfig>),
     /// `T2IAdapter`, of a U-Net.
     Adapter(T2iAdapterConfig),
@@ -58,7 +58,9 @@ impl ControlKind {
         let bad = |error: serde_json::Error| Error::ModelDir { path: path.clone(), reason: error.to_string() };
         let value = || Value::Object(config.clone());
         let kind = match class.as_str() {
-            "ControlNetModel" => Self::UNet(Box::new(ControlNetConfig::read(config)?)),
+            "ControlNetModel" | "ControlNetUnionModel" | "ControlNetModel_Union" => {
+                Self::UNet(Box::new(ControlNetConfig::read(config)?))
+            }
             "T2IAdapter" => Self::Adapter(serde_json::from_value(value()).map_err(bad)?),
             "FluxControlNetModel" => Self::Flux(serde_json::from_value(value()).map_err(bad)?),
             "SD3ControlNetModel" => Self::Sd3(Box::new(Sd3ControlNetConfig::read(config)?)),
@@ -77,6 +79,7 @@ impl ControlKind {
     /// The reference's class.
     pub fn class(&self) -> &'static str {
         match self {
+            Self::UNet(config) if config.modes().is_some() => "ControlNetUnionModel",
             Self::UNet(_) => "ControlNetModel",
             Self::Adapter(_) => "T2IAdapter",
             Self::Flux(_) => "FluxControlNetModel",
@@ -89,8 +92,19 @@ impl ControlKind {
     pub fn modes(&self) -> Option<usize> {
         match self {
             Self::Flux(config) => config.num_mode,
+            Self::UNet(config) => config.modes(),
             _ => None,
         }
+    }
+
+    /// Whether all controls of a job that name it are given to it in one forward.
+    pub fn joins(&self) -> bool {
+        matches!(self, Self::UNet(config) if config.modes().is_some())
+    }
+
+    /// Whether guess mode is anything to it.
+    pub fn guesses(&self) -> bool {
+        matches!(self, Self::UNet(config) if config.modes().is_none())
     }
 
     /// Whether it is given the picture itself, and not its latents.

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::blocks::{FluxSingleTransformerBlock, FluxTransformerBlock};
 use super::{Embedders, FluxTransformerConfig};
-use crate::control::{Control, ControlNetwork};
+use crate::control::{Control, ControlNetwork, alone};
 use crate::mmdit::attention::Rope;
 use crate::mmdit::layers::{column, linear};
 use crate::mmdit::{check_heads, check_widths, unsupported};
@@ -91,7 +91,8 @@ impl FluxControlNet {
 
 impl ControlNetwork for FluxControlNet {
     /// `cond: [B, L_img, C]`, packed as `hidden_states` are.
-    fn residuals(&self, inputs: &Tensors, control: &Control<'_>) -> Result<Vec<(String, Tensor)>> {
+    fn residuals(&self, inputs: &Tensors, controls: &[Control<'_>]) -> Result<Vec<(String, Tensor)>> {
+        let control = alone(controls)?;
         let embedders = &self.embedders;
         let hidden_states = embedders.x_embedder.forward(inputs.get("hidden_states")?)?; // [B, L_img, D]
         let mut hidden_states = (hidden_states + self.controlnet_x_embedder.forward(control.cond)?)?;

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::block::{Context, QwenImageTransformerBlock};
 use super::{Embedded, Embedders, QwenImageTransformerConfig};
 use crate::Result;
-use crate::control::{Control, ControlNetwork};
+use crate::control::{Control, ControlNetwork, alone};
 use crate::mmdit::layers::{column, linear};
 use crate::mmdit::{check_heads, unsupported};
 
@@ -72,7 +72,8 @@ impl QwenImageControlNet {
 
 impl ControlNetwork for QwenImageControlNet {
     /// `cond: [B, L_img, C]`, packed as `hidden_states` are.
-    fn residuals(&self, inputs: &Tensors, control: &Control<'_>) -> Result<Vec<(String, Tensor)>> {
+    fn residuals(&self, inputs: &Tensors, controls: &[Control<'_>]) -> Result<Vec<(String, Tensor)>> {
+        let control = alone(controls)?;
         let Embedded { hidden_states, mut encoder_hidden_states, temb, rope, bias } = self.embedders.forward(inputs, false)?;
         let mut hidden_states: Tensor = (hidden_states + self.controlnet_x_embedder.forward(control.cond)?)?;
         let context = Context { temb, rope, bias, target_tokens: None };

@@ -11,7 +11,7 @@ use super::block::JointTransformerBlock;
 use super::patch_embed::PatchEmbed;
 use super::{Embedders, Sd3TransformerConfig};
 use crate::Result;
-use crate::control::{Control, ControlNetwork};
+use crate::control::{Control, ControlNetwork, alone};
 use crate::mmdit::layers::column;
 use crate::mmdit::{check_heads, unsupported};
 
@@ -93,7 +93,8 @@ impl Sd3ControlNet {
 
 impl ControlNetwork for Sd3ControlNet {
     /// `cond: [B, C, H, W]`, as `hidden_states`.
-    fn residuals(&self, inputs: &Tensors, control: &Control<'_>) -> Result<Vec<(String, Tensor)>> {
+    fn residuals(&self, inputs: &Tensors, controls: &[Control<'_>]) -> Result<Vec<(String, Tensor)>> {
+        let control = alone(controls)?;
         let embedders = &self.embedders;
         let (hidden_states, _) = embedders.pos_embed.forward(inputs.get("hidden_states")?)?; // [B, L_img, D]
         let (cond, _) = self.pos_embed_input.forward(control.cond)?;

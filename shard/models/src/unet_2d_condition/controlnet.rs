@@ -1,6 +1,7 @@
 //! `ControlNetModel`: the way down of a U-Net, given a picture besides, whose every output goes through a convolution of 1 x 1.
 //!
-//! Follows diffusers 0.42.1, `models/controlnets/controlnet.py`. It is cut as the U-Net is; whole on every rank is what embeds the picture (0.1 %).
+//! Follows diffusers 0.42.1, `models/controlnets/controlnet.py`. It is cut as the U-Net is; whole on every rank is what embeds the picture (0.1 %). A
+//! `ControlNetUnionModel` is given several pictures in one forward ([`super::union`]).
 
 use parallel::convolution::Placement;
 use parallel::{ColumnParallelConv2d, Conv2d, Tensor, Tensors, Weights, ops};
@@ -8,20 +9,28 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::blocks::{Block, Conditions};
+use super::union::{Union, UnionConfig};
 use super::{DOWN_RESIDUALS, Embedders, MID_RESIDUAL, SIZE, UNet2DConditionConfig};
-use crate::control::{Control, ControlNetwork};
+use crate::control::{Control, ControlNetwork, alone};
 use crate::mmdit::{check_fixed, check_widths, unsupported};
 use crate::{Error, Result};
 
 /// Most convolutions that halve the picture; published ones have three.
 const MAX_HALVINGS: usize = 8;
 
-/// `config.json` of a `ControlNetModel`.
+/// The class of a union network, and what it was called before the reference had it.
+const UNIONS: [&str; 2] = ["ControlNetUnionModel", "ControlNetModel_Union"];
+/// `conditioning_embedding_out_channels` of one that does not say it.
+const UNION_WIDTHS: [usize; 4] = [48, 96, 192, 384];
+
+/// `config.json` of a `ControlNetModel` or a `ControlNetUnionModel`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ControlNetConfig {
     /// Of the U-Net that it is the way down of.
     pub unet: UNet2DConditionConfig,
     own: Own,
+    /// Of a `ControlNetUnionModel`.
+    union: Option<UnionConfig>,
 }
 
 /// What it says of the picture.
@@ -52,6 +61,11 @@ impl ControlNetConfig {
     /// [`Error::Unsupported`] with the first field that is not what is known here.
     pub fn read(mut config: Map<String, Value>) -> Result<Self> {
         let bad = |error: serde_json::Error| unsupported("config.json", &error.to_string());
+        let is_union = config.get("_class_name").and_then(Value::as_str).is_some_and(|class| UNIONS.contains(&class));
+        let union = is_union.then(|| serde_json::from_value(Value::Object(config.clone()))).transpose().map_err(bad)?;
+        if is_union {
+            config.entry("conditioning_embedding_out_channels").or_insert(json!(UNION_WIDTHS));
+        }
         let own: Own = serde_json::from_value(Value::Object(config.clone())).map_err(bad)?;
         let up = config.get("down_block_types").and_then(Value::as_array).map(|down| {
             let mirrored = |block: &Value| json!(block.as_str().unwrap_or_default().replace("Down", "Up"));
@@ -64,7 +78,7 @@ impl ControlNetConfig {
             config.insert("out_channels".into(), channels);
         }
         let unet: UNet2DConditionConfig = serde_json::from_value(Value::Object(config)).map_err(bad)?;
-        let read = Self { unet, own };
+        let read = Self { unet, own, union };
         read.validate()?;
         Ok(read)
     }
@@ -86,7 +100,12 @@ impl ControlNetConfig {
         if own.global_pool_conditions {
             return Err(unsupported("global_pool_conditions", &true));
         }
-        Ok(())
+        self.union.as_ref().map_or(Ok(()), |union| union.validate(&self.unet))
+    }
+
+    /// Of a union network: how many kinds of pictures it knows.
+    pub fn modes(&self) -> Option<usize> {
+        self.union.as_ref().map(|union| union.num_control_type)
     }
 
     /// Pixels of the picture's side to one of the latents'.
@@ -120,6 +139,7 @@ pub struct ControlNetModel {
     blocks: Vec<Block>,
     down_projections: Vec<ColumnParallelConv2d>,
     mid_projection: ColumnParallelConv2d,
+    union: Option<Union>,
     config: ControlNetConfig,
 }
 
@@ -139,6 +159,7 @@ impl ControlNetModel {
                 .map(|(i, c)| projection(&w.pp("controlnet_down_blocks").pp(i), c))
                 .collect::<Result<_>>()?,
             mid_projection: projection(&w.pp("controlnet_mid_block"), unet.block_out_channels[unet.resolutions() - 1])?,
+            union: config.union.as_ref().map(|union| Union::load(w, union, unet)).transpose()?,
             config: config.clone(),
         };
         w.finish()?;
@@ -151,14 +172,23 @@ fn projection(w: &Weights, channels: usize) -> Result<ColumnParallelConv2d> {
 }
 
 impl ControlNetwork for ControlNetModel {
-    fn residuals(&self, inputs: &Tensors, control: &Control<'_>) -> Result<Vec<(String, Tensor)>> {
+    fn residuals(&self, inputs: &Tensors, controls: &[Control<'_>]) -> Result<Vec<(String, Tensor)>> {
         let unet = &self.config.unet;
         // A network for inpainting has a mask and a masked picture beside its latents.
         let sample = inputs.get("sample")?.narrow(1, 0, unet.in_channels)?.contiguous()?;
-        let temb = ops::silu(&self.embedders.temb(inputs, unet)?)?;
+        let mut temb = self.embedders.temb(inputs, unet)?;
+        let mut sample = self.embedders.conv_in.forward(&sample, Placement::same(SIZE))?;
+        match &self.union {
+            None => sample = (sample + self.cond_embedding.forward(alone(controls)?.cond)?)?,
+            Some(union) => {
+                temb = (temb + union.temb(controls)?)?;
+                for control in controls {
+                    sample = (sample + union.added(control, &self.cond_embedding.forward(control.cond)?)?)?;
+                }
+            }
+        }
+        let temb = ops::silu(&temb)?;
         let given = Conditions { temb: &temb, text: inputs.get("encoder_hidden_states")? };
-        let sample = self.embedders.conv_in.forward(&sample, Placement::same(SIZE))?;
-        let mut sample = (sample + self.cond_embedding.forward(control.cond)?)?;
         let mut skips = vec![sample.clone()];
         for block in &self.blocks {
             sample = match block {
