@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use models::image_io::{PictureLimits, decode_picture, in_unit_range};
-use proto::v1::JobSpec;
+use proto::v1::{JobSpec, Lora};
 use tests::cluster::{Client, Cluster, eventually, sha256, survives_losses_in};
 use tonic_types::StatusExt;
 
@@ -49,19 +49,43 @@ async fn draw(client: &mut Client, spec: JobSpec) -> Vec<f32> {
     pixels(&client.download(&done.images[0].blob_id).await)
 }
 
+/// The largest from a picture that the reference drew.
+fn difference(drawn: &[f32], reference: &str) -> f32 {
+    let reference = pixels(&std::fs::read(golden(reference)).unwrap());
+    assert_eq!(drawn.len(), reference.len());
+    drawn.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
 #[tokio::test]
 async fn the_picture_is_the_references_on_any_cut() {
     let cut = "[model.components.unet]\ntp = 2\nblock_ranges = 2\ncolocate = true\n\
         [model.components.refiner]\ntp = 2\nblock_ranges = 3\ncfg_parallel = 2\ncolocate = true\n";
-    let cluster = Cluster::start(&(refined("whole", "") + &refined("cut", cut)), &["", ""], None);
+    let adapter = golden("lora_sdxl_diffusers/lora.safetensors");
+    let adapter = format!("[[adapter]]\nname = \"style\"\npath = \"{}\"\nmodels = [\"whole\", \"cut\"]\n", adapter.display());
+    let cluster = Cluster::start(&(refined("whole", "") + &refined("cut", cut) + &adapter), &["", ""], None);
     let mut client = cluster.ready().await;
     let whole = draw(&mut client, job("whole")).await;
     // `base(denoising_end=0.8, output_type="latent")`, then `refiner(image=latents, denoising_start=0.8)`, which has the base model's
     // `text_encoder_2` and `vae`, by diffusers 0.42.1 in float32.
-    let reference = pixels(&std::fs::read(golden("sdxl_refiner/base_and_refiner.png")).unwrap());
-    let most = whole.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(whole.len() == reference.len() && most < 1.5 / 255.0, "{most}");
+    let most = difference(&whole, "sdxl_refiner/base_and_refiner.png");
+    assert!(most < 1.5 / 255.0, "{most}");
     assert_eq!(draw(&mut client, job("cut")).await, whole);
+
+    // The same with an adapter, which is the base model's, and with prompts of their own for the base model's second encoder, which
+    // the refiner is not told: there that encoder reads `prompt`.
+    let spec = |model: &str| JobSpec {
+        prompt_2: Some("watercolour".into()),
+        negative_prompt: Some("dull".into()),
+        negative_prompt_2: Some("noisy".into()),
+        guidance_scale: Some(5.0),
+        denoising_end: Some(0.6),
+        loras: vec![Lora { name: "style".into(), scale: Some(0.8) }],
+        ..job(model)
+    };
+    let whole = draw(&mut client, spec("whole")).await;
+    let most = difference(&whole, "sdxl_refiner/two_prompts_and_adapter.png");
+    assert!(most < 1.5 / 255.0, "{most}");
+    assert_eq!(draw(&mut client, spec("cut")).await, whole);
 
     let two = JobSpec { num_images_per_prompt: Some(2), ..job("cut") };
     let (both, alone) = (client.run(two).await, client.run(JobSpec { denoising_end: Some(1.0), ..job("cut") }).await);

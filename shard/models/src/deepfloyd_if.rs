@@ -172,6 +172,7 @@ fn text_encoding(dir: &ModelDir) -> Result<TextEncoding> {
         tokens: Some(TOKENS),
         outputs: vec![(Kept::Output("last_hidden_state"), "prompt_embeds")],
         with_mask: true,
+        besides: None,
         encoder: Encoder::First,
         guidance: GUIDANCE,
     })

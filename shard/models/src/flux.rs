@@ -108,6 +108,7 @@ fn clip_encoding(dir: &Path) -> Result<TextEncoding> {
         tokens: Some(CLIP_TOKENS),
         outputs: vec![(Kept::Output("pooler_output"), "pooled_prompt_embeds")],
         with_mask: false,
+        besides: None,
         encoder: Encoder::First,
         guidance: GUIDANCE,
     })
@@ -121,6 +122,7 @@ fn t5_encoding(dir: &Path) -> Result<TextEncoding> {
         tokens: None,
         outputs: vec![(Kept::Output("last_hidden_state"), "prompt_embeds")],
         with_mask: false,
+        besides: None,
         encoder: Encoder::Second,
         guidance: GUIDANCE,
     })

@@ -191,6 +191,7 @@ fn text_encoding(dir: &ModelDir, component: &str) -> Result<TextEncoding> {
         tokens: Some(tokens),
         outputs: vec![(Kept::Output("last_hidden_state"), embeds), (Kept::Output("attention_mask"), mask)],
         with_mask: true,
+        besides: None,
         encoder: Encoder::First, // both read the same prompt
         guidance: GUIDANCE,
     })

@@ -156,6 +156,7 @@ fn text_encoding(dir: &ModelDir) -> Result<TextEncoding> {
             (Kept::Output("attention_mask"), "prompt_attention_mask"),
         ],
         with_mask: true,
+        besides: None,
         encoder: Encoder::First,
         guidance: GUIDANCE,
     })

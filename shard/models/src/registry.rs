@@ -163,8 +163,8 @@ pub fn load_with(
     let LoadSpec { dir, component, mut group, device, limits } = spec;
     let controls = if DENOISERS.contains(&component) { controls } else { &[] };
     let (dir, own_name) = dir.part(component);
-    // Adapters and control networks are the base model's.
-    let adapters = if own_name == component { adapters } else { Sources::default() };
+    // Adapters and control networks are the base model's. Jobs name them to the refiner's network too, which has its components' names.
+    let adapters = if own_name == component { adapters } else { adapters.changing_nothing() };
     let component = own_name;
     let path = dir.require(component)?.path;
     let weights = open(dir, &path, group.tensor.clone(), &device)?;

@@ -187,7 +187,7 @@ fn text_encoding(dir: &ModelDir, component: &str) -> Result<TextEncoding> {
         _ => (Encoder::Third, None, vec![(Kept::Output("last_hidden_state"), "t5_prompt_embed")]),
     };
     let tokenizer = Tokenizer::load(&dir.root().join(component.replace("text_encoder", "tokenizer")))?;
-    Ok(TextEncoding { tokenizer, tokens, outputs, with_mask: false, encoder, guidance: GUIDANCE })
+    Ok(TextEncoding { tokenizer, tokens, outputs, with_mask: false, encoder, besides: None, guidance: GUIDANCE })
 }
 
 /// What Stable Diffusion 3 does around its network.

@@ -85,6 +85,7 @@ fn text_encoding(dir: &ModelDir) -> Result<TextEncoding> {
         tokens: Some(CLIP_TOKENS),
         outputs: vec![(Kept::NormedState(1), "prompt_embeds")],
         with_mask: false,
+        besides: None,
         encoder: Encoder::First,
         guidance: GUIDANCE,
     })

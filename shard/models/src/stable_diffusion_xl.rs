@@ -28,6 +28,8 @@ pub const CLASSES: &[&str] = &[TEXT_TO_IMAGE, "StableDiffusionXLImg2ImgPipeline"
 const TEXT_TO_IMAGE: &str = "StableDiffusionXLPipeline";
 const POOLED: &str = "pooled_prompt_embeds";
 const NEGATIVE: &str = "negative_";
+/// What the second encoder's outputs of `prompt` begin with, where it reads `prompt_2` for the base model.
+const FOR_REFINER: &str = "refiner_";
 /// Where a job leaves the base model for the refiner when it does not say.
 const DENOISING_END: f64 = 0.8;
 /// Largest size or crop, in pixels.
@@ -232,7 +234,9 @@ fn text_encoding(dir: &ModelDir, component: &str) -> Result<TextEncoding> {
         }
     };
     let tokenizer = Tokenizer::load(&dir.root().join(tokenizer))?;
-    Ok(TextEncoding { tokenizer, tokens: Some(CLIP_TOKENS), outputs, with_mask: false, encoder, guidance: GUIDANCE })
+    // The reference's refiner has this encoder alone, which then reads `prompt`.
+    let besides = dir.refiner().filter(|_| encoder == Encoder::Second).map(|_| (Encoder::First, FOR_REFINER));
+    Ok(TextEncoding { tokenizer, tokens: Some(CLIP_TOKENS), outputs, with_mask: false, encoder, besides, guidance: GUIDANCE })
 }
 
 /// What Stable Diffusion XL does around its network.
@@ -255,7 +259,11 @@ impl StableDiffusionXlDenoiser {
 
     /// `prompt_embeds: [1, 77, D]`, those of all encoders side by side, and `pooled_prompt_embeds: [1, P]` of one pass.
     fn embeds(&self, conditioning: &Tensors, prefix: &str) -> Result<Tensors> {
-        let get = |name: &str| conditioning.get(&format!("{prefix}{name}"));
+        let own = |name: &str| format!("{}{prefix}{name}", if self.parts.has_one_encoder() { FOR_REFINER } else { "" });
+        let get = |name: &str| match conditioning.find(&own(name)) {
+            Some(embeds) => Ok(embeds),
+            None => conditioning.get(&format!("{prefix}{name}")),
+        };
         let second = get("prompt_2_embed")?;
         let embeds = if self.parts.has_one_encoder() { second.clone() } else { Tensor::cat(&[get("prompt_embed")?, second], 2)? };
         Ok(Tensors::new().with(format!("{prefix}prompt_embeds"), embeds).with(format!("{prefix}{POOLED}"), get(POOLED)?.clone()))

@@ -35,6 +35,8 @@ pub struct TextEncoding {
     pub with_mask: bool,
     /// Which of the job's prompts it reads.
     pub encoder: Encoder,
+    /// Another's prompts, which it reads besides where they differ, and what its outputs of them begin with.
+    pub besides: Option<(Encoder, &'static str)>,
     /// Whether it reads a negative prompt too.
     pub guidance: Guidance,
 }
@@ -97,13 +99,24 @@ impl TextStage {
     }
 
     fn run(&mut self, request: &Request) -> Result<Payload> {
-        let TextEncoding { encoder, guidance, .. } = self.encoding;
+        let TextEncoding { encoder, guidance, besides, .. } = self.encoding;
+        let mut out = self.prompts(encoder, request)?;
+        let said = |encoder| (request.prompt_of(encoder), request.negative_prompt_of(encoder, guidance));
+        if let Some((other, prefix)) = besides.filter(|(other, _)| said(*other) != said(encoder)) {
+            let embeds = self.prompts(other, request)?;
+            out.extend(embeds.into_iter().map(|(name, embeds)| (format!("{prefix}{name}"), embeds)).collect());
+        }
+        Ok(Payload::Conditioning(out))
+    }
+
+    /// The embeddings of an encoder's prompt and, where it has one, of its negative prompt.
+    fn prompts(&mut self, encoder: Encoder, request: &Request) -> Result<Tensors> {
         let mut out = self.encode(request.prompt_of(encoder), request, request.clip_skip.unwrap_or(0))?;
-        if let Some(negative) = request.negative_prompt_of(encoder, guidance) {
+        if let Some(negative) = request.negative_prompt_of(encoder, self.encoding.guidance) {
             let negative = self.encode(negative, request, 0)?;
             negative.into_iter().for_each(|(name, embeds)| out.insert(format!("negative_{name}"), embeds));
         }
-        Ok(Payload::Conditioning(out))
+        Ok(out)
     }
 }
 

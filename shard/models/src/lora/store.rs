@@ -27,6 +27,14 @@ pub struct Sources {
     pub cache_bytes: u64,
 }
 
+impl Sources {
+    /// The same to a component that none of them changes: the names are known there, and nothing is read.
+    pub fn changing_nothing(mut self) -> Self {
+        self.named.iter_mut().for_each(|source| source.components.clear());
+        self
+    }
+}
+
 /// Where an adapter is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
