@@ -1,8 +1,8 @@
 //! Pictures in and out: what PIL and diffusers' `VaeImageProcessor` do, bit for bit where that can be.
 //!
 //! Follows diffusers 0.42.1 `image_processor.py` and Pillow's `Resample.c` and `Convert.c`. Differences: pictures become RGB
-//! when they are read (as diffusers' `load_image` makes them), so alpha is dropped before a resize and not after; JPEG and
-//! WebP decoders may differ from Pillow's by rounding.
+//! when they are read (as diffusers' `load_image` makes them), so alpha is dropped before a resize and not after; grey pictures of 16 bits, such as depth
+//! maps, lose their low byte, where Pillow makes all above 255 white; JPEG and WebP decoders may differ from Pillow's by rounding.
 
 use parallel::{DType, Device, Tensor};
 
@@ -95,9 +95,17 @@ pub fn in_unit_range(picture: &Picture, width: usize, height: usize) -> Result<T
 /// A mask: `[1, 1, height, width]`, f32, 1 where the picture is to be made anew (at least half white). Resized (Lanczos) if
 /// its size differs.
 pub fn preprocess_mask(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    mask(picture, [width, height], |luma| f32::from(luma) / 255.0 >= 0.5)
+}
+
+/// The same where all counts that is not black, such as the soft edge of a stroke: LaMa's authors' `mask > 0`.
+pub fn preprocess_soft_mask(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    mask(picture, [width, height], |luma| luma > 0)
+}
+
+fn mask(picture: &Picture, [width, height]: [usize; 2], is_covered: impl Fn(u8) -> bool) -> Result<Tensor> {
     let pixels = resized(picture, width, height)?;
-    let values: Vec<f32> =
-        pixels.as_chunks::<3>().0.iter().map(|rgb| if f32::from(luma(*rgb)) / 255.0 < 0.5 { 0.0 } else { 1.0 }).collect();
+    let values: Vec<f32> = pixels.as_chunks::<3>().0.iter().map(|rgb| f32::from(u8::from(is_covered(luma(*rgb))))).collect();
     Ok(Tensor::from_vec(values, (1, 1, height, width), &Device::Cpu)?)
 }
 

@@ -80,7 +80,7 @@ impl OneAtATime for InpaintStage {
         let mask = image_io::decode_picture(mask, &limits)
             .map_err(|error| Error::Invalid { field: "mask_image", reason: error.to_string() })?;
         let image = image_io::in_unit_range(&image, width, height)?;
-        let filled = fill(&self.generator, &image, &image_io::preprocess_mask(&mask, width, height)?)?;
+        let filled = fill(&self.generator, &image, &image_io::preprocess_soft_mask(&mask, width, height)?)?;
         Ok(Payload::Image(Tensors::new().with("image", filled)))
     }
 }

@@ -65,7 +65,7 @@ impl LamaGeneratorConfig {
     /// # Errors
     /// [`Error::Unsupported`] with the first field that is not what is known here.
     pub fn read(mut config: Map<String, Value>) -> Result<Self> {
-        let generator = config.remove("generator").unwrap_or(Value::Object(config));
+        let generator = resolved(config.remove("generator").unwrap_or(Value::Object(config)));
         if let Some(kind) = generator.get("kind").filter(|kind| *kind != "ffc_resnet") {
             return Err(unsupported("generator.kind", kind));
         }
@@ -106,6 +106,25 @@ impl LamaGeneratorConfig {
     }
 }
 
+/// The authors' configurations say some ratios by reference to others, such as `${generator.init_conv_kwargs.ratio_gout}`.
+fn resolved(mut generator: Value) -> Value {
+    const PARTS: [&str; 3] = ["init_conv_kwargs", "downsample_conv_kwargs", "resnet_conv_kwargs"];
+    // One may refer to one that refers to another.
+    for _ in PARTS {
+        let before = generator.clone();
+        let of = |text: &str| before.pointer(&text.strip_prefix("${generator")?.strip_suffix('}')?.replace('.', "/")).cloned();
+        for part in PARTS {
+            for value in generator.get_mut(part).and_then(Value::as_object_mut).into_iter().flat_map(|kwargs| kwargs.values_mut())
+            {
+                if let Some(referred) = value.as_str().and_then(of) {
+                    *value = referred;
+                }
+            }
+        }
+    }
+    generator
+}
+
 /// `FFCResNetGenerator`
 #[derive(Debug)]
 pub struct LamaGenerator {
@@ -117,8 +136,13 @@ pub struct LamaGenerator {
 }
 
 impl LamaGenerator {
-    /// Reads `generator.model.*` of `w`.
+    /// Reads `generator.model.*` of `w`. What else a checkpoint of the authors' training has, such as a loss's network, is left alone, as they do.
     pub fn load(w: &Weights, config: &LamaGeneratorConfig) -> Result<Self> {
+        for (name, ..) in w.tensors() {
+            if let Some((part, _)) = name.split_once('.').filter(|(part, _)| *part != "generator") {
+                w.skip(part);
+            }
+        }
         let (all, w) = (w, w.pp("generator.model"));
         let (n, local) = (config.n_downsampling, config.width() - config.global());
         let none = Ratios { local: [config.input_nc, config.ngf], global: [0, 0] };
@@ -216,6 +240,12 @@ mod tests {
         let config = read(big()).unwrap();
         assert_eq!((config.width(), config.global()), (512, 384));
         read(big()["generator"].clone()).unwrap();
+        // As the authors' file has them.
+        let mut referring = big();
+        referring["generator"]["downsample_conv_kwargs"] = json!({"ratio_gin": "${generator.init_conv_kwargs.ratio_gout}",
+            "ratio_gout": "${generator.downsample_conv_kwargs.ratio_gin}", "enable_lfu": false});
+        referring["generator"]["resnet_conv_kwargs"]["ratio_gout"] = json!("${generator.resnet_conv_kwargs.ratio_gin}");
+        assert_eq!(read(referring).unwrap(), config);
         for (field, value) in [
             ("input_nc", json!(5)),
             ("ngf", json!(0)),

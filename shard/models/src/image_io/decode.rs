@@ -81,7 +81,7 @@ fn check(decoder: &impl ImageDecoder, limits: &PictureLimits) -> Result<()> {
     Ok(())
 }
 
-/// 16-bit channels lose their low byte, as in PIL; the rest is the crate's.
+/// 16-bit channels lose their low byte, as in PIL (but for grey ones, see [`super`]); the rest is the crate's.
 fn rgb(image: DynamicImage) -> Vec<u8> {
     match image.color() {
         ColorType::L16 | ColorType::La16 | ColorType::Rgb16 | ColorType::Rgba16 => {

@@ -74,6 +74,8 @@ fn a_resize_equals_pillows_to_the_bit() {
 
 #[test]
 fn a_resized_mask_is_pillows_grey_cut_at_half() {
+    let soft = preprocess_soft_mask(&Picture { width: 3, height: 1, data: [[0; 3], [1; 3], [200; 3]].concat() }, 3, 1).unwrap();
+    assert_eq!(soft.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0, 1.0, 1.0]);
     let mask = preprocess_mask(&pattern(20, 14), 16, 16).unwrap();
     let bits: Vec<u8> = mask.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(|v| v as u8).collect();
     assert_eq!(hex_sha256(&bits), "21b73d9d9c0bedc560ac47da1a23763faacfcd0fe0b03abe9eb90d6623250e3c");

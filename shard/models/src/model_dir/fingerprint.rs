@@ -13,6 +13,9 @@ use sha2::{Digest, Sha256};
 use super::{INDEX, ModelDir, SCHEDULER, bad, hex, io};
 use crate::{Error, Result};
 
+const TEXT_ENCODER: &str = "text_encoder";
+const PROCESSOR: &str = "processor";
+const CONFIG: &str = "config.json";
 /// Files of no more are read whole; of larger ones their ends, where a checkpoint has its header.
 const ENDS: u64 = 64 << 10;
 /// And this much at every [`STRIDE`].
@@ -20,8 +23,9 @@ const SAMPLE: u64 = 4 << 10;
 const STRIDE: u64 = 16 << 20;
 
 impl ModelDir {
-    /// sha256, in hex, over the names, sizes and samples of what a component is made of here: its configuration and weights, the index of the model, the
-    /// scheduler where it has one, and a text encoder's tokenizer. Reads about 6 MB of 24 GB.
+    /// sha256, in hex, over the names, sizes and samples of what a component's stages read here: its configuration and weights, the index of the model, of a
+    /// text encoder its tokenizer and processor, of any other the schedulers and every component's configuration (a denoiser goes by the
+    /// autoencoder's). Reads about 6 MB of 24 GB.
     ///
     /// # Errors
     /// When the model has no such component, or a file cannot be read.
@@ -29,10 +33,16 @@ impl ModelDir {
         let (dir, component) = self.part(component);
         let mut files = vec![dir.root.join(INDEX)];
         files.extend(files_of(&dir.require(component)?.path)?);
-        for beside in [SCHEDULER.to_owned(), component.replacen("text_encoder", "tokenizer", 1)] {
-            let folder = dir.root.join(&beside);
-            if beside != component && folder.is_dir() {
-                files.extend(plain_files(&folder)?);
+        let reads_text = component.starts_with(TEXT_ENCODER);
+        let tokenizer = component.replacen(TEXT_ENCODER, "tokenizer", 1);
+        let is_read = |name: &str| match reads_text {
+            true => name == tokenizer || name == PROCESSOR,
+            false => name.contains(SCHEDULER),
+        };
+        for folder in dir.components.keys().map(|name| (name, dir.root.join(name))).filter(|(_, folder)| folder.is_dir()) {
+            match folder {
+                (name, folder) if is_read(name) => files.extend(plain_files(&folder)?),
+                (_, folder) => files.extend(Some(folder.join(CONFIG)).filter(|config| !reads_text && config.is_file())),
             }
         }
         of_files(&dir.root, files)
@@ -67,7 +77,7 @@ fn check(name: &str, path: &Path, expected: &str, own: impl FnOnce() -> Result<S
 
 /// A network's configuration and weights.
 fn files_of(folder: &Path) -> Result<Vec<PathBuf>> {
-    let config = folder.join("config.json");
+    let config = folder.join(CONFIG);
     Ok(checkpoint_files(folder)?.into_iter().chain(config.is_file().then_some(config)).collect())
 }
 
@@ -79,6 +89,7 @@ fn plain_files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 fn of_files(root: &Path, mut files: Vec<PathBuf>) -> Result<String> {
     files.sort();
+    files.dedup();
     let mut digest = Sha256::new();
     for path in &files {
         let name = path.strip_prefix(root).unwrap_or(path).to_str().ok_or_else(|| bad(path, "its name is not UTF-8"))?;
@@ -111,49 +122,53 @@ mod tests {
 
     use super::*;
 
-    /// A model of one component, whose weights have so many bytes.
+    const FILES: [&str; 8] = [
+        "text_encoder_2/config.json",
+        "text_encoder_2/model.safetensors",
+        "tokenizer_2/tokenizer.json",
+        "processor/preprocessor_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+    ];
+
+    /// A model whose weights have so many bytes.
     fn model(bytes: usize) -> (tempfile::TempDir, ModelDir) {
         let dir = tempfile::tempdir().unwrap();
-        let index =
-            r#"{"_class_name": "A", "text_encoder_2": ["transformers", "T5EncoderModel"], "scheduler": ["diffusers", "B"]}"#;
-        for (name, content) in [
-            ("model_index.json", index),
-            ("text_encoder_2/config.json", "{}"),
-            ("tokenizer_2/tokenizer.json", "{}"),
-            ("scheduler/scheduler_config.json", "{}"),
-        ] {
-            fs::create_dir_all(dir.path().join(name).parent().unwrap()).unwrap();
-            fs::write(dir.path().join(name), content).unwrap();
+        let mut index = serde_json::json!({"_class_name": "A"});
+        for name in FILES {
+            let path = dir.path().join(name);
+            let folder = path.parent().unwrap();
+            index[folder.file_name().unwrap().to_str().unwrap()] = serde_json::json!(["library", "Class"]);
+            fs::create_dir_all(folder).unwrap();
+            fs::write(&path, if name.ends_with("safetensors") { vec![1; bytes] } else { b"{}".to_vec() }).unwrap();
         }
-        fs::write(dir.path().join("text_encoder_2/model.safetensors"), vec![1; bytes]).unwrap();
+        fs::write(dir.path().join("model_index.json"), index.to_string()).unwrap();
         let model = ModelDir::open(dir.path()).unwrap();
         (dir, model)
     }
 
     #[test]
-    fn it_is_the_same_wherever_the_model_is_and_another_after_any_change_of_what_is_loaded() {
+    fn it_is_the_same_wherever_the_model_is_and_another_after_any_change_of_what_is_read() {
         let (dir, here) = model(1000);
         let (_elsewhere, there) = model(1000);
-        let print = here.fingerprint("text_encoder_2").unwrap();
-        assert_eq!(there.fingerprint("text_encoder_2").unwrap(), print);
-        fs::write(dir.path().join("text_encoder_2/notes.md"), "notes").unwrap();
-        fs::create_dir(dir.path().join("vae")).unwrap();
-        assert_eq!(here.fingerprint("text_encoder_2").unwrap(), print, "nothing of it is loaded");
-        here.check_fingerprint("text_encoder_2", &print).unwrap();
-        here.check_fingerprint("text_encoder_2", "").unwrap();
-        for file in [
-            "text_encoder_2/config.json",
-            "text_encoder_2/model.safetensors",
-            "tokenizer_2/tokenizer.json",
-            "scheduler/scheduler_config.json",
-        ] {
-            let before = fs::read(dir.path().join(file)).unwrap();
-            fs::write(dir.path().join(file), [&before[..before.len() - 1], b"0"].concat()).unwrap();
-            let error = here.check_fingerprint("text_encoder_2", &print).unwrap_err();
-            assert!(matches!(&error, Error::Differs { name, .. } if name == "text_encoder_2"), "{file}: {error}");
-            fs::write(dir.path().join(file), before).unwrap();
+        for (component, read) in [("text_encoder_2", &FILES[..4]), ("transformer", &[&FILES[..1], &FILES[4..]].concat())] {
+            let print = here.fingerprint(component).unwrap();
+            assert_eq!(there.fingerprint(component).unwrap(), print);
+            fs::write(dir.path().join(component).join("notes.md"), "notes").unwrap();
+            here.check_fingerprint(component, &print).unwrap();
+            here.check_fingerprint(component, "").unwrap();
+            for file in FILES {
+                let before = fs::read(dir.path().join(file)).unwrap();
+                fs::write(dir.path().join(file), [&before[..before.len() - 1], b"0"].concat()).unwrap();
+                let checked = here.check_fingerprint(component, &print);
+                let differs = matches!(&checked, Err(Error::Differs { name, .. }) if name == component);
+                assert_eq!(differs, read.contains(&file), "{component}: {file}: {checked:?}");
+                fs::write(dir.path().join(file), before).unwrap();
+            }
         }
-        assert!(here.fingerprint("vae").is_err());
+        assert!(here.fingerprint("nobody").is_err());
     }
 
     #[test]
