@@ -291,12 +291,18 @@ fn a_network_that_cannot_be_used_says_why_before_any_job_names_it() {
     let file = "diffusion_pytorch_model.safetensors";
     let bytes = std::fs::read(whole.join(file)).unwrap();
     std::fs::write(torn.path().join(file), &bytes[..bytes.len() / 2]).unwrap();
+    // As those of Stable Diffusion XL are, but for the channels that both families have in common.
+    let coarse = tempfile::tempdir().unwrap();
+    let config = std::fs::read_to_string(golden("sd15_adapter/adapter/config.json")).unwrap();
+    std::fs::write(coarse.path().join("config.json"), config.replace("\"downscale_factor\": 8", "\"downscale_factor\": 16"))
+        .unwrap();
     let networks = [
         (golden("sd15_controlnet/controlnet"), ""),
         (golden("sd15_adapter/adapter"), ""),
         (golden("sdxl_controlnet/controlnet"), "addition_embed_type"),
         (golden("flux_controlnet/controlnet"), "FluxControlNetModel with a StableDiffusionPipeline"),
         (golden("sd15_txt2img/pipeline/unet"), "UNet2DConditionModel"),
+        (coarse.path().to_owned(), "adapter_type and downscale_factor"),
         (none.path().to_owned(), "config.json"),
         (torn.path().to_owned(), file),
     ];

@@ -177,7 +177,7 @@ impl Space {
         if let Some(latents) = inputs.latents.take() {
             return self.go_on(request, latents, inputs, tensors);
         }
-        self.controls.start(&request, &mut tensors, |k, _| conditions::pixels(&request, &inputs, k))?;
+        self.controls.start(&request, &mut tensors, |k, facts| conditions::pixels(&request, &inputs, k, facts))?;
         let mut generator = flow::generator(&request);
         let picture = inputs.image_latents.take();
         let mask = picture.as_ref().and_then(|picture| picture.find("mask")).cloned();

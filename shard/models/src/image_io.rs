@@ -92,6 +92,12 @@ pub fn in_unit_range(picture: &Picture, width: usize, height: usize) -> Result<T
     Ok(Tensor::from_vec(values, (1, 3, height, width), &Device::Cpu)?)
 }
 
+/// As [`in_unit_range`], of a grey picture: `[1, 1, height, width]`.
+pub fn grey_in_unit_range(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {
+    let grey = picture.data.as_chunks::<3>().0.iter().flat_map(|rgb| [luma(*rgb); 3]).collect();
+    Ok(in_unit_range(&Picture { data: grey, ..*picture }, width, height)?.narrow(1, 0, 1)?.contiguous()?)
+}
+
 /// A mask: `[1, 1, height, width]`, f32, 1 where the picture is to be made anew (at least half white). Resized (Lanczos) if
 /// its size differs.
 pub fn preprocess_mask(picture: &Picture, width: usize, height: usize) -> Result<Tensor> {

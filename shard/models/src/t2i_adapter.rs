@@ -26,7 +26,7 @@ const MAX_LAYERS: usize = 64;
 pub struct T2iAdapterConfig {
     /// Which of the reference's networks it is.
     pub adapter_type: AdapterType,
-    /// Of the picture.
+    /// Of the picture: 3, or 1 of a grey one.
     pub in_channels: usize,
     /// Of each feature, the finest first.
     pub channels: Vec<usize>,
@@ -64,7 +64,7 @@ impl T2iAdapterConfig {
     /// # Errors
     /// [`Error::Unsupported`] with the first field that cannot be.
     pub fn validate(&self) -> Result<()> {
-        if self.in_channels != 3 {
+        if ![1, 3].contains(&self.in_channels) {
             return Err(unsupported("in_channels", &self.in_channels));
         }
         let fits = match self.adapter_type {
@@ -93,6 +93,15 @@ impl T2iAdapterConfig {
             (_, i) => ([own(i - 1), own(i)], true),
         };
         (0..self.channels.len()).map(block).collect()
+    }
+
+    /// Pixels of the picture's side to one of each feature.
+    pub fn scales(&self) -> Vec<usize> {
+        let halved = self.blocks().into_iter().scan(self.downscale_factor, |scale, (_, halves)| {
+            *scale *= if halves { 2 } else { 1 };
+            Some(*scale)
+        });
+        halved.collect()
     }
 
     /// The greatest number that divides the channels of every feature: over so many ranks they can be divided.
@@ -127,7 +136,7 @@ impl T2iAdapter {
         Ok(adapter)
     }
 
-    /// `image: [B, 3, height, width]` in 0..1 gives its features, `[B, C_i, H_i, W_i]`, the finest first.
+    /// `image: [B, C, height, width]` in 0..1 gives its features, `[B, C_i, H_i, W_i]`, the finest first.
     ///
     /// # Errors
     /// [`Error::Invalid`] when the sides are not multiples of the factor that the finest feature is smaller by.

@@ -176,12 +176,16 @@ fn scales(kind: &ControlKind, scale: f64, guess_mode: bool) -> Vec<f32> {
     }
 }
 
-/// The job's k-th control picture, of the job's size: `[1, 3, height, width]` in 0..1.
-pub(crate) fn pixels(request: &Request, inputs: &Inputs, k: usize) -> Result<Tensor> {
+/// The job's k-th control picture, of the job's size: `[1, 3, height, width]` in 0..1, or `[1, 1, height, width]` for a network that takes grey ones.
+pub(crate) fn pixels(request: &Request, inputs: &Inputs, k: usize, facts: &ControlFacts) -> Result<Tensor> {
     let bytes =
         inputs.pictures.controls.get(k).ok_or(Error::Invalid { field: "controls", reason: "a picture is missing".into() })?;
     let picture = image_io::decode_picture(bytes, &PictureLimits::default()).map_err(of_control)?;
-    image_io::in_unit_range(&picture, request.width, request.height)
+    let (width, height) = (request.width, request.height);
+    match facts.kind.takes_grey() {
+        true => image_io::grey_in_unit_range(&picture, width, height),
+        false => image_io::in_unit_range(&picture, width, height),
+    }
 }
 
 /// Takes what the autoencoder made of control pictures out of `inputs`.

@@ -112,6 +112,11 @@ impl ControlKind {
         matches!(self, Self::UNet(_) | Self::Adapter(_))
     }
 
+    /// Whether the picture that it is given is grey.
+    pub fn takes_grey(&self) -> bool {
+        matches!(self, Self::Adapter(config) if config.in_channels == 1)
+    }
+
     /// How many tensors of each kind it gives: networks that give different numbers of one kind cannot be added up.
     pub fn residuals(&self) -> BTreeMap<&'static str, usize> {
         match self {
@@ -191,7 +196,10 @@ impl ControlKind {
                 if !(blocks..=blocks + 1).contains(&config.channels.len()) {
                     return Err(unsupported("channels", &config.channels));
                 }
-                same("channels", &config.channels[..blocks], &unet.block_out_channels[..])
+                same("channels", &config.channels[..blocks], &unet.block_out_channels[..])?;
+                let vae: AutoencoderKlConfig = dir.config("vae")?;
+                let added = unet.intrablock_scales(vae.scale_factor());
+                same("adapter_type and downscale_factor", &config.scales()[..blocks], &added[..])
             }
             Self::Flux(config) => {
                 of(FLUX)?;

@@ -74,6 +74,10 @@ fn a_resize_equals_pillows_to_the_bit() {
 
 #[test]
 fn a_resized_mask_is_pillows_grey_cut_at_half() {
+    let grey = grey_in_unit_range(&pattern(20, 14), 20, 14).unwrap();
+    assert_eq!(grey.dims(), [1, 1, 14, 20]);
+    let of_first = luma(pattern(20, 14).pixel(0, 0));
+    assert_eq!(grey.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0], f32::from(of_first) / 255.0);
     let soft = preprocess_soft_mask(&Picture { width: 3, height: 1, data: [[0; 3], [1; 3], [200; 3]].concat() }, 3, 1).unwrap();
     assert_eq!(soft.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.0, 1.0, 1.0]);
     let mask = preprocess_mask(&pattern(20, 14), 16, 16).unwrap();

@@ -181,6 +181,14 @@ impl UNet2DConditionConfig {
         1 << self.resolutions().saturating_sub(1).min(MAX_RESOLUTIONS)
     }
 
+    /// Pixels to one place of what a T2I-Adapter adds to at each resolution, where `scale_factor` are to one of the latents: a block without transformer blocks
+    /// is added to after it has halved.
+    pub fn intrablock_scales(&self, scale_factor: usize) -> Vec<usize> {
+        let last = self.resolutions() - 1;
+        let halved = |i: usize| i < last && self.down_block_types.get(i) == Some(&DownBlockType::DownBlock2D);
+        (0..=last).map(|i| scale_factor << (i + usize::from(halved(i)))).collect()
+    }
+
     /// Blocks in a row: down, middle, up.
     pub fn blocks(&self) -> usize {
         2 * self.resolutions() + 1
