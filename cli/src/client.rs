@@ -25,6 +25,9 @@ const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(10), Duration::fro
 /// Longest wait for the beginning of an answer: an upload of 32 MiB at a third of a megabyte a second comes before it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(100);
 
+/// Largest picture that is sent: the coordinator takes no more.
+const MAX_PICTURE_BYTES: u64 = 32 << 20;
+
 /// Where the coordinator is.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ServerArgs {
@@ -66,6 +69,9 @@ impl ServerArgs {
             (Some(_), None) => Err(wrong("https:// needs --tls-ca")),
             (None, Some(_)) => Err(wrong("--tls-ca goes with https://")),
             (None, None) => {
+                if !self.server.starts_with("http://") {
+                    return Err(wrong("is not http://host:port"));
+                }
                 let endpoint = patient(Endpoint::from_shared(self.server.clone()).map_err(connect)?);
                 Dialled::plain(endpoint).await.map_err(connect)
             }
@@ -137,10 +143,16 @@ impl Client {
         })
     }
 
-    /// Uploads a picture and returns its blob id.
-    pub(crate) async fn upload(&mut self, path: &Path) -> Result<String, Error> {
-        let bytes = tokio::fs::read(path).await.map_err(|source| Error::File { path: path.display().to_string(), source })?;
-        let media_type = media_type(path)?;
+    /// Uploads the picture that a flag names and returns its blob id.
+    pub(crate) async fn upload(&mut self, flag: &'static str, path: &Path) -> Result<String, Error> {
+        let failed = |source| Error::File { path: format!("{flag} {}", path.display()), source };
+        let wrong = |reason: String| Error::Flag { flag, reason: format!("`{}` {reason}", path.display()) };
+        let media_type = media_type(path).ok_or_else(|| wrong("is not a .png, .jpg or .webp".into()))?;
+        let file = tokio::fs::metadata(path).await.map_err(failed)?;
+        if !file.is_file() || !(1..=MAX_PICTURE_BYTES).contains(&file.len()) {
+            return Err(wrong(format!("is not a file of at most {} MiB", MAX_PICTURE_BYTES >> 20)));
+        }
+        let bytes = tokio::fs::read(path).await.map_err(failed)?;
         let header = BlobHeader { byte_size: bytes.len() as u64, sha256: String::new(), media_type };
         let bytes = prost_bytes(bytes);
         let chunks = (0..bytes.len()).step_by(proto::CHUNK_BYTES).map(move |at| {
@@ -169,15 +181,12 @@ fn prost_bytes(bytes: Vec<u8>) -> bytes::Bytes {
     bytes.into()
 }
 
-fn media_type(path: &Path) -> Result<String, Error> {
-    let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
+fn media_type(path: &Path) -> Option<String> {
+    let extension = path.extension()?.to_string_lossy().to_lowercase();
     match extension.as_str() {
-        "png" => Ok("image/png".into()),
-        "jpg" | "jpeg" => Ok("image/jpeg".into()),
-        "webp" => Ok("image/webp".into()),
-        _ => Err(Error::Flag {
-            flag: "--image/--mask/--control",
-            reason: format!("`{}` is not a .png, .jpg or .webp", path.display()),
-        }),
+        "png" => Some("image/png".into()),
+        "jpg" | "jpeg" => Some("image/jpeg".into()),
+        "webp" => Some("image/webp".into()),
+        _ => None,
     }
 }

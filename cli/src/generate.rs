@@ -21,6 +21,8 @@ use crate::{pictures, show};
 
 /// Where a picture goes when nobody says.
 pub(crate) const DEFAULT_OUT: &str = "atelier.png";
+/// Longest time that can be asked for: a year.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// How often it is looked why a job waits.
 const LOOK: Duration = Duration::from_secs(3);
 
@@ -41,17 +43,17 @@ pub(crate) struct JobArgs {
     /// A name from `atelier models`. May be left out when only one is served.
     #[arg(long)]
     model: Option<String>,
-    /// Width and height in pixels, such as 1024x768.
+    /// Width and height in pixels, such as 1024x768: of what is drawn, and what `--image` and `--control` pictures are brought to. Default: the model's own.
     #[arg(long, value_parser = size)]
     size: Option<(u32, u32)>,
     /// Denoising steps.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     steps: Option<u32>,
     /// Seed of the noise; the same seed gives the same picture.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     seed: Option<u64>,
     /// Pictures.
-    #[arg(short)]
+    #[arg(short, allow_negative_numbers = true)]
     n: Option<u32>,
     /// Where the picture goes; several get -1, -2, ... before the extension.
     #[arg(long, default_value = DEFAULT_OUT)]
@@ -60,10 +62,10 @@ pub(crate) struct JobArgs {
     #[arg(long)]
     negative: Option<String>,
     /// True classifier-free guidance; 1 is off.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     cfg: Option<f64>,
     /// Guidance, distilled or classifier-free, for models that have it.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     guidance: Option<f64>,
     /// Start from this picture, or edit it. May be repeated for models that look at several, which the prompt calls "Picture 1", "Picture 2" and so on.
     #[arg(long = "image")]
@@ -72,10 +74,10 @@ pub(crate) struct JobArgs {
     #[arg(long)]
     mask: Option<PathBuf>,
     /// How far to go from --image, 0 to 1.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     strength: Option<f64>,
     /// Tokens of the prompt that are read.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     max_sequence_length: Option<u32>,
     /// What the second text encoder reads, if not the prompt.
     #[arg(long)]
@@ -90,16 +92,16 @@ pub(crate) struct JobArgs {
     #[arg(long)]
     negative_3: Option<String>,
     /// How many of the CLIP text encoder's last layers are left out.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     clip_skip: Option<u32>,
     /// Shift of the flow-matching timesteps, in place of the model's own.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     shift: Option<f64>,
     /// How much noise the scheduler's steps add (DDIM), 0 to 1.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     eta: Option<f64>,
     /// How far guidance is brought back to the standard deviation of the conditional pass, 0 to 1.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     guidance_rescale: Option<f64>,
     /// What Stable Diffusion XL is told: the size before scaling, WIDTHxHEIGHT.
     #[arg(long, value_parser = size)]
@@ -120,28 +122,28 @@ pub(crate) struct JobArgs {
     #[arg(long, value_parser = size)]
     negative_target_size: Option<(u32, u32)>,
     /// How much noise a picture that is enlarged gets (DeepFloyd IF), 0 to 999.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     noise_level: Option<u32>,
     /// The part of the denoising after which the refiner goes on (models that have one), 0 to 1; 1: without it.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     denoising_end: Option<f64>,
     /// What a refiner is told of how good the picture is to look, 0 to 10.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     aesthetic_score: Option<f64>,
     /// The same, for the unconditional pass.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     negative_aesthetic_score: Option<f64>,
     /// Skip-layer guidance: the blocks that an extra, repelling pass leaves out, such as 7,8,9.
     #[arg(long, value_delimiter = ',')]
     skip_guidance_layers: Vec<u32>,
     /// How strongly that pass repels.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     skip_layer_guidance_scale: Option<f64>,
     /// From this part of the steps on, 0 to 1.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     skip_layer_guidance_start: Option<f64>,
     /// Up to this part of the steps, 0 to 1.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     skip_layer_guidance_stop: Option<f64>,
     /// An adapter from `atelier models`, and how strongly it takes part: NAME or NAME:SCALE. May be repeated.
     #[arg(long = "lora", value_parser = lora)]
@@ -150,9 +152,9 @@ pub(crate) struct JobArgs {
     /// its scale and the part of the steps that it acts in: `canny=edges.png:0.8:0-0.6`. May be repeated.
     #[arg(long = "control", value_parser = control)]
     controls: Vec<ControlArg>,
-    /// Which kind of picture each control's is, for networks that know several; one for each `--control`.
-    #[arg(long, value_delimiter = ',')]
-    control_mode: Vec<u32>,
+    /// Which kind of picture each control's is, for networks that know several; one for each `--control`, and `none` for a network that knows one kind alone.
+    #[arg(long, value_delimiter = ',', value_parser = mode)]
+    control_mode: Vec<ControlMode>,
     /// ControlNets act on the conditional pass alone: for prompts that say little.
     #[arg(long)]
     guess_mode: bool,
@@ -166,7 +168,7 @@ pub(crate) struct JobArgs {
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     priority: i32,
     /// Seconds in which the picture is wanted: refused when that cannot be, ended when it was not.
-    #[arg(long, value_parser = seconds)]
+    #[arg(long, value_parser = seconds, allow_negative_numbers = true)]
     timeout: Option<Duration>,
     /// No progress bars.
     #[arg(long, short)]
@@ -286,7 +288,8 @@ fn is_over(job: &Job) -> bool {
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "must be a number of seconds".to_owned())?;
-    Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero()).ok_or_else(|| "must be more than 0".to_owned())
+    let duration = Duration::try_from_secs_f64(seconds).ok().filter(|d| !d.is_zero() && *d <= LONGEST);
+    duration.ok_or_else(|| format!("must be more than 0 and at most {}", LONGEST.as_secs()))
 }
 
 async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
@@ -338,21 +341,25 @@ async fn spec(client: &mut Client, args: &JobArgs) -> Result<JobSpec, Error> {
         spec.set_noise_generator(NoiseGenerator::TorchCuda);
     }
     if let Some((first, more)) = args.images.split_first() {
-        spec.image_blob_id = client.upload(first).await?;
+        spec.image_blob_id = client.upload("--image", first).await?;
         for image in more {
-            spec.more_image_blob_ids.push(client.upload(image).await?);
+            spec.more_image_blob_ids.push(client.upload("--image", image).await?);
         }
     }
     if let Some(mask) = &args.mask {
-        spec.mask_image_blob_id = client.upload(mask).await?;
+        spec.mask_image_blob_id = client.upload("--mask", mask).await?;
     }
     if !args.control_mode.is_empty() && args.control_mode.len() != args.controls.len() {
         let reason = format!("{} modes for {} controls", args.control_mode.len(), args.controls.len());
         return Err(Error::Flag { flag: "--control-mode", reason });
     }
     for (k, control) in args.controls.iter().enumerate() {
-        let image_blob_id = client.upload(&control.picture).await?;
-        spec.controls.push(Control { image_blob_id, mode: args.control_mode.get(k).copied(), ..control.said.clone() });
+        let image_blob_id = client.upload("--control", &control.picture).await?;
+        spec.controls.push(Control {
+            image_blob_id,
+            mode: args.control_mode.get(k).and_then(|mode| mode.0),
+            ..control.said.clone()
+        });
     }
     Ok(spec)
 }
@@ -400,6 +407,17 @@ fn control(text: &str) -> Result<ControlArg, String> {
         words.truncate(words.len() - 1);
     }
     Ok(ControlArg { said, picture: words.join(":").into() })
+}
+
+/// A control's kind of picture, of a network that knows several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ControlMode(Option<u32>);
+
+fn mode(text: &str) -> Result<ControlMode, String> {
+    match text {
+        "none" => Ok(ControlMode(None)),
+        number => Ok(ControlMode(Some(number.parse().map_err(|_| format!("`{text}` is no mode: a number, or none"))?))),
+    }
 }
 
 fn lora(text: &str) -> Result<Lora, String> {
@@ -454,6 +472,12 @@ mod tests {
         let said = control("canny=edges.png:0.8:0.1-0.6").unwrap().said;
         assert_eq!((said.conditioning_scale, said.guidance_start, said.guidance_end), (Some(0.8), Some(0.1), Some(0.6)));
         assert!(control("canny").is_err() && control("=edges.png").is_err() && control("canny=").is_err());
+    }
+
+    #[test]
+    fn a_control_has_a_mode_or_none() {
+        assert_eq!((mode("3"), mode("none")), (Ok(ControlMode(Some(3))), Ok(ControlMode(None))));
+        assert!(mode("").is_err() && mode("-1").is_err() && mode("canny").is_err());
     }
 
     #[test]

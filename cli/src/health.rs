@@ -39,7 +39,8 @@ pub(crate) struct HealthArgs {
 
 /// An error unless it serves.
 pub(crate) async fn run(args: HealthArgs) -> Result<(), Error> {
-    let url = format!("http://{}", args.address);
+    let address = ["http://", "https://"].iter().find_map(|scheme| args.address.strip_prefix(scheme)).unwrap_or(&args.address);
+    let url = format!("http://{}", address.trim_end_matches('/'));
     let connect = |source| Error::Connect { address: args.address.clone(), source };
     let endpoint = Endpoint::from_shared(url).map_err(connect)?.connect_timeout(DEADLINE).timeout(DEADLINE);
     let channel = match args.tls_ca {

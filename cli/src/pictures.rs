@@ -39,6 +39,10 @@ async fn download(client: &mut Client, job: &Job, image: &ImageResult) -> Result
 pub(crate) fn check_writable(out: &Path, several: bool) -> Result<(), Error> {
     let path = if several { numbered(out, 0, 2) } else { out.to_owned() };
     let failed = |source| Error::File { path: format!("--out {}", path.display()), source };
+    if out.extension().is_some_and(|extension| !extension.eq_ignore_ascii_case("png")) || out == Path::new("-") {
+        let reason = format!("`{}`: pictures are written to files as PNG", out.display());
+        return Err(Error::Flag { flag: "--out", reason });
+    }
     if path.exists() {
         // A folder cannot be opened so. What is in a file stays.
         return OpenOptions::new().append(true).open(&path).map(drop).map_err(failed);

@@ -3,6 +3,7 @@
 //! The matrices of blocks (layers with a number in their name) are quantised; what is outside of them, biases and norms stay as they
 //! are: together they are about a hundredth, and a picture shows it most when they are rounded.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -78,16 +79,28 @@ fn write(args: &QuantiseArgs, dir: &ModelDir) -> Result<(), Error> {
         let name = &component.name;
         let path = args.to.join(name).join(format!("{name}-{:?}.gguf", args.format));
         let before = dir.weight_bytes(name)?;
-        let after = component.write(&path, args.format)?;
+        let (after, kinds) = component.write(&path, args.format)?;
         println!("{name}: {} -> {}, {}", gigabytes(before), gigabytes(after), path.display());
+        println!("  weights: {}", said(&kinds));
     }
     registry::outline(&ModelDir::open(&args.to)?)?;
     Ok(())
 }
 
+/// How many weights became what, the most first.
+fn said(kinds: &Kinds) -> String {
+    let mut kinds: Vec<_> = kinds.iter().collect();
+    kinds.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+    let total = kinds.iter().map(|(_, count)| **count).sum::<usize>().max(1) as f64;
+    kinds.iter().map(|(kind, count)| format!("{:.1} % {kind}", 100.0 * **count as f64 / total)).collect::<Vec<_>>().join(", ")
+}
+
 fn gigabytes(bytes: u64) -> String {
     format!("{:.3} GB", bytes as f64 / 1e9)
 }
+
+/// How many weights are stored as what.
+type Kinds = BTreeMap<String, usize>;
 
 /// A component's weights, to be written again.
 struct Component {
@@ -107,11 +120,19 @@ impl Component {
         Ok(Self { name: name.to_owned(), weights: registry::open(dir, &path, Arc::new(Solo), &Device::Cpu)?, replaced })
     }
 
-    /// Writes a GGUF file and gives its length.
-    fn write(&self, path: &Path, format: Format) -> Result<u64, Error> {
+    /// Writes a GGUF file and gives its length, and what became of the weights.
+    fn write(&self, path: &Path, format: Format) -> Result<(u64, Kinds), Error> {
         let io = |source| Error::File { path: path.display().to_string(), source };
         let tensors = self.weights.tensors();
         let kinds: Vec<GgmlDType> = tensors.iter().map(|(name, shape, stored)| kind(name, shape, *stored, format)).collect();
+        if kinds.iter().all(|kind| kind.block_size() == 1) {
+            let reason = format!("`{}` has no matrix that could be in blocks: nothing of it can be quantised", self.name);
+            return Err(Error::Flag { flag: "--component", reason });
+        }
+        let mut counted = Kinds::new();
+        for ((_, shape, _), kind) in tensors.iter().zip(&kinds) {
+            *counted.entry(format!("{kind:?}")).or_default() += shape.iter().product::<usize>();
+        }
         let all = tensors.iter().zip(&kinds);
         let header = all.clone().map(|((name, shape, _), kind)| gguf::Tensor { name, shape, kind: *kind });
         let total: usize = header.clone().map(|tensor| tensor.bytes()).sum();
@@ -127,7 +148,7 @@ impl Component {
         bar.finish_and_clear();
         let file = file.into_inner().map_err(|error| io(error.into_error()))?;
         file.sync_all().map_err(io)?;
-        Ok(file.metadata().map_err(io)?.len())
+        Ok((file.metadata().map_err(io)?.len(), counted))
     }
 
     /// A tensor's bytes as `kind`.

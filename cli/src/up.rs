@@ -12,11 +12,12 @@ use clap::Args;
 use coordinator::models_file::ModelConfig;
 use identity::authority::{self, Existing, files};
 use identity::{Files, Role};
-use proto::v1::{GroupState, ListModelsRequest};
+use proto::v1::{GroupState, ListModelsRequest, ModelStatus};
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tonic::Code;
 
 use crate::client::{Client, ServerArgs};
 use crate::error::Error;
@@ -118,7 +119,7 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     let metrics = coordinator::metrics::bind(Some(args.metrics_listen)).await?;
     let metrics_address = metrics.as_ref().map(TcpListener::local_addr).transpose()?;
     let serving = coordinator::run_measured(config, listener, metrics, stop.clone().cancelled_owned());
-    let coordinator = tokio::spawn(serving);
+    let mut coordinator = tokio::spawn(serving);
     let threads =
         args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from).div_ceil(fleet.len().max(1)));
     for labels in &fleet {
@@ -132,13 +133,19 @@ pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
         eprintln!("metrics at http://{address}/metrics, where workers' are at http://{address}/targets");
     }
 
-    let outcome = tokio::select! {
-        outcome = work(&server, args.then) => outcome,
-        () = crate::stop_signal() => Ok(()),
+    let (outcome, ended) = tokio::select! {
+        outcome = work(&server, args.then) => (outcome, None),
+        () = crate::stop_signal() => (Ok(()), None),
+        // It cannot start, or what it writes to failed: there is nobody to wait for.
+        ended = &mut coordinator => (Err(Error::Up("the coordinator ended".into())), Some(ended)),
     };
     stop.cancel();
     tracker.wait().await;
-    coordinator.await.map_err(|e| Error::Up(e.to_string()))??;
+    let ended = match ended {
+        Some(ended) => ended,
+        None => coordinator.await,
+    };
+    ended.map_err(|e| Error::Up(e.to_string()))??;
     outcome
 }
 
@@ -147,12 +154,23 @@ async fn work(server: &ServerArgs, then: Option<Then>) -> Result<(), Error> {
     match then {
         Some(Then::Generate(job)) => generate::draw(&mut client, &job).await,
         None => {
+            client.cluster.list_models(ListModelsRequest {}).await?.into_inner().models.iter().for_each(warn_of);
             let tls = [("ca", &server.tls_ca), ("cert", &server.tls_cert), ("key", &server.tls_key)];
             let tls: String =
                 tls.iter().filter_map(|(name, path)| Some(format!(" --tls-{name} {}", path.as_ref()?.display()))).collect();
             eprintln!("ready: atelier generate \"red heart\" --server {}{tls}", server.server);
             std::future::pending().await
         }
+    }
+}
+
+/// Says what of a model that is served cannot be used.
+fn warn_of(model: &ModelStatus) {
+    let Some(card) = &model.card else { return };
+    let adapters = card.adapters.iter().map(|adapter| ("adapter", &adapter.name, &adapter.problem));
+    let controls = card.controls.iter().map(|control| ("control", &control.name, &control.problem));
+    for (kind, name, problem) in adapters.chain(controls).filter(|(.., problem)| !problem.is_empty()) {
+        eprintln!("warning: {kind} {name} of model {} cannot be used: {problem}", model.name);
     }
 }
 
@@ -186,7 +204,16 @@ async fn ready(server: &ServerArgs) -> Result<Client, Error> {
         }
     };
     loop {
-        let models = client.cluster.list_models(ListModelsRequest {}).await?.into_inner().models;
+        let models = match client.cluster.list_models(ListModelsRequest {}).await {
+            Ok(models) => models.into_inner().models,
+            // With etcd it is a moment until it leads, or another does.
+            Err(status) if status.code() == Code::Unavailable && Instant::now() < deadline => {
+                progress.say(format!("the coordinator does not lead yet: {}", status.message()));
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+            Err(status) => return Err(status.into()),
+        };
         if models.iter().all(|m| m.ready) {
             progress.finish();
             return Ok(client);
@@ -230,7 +257,10 @@ fn bundled() -> Result<PathBuf, Error> {
     let beside = std::env::current_exe().ok();
     let above = beside.iter().flat_map(|exe| exe.ancestors()).map(|dir| dir.join(BUNDLED));
     let found = std::iter::once(Path::new(BUNDLED).to_owned()).chain(above).find(|path| path.is_file());
-    found.ok_or_else(|| Error::Flag { flag: "--models", reason: format!("there is no {BUNDLED} here or beside the program") })
+    found.ok_or_else(|| Error::Flag {
+        flag: "--models",
+        reason: format!("there is no {BUNDLED} here or beside the program: name a file"),
+    })
 }
 
 /// One worker process, started again when it dies.

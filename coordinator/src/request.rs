@@ -258,7 +258,8 @@ impl Check<'_> {
             }
         }
         match (self.card.without_prompt, spec.prompt.trim().is_empty()) {
-            (false, true) => self.refuse("prompt", "must not be empty"),
+            // Guess mode is for jobs that say nothing.
+            (false, true) if !spec.guess_mode => self.refuse("prompt", "must not be empty"),
             (true, false) => self.refuse("prompt", format!("model {:?} does not take it", self.card.name)),
             _ => {}
         }

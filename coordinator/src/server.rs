@@ -92,7 +92,7 @@ pub async fn run_measured(
 async fn run_tcp(config: Config, listener: TcpListener, meter: Meter, shutdown: impl Future<Output = ()> + Send) -> Result<()> {
     let local = listener.local_addr().map_err(Error::io("read the listener's address"))?;
     let address = config.advertise.clone().unwrap_or_else(|| local.to_string());
-    let (_temporary, folder) = data_folder(config.data_dir.as_deref())?;
+    let (_temporary, folder) = data_folder(&config)?;
     let mut shutdown = Box::pin(shutdown);
     let (store, takes_over, led) = match &config.etcd {
         None => {
@@ -367,11 +367,16 @@ async fn clear(checkpoints: CheckpointStore, mut not_needed: mpsc::Receiver<Done
 }
 
 /// The folder for data; a temporary one is removed when it is dropped.
-fn data_folder(configured: Option<&Path>) -> Result<(Option<tempfile::TempDir>, PathBuf)> {
-    if let Some(folder) = configured {
-        return Ok((None, folder.to_owned()));
+fn data_folder(config: &Config) -> Result<(Option<tempfile::TempDir>, PathBuf)> {
+    if let Some(folder) = &config.data_dir {
+        return Ok((None, folder.clone()));
     }
-    warn!("no data folder is named: jobs and pictures are gone when this coordinator ends");
+    match (config.etcd.is_some(), config.object_store.is_some()) {
+        (false, false) => warn!("no data folder is named: jobs and pictures are gone when this coordinator ends"),
+        (false, true) => warn!("no data folder and no etcd is named: jobs are gone when this coordinator ends"),
+        (true, false) => warn!("no data folder and no object store is named: pictures are gone when this coordinator ends"),
+        (true, true) => {}
+    }
     let temporary = tempfile::Builder::new().prefix("atelier-").tempdir().map_err(Error::io("make a temporary folder"))?;
     let folder = temporary.path().to_owned();
     Ok((Some(temporary), folder))

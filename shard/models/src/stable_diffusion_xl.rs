@@ -181,10 +181,11 @@ impl<'a> Refiner<'a> {
         }
         let parts = Parts::read(dir)?;
         if !parts.has_one_encoder() || base.has_one_encoder() {
-            return unsupported(
-                "model_index.json: text_encoder",
-                "a base model has both, and its refiner the second one alone".into(),
-            );
+            let path = dir.root().to_owned();
+            return Err(Error::ModelDir {
+                path,
+                reason: "a base model has two text encoders, and its refiner `text_encoder_2` alone".into(),
+            });
         }
         if parts.space.inpaints() {
             return unsupported("unet: in_channels", parts.space.unet.in_channels.to_string());

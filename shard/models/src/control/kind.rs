@@ -233,5 +233,7 @@ fn same<T: PartialEq + std::fmt::Debug>(field: &str, own: T, model: T) -> Result
     if own == model {
         return Ok(());
     }
-    Err(Error::Unsupported { field: field.into(), value: format!("{own:?} beside the model's {model:?}") })
+    let plain = |value: String| value.replace("Some(", "").replace(')', "");
+    let value = format!("{} beside the model's {}", plain(format!("{own:?}")), plain(format!("{model:?}")));
+    Err(Error::Unsupported { field: field.into(), value })
 }
