@@ -4,12 +4,7 @@
 //! (`control.rs`), the etcd watch if there is etcd, the sweepers of blobs and checkpoints, and the server itself. All end
 //! with `stop`.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::Stream;
 use identity::{Incoming, Peer, Port, Role};

@@ -123,7 +123,10 @@ impl ControlKind {
             Self::UNet(config) => [("ControlNets", config.residuals())].into(),
             Self::Adapter(config) => [("T2I-Adapters", config.channels.len())].into(),
             Self::Flux(FluxControlNetConfig { transformer, .. }) => {
-                [("double-stream blocks", transformer.num_layers), ("single-stream blocks", transformer.num_single_layers)].into()
+                let both =
+                    [("double-stream blocks", transformer.num_layers), ("single-stream blocks", transformer.num_single_layers)];
+                // One that gives none of a kind is in no other's way.
+                both.into_iter().filter(|(_, count)| *count > 0).collect()
             }
             Self::Sd3(config) => [("blocks", config.transformer.num_layers)].into(),
             Self::QwenImage(config) => [("blocks", config.transformer.num_layers)].into(),
