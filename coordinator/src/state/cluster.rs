@@ -78,6 +78,7 @@ impl State {
                     group.order = self.groups.iter().count();
                     self.groups.add(group);
                 }
+                self.fail_jobs_without_components(&described.model);
             }
             Some(Outcome::Error(problem)) => {
                 model.refused(self.now, format!("worker {worker_id}: {}", shortened(&problem)));

@@ -142,6 +142,35 @@ impl State {
             self.effects.push(Effect::DropCheckpoints { job_id: job.id.clone(), goes_on: true });
         }
         self.requeue(number, Why::GroupLost, message.to_owned());
+        self.fail_without_components(number);
+    }
+
+    /// Of the jobs of a model that wait, fails those that need what its card has not: recorded by an earlier coordinator, whose model
+    /// had more. They would wait for ever, and all others behind them.
+    pub(super) fn fail_jobs_without_components(&mut self, model: &str) {
+        let waiting: Vec<u64> = self.queue.of(model).collect();
+        for number in waiting {
+            self.fail_without_components(number);
+        }
+    }
+
+    fn fail_without_components(&mut self, number: u64) {
+        let Some(job) = self.jobs.get(number).filter(|job| !job.is_over() && !job.cancelling) else {
+            return;
+        };
+        let Some(card) = self.model(&job.spec.model).and_then(|model| model.card.as_ref()) else {
+            return;
+        };
+        let is_there = |name: &str| card.components.iter().any(|component| component.name == name);
+        let Some(stage) = job.remaining().stages.into_iter().find(|stage| !is_there(&stage.component)) else {
+            return;
+        };
+        let message = format!(
+            "stage {:?} of this job needs component {:?}, which model {:?} has no longer",
+            stage.id, stage.component, card.name
+        );
+        let failure = JobFailure { reason: "INVALID_REQUEST".into(), message, stage: stage.id };
+        self.end_job(number, End::Failed(failure));
     }
 
     /// Asks the job's groups to let go of it at their next step. It waits again once all have.

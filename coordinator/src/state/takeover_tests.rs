@@ -94,6 +94,52 @@ fn a_task_whose_input_nobody_sends_any_more_is_not_taken_over() {
     assert_eq!((again.len(), &task.stored_inputs[..], reference(task).attempt), (1, &["denoise".to_owned()][..], 2));
 }
 
+/// Two jobs that wait, and a new coordinator whose model has no `refiner`, which the first one needs. Of it `saved` is there.
+fn refiner_removed(saved: impl FnOnce(&str) -> SavedSteps) -> (Cluster, [String; 2]) {
+    let mut cluster = Cluster::new();
+    cluster.join("w1");
+    cluster.describe("w1");
+    let jobs = [cluster.new_job(), cluster.new_job()];
+    let stages = &mut cluster.records.get_mut(&jobs[0]).unwrap().stages;
+    let at = stages.iter().position(|stage| stage.id == "decode").unwrap();
+    let mut refine = stages[at - 1].clone();
+    (refine.id, refine.component, refine.inputs) = ("refine".into(), "refiner".into(), vec!["denoise".into()]);
+    stages[at].inputs = vec!["refine".into()];
+    stages.insert(at, refine);
+    cluster.restart(saved(&jobs[0]));
+    cluster.join("w1");
+    cluster.join("w2");
+    cluster.describe("w1");
+    cluster.tick(SETTLE);
+    cluster.all_ready();
+    (cluster, jobs)
+}
+
+#[test]
+fn a_job_that_needs_what_its_model_has_no_longer_fails_and_those_behind_it_go_on() {
+    let (mut cluster, [gone, next]) = refiner_removed(|_| SavedSteps::new());
+    let failed = cluster.job(&gone);
+    let failure = failed.failure.clone().unwrap_or_default();
+    assert_eq!(
+        (failed.state(), failure.reason.as_str(), failure.stage.as_str()),
+        (JobState::Failed, "INVALID_REQUEST", "refine")
+    );
+    assert!(failure.message.contains("\"refine\"") && failure.message.contains("\"refiner\""), "{}", failure.message);
+    assert!(cluster.records[&gone].end.is_some(), "it is written down");
+    let tasks = cluster.tasks();
+    assert!(tasks.len() == 3 && tasks.iter().all(|(_, task)| reference(task).job_id == next), "{tasks:?}");
+}
+
+#[test]
+fn a_job_that_is_done_with_what_its_model_has_no_longer_goes_on() {
+    let (mut cluster, [job, _]) = refiner_removed(|job| saved(job, &[("refine", 0)]));
+    let tasks: Tasks = cluster.tasks().into_iter().filter(|(_, task)| reference(task).job_id == job).collect();
+    assert_eq!((tasks.len(), &tasks[0].1.stored_inputs[..]), (1, &["refine".to_owned()][..]));
+    cluster.start(&tasks[0]);
+    cluster.fail(&tasks[0], "CHECKPOINT_LOST");
+    assert_eq!(cluster.job(&job).failure.unwrap().stage, "refine", "and now it is not");
+}
+
 #[test]
 fn a_cancelled_job_whose_deadline_passed_while_nobody_led_is_cancelled() {
     let mut cluster = Cluster::ready();
