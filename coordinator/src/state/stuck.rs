@@ -14,7 +14,8 @@ const LEAST_LIMIT: Millis = 5000;
 const FACTOR: f64 = 5.0;
 /// Longest time without a step where nothing tells how long one takes, on a large model and few processor cores: a group's first
 /// one, and whatever is done in one go. What a text encoder was given last says nothing of what comes next, since it may have
-/// known it, and the first step with an adapter reads it.
+/// known it; the first step with an adapter reads it; and with further pictures or control networks a step is several times the work
+/// of one without.
 const FIRST_LIMIT: Millis = 30 * 60 * 1000;
 /// Weight of the newest step in the usual time.
 const NEWEST: f64 = 0.3;
@@ -73,8 +74,9 @@ struct Running<'a> {
 impl Running<'_> {
     /// Nobody knows how long it may take to the next sign of it.
     fn is_unknown(&self) -> bool {
-        let reads_adapters = !self.job.spec.loras.is_empty() && self.task.took.is_none();
-        !self.in_steps || reads_adapters
+        let spec = &self.job.spec;
+        let is_odd = !spec.loras.is_empty() || !spec.controls.is_empty() || !spec.more_image_blob_ids.is_empty();
+        !self.in_steps || (is_odd && self.task.took.is_none())
     }
 }
 

@@ -1,11 +1,13 @@
 //! Stories of groups that are silent: some hang, some only work for long.
 
-use proto::v1::{Lora, RunTask, TaskProgress};
+use proto::v1::{Control, JobSpec, Lora, RunTask, TaskProgress};
 
 use super::{tests::*, *};
 
 /// Far longer than five steps of those told here, and less than a group may take of which nothing is known.
 const LONG: Millis = 10 * 60 * 1000;
+
+type Change = fn(&mut JobSpec);
 
 fn progress(cluster: &mut Cluster, (worker, task): &(String, RunTask), step: u32, steps: u32) {
     cluster.report(worker, Report::TaskProgress(TaskProgress { task: task.task.clone(), step, steps, saved_step: 0 }));
@@ -63,21 +65,25 @@ fn quick() -> (Cluster, Vec<(String, RunTask)>) {
 }
 
 #[test]
-fn the_first_step_with_an_adapter_may_take_long() {
-    for adapted in [false, true] {
+fn the_first_step_of_a_job_unlike_the_one_before_may_take_long() {
+    let plain = |_: &mut JobSpec| {};
+    let adapted = |spec: &mut JobSpec| spec.loras = vec![Lora { name: "pixel".into(), scale: None }];
+    let controlled = |spec: &mut JobSpec| spec.controls = vec![Control::default(); 2];
+    let of_pictures = |spec: &mut JobSpec| spec.more_image_blob_ids = vec!["a".repeat(64); 3];
+    let kinds: [(Change, bool); 4] = [(plain, false), (adapted, true), (controlled, true), (of_pictures, true)];
+    for (index, (change, is_patient)) in kinds.into_iter().enumerate() {
         let (mut cluster, _) = quick();
         let tasks = new_tasks(&mut cluster);
         do_at_once(&mut cluster, stage(&tasks, "encode_text"));
         let number = cluster.state.jobs.by_id("job2").unwrap().number;
-        let loras = if adapted { vec![Lora { name: "pixel".into(), scale: None }] } else { vec![] };
-        cluster.state.jobs.get_mut(number).unwrap().spec.loras = loras;
+        change(&mut cluster.state.jobs.get_mut(number).unwrap().spec);
         cluster.start(stage(&tasks, "denoise"));
         cluster.tick(LONG);
-        assert_eq!(lost(&cluster).is_empty(), adapted);
+        assert_eq!(lost(&cluster).is_empty(), is_patient, "kind {index}");
         cluster.tick(100);
         progress(&mut cluster, stage(&tasks, "denoise"), 1, 4);
         cluster.tick(2 * LONG);
-        assert_eq!(lost(&cluster).len(), usize::from(!adapted), "as slow as its last step may its next be");
+        assert_eq!(lost(&cluster).len(), usize::from(!is_patient), "as slow as its last step may its next be: kind {index}");
     }
 }
 
