@@ -43,6 +43,8 @@ mod adapter_tests;
 #[cfg(test)]
 mod away_tests;
 #[cfg(test)]
+mod card_tests;
+#[cfg(test)]
 mod chaos;
 #[cfg(test)]
 mod control_tests;

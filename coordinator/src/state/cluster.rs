@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use proto::v1::{
-    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupRecord, GroupState, Holding, JoinGroup, LeaveGroup, ModelDescribed,
-    Registration, control_request::Command, model_described::Outcome,
+    DescribeModel, GroupLoading, GroupLost, GroupReady, GroupRecord, GroupState, Holding, JoinGroup, LeaveGroup, ModelCard,
+    ModelDescribed, Registration, control_request::Command, model_described::Outcome,
 };
 use sha2::{Digest, Sha256};
 
@@ -67,25 +67,45 @@ impl State {
     }
 
     pub(super) fn model_described(&mut self, worker_id: &str, described: ModelDescribed) -> Option<()> {
-        let model = self.models.iter_mut().find(|model| model.config.name == described.model)?;
-        if !model.is_asked(worker_id) {
+        let index = self.models.iter().position(|model| model.config.name == described.model)?;
+        if !self.models[index].is_asked(worker_id) {
             return None;
         }
+        let model = &mut self.models[index];
         match described.outcome {
-            Some(Outcome::Card(card)) => {
-                let groups = model.described(card, &self.epochs, self.settings.first_epoch);
-                for mut group in groups {
-                    group.order = self.groups.iter().count();
-                    self.groups.add(group);
-                }
-                self.fail_jobs_without_components(&described.model);
-            }
+            Some(Outcome::Card(card)) => self.take_card(index, card),
             Some(Outcome::Error(problem)) => {
                 model.refused(self.now, format!("worker {worker_id}: {}", shortened(&problem)));
             }
             None => model.refused(self.now, format!("worker {worker_id} sent neither a card nor a reason")),
         }
         Some(())
+    }
+
+    /// A model's first card, or one in the place of another that nobody could load. Its groups are new ones then.
+    fn take_card(&mut self, index: usize, card: ModelCard) {
+        let served = self.is_ready(&self.models[index]);
+        let old = self.models[index].groups.clone();
+        for (id, group) in old.iter().filter_map(|id| self.groups.get(id).map(|group| (id, group))) {
+            self.epochs.insert(id.clone(), group.newest_epoch());
+        }
+        let Some(groups) = self.models[index].described(card, served, &self.epochs, self.settings.first_epoch) else {
+            return;
+        };
+        let mut orders = BTreeMap::new();
+        for id in old {
+            if self.groups.get(&id).is_some_and(|group| group.phase != GroupState::Waiting) {
+                self.end_epoch(&id, "another worker's files are the model from now on".into(), true);
+            }
+            orders.extend(self.groups.remove(&id).map(|group| (id, group.order)));
+        }
+        for mut group in groups {
+            let next = || self.groups.iter().map(|(_, group)| group.order + 1).max().unwrap_or_default();
+            group.order = orders.get(&group.wanted.id).copied().unwrap_or_else(next);
+            self.groups.add(group);
+        }
+        let model = self.models[index].config.name.clone();
+        self.fail_jobs_without_components(&model);
     }
 
     /// Forms every group that waits and for which there are workers.
@@ -116,7 +136,7 @@ impl State {
         let Some(model) = self.models.iter().find(|model| model.config.name == group.wanted.model) else {
             return;
         };
-        group.begin(members.clone());
+        let tried_all = group.begin(members.clone());
         let [path, refiner_path] = model.config.paths();
         let address = |id: &String| self.workers.get(id).map(|worker| worker.data_address.clone()).unwrap_or_default();
         let join = JoinGroup {
@@ -141,6 +161,13 @@ impl State {
         self.effects.push(Effect::PersistGroup(record));
         for (rank, member) in (0..).zip(&members) {
             self.send(member, Command::JoinGroup(JoinGroup { rank, ..join.clone() }));
+        }
+        // With another replica ready, the card is right.
+        if tried_all
+            && !self.groups.is_ready(&join.model, &join.component)
+            && let Some(model) = self.models.iter_mut().find(|model| model.config.name == join.model)
+        {
+            model.doubt(self.now);
         }
     }
 

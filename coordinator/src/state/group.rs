@@ -73,17 +73,24 @@ impl Group {
         }
     }
 
-    /// The next epoch begins with these members.
-    pub(super) fn begin(&mut self, members: Members) {
+    /// The next epoch begins with these members. Says whether there was nobody but such as could not load it.
+    pub(super) fn begin(&mut self, members: Members) -> bool {
         self.epoch = (self.newest + 1).max(self.first_epoch);
         self.newest = self.epoch;
         self.phase = GroupState::Loading;
         // There was nobody else: all are tried once more.
-        if members.iter().any(|member| self.passed_over.contains(member)) {
+        let again = members.iter().any(|member| self.passed_over.contains(member));
+        if again {
             self.passed_over.clear();
         }
         self.ranks = vec![Rank::default(); members.len()];
         self.members = members;
+        again
+    }
+
+    /// The newest epoch that there was.
+    pub(super) fn newest_epoch(&self) -> u64 {
+        self.newest.max(self.epoch)
     }
 
     /// An epoch may go on that an earlier coordinator began: none was begun after it.

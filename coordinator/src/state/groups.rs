@@ -44,6 +44,16 @@ impl Groups {
         self.by_id.insert(id, group);
     }
 
+    /// The group is asked for no more. It has no members.
+    pub(super) fn remove(&mut self, id: &str) -> Option<Group> {
+        let group = self.by_id.remove(id)?;
+        if let Some(before) = self.noted.remove(id) {
+            let place = (group.wanted.model.clone(), group.wanted.component.clone());
+            self.note(id, place, before, Noted::default());
+        }
+        Some(group)
+    }
+
     pub(super) fn get(&self, id: &str) -> Option<&Group> {
         self.by_id.get(id)
     }

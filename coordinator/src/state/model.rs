@@ -27,6 +27,10 @@ pub(super) struct Model {
     pub(super) announced: bool,
     /// The worker that was asked to read it.
     asked: Option<String>,
+    /// Workers that read what the card says, or nothing that could be in its place.
+    described_by: BTreeSet<String>,
+    /// Nobody could load what the card says: another worker may read another one. Until then the card stays.
+    doubted: bool,
     /// Workers that could not read it.
     refused: BTreeSet<String>,
     /// They are asked again at this time.
@@ -44,6 +48,8 @@ impl Model {
             problem: String::new(),
             announced: false,
             asked: None,
+            described_by: BTreeSet::new(),
+            doubted: false,
             refused: BTreeSet::new(),
             retry_at: 0,
             broken: false,
@@ -122,7 +128,8 @@ impl Model {
 
     /// The worker to ask for the card now, if one has to be asked.
     pub(super) fn ask<'a>(&mut self, now: Millis, mut workers: impl Iterator<Item = &'a String>) -> Option<&'a str> {
-        if self.card.is_some() || self.broken || self.asked.is_some() {
+        let is_known = self.card.is_some() && !self.doubted;
+        if is_known || self.broken || self.asked.is_some() {
             return None;
         }
         if !self.refused.is_empty() && now >= self.retry_at {
@@ -131,6 +138,16 @@ impl Model {
         let worker = workers.find(|worker| !self.refused.contains(*worker))?;
         self.asked = Some(worker.clone());
         Some(worker)
+    }
+
+    /// None of the workers for a group could load what the card says: it may be of the one worker whose files are not the others'. Those
+    /// who have not said so yet are asked.
+    pub(super) fn doubt(&mut self, now: Millis) {
+        if self.card.is_some() && !self.doubted {
+            self.doubted = true;
+            self.refused.clone_from(&self.described_by);
+            self.retry_at = now + DESCRIBE_RETRY;
+        }
     }
 
     /// Its card is known, or will not be known soon.
@@ -153,15 +170,33 @@ impl Model {
     pub(super) fn refused(&mut self, now: Millis, problem: String) {
         self.refused.extend(self.asked.take());
         self.retry_at = now + DESCRIBE_RETRY;
-        self.problem = problem;
+        if self.card.is_none() {
+            self.problem = problem;
+        }
     }
 
-    /// Takes the card and gives the groups it needs; `epochs` are the newest of those that were there before. A card that does not fit is this model's problem for good.
-    pub(super) fn described(&mut self, mut card: ModelCard, epochs: &BTreeMap<String, u64>, first_epoch: u64) -> Vec<Group> {
-        self.asked = None;
+    /// Takes the card and gives the groups it needs; `epochs` are the newest of those that were there before. A first card that does not
+    /// fit is this model's problem for good. A later one is taken only while nobody is `served`, and if ranks are to load something
+    /// else by it.
+    pub(super) fn described(
+        &mut self,
+        mut card: ModelCard,
+        served: bool,
+        epochs: &BTreeMap<String, u64>,
+        first_epoch: u64,
+    ) -> Option<Vec<Group>> {
+        let by = self.asked.take();
+        self.doubted = false;
         card.name.clone_from(&self.config.name);
         self.check_controls(&mut card);
         let wanted = plan::check_stages(&card).and_then(|()| placement::wanted_groups(&self.config, &card));
+        if let Some(known) = &self.card
+            && (served || loads_alike(known, &card) || wanted.is_err())
+        {
+            self.described_by.extend(by);
+            return None;
+        }
+        self.described_by = by.into_iter().collect();
         match wanted {
             Ok(wanted) => {
                 self.problem.clear();
@@ -176,12 +211,12 @@ impl Model {
                     })
                     .collect();
                 self.card = Some(card);
-                groups
+                Some(groups)
             }
             Err(problem) => {
                 self.broken = true;
                 self.problem = problem;
-                Vec::new()
+                None
             }
         }
     }
@@ -189,6 +224,14 @@ impl Model {
     fn task_limit(&self, card: &ModelCard, component: &str) -> usize {
         if denoises(card, component) { self.config.max_jobs as usize } else { MAX_WAITING_TASKS }
     }
+}
+
+/// Whether ranks are told the same to load by either card.
+fn loads_alike(one: &ModelCard, other: &ModelCard) -> bool {
+    one.components == other.components
+        && one.stages == other.stages
+        && one.adapters == other.adapters
+        && one.controls == other.controls
 }
 
 /// The component that control networks are beside: the one that denoises first.
