@@ -5,7 +5,7 @@ use proto::v1::{
     TaskProgress, model_described::Outcome,
 };
 
-use super::{tests::*, *};
+use super::{job::Job, tests::*, *};
 use crate::{checkpoints::Saved, error::Error, testing};
 
 fn progress(cluster: &mut Cluster, (worker, task): &(String, RunTask), step: u32, saved_step: u32) {
@@ -78,6 +78,33 @@ fn a_job_goes_on_from_its_last_saved_step_and_does_not_encode_again() {
     }
     assert_eq!(cluster.job(&job).state(), JobState::Succeeded);
     assert_eq!(cluster.records[&job].end.as_ref().unwrap().images.len(), 1);
+}
+
+#[test]
+fn what_is_stored_while_a_stage_runs_does_not_make_its_steps_seem_slow() {
+    let finish = |cluster: &mut Cluster, (worker, task): &(String, RunTask), seconds| {
+        let done = TaskDone { task: task.task.clone(), seconds, images: vec![], stored: true };
+        cluster.report(worker, Report::TaskDone(done));
+    };
+    let expected = |cluster: &Cluster| {
+        let job = cluster.state.jobs.by_id("job1").unwrap();
+        let fresh = Job::recovered(job.record(), 1);
+        (cluster.state.tally.expected(&fresh, fresh.plan.stage("denoise").unwrap()) * 1e6).round() / 1e6
+    };
+    // Four steps at two seconds each, of which three were stored meanwhile.
+    let (mut cluster, _, tasks) = denoising();
+    progress(&mut cluster, stage(&tasks, "denoise"), 4, 3);
+    finish(&mut cluster, stage(&tasks, "denoise"), 8.0);
+    assert_eq!(expected(&cluster), 8.0);
+    // A try that goes on after two of them.
+    let (mut cluster, _, tasks) = denoising();
+    cluster.leave(&stage(&tasks, "denoise").0);
+    cluster.all_ready();
+    let again = cluster.tasks();
+    cluster.start(stage(&again, "denoise"));
+    progress(&mut cluster, stage(&again, "denoise"), 4, 3);
+    finish(&mut cluster, stage(&again, "denoise"), 4.0);
+    assert_eq!(expected(&cluster), 8.0);
 }
 
 #[test]

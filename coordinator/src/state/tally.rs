@@ -100,7 +100,8 @@ impl Tally {
     /// Seconds of work for one group that a stage of the job is expected to be.
     pub(super) fn expected(&self, job: &Job, stage: &Stage) -> f64 {
         let cost = self.costs.get(&(job.spec.model.clone(), stage.id.clone()));
-        cost.map_or(UNKNOWN_SECONDS, |cost| cost * units(job, stage))
+        let saved = job.saved.steps.get(&stage.id).copied().unwrap_or_default();
+        cost.map_or(UNKNOWN_SECONDS, |cost| cost * units(job, stage, saved))
     }
 }
 
@@ -113,13 +114,13 @@ pub(super) fn ending(state: JobState) -> &'static str {
     }
 }
 
-/// What a stage's time grows with.
-pub(super) fn units(job: &Job, stage: &Stage) -> f64 {
+/// What a stage's time grows with, in a try that begins after `begin` of its steps.
+pub(super) fn units(job: &Job, stage: &Stage, begin: u32) -> f64 {
     match stage.kind {
         StageKind::Denoise => {
             let steps = f64::from(job.spec.num_inference_steps.unwrap_or(1).max(1));
             let own = (steps * part_of_steps(job, stage)).max(1.0);
-            let left = (own - f64::from(job.saved.steps.get(&stage.id).copied().unwrap_or_default())).max(1.0);
+            let left = (own - f64::from(begin)).max(1.0);
             estimate::work(job) * left / steps
         }
         StageKind::EncodeText | StageKind::Unspecified => 1.0,

@@ -54,7 +54,9 @@ impl State {
         let job = self.jobs.get_mut(number)?;
         let task = job.tasks.get(&stage)?;
         let (group_id, computed) = (task.group_id.clone(), task.computed);
-        let (units, model) = (tally::units(job, job.plan.stage(&stage)?), job.spec.model.clone());
+        // What is saved by now is in the time that it took.
+        let units = tally::units(job, job.plan.stage(&stage)?, task.resumed_step);
+        let model = job.spec.model.clone();
         // Those that shared the group's time with it took their part of it.
         let beside = self.running_in(&group_id);
         self.tally.stage_done(&model, &stage, report.seconds, beside, units);
