@@ -131,9 +131,7 @@ pub fn form_groups<'a>(
         let free = |id: &str| group.colocate || !holders.contains(&(component, id));
         let eligible: Vec<(&str, &Registration)> = accepted.filter(|(id, _)| free(id)).collect();
         let is_passed_over = |id: &str| passed_over.get(&group.id).is_some_and(|workers| workers.contains(id));
-        let others: Vec<_> = eligible.iter().copied().filter(|(id, _)| !is_passed_over(id)).collect();
-        let members = choose_members(group, &others, &mut ranks).or_else(|| choose_members(group, &eligible, &mut ranks));
-        if let Some(members) = members {
+        if let Some(members) = choose_members(group, &eligible, is_passed_over, &mut ranks) {
             holders.extend(members.iter().map(|member| (component, *member)));
             formed.push((group.id.clone(), members.into_iter().map(str::to_owned).collect()));
         }
@@ -143,10 +141,11 @@ pub fn form_groups<'a>(
 
 /// All ranks of a group or none; `ranks` counts what each worker holds and is changed only if all are found.
 ///
-/// All of one kind of device, which have a way to each other. CPUs where no other kind suffices.
+/// All of one kind of device, which have a way to each other. CPUs where no other kind suffices, those that are passed over included.
 fn choose_members<'a>(
     group: &WantedGroup,
     eligible: &[(&'a str, &'a Registration)],
+    is_passed_over: impl Fn(&str) -> bool,
     ranks: &mut BTreeMap<&'a str, usize>,
 ) -> Option<Vec<&'a str>> {
     let kind_of = |worker: &'a Registration| {
@@ -157,7 +156,10 @@ fn choose_members<'a>(
     for (id, worker) in eligible {
         kinds.entry(kind_of(worker)).or_default().push((id, worker));
     }
-    kinds.into_values().find_map(|workers| seat_ranges(group, &workers, ranks))
+    kinds.into_values().find_map(|workers| {
+        let others: Vec<_> = workers.iter().copied().filter(|(id, _)| !is_passed_over(id)).collect();
+        seat_ranges(group, &others, ranks).or_else(|| seat_ranges(group, &workers, ranks))
+    })
 }
 
 /// The ranks of each block range on one host, as long as there is one with room for them: they add up at every layer, while
@@ -423,6 +425,23 @@ mod tests {
         assert_eq!(formed(3).unwrap(), ["w1", "w2"]);
         assert_eq!(formed(2).unwrap(), ["w0", "w1"]);
         assert_eq!(formed(1), None);
+    }
+
+    #[test]
+    fn a_group_on_gpus_stays_there_though_one_of_them_could_not_load_it() {
+        let mut workers = on_hosts(&["a", "a", "b", "b"]);
+        for id in ["w2", "w3"] {
+            workers.get_mut(id).unwrap().device = CPU.into();
+        }
+        let passed_over = |ids: &[&str]| BTreeMap::from([("g".to_owned(), ids.iter().map(|id| (*id).to_owned()).collect())]);
+        let formed = |tp, ids: &[&str]| {
+            super::form_groups(&[cut("g", tp, 1)], &workers, &BTreeMap::new(), &passed_over(ids))
+                .pop()
+                .map(|(_, members)| members)
+        };
+        assert_eq!(formed(2, &["w0"]).unwrap(), ["w0", "w1"]);
+        assert_eq!(formed(1, &["w0"]).unwrap(), ["w1"]);
+        assert_eq!(formed(1, &["w0", "w1"]).unwrap(), ["w0"]);
     }
 
     #[test]
