@@ -19,14 +19,21 @@ fn controlled(digest: &str) -> Cluster {
 }
 
 fn describe(cluster: &mut Cluster, digest: &str) {
+    describe_files(cluster, digest, "");
+}
+
+fn describe_files(cluster: &mut Cluster, digest: &str, fingerprint: &str) {
     let network = |name: &str, tp_options: &[u32]| ControlNetwork {
         name: name.into(),
         digest: digest.into(),
+        fingerprint: fingerprint.into(),
         tp_options: tp_options.to_vec(),
         ..ControlNetwork::default()
     };
     let torn = ControlNetwork { problem: "it is truncated".into(), ..network("torn", &[]) };
-    let card = ModelCard { controls: vec![network("canny", &[1, 2, 4]), torn, network("odd", &[3])], ..testing::card("emoji") };
+    let mut card =
+        ModelCard { controls: vec![network("canny", &[1, 2, 4]), torn, network("odd", &[3])], ..testing::card("emoji") };
+    card.components.iter_mut().for_each(|component| component.fingerprint = fingerprint.into());
     let described = ModelDescribed { model: "emoji".into(), outcome: Some(Outcome::Card(card)) };
     cluster.report("w1", Report::ModelDescribed(described));
 }
@@ -75,5 +82,28 @@ fn a_group_that_holds_another_network_of_the_name_does_not_go_on() {
         cluster.tick(SETTLE);
         assert_eq!(cluster.epoch(groups[0]) == epochs[0], goes_on, "{digest}");
         assert_eq!(cluster.epoch(groups[1]), epochs[1], "what holds none goes on");
+    }
+}
+
+#[test]
+fn a_group_whose_files_are_not_known_to_differ_goes_on() {
+    let cases = [("", "", true), ("", "f1", true), ("f1", "", true), ("f1", "f1", true), ("f1", "f2", false)];
+    for ((held, known, same), of_controls) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
+        let mut cluster = controlled("ab");
+        let mut joins = cluster.joins();
+        ready(&mut cluster, joins.clone());
+        let group = "emoji/transformer/0";
+        let epoch = cluster.epoch(group);
+        for (_, join) in &mut joins {
+            if of_controls {
+                join.controls.iter_mut().for_each(|folder| folder.fingerprint = held.into());
+            } else {
+                join.fingerprint = held.into();
+            }
+        }
+        restart_holding(&mut cluster, &joins);
+        describe_files(&mut cluster, "ab", known);
+        cluster.tick(SETTLE);
+        assert_eq!(cluster.epoch(group) == epoch, same, "held {held:?}, described {known:?}, of controls: {of_controls}");
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proto::v1::{
-    CancelTask, ForgetJob, GroupRecord, HeldRank, HeldTask, Holding, JobRecord, JobState, LeaveGroup, TaskRef,
+    CancelTask, ControlFolder, ForgetJob, GroupRecord, HeldRank, HeldTask, Holding, JobRecord, JobState, LeaveGroup, TaskRef,
     control_request::Command, control_response::Report,
 };
 
@@ -179,8 +179,8 @@ impl State {
                         && join.products() == wanted.products
                         && [&join.path, &join.refiner_path] == [&paths[0], &paths[1]]
                         && join.adapters == adapters
-                        && join.controls == controls
-                        && (join.fingerprint.is_empty() || join.fingerprint == fingerprint)
+                        && same_controls(&join.controls, &controls)
+                        && same_files(&join.fingerprint, &fingerprint)
                 })
         };
         let whole = ranks.keys().copied().eq(0..wanted.size() as u32) && ranks.values().all(|(_, rank)| fits(rank));
@@ -341,6 +341,19 @@ impl State {
             job.told.insert(worker_id.to_owned());
         }
     }
+}
+
+/// Whether two fingerprints are of the same files, as far as is known: programs of before fingerprints say none.
+fn same_files(one: &str, other: &str) -> bool {
+    one.is_empty() || other.is_empty() || one == other
+}
+
+fn same_controls(held: &[ControlFolder], known: &[ControlFolder]) -> bool {
+    let same = |(held, known): (&ControlFolder, &ControlFolder)| {
+        [&held.name, &held.path, &held.digest] == [&known.name, &known.path, &known.digest]
+            && same_files(&held.fingerprint, &known.fingerprint)
+    };
+    held.len() == known.len() && held.iter().zip(known).all(same)
 }
 
 /// The ranks of one epoch that came back, with the worker of each.
