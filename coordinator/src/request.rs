@@ -11,7 +11,7 @@ use crate::error::{Error, Result, Violation};
 
 mod controls;
 
-pub use controls::{MAX_BLOBS, blobs};
+pub use controls::{MAX_BLOBS, blob_ids, blobs};
 
 /// Hex digits of a blob's id, which is a sha256.
 pub const BLOB_ID_CHARS: usize = 64;

@@ -24,6 +24,13 @@ pub fn blobs(spec: &JobSpec) -> impl Iterator<Item = (String, &str)> {
     own.into_iter().map(|(field, id)| (field.to_owned(), id.as_str())).chain(more).chain(of_controls)
 }
 
+/// The ids of every blob that a job begins with.
+pub fn blob_ids(spec: &JobSpec) -> impl Iterator<Item = &str> {
+    let own = [&spec.image_blob_id, &spec.mask_image_blob_id].into_iter();
+    let of_controls = spec.controls.iter().map(|control| &control.image_blob_id);
+    own.chain(&spec.more_image_blob_ids).chain(of_controls).map(String::as_str).filter(|id| !id.is_empty())
+}
+
 /// Takes what a job's controls leave open.
 pub(super) fn fill_in(controls: &mut [Control]) {
     for control in controls {
@@ -49,9 +56,9 @@ fn known(card: &ModelCard) -> String {
 }
 
 impl Check<'_> {
-    /// Ids that can be no blob's, or no blob has.
+    /// Ids that can be no blob's, or no blob has. A job that names more than it may is refused for that.
     pub(super) fn blobs(&mut self, spec: &JobSpec, missing: &[String]) {
-        for (field, id) in blobs(spec).filter(|(_, id)| !id.is_empty()) {
+        for (field, id) in blobs(spec).take(MAX_BLOBS + 1).filter(|(_, id)| !id.is_empty()) {
             if !is_blob_id(id) {
                 self.refuse(&field, "must be the id of an uploaded blob: 64 hex digits");
             } else if missing.contains(&field) {
@@ -190,6 +197,36 @@ mod tests {
         let named = |names: [&str; 3]| refused(names.map(control).into(), false, &[]);
         assert!(named(["three", "three", "canny"]).is_empty());
         assert_eq!(named(["three", "canny", "five"]), ["spec.controls[2].name"]);
+    }
+
+    #[test]
+    fn of_very_many_pictures_few_problems_are_told() {
+        let spec = JobSpec {
+            image_blob_id: "x".into(),
+            more_image_blob_ids: vec!["x".into(); 100_000],
+            controls: vec![Control { image_blob_id: "x".into(), ..control("canny") }; 100_000],
+            ..testing::spec("emoji")
+        };
+        let context = Context { seed: 1, max_pixels: 1 << 30, missing_blobs: &[] };
+        let Err(Error::InvalidRequest(violations)) = Request::parse(spec, &card(), context) else { panic!("it was taken") };
+        let fields: Vec<&str> = violations.iter().map(|violation| violation.field.as_str()).collect();
+        assert!(fields.len() < 2 * MAX_BLOBS, "{} problems", fields.len());
+        for field in ["spec.more_image_blob_ids", "spec.controls", "spec.image_blob_id"] {
+            assert!(fields.contains(&field), "{field} of {fields:?}");
+        }
+    }
+
+    #[test]
+    fn every_blob_that_is_named_by_a_field_is_among_the_ids() {
+        let spec = JobSpec {
+            image_blob_id: "a".into(),
+            more_image_blob_ids: vec!["b".into(), String::new(), "c".into()],
+            controls: vec![Control { image_blob_id: "d".into(), ..Control::default() }],
+            ..JobSpec::default()
+        };
+        let named: Vec<&str> = blobs(&spec).map(|(_, id)| id).filter(|id| !id.is_empty()).collect();
+        assert_eq!(blob_ids(&spec).collect::<Vec<_>>(), named);
+        assert_eq!(named, ["a", "b", "c", "d"]);
     }
 
     #[test]

@@ -6,7 +6,10 @@ use prost::Message;
 use proto::v1::{self, GroupState, JobEvent, ModelStatus, Registration, WorkerStatus};
 
 use super::{State, group::Group, job::Job, model::Model, work::name};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    request::blob_ids,
+};
 
 /// Events that a watcher gets in one reading.
 pub const EVENTS_PER_PAGE: usize = 256;
@@ -92,9 +95,8 @@ impl State {
     /// Whether a job of the tenant, which can be asked for, has taken or given this blob.
     pub fn has_blob(&self, tenant: &str, blob_id: &str) -> bool {
         let names = |job: &Job| {
-            let spec = &job.spec;
             let given = job.images.iter().any(|image| image.blob_id == blob_id);
-            given || crate::request::blobs(spec).any(|(_, id)| id == blob_id)
+            given || blob_ids(&job.spec).any(|id| id == blob_id)
         };
         // Newest first: that is what is asked for.
         self.jobs.newest_before(tenant, u64::MAX).any(names)
@@ -188,13 +190,14 @@ impl State {
 
     /// Blobs that jobs need: what those begin with that are not over, and what was made and not given up.
     pub fn blobs_in_use(&self) -> BTreeSet<String> {
-        let of_job = |job: &'_ Job| {
+        let mut in_use = BTreeSet::new();
+        for job in self.jobs.iter() {
             // A job that is over is not begun anew.
-            let inputs = crate::request::blobs(&job.spec).map(|(_, id)| id).filter(|_| !job.is_over());
+            let inputs = blob_ids(&job.spec).filter(|_| !job.is_over());
             let results = job.images.iter().filter(|_| !job.pictures_dropped).map(|image| image.blob_id.as_str());
-            inputs.chain(results).filter(|id| !id.is_empty()).map(str::to_owned).collect::<Vec<_>>()
-        };
-        self.jobs.iter().flat_map(of_job).collect()
+            in_use.extend(inputs.chain(results).filter(|id| !id.is_empty()).map(str::to_owned));
+        }
+        in_use
     }
 
     /// Reports of an epoch or an attempt that is over, since the start.
