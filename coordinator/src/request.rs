@@ -423,8 +423,17 @@ impl Check<'_> {
         }
     }
 
-    /// A refiner goes on with latents alone.
+    /// A refiner goes on with latents alone, and after a step of the base model at least.
     fn refiner(&mut self, spec: &JobSpec) {
+        if let (Some(strength), Some(end), Some(steps)) = (spec.strength, spec.denoising_end, spec.num_inference_steps)
+            && end < 1.0
+            && (f64::from(steps) * strength).floor() / f64::from(steps.max(1)) <= 1.0 - end + REMAINDER_TOLERANCE
+        {
+            let problem = format!(
+                "{strength} of {steps} steps leaves the base model none before denoising_end = {end}: more, or a smaller denoising_end"
+            );
+            self.refuse("strength", problem);
+        }
         if !spec.mask_image_blob_id.is_empty() && spec.denoising_end.is_some_and(|end| end < 1.0) {
             self.refuse(
                 "mask_image_blob_id",
@@ -633,6 +642,30 @@ mod tests {
         assert_eq!(fields(without), ["spec.strength", "spec.mask_image_blob_id"]);
         let with = JobSpec { image_blob_id: "a".repeat(64), ..spec() };
         assert_eq!(parse(with).unwrap().spec().strength, Some(0.6));
+    }
+
+    #[test]
+    fn a_job_from_a_picture_leaves_the_base_model_a_step_before_its_refiner() {
+        let mut refined = card();
+        refined.parameters.push(number("denoising_end", 0.001, 1.0, 0.0, 0.8));
+        let fields = |strength: f64, steps: u32, denoising_end: Option<f64>| {
+            let (strength, num_inference_steps, image_blob_id) = (Some(strength), Some(steps), "a".repeat(64));
+            let spec = JobSpec { strength, num_inference_steps, image_blob_id, denoising_end, ..spec() };
+            match Request::parse(spec, &refined, Context { seed: 7, max_pixels: 1 << 30, missing_blobs: &[] }) {
+                Ok(_) => vec![],
+                Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|violation| violation.field).collect(),
+                Err(error) => panic!("{error}"),
+            }
+        };
+        let refused = ["spec.strength"];
+        assert!(fields(0.3, 50, None).is_empty());
+        assert_eq!(fields(0.2, 50, None), refused, "the refiner has them all");
+        assert_eq!(fields(0.1, 50, None), refused);
+        assert!(fields(0.1, 50, Some(0.95)).is_empty());
+        assert!(fields(0.1, 50, Some(1.0)).is_empty(), "the refiner has no part");
+        assert_eq!(fields(0.3, 6, None), refused, "one step of six, and the refiner has one");
+        assert_eq!(fields(0.7, 10, Some(0.3)), refused);
+        assert!(fields(0.8, 10, Some(0.3)).is_empty());
     }
 
     #[test]
