@@ -70,6 +70,13 @@ impl Meter {
         *self.0.refusals.lock().unwrap_or_else(PoisonError::into_inner).entry(reason).or_default() += 1;
     }
 
+    /// A picture was not taken: counted where it is the store's doing, and not what was sent.
+    pub(crate) fn upload_failed(&self, error: &Error) {
+        if matches!(error, Error::BlobStoreFull(_) | Error::BlobStorage { .. }) {
+            self.refused(error.reason());
+        }
+    }
+
     /// From now on this coordinator leads.
     pub(crate) fn leads(&self, handle: Handle, durable: watch::Receiver<Durable>, blobs: BlobStore) {
         // A second time is the same coordinator's.
@@ -166,6 +173,19 @@ mod tests {
     #[test]
     fn text_is_json_whatever_it_holds() {
         assert_eq!(json("a\"b\\c\n"), r#""a\"b\\c\u000a""#);
+    }
+
+    #[tokio::test]
+    async fn uploads_that_the_store_does_not_take_are_among_the_refusals() {
+        let meter = Meter::default();
+        meter.upload_failed(&Error::blob_storage("store a blob")(std::io::Error::other("503 Slow Down")));
+        meter.upload_failed(&Error::BlobStoreFull(1));
+        meter.upload_failed(&Error::invalid("header.byte_size", "is not that of the bytes"));
+        let body = meter.page().await.unwrap().body;
+        for (reason, count) in [("BLOB_STORE_UNAVAILABLE", 1), ("BLOB_STORE_FULL", 1), ("INVALID_REQUEST", 0)] {
+            let line = format!("\natelier_refusals_total{{reason=\"{reason}\"}} {count}.0\n");
+            assert!(body.contains(&line), "{line} is not in {body}");
+        }
     }
 
     #[tokio::test]

@@ -175,3 +175,39 @@ fn losses_and_failures_are_counted_and_a_strange_reason_is_one_of_the_others() {
     assert_eq!(cluster.value("atelier_jobs_failed_total{model=\"emoji\",reason=\"OTHER\"}"), 1.0);
     assert_eq!(cluster.value("atelier_jobs_finished_total{model=\"emoji\",state=\"failed\"}"), 1.0);
 }
+
+/// Stages of the cards of all families, by what they are scaled with.
+const STAGES: [(&str, &str); 8] = [
+    ("encode_text", "encoder"),
+    ("encode_text_2", "encoder"),
+    ("encode_text_3", "encoder"),
+    ("encode_image", "encoder"),
+    ("denoise", "denoiser"),
+    ("refine", "denoiser"),
+    ("inpaint", "denoiser"),
+    ("decode", "decoder"),
+];
+
+#[test]
+fn keda_scales_some_workers_for_the_work_of_every_stage() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kubernetes/components/keda/scale.yaml");
+    let text = std::fs::read_to_string(path).unwrap();
+    let query = |object: &str| {
+        let role = object.lines().find_map(|line| line.trim().strip_prefix("name: atelier-")).unwrap().to_owned();
+        let stages = object.split("stage=~\"").nth(1).unwrap().split('"').next().unwrap();
+        (role, stages.split('|').map(str::to_owned).collect::<Vec<_>>())
+    };
+    let queries: Vec<(String, Vec<String>)> = text.split("\n---\n").map(query).collect();
+    let matches = |pattern: &String, stage: &str| match pattern.strip_suffix(".*") {
+        Some(start) => stage.starts_with(start),
+        None => pattern == stage,
+    };
+    for (stage, role) in STAGES {
+        let scaled: Vec<&String> = queries
+            .iter()
+            .filter(|(_, patterns)| patterns.iter().any(|pattern| matches(pattern, stage)))
+            .map(|(role, _)| role)
+            .collect();
+        assert_eq!(scaled, [role], "{stage}");
+    }
+}

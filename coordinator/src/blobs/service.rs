@@ -59,9 +59,7 @@ impl BlobService for BlobApi {
         let in_use = self.handle.read(|state| state.blobs_in_use());
         let received = self.store.receive_by(by, in_use, request.into_inner()).await;
         let blob_id = received.map_err(|error| {
-            if matches!(error, Error::BlobStoreFull(_)) {
-                self.meter.refused(error.reason());
-            }
+            self.meter.upload_failed(&error);
             status(&error)
         })?;
         if let Some(tenant) = tenant.filter(|tenant| !tenant.is_empty()) {
