@@ -11,7 +11,7 @@ use crate::error::{Error, Result, Violation};
 
 mod controls;
 
-pub use controls::{MAX_BLOBS, blob_ids, blobs};
+pub use controls::{MAX_BLOBS, blob_ids, blobs, brought};
 
 /// Hex digits of a blob's id, which is a sha256.
 pub const BLOB_ID_CHARS: usize = 64;
@@ -43,7 +43,7 @@ pub struct Request {
 pub struct Context<'a> {
     /// Drawn by the server; taken if the client names none.
     pub seed: u64,
-    /// The server's own ceiling for width * height * num_images_per_prompt.
+    /// The server's own ceiling for width * height * num_images_per_prompt, and what the pictures that a job brings cost beside it.
     pub max_pixels: u64,
     /// Fields that name a blob the server does not have.
     pub missing_blobs: &'a [String],
@@ -465,6 +465,17 @@ impl Check<'_> {
                 "width",
                 format!("width * height * num_images_per_prompt = {width} * {height} * {images}{open}: at most {most} pixels"),
             );
+            return;
+        }
+        let (brought, each) = (brought(spec), self.card.pixels_per_image);
+        let beside = brought.checked_mul(each).and_then(|beside| beside.checked_mul(u64::from(images)));
+        if beside.zip(pixels).and_then(|(beside, pixels)| pixels.checked_add(beside)).is_none_or(|all| all > most) {
+            let field = if spec.more_image_blob_ids.is_empty() { "num_images_per_prompt" } else { "more_image_blob_ids" };
+            let problem = format!(
+                "(width * height + pictures * {each}) * num_images_per_prompt = ({width} * {height} + {brought} * {each}) * {images}: \
+                 at most {most} pixels"
+            );
+            self.refuse(field, problem);
         }
     }
 }
@@ -733,6 +744,36 @@ mod tests {
         assert_eq!(fields(parse(JobSpec { num_images_per_prompt: Some(2), ..open() }, one)), ["spec.width"]);
         assert_eq!(fields(parse(JobSpec { height: Some(1040), ..open() }, one)), ["spec.width"]);
         assert!(parse(JobSpec { height: Some(512), ..open() }, one).is_ok());
+    }
+
+    #[test]
+    fn pictures_that_the_model_looks_at_count_against_the_ceiling() {
+        let mut card = ModelCard { pixels_per_image: 1 << 20, ..card() };
+        card.parameters.push(Parameter { name: "more_image_blob_ids".into(), ..Parameter::default() });
+        let fields = |card: &ModelCard, more: usize, images: u32, max_pixels: u64| {
+            let spec = JobSpec {
+                image_blob_id: "a".repeat(64),
+                more_image_blob_ids: vec!["b".repeat(64); more],
+                num_images_per_prompt: Some(images),
+                ..spec()
+            };
+            match Request::parse(spec, card, Context { seed: 7, max_pixels, missing_blobs: &[] }) {
+                Ok(_) => vec![],
+                Err(Error::InvalidRequest(violations)) => violations.into_iter().map(|violation| violation.field).collect(),
+                Err(error) => panic!("{error}"),
+            }
+        };
+        let one = (1 << 16) + (1 << 20);
+        assert!(fields(&card, 0, 1, one).is_empty());
+        assert!(fields(&card, 0, 2, 2 * one).is_empty());
+        assert_eq!(fields(&card, 0, 2, 2 * one - 1), ["spec.num_images_per_prompt"]);
+        assert_eq!(fields(&card, 1, 1, one), ["spec.more_image_blob_ids"]);
+        assert!(fields(&card, 3, 2, 2 * ((1 << 16) + (4 << 20))).is_empty());
+        assert_eq!(fields(&card, 3, 2, 2 * (1 << 16) - 1), ["spec.width"], "what is drawn is too much by itself");
+        card.pixels_per_image = u64::MAX;
+        assert_eq!(fields(&card, 3, 2, 1 << 30), ["spec.more_image_blob_ids"], "numbers end");
+        card.pixels_per_image = 0;
+        assert!(fields(&card, 3, 1, 1 << 16).is_empty());
     }
 
     #[test]

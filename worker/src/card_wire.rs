@@ -19,6 +19,7 @@ pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>, contr
         parameters: card.parameters.iter().map(parameter).collect(),
         max_pixels: card.max_pixels,
         without_prompt: card.without_prompt,
+        pixels_per_image: 0,
         scheduler: card.scheduler.clone(),
         adapters: adapters.into_iter().map(adapter_wire::card).collect(),
         controls: controls.into_iter().map(control_wire::card).collect(),

@@ -31,6 +31,11 @@ pub fn blob_ids(spec: &JobSpec) -> impl Iterator<Item = &str> {
     own.chain(&spec.more_image_blob_ids).chain(of_controls).map(String::as_str).filter(|id| !id.is_empty())
 }
 
+/// How many pictures a job brings that its model may look at while it draws.
+pub fn brought(spec: &JobSpec) -> u64 {
+    u64::from(!spec.image_blob_id.is_empty()) + spec.more_image_blob_ids.len() as u64
+}
+
 /// Takes what a job's controls leave open.
 pub(super) fn fill_in(controls: &mut [Control]) {
     for control in controls {

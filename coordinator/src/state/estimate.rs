@@ -43,7 +43,7 @@ const PNG_BYTES: u64 = 64 << 10;
 /// About the most bytes that a job's pictures can have: PNGs of noise, three bytes a pixel and a little for each row.
 pub(super) fn picture_bytes(job: &Job, most_of_one: u64) -> u64 {
     let pictures = u64::from(job.spec.num_images_per_prompt.unwrap_or(1).max(1));
-    let pixels = job.pixels() / pictures;
+    let pixels = job.drawn_pixels() / pictures;
     let one = pixels.saturating_mul(3).saturating_add(pixels / 64 + PNG_BYTES).min(most_of_one);
     one.saturating_mul(pictures)
 }

@@ -13,7 +13,10 @@ use proto::v1::{
 use telemetry::TraceContext;
 
 use super::{Millis, requeue::Why};
-use crate::{plan::Plan, request::OPEN_SIDE};
+use crate::{
+    plan::Plan,
+    request::{OPEN_SIDE, brought},
+};
 
 /// Progress events of a job. One of more steps tells only some of them.
 pub(super) const MAX_PROGRESS_EVENTS: u32 = 2000;
@@ -35,6 +38,8 @@ pub(super) struct Job {
     pub(super) spec: JobSpec,
     /// What its pictures are multiplied in.
     pub(super) products: Products,
+    /// What each picture that it brings costs for each that is drawn.
+    pub(super) pixels_per_image: u64,
     /// Shared by all jobs with the same stages.
     pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
@@ -186,6 +191,7 @@ pub(super) struct NewJob {
     pub(super) fingerprint: [u8; 32],
     pub(super) spec: JobSpec,
     pub(super) products: Products,
+    pub(super) pixels_per_image: u64,
     /// Shared by all jobs with the same stages.
     pub(super) plan: Arc<Plan>,
     pub(super) priority: i32,
@@ -203,6 +209,7 @@ impl Job {
             fingerprint: new.fingerprint,
             spec: new.spec,
             products: new.products,
+            pixels_per_image: new.pixels_per_image,
             plan: new.plan,
             priority: new.priority,
             deadline: new.deadline,
@@ -261,8 +268,15 @@ impl Job {
         self.tasks.values().any(|task| task.phase == phase)
     }
 
-    /// What its work is about proportional to.
+    /// What its work is about proportional to: the pixels that are drawn, and what the pictures that it brings cost beside them.
     pub(super) fn pixels(&self) -> u64 {
+        let drawn = u64::from(self.spec.num_images_per_prompt.unwrap_or(1).max(1));
+        let brought = brought(&self.spec).saturating_mul(self.pixels_per_image);
+        self.drawn_pixels().saturating_add(brought.saturating_mul(drawn))
+    }
+
+    /// Pixels of the pictures that it draws.
+    pub(super) fn drawn_pixels(&self) -> u64 {
         let spec = &self.spec;
         let count = |given: Option<u32>, otherwise: u32| u64::from(given.unwrap_or(otherwise).max(1));
         count(spec.width, OPEN_SIDE) * count(spec.height, OPEN_SIDE) * count(spec.num_images_per_prompt, 1)
@@ -495,6 +509,7 @@ mod tests {
             fingerprint: [0; 32],
             spec: JobSpec::default(),
             products: Products::F32,
+            pixels_per_image: 0,
             plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 0,
             deadline: None,

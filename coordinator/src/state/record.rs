@@ -48,6 +48,7 @@ impl Job {
             stages: self.plan.stages.iter().map(stage).collect(),
             traceparent: self.trace.map(|trace| trace.to_string()).unwrap_or_default(),
             products: self.products as i32,
+            pixels_per_image: self.pixels_per_image,
         }
     }
 
@@ -70,6 +71,7 @@ impl Job {
             fingerprint: <[u8; 32]>::try_from(&record.fingerprint[..]).unwrap_or_default(),
             spec: record.spec.unwrap_or_default(),
             products,
+            pixels_per_image: record.pixels_per_image,
             plan: Arc::new(Plan { stages: stages.collect() }),
             priority: record.priority,
             deadline: record.deadline.as_ref().map(millis),
@@ -121,6 +123,7 @@ mod tests {
             fingerprint: [7; 32],
             spec: JobSpec { prompt: "a car".into(), seed: Some(3), ..JobSpec::default() },
             products: Products::Amx,
+            pixels_per_image: 1 << 20,
             plan: Arc::new(Plan { stages: vec![stage] }),
             priority: 5,
             deadline: Some(9000),

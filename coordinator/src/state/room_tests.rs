@@ -117,3 +117,25 @@ fn a_job_is_refused_when_its_pictures_would_find_no_room() {
     assert_eq!(wrong[0].field, "spec");
     assert!(wrong[0].problem.contains("the store of pictures has 270000 for them"), "{}", wrong[0].problem);
 }
+
+#[test]
+fn a_picture_that_the_model_looks_at_is_work_and_takes_no_room_among_the_results() {
+    let mut cluster = Cluster::with(|_| {}, Limits::default()).made_ready();
+    let card = cluster.state.models[0].card.as_mut().unwrap();
+    card.pixels_per_image = 1000;
+    let field = |name: &str| v1::Parameter { name: name.into(), ..v1::Parameter::default() };
+    card.parameters.extend(["image_blob_id", "more_image_blob_ids"].map(field));
+    let mut submission = cluster.submission();
+    submission.spec.image_blob_id = "a".repeat(64);
+    submission.spec.more_image_blob_ids = vec!["b".repeat(64); 2];
+    let with = cluster.submit(submission).unwrap().id;
+    let without = cluster.new_job();
+    let of = |cluster: &Cluster, id: &str| {
+        let job = cluster.state.jobs.by_id(id).unwrap();
+        (job.pixels(), estimate::pixel_steps(job), estimate::picture_bytes(job, u64::MAX))
+    };
+    let (drawn, steps, bytes) = of(&cluster, &without);
+    assert_eq!(of(&cluster, &with), (drawn + 3000, steps + 4 * 3000, bytes));
+    cluster.restart(SavedSteps::new());
+    assert_eq!(of(&cluster, &with), (drawn + 3000, steps + 4 * 3000, bytes), "and so after a restart, before the card is known");
+}

@@ -124,7 +124,8 @@ pub(super) fn units(job: &Job, stage: &Stage, begin: u32) -> f64 {
             estimate::work(job) * left / steps
         }
         StageKind::EncodeText | StageKind::Unspecified => 1.0,
-        StageKind::EncodeImage | StageKind::Decode | StageKind::Inpaint => job.pixels() as f64,
+        StageKind::EncodeImage => job.pixels() as f64,
+        StageKind::Decode | StageKind::Inpaint => job.drawn_pixels() as f64,
     }
 }
 

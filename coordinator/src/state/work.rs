@@ -46,12 +46,24 @@ impl State {
         if !self.queue.has_room(&tenant, limit) {
             return Err(Error::QueueFull(limit));
         }
-        let plan = Plan::new(&request, card);
+        let (plan, pixels_per_image) = (Plan::new(&request, card), card.pixels_per_image);
         let plan = self.jobs.share(plan);
         let deadline = timeout.map(|timeout| self.now.saturating_add(timeout));
         let spec = request.into_spec();
         let of = tenant.as_str().into();
-        let new = NewJob { id: job_id, request_id, tenant: of, fingerprint, spec, products, plan, priority, deadline, trace };
+        let new = NewJob {
+            id: job_id,
+            request_id,
+            tenant: of,
+            fingerprint,
+            spec,
+            products,
+            pixels_per_image,
+            plan,
+            priority,
+            deadline,
+            trace,
+        };
         let job = Job::new(self.jobs.next_number(), new, self.now);
         if let Some(timeout) = timeout
             && let Some(predicted) = self.predicted_millis(&job)
