@@ -19,7 +19,7 @@ pub(crate) fn to_wire(name: &str, card: &Card, adapters: Vec<AdapterCard>, contr
         parameters: card.parameters.iter().map(parameter).collect(),
         max_pixels: card.max_pixels,
         without_prompt: card.without_prompt,
-        pixels_per_image: 0,
+        pixels_per_image: card.pixels_per_image,
         scheduler: card.scheduler.clone(),
         adapters: adapters.into_iter().map(adapter_wire::card).collect(),
         controls: controls.into_iter().map(control_wire::card).collect(),
@@ -110,6 +110,7 @@ mod tests {
             }],
             parameters: vec![ParameterCard::number("width", 64.0, 2048.0, 1024.0).multiple(16.0)],
             max_pixels: 9,
+            pixels_per_image: 5,
             without_prompt: true,
         };
         let adapter = AdapterCard {
@@ -137,7 +138,7 @@ mod tests {
         assert_eq!((adapter.defaults[0].name.as_str(), adapter.defaults[0].value, adapter.problem.as_str()), ("shift", 3.0, ""));
         assert_eq!((wire.name.as_str(), wire.family.as_str(), wire.max_pixels), ("flux-dev", "flux", 9));
         assert_eq!((&wire.pipeline_class, &wire.scheduler, &wire.digest), (&card.pipeline_class, &card.scheduler, &card.digest));
-        assert!(wire.without_prompt);
+        assert!(wire.without_prompt && wire.pixels_per_image == 5);
         assert_eq!(wire.components[0].tp_options, [1, 2, 4]);
         assert_eq!((wire.components[0].weight_bytes, wire.components[0].max_block_ranges), (7, 3));
         assert_eq!(wire.components[0].fingerprint, "ef".repeat(32));

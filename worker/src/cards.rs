@@ -144,6 +144,7 @@ mod tests {
                 stages: vec![],
                 parameters: vec![],
                 max_pixels: 1,
+                pixels_per_image: 0,
                 without_prompt: false,
             })
         }

@@ -29,6 +29,9 @@ pub struct Card {
     pub parameters: Vec<ParameterCard>,
     /// width * height * num_images_per_prompt may not exceed this.
     pub max_pixels: u64,
+    /// For models that look at the job's pictures at every step: pixels that each costs for each picture that is drawn; they count against `max_pixels`.
+    #[serde(default)]
+    pub pixels_per_image: u64,
     /// Its jobs have no prompt.
     #[serde(default)]
     pub without_prompt: bool,

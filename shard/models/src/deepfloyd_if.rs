@@ -53,6 +53,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages: vec![StageCard::new("encode_text", StageKind::EncodeText, "text_encoder", &[]), denoise],
         parameters: parts.parameters(),
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

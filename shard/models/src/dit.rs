@@ -65,6 +65,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             ParameterCard::number("guidance_scale", 0.0, 100.0, 4.0),
         ],
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

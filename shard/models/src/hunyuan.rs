@@ -78,6 +78,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         ],
         parameters: parts.parameters(),
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

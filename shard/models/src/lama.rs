@@ -36,6 +36,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages: vec![inpaint],
         parameters: ["image_blob_id", "mask_image_blob_id"].map(|name| ParameterCard::field(name).required()).into(),
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: true,
     };
     card.with_defaults_of(dir)

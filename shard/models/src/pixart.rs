@@ -58,6 +58,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         ],
         parameters: parts.parameters(if dir.pipeline_class() == SIGMA { 300 } else { 120 }),
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

@@ -73,7 +73,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         ],
         stages,
         parameters: parameters(&vae, &scheduler, editing),
-        max_pixels: flow::MAX_PIXELS,
+        max_pixels: flow::MAX_PIXELS + editing.map_or(0, |editing| editing.most() * edit::WORKING_AREA as u64),
+        pixels_per_image: editing.map_or(0, |_| edit::WORKING_AREA as u64),
         without_prompt: false,
     };
     card.with_defaults_of(dir)

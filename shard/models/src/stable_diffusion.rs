@@ -44,6 +44,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages: StageCard::with_controls(StageCard::of_text_encoders(&["text_encoder"], "unet"), StageKind::Denoise),
         parameters,
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

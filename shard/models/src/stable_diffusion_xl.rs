@@ -64,6 +64,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         stages,
         parameters: parts.parameters(refiner.as_ref()),
         max_pixels: flow::MAX_PIXELS,
+        pixels_per_image: 0,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

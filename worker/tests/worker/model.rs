@@ -42,6 +42,7 @@ impl Backend for Small {
                 stages: vec![],
                 parameters: vec![],
                 max_pixels: 1,
+                pixels_per_image: 0,
                 without_prompt: false,
             };
             if path.is_dir() { Ok(card) } else { Err(error) }

@@ -19,6 +19,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
     let vae: AutoencoderKlConfig = dir.config("vae")?;
     let scheduler = FlowMatchEulerDiscreteConfig::of(dir)?;
     FluxDenoiser::load(dir)?;
+    // Kontext's tokens of the reference picture are those of one of its preferred sizes, all of about this area.
+    let looked_at = if Kind::of(dir) == Kind::Kontext { 1 << 20 } else { 0 };
     let card = Card {
         family: "flux".into(),
         pipeline_class: dir.pipeline_class().into(),
@@ -36,7 +38,8 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
             StageKind::EncodeImage,
         ),
         parameters: parameters(Kind::of(dir), &transformer, &scheduler, &vae),
-        max_pixels: flow::MAX_PIXELS,
+        max_pixels: flow::MAX_PIXELS + looked_at,
+        pixels_per_image: looked_at,
         without_prompt: false,
     };
     card.with_defaults_of(dir)

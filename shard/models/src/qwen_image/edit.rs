@@ -12,6 +12,8 @@ pub(super) const SEVERAL: &str = "QwenImageEditPlusPipeline";
 pub(crate) const WORKING_AREA: usize = 1024 * 1024;
 /// By the text encoder of those that may be given several.
 const CONDITION_AREA: usize = 384 * 384;
+/// Most pictures that a job brings where it may bring several.
+const MOST: u64 = 4;
 
 /// How a model that edits looks at pictures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,13 @@ impl Editing {
 const MULTIPLE: f64 = 32.0;
 /// Longest side of such a picture: at one megapixel it is 16 times as long as the other.
 const MAX_SIDE: f64 = 4096.0;
+
+impl Editing {
+    /// Most pictures that a job brings.
+    pub(crate) fn most(self) -> u64 {
+        if self.several { MOST } else { 1 }
+    }
+}
 
 /// `calculate_dimensions`: width and height of about `area` pixels in the shape of `picture`.
 ///
