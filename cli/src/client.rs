@@ -153,6 +153,9 @@ impl Client {
             return Err(wrong(format!("is not a file of at most {} MiB", MAX_PICTURE_BYTES >> 20)));
         }
         let bytes = tokio::fs::read(path).await.map_err(failed)?;
+        if !is_picture(&bytes) {
+            return Err(wrong("is called a picture and is none".into()));
+        }
         let header = BlobHeader { byte_size: bytes.len() as u64, sha256: String::new(), media_type };
         let bytes = prost_bytes(bytes);
         let chunks = (0..bytes.len()).step_by(proto::CHUNK_BYTES).map(move |at| {
@@ -179,6 +182,12 @@ impl Client {
 
 fn prost_bytes(bytes: Vec<u8>) -> bytes::Bytes {
     bytes.into()
+}
+
+/// Whether it begins as a PNG, a JPEG or a WebP does.
+fn is_picture(bytes: &[u8]) -> bool {
+    let is_webp = bytes.starts_with(b"RIFF") && bytes.get(8..12) == Some(b"WEBP");
+    bytes.starts_with(b"\x89PNG\r\n\x1a\n") || bytes.starts_with(b"\xff\xd8\xff") || is_webp
 }
 
 fn media_type(path: &Path) -> Option<String> {

@@ -29,6 +29,8 @@ pub(crate) struct Cards {
     backend: Arc<dyn Backend>,
     /// As many as models.toml names.
     known: Mutex<HashMap<Location, (Files, Card)>>,
+    /// Of control networks: gigabytes each, and a new coordinator asks for all of them before it takes groups over.
+    controls: Mutex<HashMap<(Location, RegisteredControl), (Files, ControlCard)>>,
 }
 
 /// Path, size and time of every file.
@@ -36,7 +38,7 @@ type Files = Vec<(PathBuf, u64, Option<SystemTime>)>;
 
 impl Cards {
     pub(crate) fn new(backend: Arc<dyn Backend>) -> Arc<Self> {
-        Arc::new(Self { backend, known: Mutex::default() })
+        Arc::new(Self { backend, known: Mutex::default(), controls: Mutex::default() })
     }
 
     /// Reads for long.
@@ -55,10 +57,24 @@ impl Cards {
         Ok(card_wire::to_wire(&ask.model, &card, adapters, controls))
     }
 
-    /// Read each time: few ask.
     fn controls(&self, ask: &DescribeModel, location: &Location) -> Result<Vec<ControlCard>, String> {
-        let registered: Vec<RegisteredControl> = ask.controls.iter().map(control_wire::registered).collect();
-        self.backend.describe_controls(location, &registered).map_err(|error| error.to_string())
+        ask.controls.iter().map(|folder| self.control(location, control_wire::registered(folder))).collect()
+    }
+
+    fn control(&self, location: &Location, registered: RegisteredControl) -> Result<ControlCard, String> {
+        // What it has to fit is in the model's folder. One that cannot be listed says so in its card.
+        let mut files = Files::new();
+        let listed = listed(location, &mut files).is_ok() && list(&registered.path, 0, &mut files).is_ok();
+        files.sort();
+        let key = (location.clone(), registered);
+        let known = self.controls.lock().unwrap_or_else(PoisonError::into_inner).get(&key).cloned();
+        if let Some((_, card)) = known.filter(|(then, _)| listed && *then == files) {
+            return Ok(card);
+        }
+        let described = self.backend.describe_controls(location, std::slice::from_ref(&key.1));
+        let card = described.map_err(|error| error.to_string())?.pop().ok_or("no card of the control network")?;
+        self.controls.lock().unwrap_or_else(PoisonError::into_inner).insert(key, (files, card.clone()));
+        Ok(card)
     }
 
     /// Read each time: few ask, and an adapter is small beside its model.
@@ -70,9 +86,7 @@ impl Cards {
 
     fn card(&self, location: &Location) -> Result<Card, String> {
         let mut files = Files::new();
-        for path in [Some(&location.path), location.refiner.as_ref()].into_iter().flatten() {
-            list(path, 0, &mut files).map_err(|error| format!("could not read `{}`: {error}", path.display()))?;
-        }
+        listed(location, &mut files)?;
         files.sort();
         let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(location).cloned();
         if let Some((_, card)) = known.filter(|(then, _)| *then == files) {
@@ -99,6 +113,12 @@ pub(crate) fn scheduler_class(path: &Path) -> Option<String> {
     Some(config.get("_class_name")?.as_str()?.to_owned())
 }
 
+/// Adds the files of a model.
+fn listed(location: &Location, files: &mut Files) -> Result<(), String> {
+    let mut folders = [Some(&location.path), location.refiner.as_ref()].into_iter().flatten();
+    folders.try_for_each(|path| list(path, 0, files).map_err(|error| format!("could not read `{}`: {error}", path.display())))
+}
+
 fn list(folder: &Path, depth: usize, files: &mut Files) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
@@ -119,6 +139,8 @@ fn list(folder: &Path, depth: usize, files: &mut Files) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use proto::v1::ControlFolder;
 
     use models::registry::{LoadProgress, Rank};
 
@@ -153,8 +175,12 @@ mod tests {
             Ok(vec![])
         }
 
-        fn describe_controls(&self, _: &Location, _: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
-            Ok(vec![])
+        fn describe_controls(&self, _: &Location, controls: &[RegisteredControl]) -> models::Result<Vec<ControlCard>> {
+            let digest = self.0.fetch_add(1, Ordering::SeqCst).to_string();
+            Ok(controls
+                .iter()
+                .map(|c| ControlCard { name: c.name.clone(), digest: digest.clone(), ..Default::default() })
+                .collect())
         }
 
         fn load(&self, _: RankSpec<'_>, _: &mut dyn FnMut(LoadProgress)) -> models::Result<Rank> {
@@ -181,6 +207,22 @@ mod tests {
         fs::write(dir.path().join("vae/config.json"), "{ }").unwrap();
         assert_eq!(digest(&cards, dir.path()), Ok("1".into()));
         assert!(digest(&cards, &dir.path().join("none")).unwrap_err().contains("could not read"));
+    }
+
+    #[test]
+    fn a_control_network_is_read_again_only_when_a_file_of_it_or_of_its_model_has_changed() {
+        let [dir, network] = [0; 2].map(|_| tempfile::tempdir().unwrap());
+        let path = |dir: &tempfile::TempDir| dir.path().to_string_lossy().into_owned();
+        let cards = Cards::new(Arc::new(Counting(AtomicUsize::new(0))));
+        let folder = |name: &str| ControlFolder { name: name.into(), path: path(&network), ..Default::default() };
+        let ask = DescribeModel { path: path(&dir), controls: vec![folder("canny"), folder("depth")], ..Default::default() };
+        let digests =
+            || cards.controls(&ask, &Location::of(dir.path())).unwrap().into_iter().map(|c| c.digest).collect::<Vec<_>>();
+        assert_eq!((digests(), digests()), (vec!["0".into(), "1".into()], vec!["0".into(), "1".into()]));
+        fs::write(network.path().join("config.json"), "{}").unwrap();
+        assert_eq!(digests(), ["2", "3"]);
+        fs::write(dir.path().join("model_index.json"), "{}").unwrap();
+        assert_eq!((digests(), digests()), (vec!["4".into(), "5".into()], vec!["4".into(), "5".into()]));
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl AutoencoderStage {
     fn encode(&self, request: &Request, inputs: &Inputs) -> Result<Payload> {
         let mut out = Tensors::new();
         for (k, control) in inputs.pictures.controls.iter().enumerate() {
-            let picture = image_io::decode_picture(control, &self.limits).map_err(of_control)?;
+            let picture = image_io::decode_picture(control, &self.limits).map_err(|error| of_control(k, error))?;
             let image = image_io::preprocess(&picture, request.width, request.height)?;
             self.moments(&format!("{ENCODED}.{k}"), &image, &mut out)?;
         }
@@ -110,7 +110,7 @@ impl AutoencoderStage {
             Some(image) => {
                 self.encode_image(request, image, inputs.pictures.mask_image.as_deref(), &mut out)?;
                 for (k, more) in (1..).zip(&inputs.pictures.more) {
-                    let picture = self.picture(request, more).map_err(of_more)?;
+                    let picture = self.picture(request, more).map_err(|error| of_more(k, error))?;
                     self.moments(&image_name(k), &picture, &mut out)?;
                 }
             }
@@ -172,10 +172,12 @@ pub(crate) fn image_name(k: usize) -> String {
     if k == 0 { "image".into() } else { format!("image.{k}") }
 }
 
-/// What is wrong with a picture behind the first is wrong with that field.
-pub(crate) fn of_more(error: Error) -> Error {
+/// What is wrong with the k-th picture behind the first is wrong with that field.
+pub(crate) fn of_more(k: usize, error: Error) -> Error {
     match error {
-        Error::Invalid { reason, .. } => Error::Invalid { field: "more_images", reason },
+        Error::Invalid { reason, .. } => {
+            Error::Invalid { field: "more_images", reason: format!("of more_images[{}]: {reason}", k - 1) }
+        }
         other => other,
     }
 }

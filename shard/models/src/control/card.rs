@@ -17,7 +17,7 @@ const TP_DEGREES: [usize; 4] = [1, 2, 4, 8];
 const MAX_PROBLEM_CHARS: usize = 1000;
 
 /// A control network that is to be served.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RegisteredControl {
     /// What jobs call it.
     pub name: String,

@@ -180,7 +180,7 @@ fn scales(kind: &ControlKind, scale: f64, guess_mode: bool) -> Vec<f32> {
 pub(crate) fn pixels(request: &Request, inputs: &Inputs, k: usize, facts: &ControlFacts) -> Result<Tensor> {
     let bytes =
         inputs.pictures.controls.get(k).ok_or(Error::Invalid { field: "controls", reason: "a picture is missing".into() })?;
-    let picture = image_io::decode_picture(bytes, &PictureLimits::default()).map_err(of_control)?;
+    let picture = image_io::decode_picture(bytes, &PictureLimits::default()).map_err(|error| of_control(k, error))?;
     let (width, height) = (request.width, request.height);
     match facts.kind.takes_grey() {
         true => image_io::grey_in_unit_range(&picture, width, height),
@@ -215,10 +215,12 @@ pub(crate) fn latents(encoded: &Tensors, inputs: &Inputs, k: usize, rows: usize,
     moments.sample(&noise)
 }
 
-/// What is wrong with a control picture is wrong with that field.
-pub(crate) fn of_control(error: Error) -> Error {
+/// What is wrong with the k-th control's picture is wrong with that field.
+pub(crate) fn of_control(k: usize, error: Error) -> Error {
     match error {
-        Error::Invalid { reason, .. } => Error::Invalid { field: "controls.image", reason },
+        Error::Invalid { reason, .. } => {
+            Error::Invalid { field: "controls.image", reason: format!("of controls[{k}]: {reason}") }
+        }
         other => other,
     }
 }

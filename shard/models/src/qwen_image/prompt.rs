@@ -174,7 +174,7 @@ impl Eyes {
         }
         let (mut patches, mut grids, mut text, mut sha256) = (Vec::new(), Vec::new(), String::new(), Sha256::new());
         for (number, file) in (1..).zip(std::iter::once(first).chain(&pictures.more)) {
-            let (inputs, tokens) = self.see(file).map_err(|error| if number > 1 { of_more(error) } else { error })?;
+            let (inputs, tokens) = self.see(file).map_err(|error| if number > 1 { of_more(number - 1, error) } else { error })?;
             patches.push(inputs.get("pixel_values")?.clone());
             grids.push(inputs.get("image_grid_thw")?.clone());
             if self.editing.several {
