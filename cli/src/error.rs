@@ -1,6 +1,6 @@
 //! What a person at the command line is told.
 
-use tonic_types::StatusExt;
+use tonic_types::{FieldViolation, StatusExt};
 
 /// Everything that ends a command.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +21,15 @@ pub(crate) enum Error {
     /// The job came to its end without pictures.
     #[error("the job {}", .0)]
     Job(String),
+    /// Nobody answers any more, and the job was accepted.
+    #[error(
+        "nobody answers any more; job {job} may go on: `atelier jobs show {job}` and `atelier jobs fetch {job}` tell, once somebody does"
+    )]
+    Away {
+        job: String,
+        #[source]
+        source: Box<tonic::Status>,
+    },
     /// A person pressed Ctrl-C.
     #[error("interrupted: {0}")]
     Interrupted(String),
@@ -88,7 +97,9 @@ fn status_text(status: &tonic::Status) -> String {
     let details = status.get_error_details();
     let reason = details.error_info().map_or_else(|| format!("{:?}", status.code()), |info| info.reason.clone());
     let mut text = format!("error: {} ({reason})", status.message());
-    for violation in details.bad_request().iter().flat_map(|b| &b.field_violations) {
+    // The message of a coordinator has them all already; that of something before it may not.
+    let said = |violation: &&FieldViolation| !status.message().contains(&violation.description);
+    for violation in details.bad_request().iter().flat_map(|b| &b.field_violations).filter(said) {
         text.push_str(&format!("\n  {}: {}", violation.field, violation.description));
     }
     if let Some(delay) = details.retry_info().and_then(|r| r.retry_delay) {

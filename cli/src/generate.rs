@@ -10,6 +10,7 @@ use proto::v1::{
 };
 
 use tokio::sync::watch;
+use tonic::Code;
 
 use crate::client::{Client, ServerArgs};
 use crate::error::Error;
@@ -198,7 +199,14 @@ async fn draw_in(client: &mut Client, args: &JobArgs, call: &Call, reached: &wat
     let job = create(client, args, spec, call).await?;
     eprintln!("job {}", job.id);
     reached.send_replace(Reached::Accepted(job.id.clone()));
-    let (job, times) = follow(client, &job.id, args.quiet).await?;
+    let followed = follow(client, &job.id, args.quiet).await;
+    let (job, times) = followed.map_err(|error| match error {
+        // As patience takes them.
+        Error::Status(source) if matches!(source.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) => {
+            Error::Away { job: job.id, source }
+        }
+        other => other,
+    })?;
     pictures::fetch(client, &job, &args.out).await?;
     let seed = job.spec.as_ref().and_then(|s| s.seed).unwrap_or_default();
     println!("seed {seed} | {times}");

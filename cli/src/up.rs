@@ -95,6 +95,9 @@ impl UpArgs {
 pub(crate) async fn run(args: UpArgs) -> Result<(), Error> {
     let models = args.models.clone().map_or_else(bundled, Ok)?;
     let mut config = coordinator::config::Config::for_models(&models)?;
+    if config.models.is_empty() {
+        return Err(Error::Flag { flag: "--models", reason: format!("{} names no model", models.display()) });
+    }
     config.data_dir = args.data_dir.clone();
     if !args.etcd.is_empty() {
         let prefix = coordinator::config::DEFAULT_ETCD_PREFIX.to_owned();
