@@ -52,7 +52,7 @@ pub fn describe(dir: &ModelDir) -> Result<Card> {
         ],
         stages: vec![StageCard::new("encode_text", StageKind::EncodeText, "text_encoder", &[]), denoise],
         parameters: parts.parameters(),
-        max_pixels: flow::MAX_PIXELS,
+        max_pixels: parts.max_pixels(),
         pixels_per_image: 0,
         without_prompt: false,
     };
@@ -101,6 +101,17 @@ impl Parts {
         Ok(parts)
     }
 
+    /// Longest side: on pixels a picture of twice the side is four times the work of its finest blocks, which are as wide as those of latents elsewhere.
+    fn max_side(&self) -> usize {
+        self.unet.sample_size.saturating_mul(4).min(flow::MAX_SIDE)
+    }
+
+    /// Ten pictures of twice the sides that the network was trained on, at most.
+    fn max_pixels(&self) -> u64 {
+        let side = self.unet.sample_size.saturating_mul(2) as u64;
+        side.saturating_mul(side).saturating_mul(10).min(flow::MAX_PIXELS)
+    }
+
     fn enlarges(&self) -> bool {
         self.image_noising.is_some()
     }
@@ -108,9 +119,9 @@ impl Parts {
     /// What a job may set. Defaults are the pipelines'.
     fn parameters(&self) -> Vec<ParameterCard> {
         let multiple = self.unet.multiple();
-        let side = (self.unet.sample_size / multiple).max(1).saturating_mul(multiple).min(flow::MAX_SIDE);
+        let side = (self.unet.sample_size / multiple).max(1).saturating_mul(multiple).min(self.max_side());
         let size = |name| {
-            let card = ParameterCard::number(name, multiple as f64, flow::MAX_SIDE as f64, side as f64);
+            let card = ParameterCard::number(name, multiple as f64, self.max_side() as f64, side as f64);
             card.multiple(multiple as f64)
         };
         let (steps, guidance) = if self.enlarges() { (50.0, 4.0) } else { (100.0, 7.0) };

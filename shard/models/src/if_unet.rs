@@ -142,7 +142,10 @@ impl BlockModel for IfUNet {
     }
 
     fn blocks(&self, mut hidden: Tensors) -> Result<Tensors> {
-        let (temb, text) = (hidden.get("temb")?.clone(), hidden.get("encoder_hidden_states")?.clone());
+        let (mut temb, text) = (hidden.get("temb")?.clone(), hidden.get("encoder_hidden_states")?.clone());
+        if !self.config.resnet_skip_time_act {
+            temb = ops::activate(&temb, Activation::Gelu)?; // once for all residual blocks, which would do it each
+        }
         let mut skips = hidden.list(SKIPS);
         (0..skips.len()).try_for_each(|i| hidden.take(&format!("{SKIPS}.{i}")).map(drop))?;
         let mut sample = hidden.take("sample")?;

@@ -64,7 +64,8 @@ impl Block {
             Resnet::load(&w.pp("resnets").pp(i), config, channels, Change::None, scale)
         };
         let attends = config.down_block_types[at] == IfDownBlockType::SimpleCrossAttnDownBlock2D;
-        let attention = |i: usize| AddedKvAttention::load(&w.pp("attentions").pp(i), config, at);
+        let of_text = config.attends_to_text_alone(Some(at));
+        let attention = |i: usize| AddedKvAttention::load(&w.pp("attentions").pp(i), config, at, of_text);
         let change = || Resnet::load(&w.pp("downsamplers.0"), config, [c, c], Change::Halve, scale);
         Ok(Self::Down(Level {
             resnets: (0..layers).map(resnet).collect::<Result<_>>()?,
@@ -77,7 +78,7 @@ impl Block {
         let coarsest = config.resolutions() - 1;
         let (c, scale) = (config.block_out_channels[coarsest], config.mid_block_scale_factor);
         let resnet = |i: usize| Resnet::load(&w.pp("resnets").pp(i), config, [c, c], Change::None, scale);
-        let attention = AddedKvAttention::load(&w.pp("attentions.0"), config, coarsest)?;
+        let attention = AddedKvAttention::load(&w.pp("attentions.0"), config, coarsest, config.attends_to_text_alone(None))?;
         Ok(Self::Mid(Box::new(Middle { resnets: [resnet(0)?, resnet(1)?], attention })))
     }
 
@@ -93,7 +94,8 @@ impl Block {
             Resnet::load(&w.pp("resnets").pp(i), config, [before + skip, c], Change::None, scale)
         };
         let attends = config.up_block_types[up] == IfUpBlockType::SimpleCrossAttnUpBlock2D;
-        let attention = |i: usize| AddedKvAttention::load(&w.pp("attentions").pp(i), config, at);
+        let of_text = config.attends_to_text_alone(Some(at));
+        let attention = |i: usize| AddedKvAttention::load(&w.pp("attentions").pp(i), config, at, of_text);
         let change = || Resnet::load(&w.pp("upsamplers.0"), config, [c, c], Change::Double, scale);
         Ok(Self::Up(Level {
             resnets: (0..layers).map(resnet).collect::<Result<_>>()?,
@@ -102,7 +104,7 @@ impl Block {
         }))
     }
 
-    /// `x: [B, C, H, W]`, `temb: [B, D]`, `text: [B, L, D_cross]`. What the way up takes again is put on `skips` and taken from its end.
+    /// `x: [B, C, H, W]`, `temb: [B, D]` as residual blocks take it, `text: [B, L, D_cross]`. What the way up takes again is put on `skips` and taken from its end.
     pub(super) fn forward(&self, x: Tensor, temb: &Tensor, text: &Tensor, skips: &mut Vec<Tensor>) -> Result<Tensor> {
         match self {
             Self::Down(level) => level.down(x, temb, text, skips),

@@ -50,7 +50,20 @@ pub struct IfUNetConfig {
     /// What comes after the timestep's embedding and what is added to it, if anything.
     #[serde(default)]
     pub time_embedding_act_fn: Option<String>,
+    /// Channels of the timestep's embedding inside the network, if not four times those of the finest resolution (stages that enlarge).
+    #[serde(default)]
+    pub time_embedding_dim: Option<usize>,
+    /// Whether residual blocks take the timestep's embedding as it is (stages that enlarge), and do not activate it first.
+    #[serde(default)]
+    pub resnet_skip_time_act: bool,
+    /// Whether places attend to the text alone (stages that enlarge), and not to each other: of the network, or of each resolution.
+    #[serde(default)]
+    pub only_cross_attention: Flags,
+    /// The same in the middle, if it is said; else that of a network that says one thing for all, or no.
+    #[serde(default)]
+    pub mid_block_only_cross_attention: Option<bool>,
     /// Heads that the text is pooled by.
+    #[serde(default = "pooling_heads")]
     pub addition_embed_type_num_heads: usize,
     /// What residual blocks are divided by.
     #[serde(default = "one")]
@@ -69,6 +82,26 @@ fn norm_eps() -> f64 {
 
 fn one() -> f64 {
     1.0
+}
+
+fn pooling_heads() -> usize {
+    64
+}
+
+/// One answer, or one for each resolution.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum Flags {
+    /// For all.
+    One(bool),
+    /// From the finest.
+    Many(Vec<bool>),
+}
+
+impl Default for Flags {
+    fn default() -> Self {
+        Self::One(false)
+    }
 }
 
 /// A block on the way to coarser resolutions.
@@ -90,14 +123,12 @@ pub enum IfUpBlockType {
 }
 
 /// What must not be said otherwise, as the published configurations say it. The first few must be said.
-fn fixed() -> [(&'static str, Value); 22] {
+fn fixed() -> [(&'static str, Value); 17] {
     [
         ("act_fn", json!("gelu")),
         ("addition_embed_type", json!("text")),
         ("cross_attention_norm", json!("group_norm")),
-        ("encoder_hid_dim_type", json!("text_proj")),
         ("mid_block_type", json!("UNetMidBlock2DSimpleCrossAttn")),
-        ("resnet_skip_time_act", json!(true)),
         ("resnet_time_scale_shift", json!("scale_shift")),
         ("center_input_sample", json!(false)),
         ("class_embeddings_concat", json!(false)),
@@ -107,18 +138,15 @@ fn fixed() -> [(&'static str, Value); 22] {
         ("dual_cross_attention", json!(false)),
         ("flip_sin_to_cos", json!(true)),
         ("freq_shift", json!(0)),
-        ("mid_block_only_cross_attention", Value::Null),
         ("num_attention_heads", Value::Null),
         ("num_class_embeds", Value::Null),
-        ("only_cross_attention", json!(false)),
         ("time_cond_proj_dim", Value::Null),
-        ("time_embedding_dim", Value::Null),
         ("timestep_post_act", Value::Null),
     ]
 }
 
 /// How many of them a file must say: the reference's defaults are others.
-const SAID: usize = 7;
+const SAID: usize = 5;
 
 impl IfUNetConfig {
     /// How many resolutions there are.
@@ -165,7 +193,17 @@ impl IfUNetConfig {
 
     /// Channels of the timestep's embedding inside the network.
     pub(super) fn time_embed_dim(&self) -> usize {
-        4 * self.block_out_channels[0]
+        self.time_embedding_dim.unwrap_or(4 * self.block_out_channels[0])
+    }
+
+    /// Whether places attend to the text alone: at a resolution, or in the middle.
+    pub(super) fn attends_to_text_alone(&self, resolution: Option<usize>) -> bool {
+        match (resolution, &self.only_cross_attention) {
+            (Some(_), Flags::One(all)) => *all,
+            (Some(at), Flags::Many(each)) => each.get(at).copied().unwrap_or_default(),
+            (None, Flags::One(all)) => self.mid_block_only_cross_attention.unwrap_or(*all),
+            (None, Flags::Many(_)) => self.mid_block_only_cross_attention.unwrap_or_default(),
+        }
     }
 
     /// Whether it is told the noise level of a picture beside the sample.
@@ -197,6 +235,12 @@ impl IfUNetConfig {
             ("norm_num_groups", self.norm_num_groups),
             ("addition_embed_type_num_heads", self.addition_embed_type_num_heads),
         ])?;
+        check_widths(self.time_embedding_dim.map(|width| ("time_embedding_dim", width)))?;
+        let flags = matches!(&self.only_cross_attention, Flags::Many(each) if each.len() != n);
+        ok("only_cross_attention", !flags, &self.only_cross_attention)?;
+        // Not said, it is what a width of the text's states means.
+        let projection = self.other.get("encoder_hid_dim_type").filter(|kind| !kind.is_null() && **kind != "text_proj");
+        ok("encoder_hid_dim_type", projection.is_none(), &projection)?;
         ok("down_block_types", self.down_block_types.len() == n, &self.down_block_types)?;
         ok("up_block_types", self.up_block_types.len() == n, &self.up_block_types)?;
         let layers = (0..n).all(|at| (1..=MAX_LAYERS).contains(&self.layers_per_block.at(at)));
@@ -239,9 +283,9 @@ mod tests {
             "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D",
                 "SimpleCrossAttnDownBlock2D"],
             "up_block_types": ["SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
-            "encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "in_channels": 3, "layers_per_block": 3,
-            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "norm_num_groups": 32, "out_channels": 6, "resnet_skip_time_act": true,
-            "resnet_time_scale_shift": "scale_shift", "sample_size": 64
+            "encoder_hid_dim": 4096, "in_channels": 3, "layers_per_block": 3, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+            "norm_num_groups": 32, "out_channels": 6, "resnet_skip_time_act": false, "resnet_time_scale_shift": "scale_shift",
+            "sample_size": 64
         })
     }
 
@@ -269,6 +313,24 @@ mod tests {
         check("norm_num_groups", json!(3));
         check("attention_head_dim", json!(60));
         check("cross_attention_dim", json!(100));
+        check("encoder_hid_dim_type", json!("image_proj"));
+        check("only_cross_attention", json!([true]));
+        check("time_embedding_dim", json!(0));
+        let mut enlarging = xl();
+        for (field, value) in [
+            ("class_embed_type", json!("timestep")),
+            ("encoder_hid_dim_type", json!("text_proj")),
+            ("only_cross_attention", json!(true)),
+            ("resnet_out_scale_factor", json!(1.41)),
+            ("resnet_skip_time_act", json!(true)),
+            ("time_embedding_act_fn", json!("gelu")),
+            ("time_embedding_dim", json!(1024)),
+        ] {
+            enlarging[field] = value;
+        }
+        let enlarging = of(enlarging);
+        enlarging.validate().unwrap();
+        assert_eq!((enlarging.time_embed_dim(), enlarging.attends_to_text_alone(None)), (1024, true));
         let mut silent = xl();
         silent.as_object_mut().unwrap().remove("cross_attention_norm");
         assert!(matches!(of(silent).validate(), Err(Error::Unsupported { field, .. }) if field == "cross_attention_norm"));
