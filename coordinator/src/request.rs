@@ -427,6 +427,7 @@ impl Check<'_> {
     fn refiner(&mut self, spec: &JobSpec) {
         if let (Some(strength), Some(end), Some(steps)) = (spec.strength, spec.denoising_end, spec.num_inference_steps)
             && end < 1.0
+            && parameter(self.card, "denoising_end").is_some()
             && (f64::from(steps) * strength).floor() / f64::from(steps.max(1)) <= 1.0 - end + REMAINDER_TOLERANCE
         {
             let problem = format!(

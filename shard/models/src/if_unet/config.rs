@@ -185,10 +185,13 @@ impl IfUNetConfig {
             || resolution + 1 == self.resolutions()
     }
 
-    /// The greatest number that divides the heads of every resolution that attends, and the channels' groups: over so many ranks they can be
-    /// divided.
+    /// The greatest number that divides the heads of every resolution that attends, the channels' groups and the timestep's channels: over so many ranks they
+    /// can be divided.
     pub fn shares(&self) -> usize {
-        (0..self.resolutions()).filter(|at| self.attends(*at)).map(|at| self.heads(at)).fold(self.norm_num_groups, gcd)
+        (0..self.resolutions())
+            .filter(|at| self.attends(*at))
+            .map(|at| self.heads(at))
+            .fold(gcd(self.norm_num_groups, self.time_embed_dim()), gcd)
     }
 
     /// Channels of the timestep's embedding inside the network.
