@@ -25,6 +25,7 @@ mod union;
 use blocks::{Block, Conditions};
 pub(crate) use config::gcd;
 pub use config::{DownBlockType, OneOrMany, UNet2DConditionConfig, UpBlockType};
+pub(crate) use controlnet::UNIONS;
 pub use controlnet::{ControlNetConfig, ControlNetModel};
 use resnet::{GroupNorm, of_time};
 

@@ -14,7 +14,7 @@ use crate::model_dir::{ModelDir, read_json};
 use crate::qwen_image_transformer::{QwenImageControlNet, QwenImageControlNetConfig, QwenImageTransformerConfig};
 use crate::sd3_transformer::{Sd3ControlNet, Sd3ControlNetConfig, Sd3TransformerConfig};
 use crate::t2i_adapter::{T2iAdapter, T2iAdapterConfig};
-use crate::unet_2d_condition::{ControlNetConfig, ControlNetModel, UNet2DConditionConfig};
+use crate::unet_2d_condition::{ControlNetConfig, ControlNetModel, UNIONS, UNet2DConditionConfig};
 use crate::{Error, Result, stable_diffusion, stable_diffusion_xl};
 
 /// Pipelines whose transformer is controlled: not those that are given another picture's tokens or channels besides.
@@ -58,7 +58,7 @@ impl ControlKind {
         let bad = |error: serde_json::Error| Error::ModelDir { path: path.clone(), reason: error.to_string() };
         let value = || Value::Object(config.clone());
         let kind = match class.as_str() {
-            "ControlNetModel" | "ControlNetUnionModel" | "ControlNetModel_Union" => {
+            class if class == "ControlNetModel" || UNIONS.contains(&class) => {
                 Self::UNet(Box::new(ControlNetConfig::read(config)?))
             }
             "T2IAdapter" => Self::Adapter(serde_json::from_value(value()).map_err(bad)?),
@@ -79,7 +79,7 @@ impl ControlKind {
     /// The reference's class.
     pub fn class(&self) -> &'static str {
         match self {
-            Self::UNet(config) if config.modes().is_some() => "ControlNetUnionModel",
+            Self::UNet(config) if config.modes().is_some() => UNIONS[0],
             Self::UNet(_) => "ControlNetModel",
             Self::Adapter(_) => "T2IAdapter",
             Self::Flux(_) => "FluxControlNetModel",

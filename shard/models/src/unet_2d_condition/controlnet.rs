@@ -19,7 +19,7 @@ use crate::{Error, Result};
 const MAX_HALVINGS: usize = 8;
 
 /// The class of a union network, and what it was called before the reference had it.
-const UNIONS: [&str; 2] = ["ControlNetUnionModel", "ControlNetModel_Union"];
+pub(crate) const UNIONS: [&str; 2] = ["ControlNetUnionModel", "ControlNetModel_Union"];
 /// `conditioning_embedding_out_channels` of one that does not say it.
 const UNION_WIDTHS: [usize; 4] = [48, 96, 192, 384];
 

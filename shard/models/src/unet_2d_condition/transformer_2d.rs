@@ -1,11 +1,11 @@
 //! `Transformer2DModel`: every place of a picture is a token that attends to the others and to the text.
 
-use parallel::{ColumnParallelLinear, RowParallelLinear, Shard, Tensor, Weights, ops};
+use parallel::{ColumnParallelLinear, RowParallelLinear, Tensor, Weights, ops};
 
 use super::UNet2DConditionConfig;
 use super::resnet::GroupNorm;
 use crate::Result;
-use crate::mmdit::layers::row;
+use crate::mmdit::layers::{LayerNorm, row};
 
 /// Of the group norm before the blocks.
 const NORM_EPS: f64 = 1e-6;
@@ -68,7 +68,7 @@ struct BasicTransformerBlock {
 impl BasicTransformerBlock {
     fn load(w: &Weights, config: &UNet2DConditionConfig, resolution: usize) -> Result<Self> {
         let (d, heads) = (config.block_out_channels[resolution], config.heads(resolution));
-        let norm = |name| LayerNorm::load(&w.pp(name), d);
+        let norm = |name| LayerNorm::load(&w.pp(name), d, LAYER_NORM_EPS);
         let attention = |name, d_text| Attention::load(&w.pp(name), [d, d_text], heads);
         Ok(Self {
             norm1: norm("norm1")?,
@@ -86,23 +86,6 @@ impl BasicTransformerBlock {
         let x = (x + self.attn1.forward(&normed, None)?)?;
         let x = (&x + self.attn2.forward(&self.norm2.forward(&x)?, Some(text))?)?;
         Ok((&x + self.ff.forward(&self.norm3.forward(&x)?)?)?)
-    }
-}
-
-#[derive(Debug)]
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl LayerNorm {
-    fn load(w: &Weights, d: usize) -> Result<Self> {
-        let get = |name| w.get(name, &[d], Shard::Replicated);
-        Ok(Self { weight: get("weight")?, bias: get("bias")? })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::layer_norm(x, Some(&self.weight), Some(&self.bias), LAYER_NORM_EPS)?)
     }
 }
 

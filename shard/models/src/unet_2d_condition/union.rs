@@ -14,6 +14,7 @@ use super::UNet2DConditionConfig;
 use super::resnet::of_time;
 use crate::control::Control;
 use crate::mmdit::embeddings::{Mlp, timestep_embedding};
+use crate::mmdit::layers::LayerNorm;
 use crate::mmdit::{check_widths, unsupported};
 use crate::{Error, Result};
 
@@ -153,10 +154,10 @@ impl Layer {
     fn load(w: &Weights, c: usize) -> Result<Self> {
         let (attn, mlp) = (w.pp("attn"), w.pp("mlp"));
         Ok(Self {
-            ln_1: LayerNorm::load(&w.pp("ln_1"), c)?,
+            ln_1: LayerNorm::load(&w.pp("ln_1"), c, EPS)?,
             values: Linear::load_in_proj(&attn, c, VALUES)?,
             out_proj: Linear::load(&attn.pp("out_proj"), c, c)?,
-            ln_2: LayerNorm::load(&w.pp("ln_2"), c)?,
+            ln_2: LayerNorm::load(&w.pp("ln_2"), c, EPS)?,
             c_fc: Linear::load(&mlp.pp("c_fc"), c, 4 * c)?,
             c_proj: Linear::load(&mlp.pp("c_proj"), 4 * c, c)?,
         })
@@ -167,22 +168,5 @@ impl Layer {
         let x = (x + self.out_proj.forward(&self.values.forward(&self.ln_1.forward(x)?)?)?)?;
         let inner = ops::activate(&self.c_fc.forward(&self.ln_2.forward(&x)?)?, Activation::QuickGelu)?;
         Ok((x + self.c_proj.forward(&inner)?)?)
-    }
-}
-
-#[derive(Debug)]
-struct LayerNorm {
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl LayerNorm {
-    fn load(w: &Weights, c: usize) -> Result<Self> {
-        let get = |name| w.get(name, &[c], Shard::Replicated);
-        Ok(Self { weight: get("weight")?, bias: get("bias")? })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(ops::layer_norm(x, Some(&self.weight), Some(&self.bias), EPS)?)
     }
 }
